@@ -1,0 +1,1 @@
+"""The mathematics: one operation per file, each with a plain-torch reference."""

@@ -1,0 +1,1 @@
+"""penstock: the runtime for models that are larger than the machine."""

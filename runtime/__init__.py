@@ -1,0 +1,1 @@
+"""What knows torch modules: devices, binding, streaming, loading."""

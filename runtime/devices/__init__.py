@@ -1,0 +1,1 @@
+"""Device backends: one protocol, three implementations."""

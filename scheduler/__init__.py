@@ -1,0 +1,1 @@
+"""Policy and time, without torch: access order, residency, plan, executor, timeline."""
