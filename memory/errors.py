@@ -22,6 +22,17 @@ class DoesNotFitError(PenstockError):
 
     exit_code = 3
 
+    def __init__(
+        self, message: str, *, tier: str, needed_nbytes: int, available_nbytes: int, resident_nbytes: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.tier = tier
+        self.needed_nbytes = needed_nbytes
+        """The smallest budget of this tier under which the model runs."""
+        self.available_nbytes = available_nbytes
+        self.resident_nbytes = resident_nbytes
+        """The budget from which on nothing is streamed; None where it was not worked out."""
+
 
 class CheckpointError(PenstockError):
     """A checkpoint is missing, damaged, hostile, or disagrees with its config."""
