@@ -1,0 +1,195 @@
+"""How a block's tensors lie in a slot, and which reads put them there.
+
+Files are read with O_DIRECT, which moves whole aligned windows only. A tensor's bytes start anywhere in a file, so a
+window is read to the slot as it is and the tensor becomes a view at the window's start plus the skew ("in place": no
+copy by the CPU). Where the skew would change results (some CPU kernels pick another summation order for pointers that
+are not 64-byte aligned) the run is moved down to the next boundary once it is complete. Tensors that change dtype,
+that are assembled from several spans, or that are tiny go through a small staging buffer instead ("bounce").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+from .arena import PAGE, round_up
+from .layout import ITEMSIZE, TensorSource
+
+ALIGN: Final = 64
+"""Alignment of tensors on a processor that is sensitive to it; torch's own CPU allocator gives the same."""
+SMALL: Final = 16 * 1024
+"""Tensors below this are bounced: a window of their own would cost more than the copy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """One in-place read: an aligned piece of a file to the same alignment in the slot."""
+
+    path: str
+    file_offset: int
+    """Start in the file, a multiple of the page."""
+    nbytes: int
+    """Length, a multiple of the page; may reach past the end of the file."""
+    needed_nbytes: int
+    """Bytes from the start that must exist in the file."""
+    offset: int
+    """Start in the slot, a multiple of the page."""
+    data_offset: int
+    """Where the wanted bytes start in the slot when the read is complete."""
+    final_offset: int
+    """Where they must start; differs from `data_offset` when the run is to be moved."""
+    data_nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bounce:
+    """One read through staging: any bytes of a file to any place in the slot, changing dtype on the way."""
+
+    path: str
+    file_offset: int
+    nbytes: int
+    """Bytes in the file."""
+    offset: int
+    """Where the result starts in the slot."""
+    source_dtype: str
+    target_dtype: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where one tensor lies in a slot."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in the slot."""
+        return prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Image:
+    """A block as it lies in a host slot, and the reads that fill it."""
+
+    nbytes: int
+    """Size of the slot it needs, a multiple of the page."""
+    places: dict[str, Place]
+    windows: tuple[Window, ...]
+    bounces: tuple[Bounce, ...]
+
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes that one fill reads from disk, rounding included."""
+        return sum(w.nbytes for w in self.windows) + sum(_bounce_window(b) for b in self.bounces)
+
+    @property
+    def data_nbytes(self) -> int:
+        """Bytes of the tensors alone."""
+        return sum(place.nbytes for place in self.places.values())
+
+
+def _bounce_window(bounce: Bounce) -> int:
+    start = bounce.file_offset // PAGE * PAGE
+    return round_up(bounce.file_offset + bounce.nbytes) - start
+
+
+def never_sensitive(dtype: str, skew: int) -> bool:
+    """The answer for a slot that no kernel reads in place: any skew will do."""
+    return False
+
+
+def build_image(
+    tensors: Iterable[tuple[str, TensorSource, str]],
+    *,
+    sensitive: Callable[[str, int], bool] = never_sensitive,
+) -> Image:
+    """Lay `(name, source, target dtype)` out in a slot.
+
+    `sensitive(dtype, skew)` says whether kernels give other bits when a tensor of that dtype starts `skew` bytes after
+    a 64-byte boundary.
+    """
+    items = list(tensors)
+    direct = sorted((item for item in items if _in_place(*item[1:])), key=lambda i: _key(i[1]))
+    places: dict[str, Place] = {}
+    windows: list[Window] = []
+    at = 0
+    for run in _runs(direct):
+        first, last = run[0][1].spans[0], run[-1][1].spans[0]
+        skew = first.offset % PAGE
+        end = last.offset + last.nbytes
+        start = first.offset - skew
+        shift = first.offset % ALIGN if any(sensitive(i[2], first.offset % ALIGN) for i in run) else 0
+        if any(first.offset % ITEMSIZE[i[2]] for i in run):
+            shift = first.offset % ALIGN
+        window = Window(
+            path=first.path,
+            file_offset=start,
+            nbytes=round_up(end - start),
+            needed_nbytes=end - start,
+            offset=at,
+            data_offset=at + skew,
+            final_offset=at + skew - shift,
+            data_nbytes=end - first.offset,
+        )
+        windows.append(window)
+        for name, source, dtype in run:
+            offset = window.final_offset + source.spans[0].offset - first.offset
+            places[name] = Place(offset=offset, shape=source.shape, dtype=dtype)
+        at += window.nbytes
+    bounces: list[Bounce] = []
+    for name, source, dtype in items:
+        if name in places:
+            continue
+        at = round_up(at, ALIGN)
+        place = Place(offset=at, shape=source.shape, dtype=dtype)
+        places[name] = place
+        bounces.extend(_bounces(source, place))
+        at += place.nbytes
+    return Image(nbytes=max(round_up(at), PAGE), places=places, windows=tuple(windows), bounces=tuple(bounces))
+
+
+def _in_place(source: TensorSource, dtype: str) -> bool:
+    return source.dtype == dtype and len(source.spans) == 1 and source.nbytes >= SMALL
+
+
+def _key(source: TensorSource) -> tuple[str, int]:
+    return source.spans[0].path, source.spans[0].offset
+
+
+def _runs(items: list[tuple[str, TensorSource, str]]) -> list[list[tuple[str, TensorSource, str]]]:
+    """Group tensors that follow each other in a file and share their alignment, so that one window serves them."""
+    runs: list[list[tuple[str, TensorSource, str]]] = []
+    for item in items:
+        span = item[1].spans[0]
+        if runs:
+            before = runs[-1][-1][1].spans[0]
+            adjacent = before.path == span.path and before.offset + before.nbytes == span.offset
+            if adjacent and span.offset % ALIGN == before.offset % ALIGN:
+                runs[-1].append(item)
+                continue
+        runs.append([item])
+    return runs
+
+
+def _bounces(source: TensorSource, place: Place) -> list[Bounce]:
+    bounces = []
+    element, ratio_to = ITEMSIZE[source.dtype], ITEMSIZE[place.dtype]
+    at = place.offset
+    for span in source.spans:
+        assert span.nbytes % element == 0, "a span cuts an element"
+        bounces.append(
+            Bounce(
+                path=span.path,
+                file_offset=span.offset,
+                nbytes=span.nbytes,
+                offset=at,
+                source_dtype=source.dtype,
+                target_dtype=place.dtype,
+            )
+        )
+        at += span.nbytes // element * ratio_to
+    return bounces

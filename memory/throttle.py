@@ -1,0 +1,36 @@
+"""A token bucket that slows a link down to a stated rate, for the emulated device."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+
+class Throttle:
+    """Lets bytes pass at `rate` bytes per second. Transfers on one link queue; idle time is not saved up."""
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.rate = rate
+        self._clock = clock
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def reserve(self, nbytes: int) -> float:
+        """Take the link for `nbytes` and return the time at which they have passed."""
+        with self._lock:
+            self._free_at = max(self._clock(), self._free_at) + nbytes / self.rate
+            return self._free_at
+
+    def wait_until(self, when: float) -> None:
+        """Sleep until `when`, a time given by `reserve`."""
+        remaining = when - self._clock()
+        if remaining > 0:
+            self._sleep(remaining)

@@ -1,0 +1,460 @@
+"""The executor's decisions and bookkeeping, inside one asyncio loop. No threads, no torch, no clock of its own.
+
+The path of a block: `_pump` decides (demands first, then prefetches as far as slots and the in-flight limit allow),
+`_read` fills a host slot, `_copy` takes it to the device part by part as parts arrive. On a machine whose device and
+host are one tier, `_read` alone fills the slot that the consumer leases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Coroutine, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from ..memory.errors import ClosedError, DoesNotFitError
+from .mover import Event, Mover
+from .order import AccessOrders, OrderStatistics
+from .prefetch import first_unloaded, next_fetch, victim_for_demand
+from .residence import Residence, Tier
+from .timeline import Record, Timeline
+
+logger = logging.getLogger(__name__)
+
+HORIZON: Final = 1024
+"""Predicted accesses that a decision looks at."""
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Lease:
+    """What a consumer holds while it uses a resident block."""
+
+    residence: Residence
+    waited_ns: int = 0
+
+    @property
+    def block(self) -> int:
+        """Id of the leased block."""
+        return self.residence.block
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutorStatistics:
+    """Totals since the executor was made."""
+
+    acquires: int
+    on_time: int
+    """Acquires that found their block ready."""
+    late: int
+    """Acquires whose block was on its way."""
+    demanded: int
+    """Acquires whose block had not been asked for."""
+    waited_ns: int
+    wasted: int
+    """Blocks brought and dropped without having been used."""
+    orders: OrderStatistics
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Wish:
+    """A consumer that waits for a block."""
+
+    block: int
+    since_ns: int
+    granted: Future[Lease] = field(default_factory=Future)
+
+
+class Core:
+    """State and decisions. `acquire_nowait`, `wish`, `release` may be called from any thread, the rest runs in the loop.
+
+    Args:
+        front: The tier that consumers lease from.
+        back: The host tier that blocks pass through on their way to `front`; None when they are one tier.
+        nbytes: Size of each block, for the in-flight limit.
+        inflight_nbytes: Prefetches under way are kept below this, so that a demand does not queue behind them.
+        clock: Nanoseconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        front: Tier,
+        back: Tier | None,
+        nbytes: dict[int, int],
+        mover: Mover,
+        orders: AccessOrders,
+        clock: Callable[[], int],
+        timeline: Timeline,
+        inflight_nbytes: int,
+        poison: bool = False,
+    ) -> None:
+        self.front, self.back = front, back
+        self.lock = threading.Lock()
+        self.orders = orders
+        self.timeline = timeline
+        self._nbytes = nbytes
+        self._mover = mover
+        self._clock = clock
+        self._inflight_limit = inflight_nbytes
+        self._poison = poison
+        self._wishes: list[_Wish] = []
+        self._failed: dict[int, Exception] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pump_scheduled = False
+        self._broken: Exception | None = None
+        self._placed = asyncio.Event()
+        """Set, and replaced, whenever a block gets a slot in `back`."""
+        self._acquires = self._on_time = self._late = self._demanded = self._waited_ns = 0
+
+    # --- called by consumers, from any thread -----------------------------------------------------------------------
+
+    def acquire_nowait(self, block: int) -> Lease | _Wish:
+        """A lease if the block is ready; else a wish, granted by the loop."""
+        with self.lock:
+            if self._broken is not None:
+                raise self._broken
+            failure = self._failed.pop(block, None)
+            if failure is not None:
+                raise failure
+            self._acquires += 1
+            predicted = self.orders.observe(block)
+            held = self.front.holding.get(block)
+            if held is not None and held.ready:
+                held.leases += 1
+                held.used = True
+                self._on_time += 1
+                if predicted:
+                    return Lease(residence=held)
+                result: Lease | _Wish = Lease(residence=held)
+            else:
+                if held is None:
+                    self._demanded += 1
+                else:
+                    self._late += 1
+                wish = _Wish(block=block, since_ns=self._clock())
+                self._wishes.append(wish)
+                result = wish
+            if not predicted:
+                self._note("mismatch" if held is not None else "demand", block)
+        self.wake()
+        return result
+
+    def forget(self, wish: _Wish) -> None:
+        """The consumer that waited was interrupted."""
+        with self.lock:
+            if wish in self._wishes:
+                self._wishes.remove(wish)
+                return
+        if wish.granted.done() and wish.granted.exception() is None:
+            self.release(wish.granted.result(), None)
+
+    def release(self, lease: Lease, event: Event) -> None:
+        """Give a lease back; the slot may be refilled after `event`."""
+        held = lease.residence
+        with self.lock:
+            held.slot.check_stamp(held.block)
+            held.leases -= 1
+            assert held.leases >= 0, f"block {held.block} released twice"
+            held.slot.guard = event
+            idle = held.leases == 0 and not held.permanent
+        if idle:
+            self.wake()
+
+    def begin(self, root: Hashable) -> None:
+        """A root call starts."""
+        with self.lock:
+            self.orders.begin(root)
+        self.wake()
+
+    def end(self, *, failed: bool) -> None:
+        """A root call returned, or raised."""
+        with self.lock:
+            if failed:
+                self.orders.abort()
+            elif self.orders.end():
+                self._note("relearn", -1)
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the loop look again, once however often it is asked."""
+        if self._pump_scheduled or self._loop is None:
+            return
+        self._pump_scheduled = True
+        try:
+            self._loop.call_soon_threadsafe(self._pump)
+        except RuntimeError:  # the loop was closed meanwhile: `stop` has told every waiter
+            self._pump_scheduled = False
+
+    # --- in the loop ------------------------------------------------------------------------------------------------
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Run in this loop from now on."""
+        self._loop = loop
+        self.wake()
+
+    async def stop(self, reason: Exception) -> None:
+        """Cancel everything under way and tell every waiter why."""
+        self._break(reason)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _break(self, reason: Exception) -> None:
+        with self.lock:
+            self._broken = self._broken or reason
+            wishes, self._wishes = self._wishes, []
+        for wish in wishes:
+            wish.granted.set_exception(reason)
+
+    def _pump(self) -> None:
+        self._pump_scheduled = False
+        if self._broken is not None:
+            return
+        starts: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        with self.lock:
+            for held in self._serve_wishes() + self._prefetch(self.front):
+                starts.append(lambda held=held: self._copy(held) if self.back else self._read(self.front, held))  # type: ignore[misc]
+            if self.back is not None:
+                fed = self._feed_back()
+                for held in fed:
+                    starts.append(lambda held=held: self._read(self.back, held))  # type: ignore[misc]
+                if fed:
+                    self._placed.set()
+                    self._placed = asyncio.Event()
+        for start in starts:
+            self._spawn(start())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        assert self._loop is not None
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:  # a bug of ours: nobody may wait for ever
+            logger.error("the executor failed", exc_info=task.exception())
+            error = ClosedError(f"the executor stopped after an internal error: {task.exception()!r}")
+            error.__cause__ = task.exception()
+            self._break(error)
+
+    def _serve_wishes(self) -> list[Residence]:
+        """Places for blocks that consumers wait for and that are neither held nor on their way."""
+        placed = []
+        for wish in list(self._wishes):
+            held = self.front.holding.get(wish.block)
+            if held is not None:
+                if held.ready:  # it arrived between the consumer's look and now
+                    self._grant(wish, held)
+                continue
+            victim = None
+            if wish.block not in self.front.permanent and not self.front.free:
+                victim = victim_for_demand(self.orders.upcoming(self._horizon()), evictable=self.front.evictable())
+                if victim is None:
+                    self._refuse_if_hopeless(wish)
+                    continue
+            placed.append(self.front.place(wish.block, urgent=True, victim=victim))
+        return placed
+
+    def _refuse_if_hopeless(self, wish: _Wish) -> None:
+        """Every slot leased at once: no completion will ever free one for this wish."""
+        held = [self.front.holding[block] for block in self.front.in_ring()]
+        if not held or not all(h.leases and h.ready for h in held):
+            return
+        self._wishes.remove(wish)
+        slot = held[0].slot.nbytes
+        wish.granted.set_exception(
+            DoesNotFitError(
+                f"block {wish.block} is needed while all {len(held)} {self.front.name} slots of {slot} bytes are in "
+                f"use at once: raise the {self.front.name} budget by at least {slot} bytes, or gather fewer modules "
+                f"at a time",
+                tier=self.front.name,
+                needed_nbytes=slot * (len(held) + 1),
+                available_nbytes=slot * len(held),
+            )
+        )
+
+    def _prefetch(self, tier: Tier) -> list[Residence]:
+        """Places for the next blocks of the predicted order, as far as slots and the in-flight limit allow."""
+        placed: list[Residence] = []
+        flying = sum(self._nbytes[b] for b, held in tier.holding.items() if not held.ready)
+        while flying < self._inflight_limit:
+            block = self._next(tier)
+            if block is None:
+                break
+            placed.append(block)
+            flying += self._nbytes[block.block]
+        return placed
+
+    def _next(self, tier: Tier) -> Residence | None:
+        upcoming = [b for b in self.orders.upcoming(self._horizon()) if b not in self._failed]
+        ring = [b for b in upcoming if b not in tier.permanent]
+        fetch = next_fetch(ring, present=tier.in_ring(), evictable=tier.evictable(), free_slots=len(tier.free))
+        loading = first_unloaded(upcoming, tier.unloaded)
+        if loading is not None and (fetch is None or upcoming.index(loading) < upcoming.index(fetch.block)):
+            return tier.place(loading, urgent=False)
+        if fetch is None:
+            return None
+        return tier.place(fetch.block, urgent=False, victim=fetch.victim)
+
+    def _horizon(self) -> int:
+        return min(len(self._nbytes) + 1, HORIZON)
+
+    def _feed_back(self) -> list[Residence]:
+        """Host places: for blocks that the device is about to take, then ahead of it."""
+        back = self.back
+        assert back is not None
+        wanted = [held for held in self.front.holding.values() if not held.ready and held.block not in back.holding]
+        wanted.sort(key=lambda held: not held.urgent)
+        needed = {held.block for held in self.front.holding.values() if not held.ready}
+        placed = []
+        for held in wanted:
+            victim = None
+            if held.block not in back.permanent and not back.free:
+                victim = victim_for_demand(
+                    self.orders.upcoming(self._horizon()), evictable=back.evictable() - needed
+                )
+                if victim is None:
+                    return placed
+            placed.append(back.place(held.block, urgent=held.urgent, victim=victim))
+        flying = sum(self._nbytes[b] for b, h in back.holding.items() if not h.ready)
+        ahead = (b for b in self.orders.upcoming(self._horizon()) if b not in self.front.holding)
+        for block in ahead:
+            if flying >= self._inflight_limit:
+                break
+            if block in back.holding or block in self._failed:
+                continue
+            if block in back.permanent or back.free:
+                placed.append(back.place(block, urgent=False))
+                flying += self._nbytes[block]
+        return placed
+
+    async def _read(self, tier: Tier, held: Residence) -> None:
+        """Fill a host slot from disk."""
+        start = self._clock()
+        error: Exception | None = None
+        try:
+            await self._mover.wait(held.slot.guard)
+            held.slot.guard = None
+            if self._poison:
+                self._mover.poison(held.slot)
+            await self._mover.read(held.block, held.slot, urgent=held.urgent, on_data=held.add_range)
+        except Exception as failure:  # any failure must reach the consumer, in its thread
+            error = failure
+        self._record("read" if error is None else "error", held.block, start)
+        self._settle(tier, held, error)
+
+    async def _copy(self, held: Residence) -> None:
+        """Take a block from its host slot to its device slot, part by part as parts arrive."""
+        error: Exception | None = None
+        source: Residence | None = None
+        start = self._clock()
+        try:
+            source = await self._source(held.block)
+            self._mover.before_copy(held.slot)
+            if self._poison:
+                self._mover.poison(held.slot)
+            async for first, last in source.arriving():
+                self._mover.copy(held.block, source.slot, held.slot, first, last)
+            held.event = self._mover.copied()
+        except Exception as failure:  # as above
+            error = failure
+        self._settle(self.front, held, error)
+        if source is None:
+            return
+        if error is None:
+            await self._mover.wait(held.event)
+        self._record("copy" if error is None else "error", held.block, start)
+        self._unpin(source)
+
+    async def _source(self, block: int) -> Residence:
+        """The host residence of a block, pinned, as soon as it has a slot."""
+        assert self.back is not None
+        while True:
+            with self.lock:
+                held = self.back.holding.get(block)
+                if held is not None:
+                    held.pins += 1
+                    return held
+            self.wake()
+            await self._placed.wait()
+
+    def _unpin(self, source: Residence) -> None:
+        assert self.back is not None
+        with self.lock:
+            source.pins -= 1
+            gone = source.error is not None or not source.permanent
+            if gone and not source.pins and self.back.holding.get(source.block) is source:
+                source.used = True
+                self.back.drop(source.block)
+        self.wake()
+
+    def _settle(self, tier: Tier, held: Residence, error: Exception | None) -> None:
+        """A block has arrived, or will not: tell whoever waits."""
+        with self.lock:
+            held.slot.stamp = held.block if error is None else -1
+            held.settle(error)
+            if tier is self.front:
+                waiting = [wish for wish in self._wishes if wish.block == held.block]
+                for wish in waiting:
+                    if error is None:
+                        self._grant(wish, held)
+                    else:
+                        self._wishes.remove(wish)
+                        wish.granted.set_exception(error)
+                if error is not None and not waiting:
+                    self._failed[held.block] = error
+            if error is not None and not held.pins:
+                tier.drop(held.block)
+        self.wake()
+
+    def _grant(self, wish: _Wish, held: Residence) -> None:
+        waited = self._clock() - wish.since_ns
+        held.leases += 1
+        held.used = True
+        self._waited_ns += waited
+        self._wishes.remove(wish)
+        self._record("wait", wish.block, wish.since_ns)
+        wish.granted.set_result(Lease(residence=held, waited_ns=waited))
+
+    # --- telling ----------------------------------------------------------------------------------------------------
+
+    def _record(self, kind: Any, block: int, start_ns: int) -> None:
+        end = self._clock()
+        self.timeline.add(
+            Record(kind=kind, block=block, start_ns=start_ns, end_ns=end, nbytes=self._nbytes.get(block, 0))
+        )
+
+    def _note(self, kind: Any, block: int) -> None:
+        self._record(kind, block, self._clock())
+
+    def report(self) -> str:
+        """Who waits for what, on one line: the watchdog's text."""
+        with self.lock:
+            waits = ", ".join(f"block {wish.block}" for wish in self._wishes) or "nothing"
+            flying = ", ".join(
+                f"{tier.name}:{block}"
+                for tier in (self.front, self.back)
+                if tier is not None
+                for block, held in tier.holding.items()
+                if not held.ready
+            )
+            leased = ", ".join(str(block) for block, held in self.front.holding.items() if held.leases)
+        return f"waiting for {waits}; on the way: {flying or 'nothing'}; leased: {leased or 'nothing'}"
+
+    def statistics(self) -> ExecutorStatistics:
+        """A frozen record of the totals."""
+        with self.lock:
+            return ExecutorStatistics(
+                acquires=self._acquires,
+                on_time=self._on_time,
+                late=self._late,
+                demanded=self._demanded,
+                waited_ns=self._waited_ns,
+                wasted=self.front.wasted,
+                orders=self.orders.statistics(),
+            )

@@ -1,0 +1,118 @@
+"""The executor's thread: an asyncio loop that runs the core, and the blocking calls that consumers make.
+
+A block that is ready is leased under a plain lock. Only a consumer whose block is missing waits, and every wait has a
+watchdog.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Hashable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Final
+
+from ..memory.errors import ClosedError, StallError
+from .core import Core, ExecutorStatistics, Lease
+from .mover import Event, Mover
+
+logger = logging.getLogger(__name__)
+
+WATCH_S: Final = 10.0
+STALL_S: Final = 120.0
+
+
+class Executor:
+    """Runs a core in a thread of its own.
+
+    Args:
+        stall_s: A wait during which no byte moved for so long is given up with `StallError`.
+    """
+
+    def __init__(self, core: Core, mover: Mover, *, watch_s: float = WATCH_S, stall_s: float = STALL_S) -> None:
+        self.core = core
+        self._mover = mover
+        self._watch_s = watch_s
+        self._stall_s = stall_s
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="penstock-executor", daemon=True)
+        self._closed = False
+
+    def start(self) -> None:
+        """Start the thread; prefetching begins at once."""
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self.core.attach(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    def begin(self, root: Hashable) -> None:
+        """A root call starts."""
+        self.core.begin(root)
+
+    def end(self, *, failed: bool) -> None:
+        """A root call returned, or raised."""
+        self.core.end(failed=failed)
+
+    def acquire(self, block: int) -> Lease:
+        """A lease on a block, waiting for it if it is not there.
+
+        Raises:
+            PenstockError: the block could not be brought (the reader's own error), the executor was closed, or nothing
+                moved for too long.
+        """
+        got = self.core.acquire_nowait(block)
+        if isinstance(got, Lease):
+            return got
+        try:
+            return self._wait(got.granted, block)
+        except BaseException:
+            self.core.forget(got)
+            raise
+
+    def _wait(self, granted: Future[Lease], block: int) -> Lease:
+        quiet_s, last = 0.0, self._mover.progress()
+        while True:
+            try:
+                return granted.result(timeout=self._watch_s)
+            except FutureTimeoutError:
+                if granted.done():
+                    return granted.result()
+            now = self._mover.progress()
+            quiet_s = 0.0 if now != last else quiet_s + self._watch_s
+            last = now
+            report = self.core.report()
+            logger.warning("waiting for block %d; no byte moved for %.0f s; %s", block, quiet_s, report)
+            if quiet_s >= self._stall_s:
+                raise StallError(
+                    f"gave up waiting for block {block}: no byte moved for {quiet_s:.0f} s ({report}); is the drive "
+                    f"still there? If it is only slow, nothing is lost: run again"
+                )
+
+    def release(self, lease: Lease, event: Event = None) -> None:
+        """Give a lease back; the slot may be refilled after `event`."""
+        self.core.release(lease, event)
+
+    def statistics(self) -> ExecutorStatistics:
+        """A frozen record of the totals."""
+        return self.core.statistics()
+
+    def close(self) -> None:
+        """Stop: waiters get `ClosedError`, what is under way is cancelled, the thread ends. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if not self._thread.is_alive():
+            if not self._loop.is_running():
+                self._loop.close()
+            return
+        stopping = asyncio.run_coroutine_threadsafe(self.core.stop(ClosedError("the model was closed")), self._loop)
+        stopping.result(timeout=60)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()

@@ -1,0 +1,118 @@
+"""What one tier holds: slots, and the blocks in them. Plain state, changed only under the executor's lock."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ..memory.arena import Slot
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Residence:
+    """A block in a slot, or on its way into it."""
+
+    block: int
+    slot: Slot
+    permanent: bool
+    urgent: bool = False
+    ready: bool = False
+    leases: int = 0
+    pins: int = 0
+    """Copies that still read the slot."""
+    event: object = None
+    """Event after which the bytes are there for the consumer's stream; None when they are there already."""
+    used: bool = False
+    """Whether it was leased since it was filled."""
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+    """Parts of the slot that have become valid so far, in the order of arrival."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    error: Exception | None = None
+
+    def add_range(self, start: int, stop: int) -> None:
+        """A part became valid (called in the loop)."""
+        self.ranges.append((start, stop))
+        self.changed.set()
+
+    def settle(self, error: Exception | None) -> None:
+        """Every part is valid, or never will be (called in the loop)."""
+        self.error = error
+        self.ready = error is None
+        self.changed.set()
+
+    async def arriving(self) -> AsyncIterator[tuple[int, int]]:
+        """The valid parts, each as soon as it is there.
+
+        Raises:
+            Exception: whatever stopped the block from arriving.
+        """
+        at = 0
+        while True:
+            while at < len(self.ranges):
+                yield self.ranges[at]
+                at += 1
+            if self.error is not None:
+                raise self.error
+            if self.ready:
+                return
+            self.changed.clear()
+            await self.changed.wait()
+
+
+class Tier:
+    """The slots of one tier.
+
+    Args:
+        permanent: Slots of the blocks that stay, by block.
+        ring: Slots that the others pass through.
+    """
+
+    def __init__(self, *, name: str, permanent: Mapping[int, Slot], ring: Iterable[Slot]) -> None:
+        self.name = name
+        self.permanent = dict(permanent)
+        self.free = list(ring)
+        self.ring_slots = len(self.free)
+        self.holding: dict[int, Residence] = {}
+        self.unloaded = set(self.permanent)
+        """Permanent blocks that have not been brought yet."""
+        self.wasted = 0
+        """Blocks dropped without having been used."""
+
+    def in_ring(self) -> set[int]:
+        """Blocks that take a ring slot."""
+        return {block for block, held in self.holding.items() if not held.permanent}
+
+    def evictable(self) -> set[int]:
+        """Blocks whose ring slot may be taken now."""
+        return {
+            block
+            for block, held in self.holding.items()
+            if not held.permanent and held.ready and not held.leases and not held.pins
+        }
+
+    def place(self, block: int, *, urgent: bool, victim: int | None = None) -> Residence:
+        """Give `block` its own slot, or a free one, or that of `victim`."""
+        assert block not in self.holding, f"block {block} is in {self.name} already"
+        slot = self.permanent.get(block)
+        if slot is None:
+            if victim is not None:
+                self.drop(victim)
+            slot = self.free.pop(0)
+        self.unloaded.discard(block)
+        slot.stamp = -1
+        held = Residence(block=block, slot=slot, permanent=block in self.permanent, urgent=urgent)
+        self.holding[block] = held
+        return held
+
+    def drop(self, block: int) -> None:
+        """Forget a block and free its slot."""
+        held = self.holding.pop(block)
+        assert not held.leases, f"block {block} dropped from {self.name} while leased"
+        assert not held.pins, f"block {block} dropped from {self.name} while it is being copied"
+        held.slot.stamp = -1
+        self.wasted += held.ready and not held.used
+        if held.permanent:
+            self.unloaded.add(block)
+        else:
+            self.free.append(held.slot)

@@ -1,0 +1,128 @@
+"""Which blocks stay resident: a fixed subset, interleaved over the access order.
+
+A cyclic scan defeats every recency policy: with room for a part f of the blocks, LRU misses all of them, a fixed subset
+misses 1 − f. Interleaving the subset lets the disk work while resident blocks compute; a resident prefix would leave it
+idle for that part of the sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+MAX_SLOTS: Final = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sized:
+    """One block, as far as residency is concerned."""
+
+    id: int
+    nbytes: int
+    """Size of the slot it needs."""
+    cost_nbytes: int
+    """Bytes moved per sweep when it is not resident."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Residency:
+    """A split of the blocks into resident and streamed, and the ring that the streamed ones pass through."""
+
+    resident: frozenset[int]
+    slot_nbytes: int
+    slots: int
+    resident_nbytes: int
+    streamed_nbytes: int
+    """Bytes moved per sweep."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of arena that it takes."""
+        return self.resident_nbytes + self.slots * self.slot_nbytes
+
+
+def choose_residency(blocks: Sequence[Sized], budget: int, *, min_slots: int, depth_nbytes: int) -> Residency | None:
+    """The split that moves the fewest bytes within `budget`, or None when no split fits.
+
+    Every streamed block must fit a slot, so a block larger than the slots is resident. All slot sizes that occur are
+    tried.
+
+    Args:
+        blocks: In access order.
+        budget: Bytes of arena.
+        min_slots: Slots that must exist for the model to run at all (nesting depth + 1, and one to prefetch).
+        depth_nbytes: Bytes that the ring should hold to keep the link busy.
+    """
+    total = sum(block.nbytes for block in blocks)
+    if total <= budget:
+        everything = frozenset(block.id for block in blocks)
+        return Residency(resident=everything, slot_nbytes=0, slots=0, resident_nbytes=total, streamed_nbytes=0)
+    best: Residency | None = None
+    for slot in sorted({block.nbytes for block in blocks}):
+        found = _with_slot(blocks, budget, slot, min_slots, depth_nbytes)
+        if found is not None and (best is None or found.streamed_nbytes < best.streamed_nbytes):
+            best = found
+    return best
+
+
+def smallest_budget(blocks: Sequence[Sized], *, min_slots: int) -> int:
+    """Bytes of arena below which no split fits."""
+    if not blocks:
+        return 0
+    total = sum(block.nbytes for block in blocks)
+    sizes = sorted(block.nbytes for block in blocks)
+    needs = [total]
+    above = total
+    for index, size in enumerate(sizes):
+        above -= size
+        if index + 1 == len(sizes) or sizes[index + 1] != size:
+            needs.append(above + min_slots * size)
+    return min(needs)
+
+
+def _with_slot(
+    blocks: Sequence[Sized], budget: int, slot: int, min_slots: int, depth_nbytes: int
+) -> Residency | None:
+    forced = [block for block in blocks if block.nbytes > slot]
+    free = [block for block in blocks if block.nbytes <= slot]
+    room = budget - sum(block.nbytes for block in forced)
+    wanted = max(min_slots, min(MAX_SLOTS, -(-depth_nbytes // slot) + 1))
+    affordable = room // slot if slot else 0
+    # A small budget is split: half of it at most goes to prefetch depth, the rest keeps blocks resident.
+    slots = min(wanted, max(min_slots, room // (2 * slot)))
+    if affordable < min_slots or not free:
+        return None
+    kept = interleave(free, room - slots * slot)
+    resident = frozenset(block.id for block in forced) | kept
+    return Residency(
+        resident=resident,
+        slot_nbytes=slot,
+        slots=slots,
+        resident_nbytes=sum(block.nbytes for block in blocks if block.id in resident),
+        streamed_nbytes=sum(block.cost_nbytes for block in blocks if block.id not in resident),
+    )
+
+
+def interleave(blocks: Sequence[Sized], budget: int) -> frozenset[int]:
+    """Ids of blocks worth `budget` bytes, spread evenly over the order (error diffusion, as Bresenham's line)."""
+    total = sum(block.nbytes for block in blocks)
+    if total <= budget:
+        return frozenset(block.id for block in blocks)
+    if budget <= 0:
+        return frozenset()
+    kept: list[int] = []
+    room = budget
+    owed = 0.0
+    for block in blocks:
+        owed += block.nbytes * budget / total
+        if owed >= block.nbytes / 2 and block.nbytes <= room:
+            kept.append(block.id)
+            room -= block.nbytes
+            owed -= block.nbytes
+    chosen = set(kept)
+    for block in blocks:  # what rounding left over
+        if block.id not in chosen and block.nbytes <= room:
+            chosen.add(block.id)
+            room -= block.nbytes
+    return frozenset(chosen)
