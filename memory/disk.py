@@ -23,8 +23,9 @@ from .image import Bounce, Window
 from .layout import ITEMSIZE
 from .throttle import Throttle
 
-CHUNK: Final = 8 * 2**20
+CHUNK: Final = 4 * 2**20
 STAGING: Final = 2**20
+"""Most bytes that one bounce moves at a time."""
 THREADS: Final = 8
 
 Pread = Callable[[int, Sequence[memoryview], int], int]
@@ -100,6 +101,7 @@ class DiskEngine:
     Args:
         threads: Requests in flight per drive.
         chunk_nbytes: Size of one request, a multiple of the page.
+        staging_nbytes: Size of the buffer that each thread bounces through, taken on first use.
         throttle: Rate limit of an emulated disk; None for the real one.
         pread: Replaces `os.preadv`; a seam for fault injection.
         pwrite: Replaces `os.pwritev`, likewise.
@@ -110,6 +112,7 @@ class DiskEngine:
         *,
         threads: int = THREADS,
         chunk_nbytes: int = CHUNK,
+        staging_nbytes: int = STAGING,
         throttle: Throttle | None = None,
         files: FileTable | None = None,
         pread: Pread = os.preadv,
@@ -118,6 +121,7 @@ class DiskEngine:
         assert chunk_nbytes % PAGE == 0, chunk_nbytes
         self.threads = threads
         self.chunk_nbytes = chunk_nbytes
+        self.staging_nbytes = round_up(staging_nbytes)
         self.files = files or FileTable()
         self.throttle = throttle
         self.pread = pread
@@ -127,9 +131,9 @@ class DiskEngine:
         self._closed = False
 
     @staticmethod
-    def staging_nbytes(threads: int = THREADS) -> int:
+    def own_nbytes(staging_nbytes: int, *, threads: int = THREADS) -> int:
         """Host memory that the engine itself takes per drive as soon as one request bounces."""
-        return threads * (STAGING + 2 * PAGE)
+        return threads * (round_up(staging_nbytes) + 2 * PAGE)
 
     def read(
         self,
@@ -199,7 +203,7 @@ class DiskEngine:
                 if self._closed:
                     raise ClosedError("the disk engine is closed")
                 if device not in self._drives:
-                    self._drives[device] = _Drive(self.threads)
+                    self._drives[device] = _Drive(self.threads, self.staging_nbytes)
                 drive = self._drives[device]
             drive.put(tasks, urgent)
         return transfer
@@ -208,12 +212,12 @@ class DiskEngine:
 class _Drive:
     """The queue and the threads of one drive: a slow drive never holds up a fast one."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, staging_nbytes: int) -> None:
         self.urgent: deque[Task] = deque()
         self.normal: deque[Task] = deque()
         self._condition = threading.Condition()
         self._closed = False
-        self.workers = [_Worker(self, number) for number in range(threads)]
+        self.workers = [_Worker(self, number, staging_nbytes) for number in range(threads)]
         for worker in self.workers:
             worker.start()
 
@@ -243,9 +247,10 @@ class _Drive:
 class _Worker(threading.Thread):
     """One I/O thread. Counters are its own, so no lock is taken per request."""
 
-    def __init__(self, drive: _Drive, number: int) -> None:
+    def __init__(self, drive: _Drive, number: int, staging_nbytes: int) -> None:
         super().__init__(name=f"penstock-disk-{number}", daemon=True)
         self._drive = drive
+        self._staging_nbytes = staging_nbytes
         self._staging: HostArena | None = None
         self.read_nbytes = self.written_nbytes = self.reads = self.writes = 0
 
@@ -253,7 +258,7 @@ class _Worker(threading.Thread):
     def staging(self) -> memoryview:
         """A small aligned buffer of this thread's own, made on first use."""
         if self._staging is None:
-            self._staging = HostArena(STAGING + 2 * PAGE, tier="staging")
+            self._staging = HostArena(self._staging_nbytes + 2 * PAGE, tier="staging")
         return self._staging.buffer
 
     def run(self) -> None:
@@ -325,8 +330,8 @@ def _bounce_tasks(
             on_data(first, last)
 
     return [
-        lambda worker, at=at: read(worker, at, min(STAGING, bounce.nbytes - at))  # type: ignore[misc]
-        for at in range(0, bounce.nbytes, STAGING)
+        lambda worker, at=at: read(worker, at, min(engine.staging_nbytes, bounce.nbytes - at))  # type: ignore[misc]
+        for at in range(0, bounce.nbytes, engine.staging_nbytes)
     ]
 
 

@@ -193,3 +193,83 @@ def _bounces(source: TensorSource, place: Place) -> list[Bounce]:
         )
         at += span.nbytes // element * ratio_to
     return bounces
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """A part of a host image and where it goes in the device image."""
+
+    start: int
+    stop: int
+    target: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceImage:
+    """A block as it lies in a device slot: the host image without the skews."""
+
+    nbytes: int
+    places: dict[str, Place]
+    segments: tuple[Segment, ...]
+
+    def parts(self, start: int, stop: int) -> Iterable[tuple[int, int, int]]:
+        """The copies `(host offset, device offset, nbytes)` that move a valid range of the host image."""
+        for segment in self.segments:
+            first, last = max(start, segment.start), min(stop, segment.stop)
+            if first < last:
+                yield first, segment.target + first - segment.start, last - first
+
+
+DEVICE_ALIGN: Final = 256
+"""Alignment of tensors in device memory, that of CUDA's own allocator."""
+
+
+def device_image(image: Image) -> DeviceImage:
+    """The device layout of a host image that was built with no sensitivity (nothing is moved in the host slot)."""
+    spans = [(w.data_offset, w.data_offset + w.data_nbytes) for w in image.windows]
+    if image.bounces:
+        first = min(b.offset for b in image.bounces)
+        spans.append((first, image.nbytes))
+    segments: list[Segment] = []
+    places: dict[str, Place] = {}
+    at = 0
+    for start, stop in spans:
+        at = round_up(at, DEVICE_ALIGN)
+        segments.append(Segment(start=start, stop=stop, target=at))
+        at += stop - start
+    for name, place in image.places.items():
+        home = next((s for s in segments if s.start <= place.offset < s.stop), None)
+        if home is None:  # a tensor without bytes
+            places[name] = Place(offset=0, shape=place.shape, dtype=place.dtype)
+            continue
+        offset = home.target + place.offset - home.start
+        places[name] = Place(offset=offset, shape=place.shape, dtype=place.dtype)
+    return DeviceImage(nbytes=max(round_up(at), PAGE), places=places, segments=tuple(segments))
+
+
+def packed_image(tensors: Iterable[tuple[str, tuple[int, ...], str]], path: str, file_offset: int) -> Image:
+    """The image of a block that we write ourselves, as one window of a scratch file.
+
+    Args:
+        tensors: `(name, shape, dtype)`.
+        path: The scratch file.
+        file_offset: Where the block starts in it, a multiple of the page.
+    """
+    places: dict[str, Place] = {}
+    at = 0
+    for name, shape, dtype in tensors:
+        at = round_up(at, ALIGN)
+        places[name] = Place(offset=at, shape=shape, dtype=dtype)
+        at += places[name].nbytes
+    nbytes = max(round_up(at), PAGE)
+    window = Window(
+        path=path,
+        file_offset=file_offset,
+        nbytes=nbytes,
+        needed_nbytes=nbytes,
+        offset=0,
+        data_offset=0,
+        final_offset=0,
+        data_nbytes=nbytes,
+    )
+    return Image(nbytes=nbytes, places=places, windows=(window,), bounces=())

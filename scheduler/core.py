@@ -112,8 +112,11 @@ class Core:
 
     # --- called by consumers, from any thread -----------------------------------------------------------------------
 
-    def acquire_nowait(self, block: int) -> Lease | _Wish:
-        """A lease if the block is ready; else a wish, granted by the loop."""
+    def acquire_nowait(self, block: int, *, observed: bool = True) -> Lease | _Wish:
+        """A lease if the block is ready; else a wish, granted by the loop.
+
+        Accesses outside the model's own run (`observed=False`) teach the order nothing.
+        """
         with self.lock:
             if self._broken is not None:
                 raise self._broken
@@ -121,7 +124,7 @@ class Core:
             if failure is not None:
                 raise failure
             self._acquires += 1
-            predicted = self.orders.observe(block)
+            predicted = not observed or self.orders.observe(block)
             held = self.front.holding.get(block)
             if held is not None and held.ready:
                 held.leases += 1

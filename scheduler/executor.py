@@ -60,14 +60,14 @@ class Executor:
         """A root call returned, or raised."""
         self.core.end(failed=failed)
 
-    def acquire(self, block: int) -> Lease:
+    def acquire(self, block: int, *, observed: bool = True) -> Lease:
         """A lease on a block, waiting for it if it is not there.
 
         Raises:
             PenstockError: the block could not be brought (the reader's own error), the executor was closed, or nothing
                 moved for too long.
         """
-        got = self.core.acquire_nowait(block)
+        got = self.core.acquire_nowait(block, observed=observed)
         if isinstance(got, Lease):
             return got
         try:

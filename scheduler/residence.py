@@ -105,6 +105,14 @@ class Tier:
         self.holding[block] = held
         return held
 
+    def preload(self, block: int) -> Slot:
+        """The slot of a permanent block whose bytes are put there before the executor starts."""
+        held = self.place(block, urgent=False)
+        held.ready = True
+        held.slot.stamp = block
+        held.ranges.append((0, held.slot.nbytes))
+        return held.slot
+
     def drop(self, block: int) -> None:
         """Forget a block and free its slot."""
         held = self.holding.pop(block)

@@ -42,7 +42,9 @@ class Residency:
         return self.resident_nbytes + self.slots * self.slot_nbytes
 
 
-def choose_residency(blocks: Sequence[Sized], budget: int, *, min_slots: int, depth_nbytes: int) -> Residency | None:
+def choose_residency(
+    blocks: Sequence[Sized], budget: int, *, min_slots: int, depth_nbytes: int, transit_nbytes: int = 0
+) -> Residency | None:
     """The split that moves the fewest bytes within `budget`, or None when no split fits.
 
     Every streamed block must fit a slot, so a block larger than the slots is resident. All slot sizes that occur are
@@ -53,31 +55,38 @@ def choose_residency(blocks: Sequence[Sized], budget: int, *, min_slots: int, de
         budget: Bytes of arena.
         min_slots: Slots that must exist for the model to run at all (nesting depth + 1, and one to prefetch).
         depth_nbytes: Bytes that the ring should hold to keep the link busy.
+        transit_nbytes: Size of the largest block that only passes through this tier on its way to another; 0 if none
+            does.
     """
     total = sum(block.nbytes for block in blocks)
-    if total <= budget:
-        everything = frozenset(block.id for block in blocks)
-        return Residency(resident=everything, slot_nbytes=0, slots=0, resident_nbytes=total, streamed_nbytes=0)
+    transit_slots = min_slots if transit_nbytes else 0
+    if total + transit_slots * transit_nbytes <= budget:
+        return Residency(
+            resident=frozenset(block.id for block in blocks),
+            slot_nbytes=transit_nbytes,
+            slots=transit_slots,
+            resident_nbytes=total,
+            streamed_nbytes=0,
+        )
     best: Residency | None = None
-    for slot in sorted({block.nbytes for block in blocks}):
+    for slot in sorted({max(block.nbytes, transit_nbytes) for block in blocks}):
         found = _with_slot(blocks, budget, slot, min_slots, depth_nbytes)
         if found is not None and (best is None or found.streamed_nbytes < best.streamed_nbytes):
             best = found
     return best
 
 
-def smallest_budget(blocks: Sequence[Sized], *, min_slots: int) -> int:
+def smallest_budget(blocks: Sequence[Sized], *, min_slots: int, transit_nbytes: int = 0) -> int:
     """Bytes of arena below which no split fits."""
-    if not blocks:
-        return 0
     total = sum(block.nbytes for block in blocks)
-    sizes = sorted(block.nbytes for block in blocks)
-    needs = [total]
+    sizes = sorted(max(block.nbytes, transit_nbytes) for block in blocks)
+    needs = [total + (min_slots * transit_nbytes if transit_nbytes else 0)]
+    total = sum(sizes)
     above = total
     for index, size in enumerate(sizes):
         above -= size
         if index + 1 == len(sizes) or sizes[index + 1] != size:
-            needs.append(above + min_slots * size)
+            needs.append(above + min_slots * size)  # the larger blocks stay, the others stream
     return min(needs)
 
 

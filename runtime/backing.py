@@ -1,0 +1,177 @@
+"""Where the bytes of a model's parameters come from: a checkpoint's files, or a module that is already built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..memory.image import Image, build_image, packed_image
+from ..memory.layout import ITEMSIZE, FileSpan, TensorSource
+from .binding import contiguous_stride
+from .dtypes import safetensors_name
+
+Sensitive = Callable[[str, int], bool]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Portion:
+    """A parameter, or some of its rows."""
+
+    name: str
+    rows: tuple[int, int] | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name inside an image."""
+        return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
+
+
+class Backing(Protocol):
+    """Gives blocks their images."""
+
+    preloaded: bool
+    """Whether the bytes are in memory now and must be put into arenas or scratch files before the first run."""
+
+    def dtype(self, name: str) -> str:
+        """Element type that the model computes with."""
+        ...
+
+    def stride(self, name: str) -> tuple[int, ...]:
+        """Strides of a parameter, in elements."""
+        ...
+
+    def image(self, portions: Sequence[Portion], sensitive: Sensitive) -> Image:
+        """How a block of these tensors lies in a slot."""
+        ...
+
+    def source(self, name: str) -> TensorSource:
+        """Where a whole parameter is on disk."""
+        ...
+
+
+class CheckpointBacking:
+    """Parameters that are read from a checkpoint as they lie there."""
+
+    preloaded = False
+
+    def __init__(
+        self, sources: Mapping[str, TensorSource], dtypes: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        self._sources = sources
+        self._dtypes = dtypes
+        self._shapes = shapes
+
+    def dtype(self, name: str) -> str:
+        """Element type that the model computes with."""
+        return self._dtypes[name]
+
+    def stride(self, name: str) -> tuple[int, ...]:
+        """Row-major, as files are."""
+        return contiguous_stride(self._shapes[name])
+
+    def image(self, portions: Sequence[Portion], sensitive: Sensitive) -> Image:
+        """How a block of these tensors lies in a slot."""
+        tensors = []
+        for portion in portions:
+            source = self._sources[portion.name]
+            if portion.rows is not None:
+                source = source.slice_rows(*portion.rows)
+            tensors.append((portion.key, source, self._dtypes[portion.name]))
+        return build_image(tensors, sensitive=sensitive)
+
+    def source(self, name: str) -> TensorSource:
+        """Where a whole parameter is on disk."""
+        return self._sources[name]
+
+
+class ModuleBacking:
+    """Parameters of a module that is already built; what is not kept in memory is written to a scratch file once.
+
+    Args:
+        path: The scratch file.
+    """
+
+    preloaded = True
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], path: str) -> None:
+        self._parameters = parameters
+        self.path = path
+        self._end = 0
+        self._placed: dict[str, TensorSource] = {}
+
+    def dtype(self, name: str) -> str:
+        """Element type of the parameter."""
+        return safetensors_name(self._parameters[name].dtype)
+
+    def stride(self, name: str) -> tuple[int, ...]:
+        """Strides as the parameter has them, where they are dense; kernels may choose by them (channels last)."""
+        parameter = self._parameters[name]
+        return tuple(parameter.stride()) if dense(parameter) else contiguous_stride(parameter.shape)
+
+    def image(self, portions: Sequence[Portion], sensitive: Sensitive) -> Image:
+        """A block of our own making: aligned, in one piece."""
+        tensors = []
+        for portion in portions:
+            shape = tuple(self._parameters[portion.name].shape)
+            if portion.rows is not None:
+                shape = (portion.rows[1] - portion.rows[0], *shape[1:])
+            tensors.append((portion.key, shape, self.dtype(portion.name)))
+        return packed_image(tensors, self.path, 0)
+
+    def place(self, image: Image) -> Image:
+        """Give an image its place at the end of the scratch file."""
+        (window,) = image.windows
+        placed = replace(image, windows=(replace(window, file_offset=self._end),))
+        self._end += window.nbytes
+        return placed
+
+    def place_table(self, name: str) -> int:
+        """Give a whole table a place in the scratch file, page-aligned; returns its offset."""
+        parameter = self._parameters[name]
+        span = FileSpan(path=self.path, offset=self._end, nbytes=parameter.nbytes)
+        self._placed[name] = TensorSource(shape=tuple(parameter.shape), dtype=self.dtype(name), spans=(span,))
+        at = self._end
+        self._end += -(-parameter.nbytes // 4096) * 4096
+        return at
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Bytes of scratch file given out so far."""
+        return self._end
+
+    def source(self, name: str) -> TensorSource:
+        """Where a table is in the scratch file."""
+        return self._placed[name]
+
+    def value(self, portion: Portion) -> torch.Tensor:
+        """The bytes of a tensor, flat, on the CPU, in the order in which `stride` reads them."""
+        parameter = self._parameters[portion.name].detach()
+        if portion.rows is not None:
+            parameter = parameter[portion.rows[0] : portion.rows[1]].contiguous()
+        if not dense(parameter):
+            parameter = parameter.contiguous()
+        flat = torch.as_strided(parameter, (parameter.numel(),), (1,))
+        return flat.cpu().view(torch.uint8)
+
+
+def dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in whatever order."""
+    expected = 1
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted(pair for pair in pairs if pair[1] != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def stored_nbytes(shape: Sequence[int], dtype: str) -> int:
+    """Bytes of a tensor."""
+    count = ITEMSIZE[dtype]
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,114 @@
+"""Lending a block's bytes to the Parameters that stand for them.
+
+A Parameter stays the same object for its whole life. While its block is leased its `.data` is a view of the slot;
+between leases it is one NaN on the compute device, expanded to the true shape, so that identity, ties, shape, dtype and
+device stay true and a use outside a lease cannot pass unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import nn
+
+from ..memory.arena import Slot
+from ..memory.errors import ReadOnlyWeightError
+from ..memory.image import Place
+
+
+def placeholder(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """One NaN (the largest value, for integers) seen as a tensor of the given shape and dtype."""
+    kind = like.dtype
+    if kind.is_floating_point or kind.is_complex:
+        value: float | int | bool = float("nan")
+    else:
+        value = True if kind == torch.bool else torch.iinfo(kind).max
+    return torch.full((), value, dtype=kind, device=device).expand(like.shape)
+
+
+def view_of(arena: torch.Tensor, offset: int, place: Place, dtype: torch.dtype, stride: tuple[int, ...]) -> torch.Tensor:
+    """The tensor at `place` of the slot that starts at `offset` of a flat arena."""
+    nbytes = place.nbytes
+    if nbytes == 0:
+        return torch.empty(place.shape, dtype=dtype, device=arena.device)
+    flat = arena[offset + place.offset : offset + place.offset + nbytes].view(dtype)
+    return flat.as_strided(place.shape, stride, flat.storage_offset())
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a row-major tensor, in elements."""
+    return tuple(prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
+
+
+@dataclass(kw_only=True, eq=False)
+class Bound:
+    """One parameter of a block."""
+
+    name: str
+    parameter: nn.Parameter
+    place: Place
+    stride: tuple[int, ...]
+    empty: torch.Tensor
+    """Its `.data` between leases."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Binding:
+    """The parameters of one block, and the views of the slots it has been in."""
+
+    block: int
+    tensors: list[Bound]
+    uses: int = 0
+    slot: Slot | None = None
+    _views: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    _versions: list[int] = field(default_factory=list)
+
+    def views(self, arena: torch.Tensor, slot: Slot) -> list[torch.Tensor]:
+        """The parameters' values in a slot."""
+        known = self._views.get(slot.offset)
+        if known is None:
+            known = [view_of(arena, slot.offset, b.place, b.parameter.dtype, b.stride) for b in self.tensors]
+            self._views[slot.offset] = known
+        return known
+
+    def bind(self, arena: torch.Tensor, slot: Slot) -> None:
+        """Lend the slot to the parameters."""
+        self.uses += 1
+        if self.uses > 1:
+            return
+        self.slot = slot
+        for bound, view in zip(self.tensors, self.views(arena, slot), strict=True):
+            bound.parameter.data = view
+        self._versions = [bound.parameter._version for bound in self.tensors]
+
+    def unbind(self) -> None:
+        """Take the slot back.
+
+        Raises:
+            ReadOnlyWeightError: a parameter was changed in place; the change would be lost with the slot.
+        """
+        self.uses -= 1
+        if self.uses:
+            return
+        self.slot = None
+        changed = ""
+        for bound, version in zip(self.tensors, self._versions, strict=True):
+            if bound.parameter._version != version:
+                changed = bound.name
+            bound.parameter.data = bound.empty
+        if changed:
+            raise ReadOnlyWeightError(
+                f"parameter {changed} was changed in place while it was only lent for reading; streamed weights are "
+                f"read from their file again, so the change would be lost. Change it before offloading, or train with "
+                f"penstock.prepare"
+            )
+
+    def restore(self) -> None:
+        """Leave placeholders behind, whatever was bound."""
+        self.uses, self.slot = 0, None
+        self._views.clear()
+        for bound in self.tensors:
+            bound.parameter.data = bound.empty

@@ -1,0 +1,79 @@
+"""The device protocol: arenas, one copy stream each way, events. All code above it is the same on every backend."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from ...memory.arena import AnyArena, HostArena
+from ...memory.throttle import Throttle
+from ...scheduler.mover import Event
+
+
+class Device(Protocol):
+    """A processor and the memory it computes from."""
+
+    name: str
+    """As the user writes it: "cpu", "cuda:0", "emulated"."""
+    torch_device: torch.device
+    separate: bool
+    """Whether device memory is a tier of its own."""
+    disk_throttle: Throttle | None
+    """Rate limit of an emulated disk."""
+
+    def host_arena(self, nbytes: int) -> HostArena:
+        """Host memory that this device copies from at full speed."""
+        ...
+
+    def device_arena(self, nbytes: int) -> AnyArena:
+        """Device memory. Only where `separate`."""
+        ...
+
+    def tensor(self, arena: AnyArena) -> torch.Tensor:
+        """The whole arena as one flat uint8 tensor, made once."""
+        ...
+
+    def available_nbytes(self) -> int | None:
+        """Device memory that can still be taken; None where the host's counts."""
+        ...
+
+    def copy(self, source: HostArena, start: int, target: AnyArena, offset: int, nbytes: int) -> None:
+        """Enqueue host → device on the copy stream."""
+        ...
+
+    def copy_back(self, source: AnyArena, start: int, target: HostArena, offset: int, nbytes: int) -> None:
+        """Enqueue device → host on the stream of that direction."""
+        ...
+
+    def copies_wait(self, event: Event) -> None:
+        """Make what is enqueued to the copy stream from now on wait for an event."""
+        ...
+
+    def copied(self) -> Event:
+        """An event on the copy stream after everything enqueued so far."""
+        ...
+
+    def copied_back(self) -> Event:
+        """The same for device → host."""
+        ...
+
+    def computed(self) -> Event:
+        """An event on the caller's compute stream after everything enqueued so far; None where that has run already."""
+        ...
+
+    def compute_waits(self, event: Event) -> None:
+        """Make the caller's compute stream wait for an event."""
+        ...
+
+    def wait(self, event: Event) -> None:
+        """Wait on the host until an event has completed (called from a helper thread; releases the GIL)."""
+        ...
+
+    def poison(self, arena: AnyArena, offset: int, nbytes: int) -> None:
+        """Fill a range with NaN, ordered before later copies."""
+        ...
+
+    def close(self) -> None:
+        """Stop threads, unregister memory."""
+        ...

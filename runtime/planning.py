@@ -1,0 +1,316 @@
+"""From a module and budgets to a draft: blocks, which of them stay where, and the rings the others pass through.
+
+Several block sizes are tried; the draft that moves the fewest bytes per sweep wins, a little in favour of fewer blocks.
+Everything here is arithmetic on sizes: nothing is read and nothing is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..memory.disk import STAGING, DiskEngine
+from ..memory.errors import DoesNotFitError
+from ..memory.image import DeviceImage, Image, device_image, never_sensitive
+from ..scheduler.residency import Residency, Sized, choose_residency, smallest_budget
+from .backing import Backing, Portion, Sensitive
+from .partition import cut, embedding_only, limits, streamable, table_candidates
+
+DEPTH = 96 * 2**20
+"""Bytes of ring that keep a drive busy: 8 requests of 4 MiB under way, as much ready, one block in use."""
+BLOCK_OVERHEAD_S = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budgets:
+    """Bytes of each tier that the model may take, and the rates that weigh them against each other."""
+
+    host: int
+    device: int | None
+    """None where device and host are one tier."""
+    disk_rate: float
+    link_rate: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """One block."""
+
+    id: int
+    name: str
+    portions: tuple[Portion, ...]
+    image: Image
+    device_image: DeviceImage | None
+
+    @property
+    def front_nbytes(self) -> int:
+        """Bytes of the slot that the consumer leases."""
+        return self.image.nbytes if self.device_image is None else self.device_image.nbytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """A complete draft."""
+
+    blocks: tuple[Draft, ...]
+    """In definition order. Block 0 holds the small tensors and is always resident."""
+    leases: Mapping[str, tuple[int, ...]]
+    """Blocks that each module's forward leases."""
+    expected: Mapping[str, tuple[int, ...]]
+    """The same with the pieces of tables: what the first run is expected to use, in definition order."""
+    tables: Mapping[str, tuple[int, ...]]
+    """Pieces of each parameter served by rows."""
+    front: Residency
+    back: Residency | None
+    staging_nbytes: int
+    own_host_nbytes: int
+    """Host memory besides the arena: staging and buffers."""
+
+    @property
+    def resident(self) -> bool:
+        """Whether nothing is ever streamed."""
+        return not self.front.slots and not self.tables
+
+    @property
+    def disk_nbytes(self) -> int:
+        """Bytes read from disk per sweep in which each block is used once."""
+        kept = self.front.resident | (self.back.resident if self.back else frozenset())
+        return sum(block.image.read_nbytes for block in self.blocks if block.id not in kept)
+
+    @property
+    def link_nbytes(self) -> int:
+        """Bytes copied to the device per sweep."""
+        if self.back is None:
+            return 0
+        return sum(block.image.data_nbytes for block in self.blocks if block.id not in self.front.resident)
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of host memory that it takes."""
+        return self.own_host_nbytes + (self.back or self.front).nbytes
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes of device memory that it takes."""
+        return self.front.nbytes if self.back else 0
+
+
+class Planner:
+    """Tries cuts of one module under given budgets."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        backing: Backing,
+        budgets: Budgets,
+        *,
+        buffers_nbytes: int,
+        sensitive: Sensitive,
+    ) -> None:
+        self.module = module
+        self.backing = backing
+        self.budgets = budgets
+        self.buffers_nbytes = buffers_nbytes
+        self.sensitive = never_sensitive if budgets.device is not None else sensitive
+        self.parameters = streamable(module)
+        self.sizes = {
+            name: parameter.numel() * _itemsize(backing.dtype(name)) for name, parameter in self.parameters.items()
+        }
+        self._shortages: list[tuple[int, int]] = []
+
+    def best(self) -> Layout:
+        """The layout that moves the fewest bytes.
+
+        Raises:
+            DoesNotFitError: no layout fits.
+        """
+        total = sum(self.sizes.values())
+        whole = self._try(max(total // 8, 1), set())
+        if whole is not None and whole.resident:
+            return whole
+        found = [layout for limit in limits(self.module, self.sizes) if (layout := self._try_limit(limit)) is not None]
+        if whole is not None:
+            found.append(whole)
+        if not found:
+            raise self._does_not_fit()
+        return min(found, key=self._seconds)
+
+    def _try_limit(self, limit: int) -> Layout | None:
+        lookups = embedding_only(self.module)
+        tables = {
+            name
+            for name in table_candidates(self.module)
+            if name in self.sizes
+            and (self.sizes[name] > limit or (name in lookups and self.sizes[name] > 2**20))
+            and len(self.parameters[name].shape) == 2
+            and self.parameters[name].shape[0] > 1
+        }
+        return self._try(limit, tables)
+
+    def _try(self, limit: int, tables: set[str]) -> Layout | None:
+        partition = cut(self.module, self.sizes, limit=limit, tables=tables)
+        blocks: list[Draft] = [self._draft(0, "small tensors", [Portion(name=n) for n in partition.small.names])]
+        home: dict[str, int] = {}
+        for group in partition.groups:
+            block = self._draft(len(blocks), group.anchor or "model", [Portion(name=n) for n in group.names])
+            home.update(dict.fromkeys(group.names, block.id))
+            blocks.append(block)
+        lookups = embedding_only(self.module)
+        pieces: dict[str, tuple[int, ...]] = {}
+        for name in sorted(tables):
+            ids = []
+            for rows in [] if name in lookups else self._pieces(name, limit):
+                ids.append(len(blocks))
+                blocks.append(self._draft(len(blocks), f"{name}[{rows[0]}:{rows[1]}]", [Portion(name=name, rows=rows)]))
+            pieces[name] = tuple(ids)
+        leases, expected = self._uses(partition.uses, home, pieces)
+        return self._place(blocks, leases, expected, pieces)
+
+    def _draft(self, number: int, name: str, portions: list[Portion]) -> Draft:
+        image = self.backing.image(portions, self.sensitive)
+        return Draft(
+            id=number,
+            name=name,
+            portions=tuple(portions),
+            image=image,
+            device_image=None if self.budgets.device is None else device_image(image),
+        )
+
+    def _pieces(self, name: str, limit: int) -> list[tuple[int, int]]:
+        rows = self.parameters[name].shape[0]
+        row = self.sizes[name] // rows
+        step = max(1, limit // row)
+        if step >= 64:
+            step -= step % 64
+        count = -(-rows // step)
+        step = -(-rows // count)
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def _uses(
+        self, uses: Mapping[str, list[str]], home: Mapping[str, int], pieces: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+        linear = {path for path, child in self.module.named_modules() if isinstance(child, nn.Linear)}
+        first = {id(parameter): name for name, parameter in self.parameters.items()}
+        leases, expected = {}, {}
+        for path, child in self.module.named_modules():
+            names = uses.get(path, [])
+            leases[path] = tuple(dict.fromkeys(home[name] for name in names if name in home))
+            inner = [first[id(child.weight)]] if path in linear and id(child.weight) in first else []
+            expected[path] = leases[path] + tuple(block for name in inner for block in pieces.get(name, ()))
+        return leases, expected
+
+    def _nesting(self, leases: Mapping[str, tuple[int, ...]]) -> int:
+        """Most blocks that one call chain leases at once."""
+        deepest = 1
+        for path in leases:
+            parts = path.split(".") if path else []
+            chain = ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
+            held = {block for step in chain for block in leases.get(step, ())}
+            deepest = max(deepest, len(held))
+        return deepest
+
+    def _place(
+        self,
+        blocks: list[Draft],
+        leases: dict[str, tuple[int, ...]],
+        expected: dict[str, tuple[int, ...]],
+        pieces: dict[str, tuple[int, ...]],
+    ) -> Layout | None:
+        min_slots = self._nesting(leases) + 1
+        bounce = max((b.nbytes for block in blocks for b in block.image.bounces), default=0)
+        if pieces:
+            bounce = max(bounce, 2 * max(self.sizes[name] // self.parameters[name].shape[0] for name in pieces))
+        staging = min(STAGING, bounce)
+        own = self.buffers_nbytes + (DiskEngine.own_nbytes(staging) if staging else 0)
+        small = blocks[0]
+        front_budget = self.budgets.host - own if self.budgets.device is None else self.budgets.device
+        front = self._tier(blocks[1:], small, front_budget, min_slots, transit=0, on_device=self.budgets.device is not None)
+        back: Residency | None = None
+        if self.budgets.device is not None:
+            if front is None:
+                return None
+            passing = [block for block in blocks if block.id in front.resident]
+            streamed = [block for block in blocks if block.id not in front.resident]
+            transit = max((block.image.nbytes for block in passing), default=0)
+            back = self._back(streamed, self.budgets.host - own, transit, own)
+            if back is None:
+                return None
+        elif front is None:
+            self._shortages[-1] = (self._shortages[-1][0] + own, self._shortages[-1][1] + own)
+            return None
+        return Layout(
+            blocks=tuple(blocks),
+            leases=leases,
+            expected=expected,
+            tables=pieces,
+            front=front,
+            back=back,
+            staging_nbytes=max(staging, 4096),
+            own_host_nbytes=own,
+        )
+
+    def _tier(
+        self, blocks: list[Draft], small: Draft, budget: int, min_slots: int, *, transit: int, on_device: bool
+    ) -> Residency | None:
+        sized = [
+            Sized(
+                id=block.id,
+                nbytes=block.front_nbytes,
+                cost_nbytes=block.image.data_nbytes if on_device else block.image.read_nbytes,
+            )
+            for block in blocks
+        ]
+        room = budget - small.front_nbytes
+        depth = min(DEPTH, max(0, room) // 8)
+        found = choose_residency(sized, room, min_slots=min_slots, depth_nbytes=depth)
+        if found is None:
+            needed = smallest_budget(sized, min_slots=min_slots) + small.front_nbytes
+            self._shortages.append((needed, sum(s.nbytes for s in sized) + small.front_nbytes))
+            return None
+        return Residency(
+            resident=found.resident | {small.id},
+            slot_nbytes=found.slot_nbytes,
+            slots=found.slots,
+            resident_nbytes=found.resident_nbytes + small.front_nbytes,
+            streamed_nbytes=found.streamed_nbytes,
+        )
+
+    def _back(self, blocks: list[Draft], budget: int, transit: int, own: int) -> Residency | None:
+        sized = [Sized(id=b.id, nbytes=b.image.nbytes, cost_nbytes=b.image.read_nbytes) for b in blocks]
+        depth = min(DEPTH, max(0, budget) // 4)
+        found = choose_residency(sized, budget, min_slots=2, depth_nbytes=depth, transit_nbytes=transit)
+        if found is None:
+            needed = smallest_budget(sized, min_slots=2, transit_nbytes=transit) + own
+            self._shortages.append((needed, needed))
+        return found
+
+    def _seconds(self, layout: Layout) -> float:
+        streamed = sum(block.id not in layout.front.resident for block in layout.blocks)
+        disk = layout.disk_nbytes / self.budgets.disk_rate
+        link = layout.link_nbytes / self.budgets.link_rate
+        return max(disk, link) + streamed * BLOCK_OVERHEAD_S
+
+    def _does_not_fit(self) -> DoesNotFitError:
+        needed = min(shortage[0] for shortage in self._shortages)
+        resident = min(shortage[1] for shortage in self._shortages)
+        device = self.budgets.device
+        on_device = device is not None and device < needed and self.budgets.host >= needed
+        tier = "device" if on_device else "host"
+        budget = device if on_device and device is not None else self.budgets.host
+        return DoesNotFitError(
+            f"the model needs at least {needed} bytes ({needed / 2**20:.1f} MiB) of {tier} memory to run, even streamed; "
+            f"the budget is {budget} bytes ({budget / 2**20:.1f} MiB). Raise it: max_memory={{{tier!r}: {needed}}} "
+            f"(--max-memory {tier}={-(-needed // 2**20)}MiB)",
+            tier=tier,
+            needed_nbytes=needed,
+            available_nbytes=budget,
+            resident_nbytes=resident,
+        )
+
+
+def _itemsize(dtype: str) -> int:
+    from ..memory.layout import ITEMSIZE
+
+    return ITEMSIZE[dtype]

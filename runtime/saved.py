@@ -1,0 +1,69 @@
+"""Weights that autograd saves for backward, as references instead of views of a slot.
+
+A slot is refilled between forward and backward, and autograd would not notice: the gradient would be wrong without an
+error. So a saved view of the arena is packed as (block, place) and fetched again when backward asks for it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Reference:
+    """A view of a block, by where it lies in it."""
+
+    block: int
+    offset: int
+    """Bytes from the start of the slot."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class SavedTensors:
+    """Packs and unpacks what autograd saves during a root call."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._base = session.arena.untyped_storage().data_ptr()
+
+    def hooks(self) -> AbstractContextManager[Any]:
+        """The context in which saved tensors are packed."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Reference:
+        if tensor.layout is not torch.strided or tensor.untyped_storage().data_ptr() != self._base:
+            return tensor
+        at = tensor.storage_offset() * tensor.element_size()
+        for binding in self._session.bindings.values():
+            slot = binding.slot
+            if slot is not None and slot.offset <= at < slot.offset + slot.nbytes:
+                return _Reference(
+                    block=binding.block,
+                    offset=at - slot.offset,
+                    dtype=tensor.dtype,
+                    shape=tuple(tensor.shape),
+                    stride=tuple(tensor.stride()),
+                )
+        return tensor.clone()  # a piece of a table: leased without a binding
+
+    def _unpack(self, saved: torch.Tensor | _Reference) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        session = self._session
+        lease = session.executor.acquire(saved.block, observed=False)
+        try:
+            session.device.compute_waits(lease.residence.event)
+            flat = session.arena[lease.residence.slot.offset :].view(saved.dtype)
+            at = flat.storage_offset() + saved.offset // flat.element_size()
+            return flat.as_strided(saved.shape, saved.stride, at).clone()
+        finally:
+            session.executor.release(lease, session.device.computed())

@@ -1,0 +1,263 @@
+"""A streamed model while it runs: leases around forwards, one root call at a time.
+
+The top of the data path, per call of a module that anchors blocks: acquire and bind its blocks, run its own forward,
+unbind and release. The outermost such call is the root call: it takes the model's lock, tells the executor, and
+switches the interception of stray uses on.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..memory.arena import AnyArena
+from ..memory.errors import ClosedError, ForkError
+from ..scheduler.core import Lease
+from ..scheduler.executor import Executor
+from .binding import Binding
+from .devices.base import Device
+from .intercept import Intercept, is_linear, rows_wanted
+from .saved import SavedTensors
+from .tables import Table
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Frame:
+    """One call of a wrapped module."""
+
+    leases: list[Lease] = field(default_factory=list)
+
+
+class Session:
+    """Runs one model.
+
+    Args:
+        front: The arena that modules compute from.
+        bindings: By block.
+        tables: By id of the parameter.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: Device,
+        executor: Executor,
+        front: AnyArena,
+        bindings: Mapping[int, Binding],
+        tables: Mapping[int, Table],
+    ) -> None:
+        self.device = device
+        self.executor = executor
+        self.bindings = bindings
+        self.tables = tables
+        self.absent: dict[int, int | Table] = {id(table.parameter): table for table in tables.values()}
+        """By id of each parameter that is a placeholder now: its block, or the table that serves it."""
+        self.arena = device.tensor(front)
+        for binding in bindings.values():
+            for bound in binding.tensors:
+                self.absent[id(bound.parameter)] = binding.block
+        self._frames: list[_Frame] = []
+        self._root = threading.RLock()
+        self._owner: int | None = None
+        self._contexts: list[AbstractContextManager[Any]] = []
+        self._bind_lock = threading.RLock()
+        self._pid = os.getpid()
+        self._wrapped: list[nn.Module] = []
+        self.closed = False
+
+    # --- around a module's forward ----------------------------------------------------------------------------------
+
+    def wrap(self, module: nn.Module, key: int, blocks: tuple[int, ...], *, opaque: bool) -> None:
+        """Lease `blocks` around every call of the module's forward.
+
+        `opaque` modules test for function modes and choose another kernel when there is one: none is active inside.
+        """
+        inner = module.forward
+
+        @functools.wraps(inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            frame = self._enter(key, blocks)
+            failed = True
+            try:
+                if opaque:
+                    with torch._C.DisableTorchFunction():
+                        result = inner(*args, **kwargs)
+                else:
+                    result = inner(*args, **kwargs)
+                failed = False
+                return result
+            finally:
+                self._leave(frame, failed)
+
+        module.forward = forward
+        self._wrapped.append(module)
+
+    def _enter(self, key: int, blocks: tuple[int, ...]) -> _Frame:
+        if self._owner != threading.get_ident():
+            self._begin(key)
+        frame = _Frame()
+        self._frames.append(frame)
+        try:
+            for block in blocks:
+                frame.leases.append(self.lend(block))
+        except BaseException:
+            self._leave(frame, True)
+            raise
+        return frame
+
+    def _leave(self, frame: _Frame, failed: bool) -> None:
+        assert self._frames[-1] is frame, "frames do not nest"
+        try:
+            self._release(frame.leases)
+        finally:
+            self._frames.pop()
+            if not self._frames:
+                self._end(failed)
+
+    def _release(self, leases: list[Lease]) -> None:
+        failure: BaseException | None = None
+        while leases:
+            try:
+                self.take_back(leases.pop())
+            except BaseException as error:  # the others must be given back all the same
+                failure = error
+        if failure is not None:
+            raise failure
+
+    def _begin(self, key: int) -> None:
+        if os.getpid() != self._pid:
+            raise ForkError(
+                "a streamed model cannot run in a forked child: its threads and its memory are not there. Load it in "
+                "the child, or use the 'spawn' start method"
+            )
+        self._root.acquire()
+        try:
+            if self.closed:
+                raise ClosedError("the model was closed by penstock.close(); load it again")
+            self.executor.begin(key)
+            self._owner = threading.get_ident()
+            self._contexts = [Intercept(self)]
+            if torch.is_grad_enabled():
+                self._contexts.append(SavedTensors(self).hooks())
+            for context in self._contexts:
+                context.__enter__()
+        except BaseException:
+            self._owner = None
+            self._root.release()
+            raise
+
+    def _end(self, failed: bool) -> None:
+        try:
+            for context in reversed(self._contexts):
+                context.__exit__(None, None, None)
+            self._contexts = []
+            self.executor.end(failed=failed)
+        finally:
+            self._owner = None
+            self._root.release()
+
+    # --- leases -----------------------------------------------------------------------------------------------------
+
+    def lend(self, block: int, *, observed: bool = True) -> Lease:
+        """Acquire a block and lend its bytes to its parameters."""
+        lease = self.executor.acquire(block, observed=observed)
+        self.device.compute_waits(lease.residence.event)
+        binding = self.bindings[block]
+        slot = lease.residence.slot
+        slot.check_stamp(block)
+        with self._bind_lock:
+            binding.bind(self.arena, slot)
+            for bound in binding.tensors:
+                self.absent.pop(id(bound.parameter), None)
+        return lease
+
+    def take_back(self, lease: Lease) -> None:
+        """Leave placeholders and release the block after what the compute stream holds now."""
+        binding = self.bindings[lease.block]
+        try:
+            with self._bind_lock:
+                if binding.uses == 1:
+                    for bound in binding.tensors:
+                        self.absent[id(bound.parameter)] = lease.block
+                binding.unbind()
+        finally:
+            self.executor.release(lease, self.device.computed())
+
+    # --- stray uses -------------------------------------------------------------------------------------------------
+
+    def call_with(
+        self, missing: list[nn.Parameter], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a torch call that uses parameters which are not there (called by the interception)."""
+        for parameter in missing:
+            home = self.absent.get(id(parameter))
+            if isinstance(home, Table):
+                return self._call_table(home, func, args, kwargs)
+        leases: list[Lease] = []
+        keep = False
+        try:
+            for block in dict.fromkeys(h for p in missing if isinstance(h := self.absent.get(id(p)), int)):
+                leases.append(self.lend(block))
+            result = func(*args, **kwargs)
+            keep = self._aliases(result)
+            return result
+        finally:
+            if keep and self._frames:  # a view was taken: it must stay valid until the module that took it returns
+                self._frames[-1].leases.extend(leases)
+            else:
+                self._release(leases)
+
+    def _call_table(self, table: Table, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rows = rows_wanted(func, args, kwargs)
+        if rows is not None:
+            return table.lookup(rows)
+        if is_linear(func):
+            x = args[0] if args else kwargs["input"]
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            if weight is table.parameter and (bias is None or id(bias) not in self.absent) and table.splits(x):
+                return table.product(x, bias, self._lend_piece)
+        whole = table.whole()
+        swapped = [whole if value is table.parameter else value for value in args]
+        named = {name: whole if value is table.parameter else value for name, value in kwargs.items()}
+        with Intercept(self):  # another table may be among the arguments
+            return func(*swapped, **named)
+
+    def _lend_piece(self, block: int) -> tuple[torch.Tensor, Callable[[], None]]:
+        lease = self.executor.acquire(block)
+        self.device.compute_waits(lease.residence.event)
+        view = self.bindings[block].views(self.arena, lease.residence.slot)[0]
+        return view, lambda: self.executor.release(lease, self.device.computed())
+
+    def _aliases(self, result: Any) -> bool:
+        """Whether a result shares the arena's memory."""
+        values = result if isinstance(result, tuple | list) else (result,)
+        base = self.arena.untyped_storage().data_ptr()
+        return any(isinstance(v, torch.Tensor) and _storage_address(v) == base for v in values)
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def unwrap(self) -> None:
+        """Give every module its own forward back and leave placeholders in all parameters."""
+        with self._root:
+            self.closed = True
+            for module in self._wrapped:
+                module.__dict__.pop("forward", None)
+            self._wrapped.clear()
+            for binding in self.bindings.values():
+                binding.restore()
+
+
+def _storage_address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse tensors and other kinds without a storage
+        return -1

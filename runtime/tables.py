@@ -1,0 +1,173 @@
+"""Large two-dimensional parameters that are served by rows: embedding tables and output projections.
+
+A lookup reads the rows it uses; a product takes the table piece by piece. Neither ever needs a slot of the table's size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..kernels.linear_rows import linear_piece, splits_exactly
+from ..memory.disk import DiskEngine
+from ..memory.image import Bounce
+from ..memory.layout import ITEMSIZE, TensorSource
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """Rows `start` to `stop`, a block of their own."""
+
+    block: int
+    start: int
+    stop: int
+
+
+@dataclass(kw_only=True, eq=False)
+class Table:
+    """One parameter served by rows."""
+
+    name: str
+    parameter: nn.Parameter
+    source: TensorSource
+    """Where its rows are on disk."""
+    dtype: str
+    """Element type that the model computes with."""
+    pieces: Sequence[Piece]
+    """Blocks for products; empty for a table that is only looked up."""
+    resident_rows: Callable[[Piece], torch.Tensor | None]
+    """The rows of a piece if it is in memory for good, on whichever tier."""
+    engine: DiskEngine
+    _exact: dict[tuple[int, torch.dtype], bool] = field(default_factory=dict)
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row as the model computes with it."""
+        return self.parameter.shape[1] * ITEMSIZE[self.dtype]
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows `ids` [...] → [..., columns]. Each distinct row is read once.
+
+        Raises:
+            IndexError: a row that the table does not have.
+            DiskError: a read failed.
+        """
+        rows, inverse = torch.unique(ids.reshape(-1), return_inverse=True)
+        wanted = rows.cpu()
+        count, columns = self.parameter.shape
+        if len(wanted) and (int(wanted[0]) < 0 or int(wanted[-1]) >= count):
+            raise IndexError(f"{self.name} has {count} rows; asked for row {int(wanted[-1])}")
+        found = torch.empty(len(wanted), columns, dtype=self.parameter.dtype)
+        missing = torch.ones(len(wanted), dtype=torch.bool)
+        for piece in self.pieces:
+            here = (wanted >= piece.start) & (wanted < piece.stop)
+            held = self.resident_rows(piece) if bool(here.any()) else None
+            if held is not None:
+                found[here] = held.index_select(0, (wanted[here] - piece.start).to(held.device)).cpu()
+                missing &= ~here
+        self._read(wanted, missing, found)
+        return found.to(self.parameter.device).index_select(0, inverse).view(*ids.shape, columns)
+
+    def _read(self, wanted: torch.Tensor, missing: torch.Tensor, found: torch.Tensor) -> None:
+        """Read the rows not in memory, straight into the result."""
+        size = self.row_nbytes
+        bounces = [
+            bounce
+            for index in missing.nonzero().flatten().tolist()
+            for bounce in self._row_reads(int(wanted[index]), index * size)
+        ]
+        if bounces:
+            raw = memoryview(found.view(torch.uint8).numpy()).cast("B")
+            self.engine.read([], bounces, raw, urgent=True).wait()
+
+    def _row_reads(self, row: int, offset: int) -> list[Bounce]:
+        reads = []
+        for span in self.source.slice_rows(row, row + 1).spans:
+            reads.append(
+                Bounce(
+                    path=span.path,
+                    file_offset=span.offset,
+                    nbytes=span.nbytes,
+                    offset=offset,
+                    source_dtype=self.source.dtype,
+                    target_dtype=self.dtype,
+                )
+            )
+            offset += span.nbytes // ITEMSIZE[self.source.dtype] * ITEMSIZE[self.dtype]
+        return reads
+
+    def splits(self, x: torch.Tensor) -> bool:
+        """Whether a product with x [..., K] may take the pieces one by one and still give the same bits."""
+        if not self.pieces:
+            return False
+        batch = x.numel() // max(x.shape[-1], 1)
+        key = (batch, x.dtype)
+        if key not in self._exact:
+            rows, columns = self.parameter.shape
+            piece = self.pieces[0].stop - self.pieces[0].start
+            probe = splits_exactly if x.device.type == "cpu" else _splits_exactly_on_device
+            self._exact[key] = probe(batch, columns, rows, piece, x.dtype) if batch else True
+            if not self._exact[key]:
+                logger.warning(
+                    "%s: a product of %d rows does not give the same bits in pieces; the whole table of %d bytes is "
+                    "gathered for it, beyond the budget",
+                    self.name,
+                    batch,
+                    rows * self.row_nbytes,
+                )
+        return self._exact[key]
+
+    def product(
+        self, x: torch.Tensor, bias: torch.Tensor | None, lend: Callable[[int], tuple[torch.Tensor, Callable[[], None]]]
+    ) -> torch.Tensor:
+        """x Wᵀ + b [..., rows], piece by piece. `lend(block)` gives a piece's tensor and the call that returns it."""
+        out: torch.Tensor | None = None
+        parts = []
+        for piece in self.pieces:
+            weight, give_back = lend(piece.block)
+            try:
+                parts.append(linear_piece(x, weight, bias, piece.start, out))
+            finally:
+                give_back()
+        return torch.cat(parts, dim=-1)
+
+    def whole(self) -> torch.Tensor:
+        """The table in fresh memory: for calls that are neither a lookup nor a product in pieces."""
+        rows = self.parameter.shape[0]
+        found = torch.empty(self.parameter.shape, dtype=self.parameter.dtype)
+        raw = memoryview(found.view(torch.uint8).numpy()).cast("B")
+        at = 0
+        bounces = []
+        for span in self.source.slice_rows(0, rows).spans:
+            bounces.append(
+                Bounce(
+                    path=span.path,
+                    file_offset=span.offset,
+                    nbytes=span.nbytes,
+                    offset=at,
+                    source_dtype=self.source.dtype,
+                    target_dtype=self.dtype,
+                )
+            )
+            at += span.nbytes // ITEMSIZE[self.source.dtype] * ITEMSIZE[self.dtype]
+        self.engine.read([], bounces, raw, urgent=True).wait()
+        return found.to(self.parameter.device)
+
+
+def _splits_exactly_on_device(batch: int, columns: int, rows: int, piece_rows: int, dtype: torch.dtype) -> bool:
+    """The same probe on a device that cannot map one page twice: it needs the whole weight for a moment."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        weight = torch.randn(rows, columns, device=device).to(dtype)
+    except torch.OutOfMemoryError:
+        return False
+    x = torch.randn(batch, columns, device=device).to(dtype)
+    whole = nn.functional.linear(x, weight)
+    spans = [(start, min(start + piece_rows, rows)) for start in range(0, rows, piece_rows)]
+    return all(torch.equal(nn.functional.linear(x, weight[a:b]), whole[:, a:b]) for a, b in spans)
