@@ -12,7 +12,7 @@ from torch import nn
 from ..memory.image import Image, build_image, packed_image
 from ..memory.layout import ITEMSIZE, FileSpan, TensorSource
 from .binding import contiguous_stride
-from .dtypes import safetensors_name
+from .dtypes import stored_dtype
 
 Sensitive = Callable[[str, int], bool]
 
@@ -105,7 +105,7 @@ class ModuleBacking:
 
     def dtype(self, name: str) -> str:
         """Element type of the parameter."""
-        return safetensors_name(self._parameters[name].dtype)
+        return stored_dtype(self._parameters[name].dtype)
 
     def stride(self, name: str) -> tuple[int, ...]:
         """Strides as the parameter has them, where they are dense; kernels may choose by them (channels last)."""

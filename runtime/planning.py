@@ -14,6 +14,7 @@ from torch import nn
 from ..memory.disk import STAGING, DiskEngine
 from ..memory.errors import DoesNotFitError
 from ..memory.image import DeviceImage, Image, device_image, never_sensitive
+from ..memory.layout import ITEMSIZE
 from ..scheduler.residency import Residency, Sized, choose_residency, smallest_budget
 from .backing import Backing, Portion, Sensitive
 from .partition import cut, embedding_only, limits, streamable, table_candidates
@@ -116,9 +117,11 @@ class Planner:
         self.sensitive = never_sensitive if budgets.device is not None else sensitive
         self.parameters = streamable(module)
         self.sizes = {
-            name: parameter.numel() * _itemsize(backing.dtype(name)) for name, parameter in self.parameters.items()
+            name: parameter.numel() * ITEMSIZE[backing.dtype(name)] for name, parameter in self.parameters.items()
         }
-        self._shortages: list[tuple[int, int]] = []
+        self._needs: dict[str, list[int]] = {"device": [], "host": []}
+        """By tier: the smallest budgets of cuts that did not fit."""
+        self._all_nbytes = 0
 
     def best(self) -> Layout:
         """The layout that moves the fewest bytes.
@@ -127,7 +130,7 @@ class Planner:
             DoesNotFitError: no layout fits.
         """
         total = sum(self.sizes.values())
-        whole = self._try(max(total // 8, 1), set())
+        whole = self._try(max(total // 8, 1), set(), everything=True)
         if whole is not None and whole.resident:
             return whole
         found = [layout for limit in limits(self.module, self.sizes) if (layout := self._try_limit(limit)) is not None]
@@ -149,7 +152,7 @@ class Planner:
         }
         return self._try(limit, tables)
 
-    def _try(self, limit: int, tables: set[str]) -> Layout | None:
+    def _try(self, limit: int, tables: set[str], *, everything: bool = False) -> Layout | None:
         partition = cut(self.module, self.sizes, limit=limit, tables=tables)
         blocks: list[Draft] = [self._draft(0, "small tensors", [Portion(name=n) for n in partition.small.names])]
         home: dict[str, int] = {}
@@ -157,6 +160,8 @@ class Planner:
             block = self._draft(len(blocks), group.anchor or "model", [Portion(name=n) for n in group.names])
             home.update(dict.fromkeys(group.names, block.id))
             blocks.append(block)
+        if everything:
+            self._all_nbytes = sum(block.front_nbytes for block in blocks)
         lookups = embedding_only(self.module)
         pieces: dict[str, tuple[int, ...]] = {}
         for name in sorted(tables):
@@ -226,7 +231,7 @@ class Planner:
         own = self.buffers_nbytes + (DiskEngine.own_nbytes(staging) if staging else 0)
         small = blocks[0]
         front_budget = self.budgets.host - own if self.budgets.device is None else self.budgets.device
-        front = self._tier(blocks[1:], small, front_budget, min_slots, transit=0, on_device=self.budgets.device is not None)
+        front = self._front(blocks[1:], small, front_budget, min_slots, own)
         back: Residency | None = None
         if self.budgets.device is not None:
             if front is None:
@@ -238,7 +243,6 @@ class Planner:
             if back is None:
                 return None
         elif front is None:
-            self._shortages[-1] = (self._shortages[-1][0] + own, self._shortages[-1][1] + own)
             return None
         return Layout(
             blocks=tuple(blocks),
@@ -251,9 +255,8 @@ class Planner:
             own_host_nbytes=own,
         )
 
-    def _tier(
-        self, blocks: list[Draft], small: Draft, budget: int, min_slots: int, *, transit: int, on_device: bool
-    ) -> Residency | None:
+    def _front(self, blocks: list[Draft], small: Draft, budget: int, min_slots: int, own: int) -> Residency | None:
+        on_device = self.budgets.device is not None
         sized = [
             Sized(
                 id=block.id,
@@ -267,7 +270,7 @@ class Planner:
         found = choose_residency(sized, room, min_slots=min_slots, depth_nbytes=depth)
         if found is None:
             needed = smallest_budget(sized, min_slots=min_slots) + small.front_nbytes
-            self._shortages.append((needed, sum(s.nbytes for s in sized) + small.front_nbytes))
+            self._needs["device" if on_device else "host"].append(needed if on_device else needed + own)
             return None
         return Residency(
             resident=found.resident | {small.id},
@@ -282,8 +285,7 @@ class Planner:
         depth = min(DEPTH, max(0, budget) // 4)
         found = choose_residency(sized, budget, min_slots=2, depth_nbytes=depth, transit_nbytes=transit)
         if found is None:
-            needed = smallest_budget(sized, min_slots=2, transit_nbytes=transit) + own
-            self._shortages.append((needed, needed))
+            self._needs["host"].append(smallest_budget(sized, min_slots=2, transit_nbytes=transit) + own)
         return found
 
     def _seconds(self, layout: Layout) -> float:
@@ -293,24 +295,16 @@ class Planner:
         return max(disk, link) + streamed * BLOCK_OVERHEAD_S
 
     def _does_not_fit(self) -> DoesNotFitError:
-        needed = min(shortage[0] for shortage in self._shortages)
-        resident = min(shortage[1] for shortage in self._shortages)
-        device = self.budgets.device
-        on_device = device is not None and device < needed and self.budgets.host >= needed
-        tier = "device" if on_device else "host"
-        budget = device if on_device and device is not None else self.budgets.host
+        # a cut that got as far as the host tier fits the device
+        tier = "host" if self._needs["host"] else "device"
+        needed = min(self._needs[tier])
+        budget = self.budgets.host if tier == "host" else self.budgets.device or 0
         return DoesNotFitError(
-            f"the model needs at least {needed} bytes ({needed / 2**20:.1f} MiB) of {tier} memory to run, even streamed; "
-            f"the budget is {budget} bytes ({budget / 2**20:.1f} MiB). Raise it: max_memory={{{tier!r}: {needed}}} "
-            f"(--max-memory {tier}={-(-needed // 2**20)}MiB)",
+            f"the model needs at least {needed} bytes ({needed / 2**20:.1f} MiB) of {tier} memory to run, even "
+            f"streamed; the budget is {budget} bytes ({budget / 2**20:.1f} MiB). Raise it: "
+            f"max_memory={{{tier!r}: {needed}}} (--max-memory {tier}={-(-needed // 2**20)}MiB)",
             tier=tier,
             needed_nbytes=needed,
             available_nbytes=budget,
-            resident_nbytes=resident,
+            resident_nbytes=self._all_nbytes + self.buffers_nbytes + DiskEngine.own_nbytes(STAGING),
         )
-
-
-def _itemsize(dtype: str) -> int:
-    from ..memory.layout import ITEMSIZE
-
-    return ITEMSIZE[dtype]

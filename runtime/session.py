@@ -70,7 +70,6 @@ class Session:
         self._contexts: list[AbstractContextManager[Any]] = []
         self._bind_lock = threading.RLock()
         self._pid = os.getpid()
-        self._wrapped: list[nn.Module] = []
         self.closed = False
 
     # --- around a module's forward ----------------------------------------------------------------------------------
@@ -98,7 +97,6 @@ class Session:
                 self._leave(frame, failed)
 
         module.forward = forward
-        self._wrapped.append(module)
 
     def _enter(self, key: int, blocks: tuple[int, ...]) -> _Frame:
         if self._owner != threading.get_ident():
@@ -245,15 +243,13 @@ class Session:
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
-    def unwrap(self) -> None:
-        """Give every module its own forward back and leave placeholders in all parameters."""
+    def close(self) -> None:
+        """Leave placeholders in all parameters; a later call of the model raises `ClosedError`."""
         with self._root:
             self.closed = True
-            for module in self._wrapped:
-                module.__dict__.pop("forward", None)
-            self._wrapped.clear()
             for binding in self.bindings.values():
                 binding.restore()
+            self.arena = torch.empty(0)
 
 
 def _storage_address(tensor: torch.Tensor) -> int:

@@ -1,0 +1,305 @@
+"""Carrying a layout out: arenas, tiers, executor and bindings for one module."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable
+
+import torch
+from torch import nn
+
+from ..memory.arena import AnyArena, HostArena, debug_enabled
+from ..memory.disk import CHUNK, THREADS, DiskEngine
+from ..memory.image import DeviceImage, Image
+from ..scheduler.core import Core
+from ..scheduler.executor import Executor
+from ..scheduler.order import AccessOrders
+from ..scheduler.residence import Tier
+from ..scheduler.timeline import Timeline
+from .backing import Backing, ModuleBacking
+from .binding import Binding, Bound, placeholder
+from .devices.base import Device
+from .mover import BlockMover
+from .partition import callable_module
+from .planning import Draft, Layout
+from .session import Session
+from .tables import Piece, Table
+
+OPAQUE = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
+"""Modules that choose their kernel by whether a function mode is active."""
+
+
+class Machinery:
+    """Everything that runs one streamed module, and its end."""
+
+    def __init__(self, *, device: Device, layout: Layout, backing: Backing, module: nn.Module) -> None:
+        self.device = device
+        self.layout = layout
+        self.timeline = Timeline()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._on_close: list[Callable[[], None]] = []
+        self.engine = DiskEngine(throttle=device.disk_throttle, staging_nbytes=layout.staging_nbytes)
+        self.host, self.front_arena = _arenas(device, layout)
+        self.front, self.back = _tiers(layout, self.host, self.front_arena)
+        self.images = _images(layout, backing)
+        self.parameters = dict(module.named_parameters())
+        if isinstance(backing, ModuleBacking):
+            _preload(self, backing)
+        self.bindings = _bindings(self, backing)
+        self.mover = BlockMover(
+            device=device,
+            engine=self.engine,
+            images=self.images,
+            device_images={b.id: b.device_image for b in layout.blocks if b.device_image is not None},
+        )
+        orders = AccessOrders(_guess(module, layout), first=0)
+        nbytes = {block.id: block.image.nbytes for block in layout.blocks}
+        core = Core(
+            front=self.front,
+            back=self.back,
+            nbytes=nbytes,
+            mover=self.mover,
+            orders=orders,
+            clock=time.monotonic_ns,
+            timeline=self.timeline,
+            inflight_nbytes=max(2 * THREADS * CHUNK, 2 * max(nbytes.values())),
+            poison=debug_enabled(),
+        )
+        self.executor = Executor(core, self.mover)
+        self.tables = _tables(self, backing)
+        self.session = Session(
+            device=device,
+            executor=self.executor,
+            front=self.front_arena,
+            bindings=self.bindings,
+            tables=self.tables,
+        )
+
+    def start(self, module: nn.Module) -> None:
+        """Start prefetching, lend the small tensors for good, and wrap the forwards."""
+        self.executor.start()
+        self.session.lend(0, observed=False)
+        on_path = _ancestors(path for path, child in module.named_modules() if self._concerns(path, child))
+        for key, (path, child) in enumerate(module.named_modules()):
+            if path in on_path and callable_module(child):
+                opaque = isinstance(child, OPAQUE)
+                self.session.wrap(child, key, self.layout.leases.get(path, ()), opaque=opaque)
+
+    def _concerns(self, path: str, child: nn.Module) -> bool:
+        """Whether the module itself leases a block or owns a table."""
+        return bool(self.layout.leases.get(path)) or any(id(p) in self.tables for p in child._parameters.values())
+
+    def load_all(self, module: nn.Module) -> None:
+        """Bring every block, lend all of them for good, and stop everything but the arenas."""
+        self.executor.start()
+        for block in self.layout.blocks:
+            self.session.lend(block.id, observed=False)
+        self.session.absent.clear()
+        self.executor.close()
+        self.mover.close()
+        self.engine.close()
+        if self.back is not None:
+            self.host.close()  # blocks only passed through
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Have something released at the end."""
+        self._on_close.append(callback)
+
+    def close(self) -> None:
+        """Stop threads and give all memory back. May be called twice, from any thread but the executor's own."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self.executor.close()
+        self.engine.close()  # joins the threads that write into the arenas
+        self.mover.close()
+        self.device.close()
+        self.session.close()
+        for arena in {id(a): a for a in (self.front_arena, self.host)}.values():
+            arena.close()
+        for callback in self._on_close:
+            callback()
+
+
+def _ancestors(paths: Iterable[str]) -> set[str]:
+    """The paths and everything above them, the root included."""
+    found = {""}
+    for path in paths:
+        parts = path.split(".") if path else []
+        found.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+    return found
+
+
+def _arenas(device: Device, layout: Layout) -> tuple[HostArena, AnyArena]:
+    host = device.host_arena((layout.back or layout.front).nbytes)
+    return host, device.device_arena(layout.front.nbytes) if layout.back else host
+
+
+def _tiers(layout: Layout, host: HostArena, front_arena: AnyArena) -> tuple[Tier, Tier | None]:
+    front = Tier(
+        name="device" if layout.back else "host",
+        permanent={b.id: front_arena.cut(b.front_nbytes) for b in layout.blocks if b.id in layout.front.resident},
+        ring=[front_arena.cut(layout.front.slot_nbytes) for _ in range(layout.front.slots)],
+    )
+    if layout.back is None:
+        return front, None
+    back = Tier(
+        name="host",
+        permanent={b.id: host.cut(b.image.nbytes) for b in layout.blocks if b.id in layout.back.resident},
+        ring=[host.cut(layout.back.slot_nbytes) for _ in range(layout.back.slots)],
+    )
+    return front, back
+
+
+def _images(layout: Layout, backing: Backing) -> dict[int, Image]:
+    """Host images by block. What goes to a scratch file gets its place there."""
+    images = {block.id: block.image for block in layout.blocks}
+    if isinstance(backing, ModuleBacking):
+        kept = layout.front.resident | (layout.back.resident if layout.back else frozenset())
+        for block in layout.blocks:
+            if block.id not in kept:
+                images[block.id] = backing.place(block.image)
+    return images
+
+
+def _preload(machinery: Machinery, backing: ModuleBacking) -> None:
+    """Move a built module's parameters to where they will live, freeing each original as its copy is made."""
+    layout, device = machinery.layout, machinery.device
+    device_parameters = machinery.parameters
+    left = {name: 0 for block in layout.blocks for name in (p.name for p in block.portions)}
+    for block in layout.blocks:
+        for portion in block.portions:
+            left[portion.name] += 1
+    for name in layout.tables:
+        at = backing.place_table(name)
+        _write_table(machinery, backing, name, at)
+    for block in layout.blocks:
+        _preload_block(machinery, backing, block)
+        for portion in block.portions:
+            left[portion.name] -= 1
+            if not left[portion.name]:
+                parameter = device_parameters[portion.name]
+                parameter.data = placeholder(parameter, device.torch_device)
+    for name in layout.tables:
+        parameter = device_parameters[name]
+        parameter.data = placeholder(parameter, device.torch_device)
+
+
+def _preload_block(machinery: Machinery, backing: ModuleBacking, block: Draft) -> None:
+    device, front, back = machinery.device, machinery.front, machinery.back
+    image = machinery.images[block.id]
+    if back is None and block.id in front.permanent:
+        _fill(machinery.host, front.preload(block.id).offset, backing, block)
+        return
+    if back is not None and block.id in back.permanent:
+        _fill(machinery.host, back.preload(block.id).offset, backing, block)
+        return
+    ring = (back or front).free[0]
+    _fill(machinery.host, ring.offset, backing, block)
+    if back is not None and block.id in front.permanent:
+        slot = front.preload(block.id)
+        assert block.device_image is not None
+        for start, offset, nbytes in block.device_image.parts(0, image.nbytes):
+            device.copy(machinery.host, ring.offset + start, slot.arena, slot.offset + offset, nbytes)
+        device.wait(device.copied())
+        return
+    (window,) = image.windows
+    view = machinery.host.view(ring.offset, window.nbytes)
+    machinery.engine.write(window.path, window.file_offset, view).wait()
+
+
+def _fill(arena: HostArena, offset: int, backing: ModuleBacking, block: Draft) -> None:
+    for portion in block.portions:
+        value = backing.value(portion)
+        place = block.image.places[portion.key]
+        if place.nbytes:
+            torch.frombuffer(arena.view(offset + place.offset, place.nbytes), dtype=torch.uint8).copy_(value)
+
+
+def _write_table(machinery: Machinery, backing: ModuleBacking, name: str, at: int) -> None:
+    """Write a table to the scratch file through a small aligned buffer."""
+    parameter = machinery.parameters[name]
+    row = parameter.nbytes // parameter.shape[0]
+    staging = HostArena(max(1 << 20, row + 4096), tier="staging")
+    try:
+        raw = torch.as_strided(parameter.detach().contiguous(), (parameter.numel(),), (1,)).cpu().view(torch.uint8)
+        for start in range(0, parameter.nbytes, staging.nbytes):
+            piece = raw[start : start + staging.nbytes]
+            torch.frombuffer(staging.view(0, len(piece)), dtype=torch.uint8).copy_(piece)
+            padded = -(-len(piece) // 4096) * 4096
+            machinery.engine.write(backing.path, at + start, staging.view(0, padded)).wait()
+    finally:
+        staging.close()
+
+
+def _bindings(machinery: Machinery, backing: Backing) -> dict[int, Binding]:
+    bindings = {}
+    for block in machinery.layout.blocks:
+        places = (block.device_image or block.image).places
+        tensors = []
+        for portion in block.portions:
+            parameter = machinery.parameters[portion.name]
+            place = places[portion.key]
+            stride = backing.stride(portion.name)
+            empty = placeholder(parameter, machinery.device.torch_device)
+            tensors.append(Bound(name=portion.key, parameter=parameter, place=place, stride=stride, empty=empty))
+        bindings[block.id] = Binding(block=block.id, tensors=tensors)
+    return bindings
+
+
+def _tables(machinery: Machinery, backing: Backing) -> dict[int, Table]:
+    by_id = {block.id: block for block in machinery.layout.blocks}
+
+    def rows_of(piece: Piece) -> torch.Tensor | None:
+        for tier, arena, images in (
+            (machinery.front, machinery.front_arena, "front"),
+            (machinery.back, machinery.host, "host"),
+        ):
+            held = None if tier is None else tier.holding.get(piece.block)
+            if held is not None and held.permanent and held.ready:
+                draft = by_id[piece.block]
+                image: Image | DeviceImage = draft.image
+                if images == "front" and draft.device_image is not None:
+                    image = draft.device_image
+                (portion,) = draft.portions
+                machinery.device.compute_waits(held.event)
+                place = image.places[portion.key]
+                flat = machinery.device.tensor(arena)[held.slot.offset + place.offset :][: place.nbytes]
+                return flat.view(machinery.parameters[portion.name].dtype).view(place.shape)
+        return None
+
+    tables = {}
+    for name, blocks in machinery.layout.tables.items():
+        parameter = machinery.parameters[name]
+        tables[id(parameter)] = Table(
+            name=name,
+            parameter=parameter,
+            source=backing.source(name),
+            dtype=backing.dtype(name),
+            pieces=[
+                Piece(block=b, start=rows[0], stop=rows[1])
+                for b in blocks
+                if (rows := by_id[b].portions[0].rows) is not None
+            ],
+            resident_rows=rows_of,
+            engine=machinery.engine,
+        )
+    return tables
+
+
+def _guess(module: nn.Module, layout: Layout) -> Callable[[Hashable], tuple[int, ...]]:
+    """The order to expect of a root that has not run: its blocks as they are defined."""
+    paths = [path for path, _ in module.named_modules()]
+
+    def guess(root: Hashable) -> tuple[int, ...]:
+        assert isinstance(root, int)
+        prefix = paths[root]
+        inside = (p for p in paths if p == prefix or not prefix or p.startswith(f"{prefix}."))
+        return tuple(block for path in inside for block in layout.expected.get(path, ()))
+
+    return guess
+
+

@@ -1,0 +1,139 @@
+"""Rates of this machine's links: measured for a moment on first use, then kept in the user's cache."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from ..memory.arena import HostArena
+from ..memory.disk import DiskEngine, Transfer
+from ..memory.image import Window
+from .devices.base import Device
+
+logger = logging.getLogger(__name__)
+
+DISK_S: Final = 0.4
+LINK_NBYTES: Final = 64 * 2**20
+BLOCK: Final = 16 * 2**20
+WORTH_KEEPING: Final = 256 * 2**20
+"""A rate measured over fewer bytes is used, but not kept."""
+
+
+class LinkCache:
+    """Rates by link, in one JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def get(self, key: str) -> float | None:
+        """A kept rate in bytes per second."""
+        try:
+            value = json.loads(self._path.read_text()).get(key)
+        except (OSError, ValueError, AttributeError):
+            return None
+        return float(value) if isinstance(value, int | float) and value > 0 else None
+
+    def put(self, key: str, rate: float) -> None:
+        """Keep a rate. A cache that cannot be written is no reason to fail."""
+        try:
+            known = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            known = {}
+        if not isinstance(known, dict):
+            known = {}
+        known[key] = rate
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(known, indent=1))
+            temporary.replace(self._path)
+        except OSError as error:
+            logger.info("link rates are not kept: %s", error)
+
+
+def disk_read_rate(files: Sequence[str], cache: LinkCache, device: Device) -> float | None:
+    """Bytes per second of reading these files with the engine that will read them."""
+    sizes = [(path, os.stat(path)) for path in files]
+    sizes = [(path, stat) for path, stat in sizes if stat.st_size >= 4096]
+    if not sizes:
+        return None
+    throttle = device.disk_throttle
+    key = f"disk:{sizes[0][1].st_dev}" + (f":{throttle.rate:.0f}" if throttle else "")
+    kept = cache.get(key)
+    if kept is not None:
+        return kept
+    total, seconds = _read_for(sizes, DiskEngine(throttle=throttle), DISK_S)
+    rate = total / seconds
+    if total >= WORTH_KEEPING:
+        cache.put(key, rate)
+    return rate
+
+
+def _read_for(sizes: Sequence[tuple[str, os.stat_result]], engine: DiskEngine, seconds: float) -> tuple[int, float]:
+    arena = HostArena(4 * BLOCK, tier="measuring")
+    pending: list[Transfer] = []
+    total = 0
+    start = time.perf_counter()
+    try:
+        spans = [(p, at) for p, s in sizes for at in range(0, s.st_size // 4096 * 4096, BLOCK)]
+        lengths = {p: s.st_size // 4096 * 4096 for p, s in sizes}
+        for index, (path, at) in enumerate(spans):
+            if time.perf_counter() - start > seconds:
+                break
+            if len(pending) == 3:
+                pending.pop(0).wait()
+            nbytes = min(BLOCK, lengths[path] - at)
+            window = Window(
+                path=path,
+                file_offset=at,
+                nbytes=nbytes,
+                needed_nbytes=nbytes,
+                offset=0,
+                data_offset=0,
+                final_offset=0,
+                data_nbytes=nbytes,
+            )
+            pending.append(engine.read([window], [], arena.view(index % 4 * BLOCK, BLOCK)))
+            total += nbytes
+        for transfer in pending:
+            transfer.wait()
+        return total, time.perf_counter() - start
+    finally:
+        engine.close()
+        arena.close()
+
+
+def link_rate(device: Device, cache: LinkCache, *, back: bool = False) -> float | None:
+    """Bytes per second of host → device copies (`back`: device → host); None where there is no link."""
+    if not device.separate:
+        return None
+    key = f"{'d2h' if back else 'h2d'}:{device.name}"
+    kept = None if device.name == "emulated" else cache.get(key)
+    if kept is not None:
+        return kept
+    host, target = device.host_arena(LINK_NBYTES), device.device_arena(LINK_NBYTES)
+    try:
+        host.poison(host.cut(LINK_NBYTES))  # touch the pages
+        best = 0.0
+        for _ in range(3):
+            start = time.perf_counter()
+            if back:
+                device.copy_back(target, 0, host, 0, LINK_NBYTES)
+                device.wait(device.copied_back())
+            else:
+                device.copy(host, 0, target, 0, LINK_NBYTES)
+                device.wait(device.copied())
+            best = max(best, LINK_NBYTES / (time.perf_counter() - start))
+            if best < LINK_NBYTES / 0.5:
+                break  # slow enough to be exact
+    finally:
+        host.close()
+        target.close()
+    if device.name != "emulated":
+        cache.put(key, best)
+    return best

@@ -1,0 +1,99 @@
+"""The plan: what is decided before a run, frozen, with the time it should take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Home = Literal["device", "host", "disk"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Links:
+    """Rates in bytes per second; None where there is no such link or it was not measured."""
+
+    disk_read: float | None = None
+    h2d: float | None = None
+    d2h: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedBlock:
+    """One block and where it lives."""
+
+    id: int
+    name: str
+    nbytes: int
+    """Bytes of its tensors."""
+    slot_nbytes: int
+    """Bytes of the slot it takes on the tier that computes."""
+    home: Home
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What stays where, what is moved per sweep, and how long that takes at the measured rates."""
+
+    device: str
+    emulated: bool
+    resident: bool
+    """Everything fits: no hooks, nothing is streamed."""
+    weights_nbytes: int
+    blocks: tuple[PlannedBlock, ...]
+    tables: tuple[str, ...]
+    """Parameters served by rows."""
+    host_nbytes: int
+    """Host memory that is taken: arena, staging, buffers."""
+    host_budget_nbytes: int
+    device_nbytes: int
+    device_budget_nbytes: int | None
+    slots: int
+    """Slots of the ring on the tier that computes."""
+    slot_nbytes: int
+    host_slots: int
+    """Slots of the host ring on the way to a separate device."""
+    disk_nbytes_per_sweep: int
+    """Bytes read per sweep in which every block is used once."""
+    link_nbytes_per_sweep: int
+    """Bytes copied host → device per sweep."""
+    links: Links
+    depth: int
+    """Blocks that can be on their way or ready ahead of the one in use."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Seconds per sweep that each link needs by itself."""
+        found = {}
+        if self.links.disk_read and self.disk_nbytes_per_sweep:
+            found["disk"] = self.disk_nbytes_per_sweep / self.links.disk_read
+        if self.links.h2d and self.link_nbytes_per_sweep:
+            found["host-to-device link"] = self.link_nbytes_per_sweep / self.links.h2d
+        return found
+
+    def bound_s(self, compute_s: float = 0.0) -> float:
+        """The least time per sweep: the slowest link, or the computation itself."""
+        return max([compute_s, *self.terms.values()])
+
+    def binds(self, compute_s: float = 0.0) -> str:
+        """What the time of a sweep is bound by."""
+        terms = {"compute": compute_s, **self.terms}
+        return max(terms, key=lambda name: terms[name])
+
+    def home_nbytes(self, home: Home) -> int:
+        """Bytes of the tensors that live on a tier."""
+        return sum(block.nbytes for block in self.blocks if block.home == home)
+
+    def blocks_at(self, home: Home) -> int:
+        """How many blocks live on a tier."""
+        return sum(block.home == home for block in self.blocks)
+
+    def suggestion(self) -> str | None:
+        """The one change of budget that would help most; None where nothing is streamed."""
+        if self.resident:
+            return None
+        if self.disk_nbytes_per_sweep:
+            missing = self.home_nbytes("disk")
+            return f"{missing / 2**30:.2f} GiB more host memory would end all reading from disk"
+        missing = sum(block.nbytes for block in self.blocks if block.home != "device")
+        return f"{missing / 2**30:.2f} GiB more device memory would end all copying"
