@@ -1,0 +1,16 @@
+"""The registry of verbs. A new verb is a file beside this one, and a line here.
+
+A verb is a function that typer can read (its docstring is the help text). It may return an exit code. Modules of verbs
+are imported for every `penstock --help`: torch and transformers are imported inside the function, not at the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from .doctor import doctor
+
+VERBS: Final[dict[str, Callable[..., int | None]]] = {
+    "doctor": doctor,
+}

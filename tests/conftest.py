@@ -1,0 +1,44 @@
+"""What holds for every test: debug mode is on, a hang shows its stacks, and no thread outlives its test."""
+
+import os
+
+os.environ["PENSTOCK_DEBUG"] = "1"  # before anything of penstock is imported: arenas are poisoned from the start
+
+import faulthandler
+import gc
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+_GRACE_S = 5.0
+
+# Deadlines per example measure the machine of the day; pytest's own time limit catches what hangs.
+settings.register_profile("penstock", deadline=None, print_blob=True)
+settings.load_profile("penstock")
+faulthandler.enable()
+
+
+def _offending(before: set[threading.Thread]) -> list[threading.Thread]:
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread not in before and thread.is_alive() and (not thread.daemon or thread.name.startswith("penstock"))
+    ]
+
+
+@pytest.fixture(autouse=True)
+def no_threads_left() -> Iterator[None]:
+    """Fail a test that leaves a thread behind: one that is not a daemon, or any of penstock's."""
+    before = set(threading.enumerate())
+    yield
+    if not _offending(before):
+        return
+    gc.collect()  # thread pools that are only garbage stop their threads when they are collected
+    deadline = time.monotonic() + _GRACE_S
+    while (left := _offending(before)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if left:
+        pytest.fail(f"threads left running: {', '.join(sorted(thread.name for thread in left))}")
