@@ -1,3 +1,5 @@
 """The command line: one file per verb."""
+
+
 def main() -> None:
     raise SystemExit(2)
