@@ -1,7 +1,7 @@
 """A checkpoint folder: which tensors it has and where their bytes lie, with no tensor read.
 
-Either one `model.safetensors`, or shards named by `model.safetensors.index.json`, or, with neither, every `*.safetensors`
-of the folder as long as no two hold a tensor of the same name.
+Either one `model.safetensors`, or shards named by `model.safetensors.index.json`, or, with neither, every
+`*.safetensors` of the folder as long as no two hold a tensor of the same name.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ class Checkpoint:
                 wanted = weight_map.get(key) if weight_map is not None else None
                 if key in home and wanted is None:
                     raise CheckpointError(
-                        f"{folder}: the tensor {key!r} is in both {home[key]} and {name}, and no index says which holds; "
-                        "keep one of the two"
+                        f"{folder}: the tensor {key!r} is in both {home[key]} and {name}, and no index says which "
+                        "holds; keep one of the two"
                     )
                 if wanted is None or wanted == name:
                     tensors[key], home[key] = tensor, name
         for key, name in (weight_map or {}).items():
             if home.get(key) != name:
                 raise CheckpointError(
-                    f"{folder}: {INDEX} says that {key!r} is in {name}, which lacks it; the index and the shards are of "
-                    "different checkpoints: download or save it again"
+                    f"{folder}: {INDEX} says that {key!r} is in {name}, which lacks it; the index and the shards are "
+                    "of different checkpoints: download or save it again"
                 )
         files = tuple(os.path.join(folder, name) for name in names)
         return cls(folder=folder, tensors=tensors, files=files, metadata=metadata)
@@ -92,8 +92,8 @@ def _read_index(folder: str) -> dict[str, str]:
     for key, name in weight_map.items():
         if not isinstance(name, str) or not _is_plain_name(name):
             raise CheckpointError(
-                f"{path}: {key!r} is said to be in {name!r}; only a plain *.safetensors name inside the folder is followed: "
-                "correct the index"
+                f"{path}: {key!r} is said to be in {name!r}; only a plain *.safetensors name inside the folder "
+                "is followed: correct the index"
             )
     for name in sorted(set(weight_map.values())):
         if not os.path.lexists(os.path.join(folder, name)):
@@ -122,7 +122,7 @@ def _shards_without_index(folder: str) -> list[str]:
     pickled = [name for name in names if name.endswith(_PICKLED)]
     if pickled:
         raise CheckpointError(
-            f"{folder}: has {pickled[0]} but no *.safetensors; only safetensors are read, since pickles run code. Convert it "
-            "once: AutoModel.from_pretrained(folder).save_pretrained(new_folder) with the model's own class"
+            f"{folder}: has {pickled[0]} but no *.safetensors; only safetensors are read, since pickles run code. "
+            "Convert it once: AutoModel.from_pretrained(folder).save_pretrained(new_folder) with the model's own class"
         )
     raise CheckpointError(f"{folder}: holds no *.safetensors; give the folder that holds {SINGLE}")

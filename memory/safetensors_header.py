@@ -69,7 +69,9 @@ def read_regular_file(path: str, *, nbytes: int, max_nbytes: int | None = None) 
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{path}: not a regular file; a checkpoint holds only regular files and links to them")
+            raise CheckpointError(
+                f"{path}: not a regular file; a checkpoint holds only regular files and links to them"
+            )
         # O_NONBLOCK: should the file have been swapped for a fifo since, opening it must not hang.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
@@ -82,7 +84,9 @@ def read_regular_file(path: str, *, nbytes: int, max_nbytes: int | None = None) 
                 )
             return file.read(min(nbytes, status.st_size)), status.st_size
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
 
 
 def read_header(path: str) -> Header:
@@ -147,7 +151,8 @@ def _check_tensor(path: str, name: str, entry: object) -> tuple[str, tuple[int, 
     nbytes = prod(shape) * ITEMSIZE[dtype]
     if end - begin != nbytes:
         raise CheckpointError(
-            f"{path}: {name!r} is {dtype}{shape}, which takes {nbytes} bytes, but its offsets span {end - begin}; {_AGAIN}"
+            f"{path}: {name!r} is {dtype}{shape}, which takes {nbytes} bytes, but its offsets span "
+            f"{end - begin}; {_AGAIN}"
         )
     return dtype, tuple(shape), begin, end
 

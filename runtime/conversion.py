@@ -1,8 +1,8 @@
 """From checkpoint tensors to model parameters, by transformers' own conversion mapping.
 
-transformers renames, merges, splits and permutes checkpoint tensors while it loads them. Here its loader runs on symbolic
-tensors (see symbolic.py), so that names, merges, casts, ties and what counts as missing agree with from_pretrained by
-construction, and no byte is read.
+transformers renames, merges, splits and permutes checkpoint tensors while it loads them. Here its loader runs on
+symbolic tensors (see symbolic.py), so that names, merges, casts, ties and what counts as missing agree with
+from_pretrained by construction, and no byte is read.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .symbolic import Stored, Symbolic, evaluate, leaves, symbol
 logger = logging.getLogger(__name__)
 
 MAX_INITIALISED_NBYTES: Final = 256 * 2**20
-"""Bytes of buffers and exempted tensors that a checkpoint may leave to be computed. They are made in memory at once, so a
-config must not be able to ask for any amount."""
+"""Bytes of buffers and exempted tensors that a checkpoint may leave to be computed. They are made in memory at once, so
+a config must not be able to ask for any amount."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,14 +45,12 @@ class Converted:
 Source = TensorSource | Converted
 
 
-def bind_sources(
-    model: PreTrainedModel, checkpoint: Checkpoint, *, dtype: torch.dtype
-) -> dict[str, Source]:
+def bind_sources(model: PreTrainedModel, checkpoint: Checkpoint, *, dtype: torch.dtype) -> dict[str, Source]:
     """Find the source of every parameter and persistent buffer of a model built on the meta device.
 
-    On return the parameters and persistent buffers are still on meta, with the dtype from_pretrained gives them; ties are
-    tied; non-persistent buffers are real. Keyed by the names of `named_parameters()` and `named_buffers()`: a tied tensor
-    occurs once. A tensor that the model's class exempts from loading is real and has no source.
+    On return the parameters and persistent buffers are still on meta, with the dtype from_pretrained gives them; ties
+    are tied; non-persistent buffers are real. Keyed by the names of `named_parameters()` and `named_buffers()`: a tied
+    tensor occurs once. A tensor that the model's class exempts from loading is real and has no source.
 
     Raises CheckpointError where a tensor is missing, has another shape than the config says, or cannot be converted.
     """
@@ -132,7 +130,7 @@ def _source(tensor: Symbolic, name: str) -> Source:
 
 
 def _join_equal_ties(model: PreTrainedModel, info: Any, found: Mapping[int, Source]) -> None:
-    """Decide the ties of which the checkpoint has both sides: tied where their bytes are equal, as from_pretrained does.
+    """Decide the ties of which the checkpoint has both sides: tied where the bytes are equal, as by from_pretrained.
 
     It compares values, which the meta device has not; so a side with equal bytes is called missing, and gets tied.
     """
@@ -149,8 +147,9 @@ def _join_equal_ties(model: PreTrainedModel, info: Any, found: Mapping[int, Sour
         if equal:
             info.missing_keys.add(target)
         else:
-            logger.warning("%s and %s differ in the checkpoint, so they are not tied, whatever the config says",
-                           target, origin)
+            logger.warning(
+                "%s and %s differ in the checkpoint, so they are not tied, whatever the config says", target, origin
+            )
             model.all_tied_weights_keys.pop(target)
 
 
@@ -167,8 +166,8 @@ def _check_missing(model: PreTrainedModel, checkpoint: Checkpoint, info: Any) ->
         if not any(pattern.search(name) for pattern in exempt):
             unexpected = len(info.unexpected_keys)
             raise CheckpointError(
-                f"{checkpoint.folder}: the tensor {name!r} {list(tensor.shape)}, which {type(model).__name__} needs, is "
-                f"missing ({len(checkpoint.tensors)} tensors there, {unexpected} of them of no use to it); "
+                f"{checkpoint.folder}: the tensor {name!r} {list(tensor.shape)}, which {type(model).__name__} needs, "
+                f"is missing ({len(checkpoint.tensors)} tensors there, {unexpected} of them of no use to it); "
                 "download or save the checkpoint again, or correct `architectures` in its config.json"
             )
         nbytes += tensor.nbytes

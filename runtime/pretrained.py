@@ -1,4 +1,4 @@
-"""A transformers model from a checkpoint folder or a Hub id, built without its weights: the skeleton that gets streamed."""
+"""A transformers model from a checkpoint folder or a Hub id, without its weights: the skeleton that gets streamed."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Skeleton:
     """A model that has everything but its weights, and where each of those lies."""
 
     model: PreTrainedModel
-    """In eval mode, tied, with its generation config; parameters and persistent buffers on the meta device, other buffers
-    real."""
+    """In eval mode, tied, with its generation config; parameters and persistent buffers on the meta device, other
+    buffers real."""
     checkpoint: Checkpoint
     sources: Mapping[str, Source]
     """By the names of the model's `named_parameters()` and persistent buffers; of tied names only the first."""
@@ -63,11 +63,11 @@ def skeleton(
     """Build the model of a checkpoint without reading its weights.
 
     `path` is a folder or a Hub id (HF_HUB_OFFLINE is honoured). `dtype` is "auto" (what the config says, else what the
-    checkpoint is stored in) or a dtype. The model is the one `from_pretrained` would give, except that its weights are on
-    the meta device: memory taken does not depend on their size.
+    checkpoint is stored in) or a dtype. The model is the one `from_pretrained` would give, except that its weights are
+    on the meta device: memory taken does not depend on their size.
 
-    Raises CheckpointError, in one line with a remedy, where the checkpoint cannot be found, believed or built; UsageError
-    for an unknown dtype.
+    Raises CheckpointError, in one line with a remedy, where the checkpoint cannot be found, believed or built;
+    UsageError for an unknown dtype.
     """
     wanted = parse_dtype(dtype)
     folder = _locate(path, trust_remote_code=trust_remote_code)
@@ -124,8 +124,8 @@ def _locate(path: str | os.PathLike[str], *, trust_remote_code: bool) -> str:
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=_UNWANTED)
     except Exception as error:  # what a transport raises is no part of the client's interface
         raise CheckpointError(
-            f"{name}: no such folder, and as a Hub id it cannot be fetched ({_one_line(error)}); check the spelling, the "
-            "network, HF_HUB_OFFLINE, and `hf auth login` for a gated model"
+            f"{name}: no such folder, and as a Hub id it cannot be fetched ({_one_line(error)}); check the spelling, "
+            "the network, HF_HUB_OFFLINE, and `hf auth login` for a gated model"
         ) from error
 
 
@@ -133,7 +133,9 @@ def _read_config(folder: str, *, trust_remote_code: bool) -> PreTrainedConfig:
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise CheckpointError(f"{folder}: has no config.json; give the folder of a transformers checkpoint")
     if os.path.exists(os.path.join(folder, "adapter_config.json")):
-        raise CheckpointError(f"{folder}: holds an adapter, which is not applied; merge it first (peft: merge_and_unload)")
+        raise CheckpointError(
+            f"{folder}: holds an adapter, which is not applied; merge it first (peft: merge_and_unload)"
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # configs validate themselves, each class in its own way
@@ -161,20 +163,20 @@ def _check_config(config: PreTrainedConfig, checkpoint: Checkpoint, *, trust_rem
             settings = quantised if isinstance(quantised, dict) else vars(quantised)
             method = settings.get("quant_method", "unnamed")
             raise CheckpointError(
-                f"{checkpoint.folder}: is quantised ({getattr(method, 'value', method)}), which is not supported; use the "
-                "bf16, fp16 or fp32 checkpoint it was made from"
+                f"{checkpoint.folder}: is quantised ({getattr(method, 'value', method)}), which is not supported; use "
+                "the bf16, fp16 or fp32 checkpoint it was made from"
             )
         for key, value in vars(each).items():
             if _counts_modules(key) and type(value) is int and value > max(1000, len(checkpoint.tensors)):
                 raise CheckpointError(
-                    f"{checkpoint.folder}: its config says {key}={value}, but the weights are {len(checkpoint.tensors)} "
-                    "tensors; restore the config.json that was saved with these weights"
+                    f"{checkpoint.folder}: its config says {key}={value}, but the weights are "
+                    f"{len(checkpoint.tensors)} tensors; restore the config.json that was saved with these weights"
                 )
             # "owner/name" as an implementation makes transformers fetch a kernel from the Hub and run it.
             if "_implementation" in key and "/" in str(value) and not trust_remote_code:
                 raise CheckpointError(
-                    f"{checkpoint.folder}: its config asks for the code {str(value)!r} ({key}); remove that line, or allow "
-                    "it by trust_remote_code=True"
+                    f"{checkpoint.folder}: its config asks for the code {str(value)!r} ({key}); remove that line, or "
+                    "allow it by trust_remote_code=True"
                 )
 
 

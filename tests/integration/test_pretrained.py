@@ -55,17 +55,33 @@ def t5() -> tf.PreTrainedModel:
 
 
 def bart() -> tf.PreTrainedModel:
-    sides = {f"{side}_{key}": n for side in ("encoder", "decoder")
-             for key, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}
-    return tf.BartForConditionalGeneration(tf.BartConfig(vocab_size=96, d_model=32, max_position_embeddings=32, **sides))
+    sides = {
+        f"{side}_{key}": n
+        for side in ("encoder", "decoder")
+        for key, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))
+    }
+    return tf.BartForConditionalGeneration(
+        tf.BartConfig(vocab_size=96, d_model=32, max_position_embeddings=32, **sides)
+    )
 
 
 def whisper() -> tf.PreTrainedModel:
-    sides = {f"{side}_{key}": n for side in ("encoder", "decoder")
-             for key, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}
+    sides = {
+        f"{side}_{key}": n
+        for side in ("encoder", "decoder")
+        for key, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))
+    }
     config = tf.WhisperConfig(
-        vocab_size=96, d_model=32, num_mel_bins=8, max_source_positions=16, max_target_positions=16,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3, **sides,
+        vocab_size=96,
+        d_model=32,
+        num_mel_bins=8,
+        max_source_positions=16,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+        **sides,
     )
     return tf.WhisperForConditionalGeneration(config)
 
@@ -189,8 +205,9 @@ def test_rotary_permutation_is_computed_once(tmp_path: Path) -> None:
     vision = {**TOWER, "image_size": 16, "patch_size": 8, "head_dim": 8}
 
     def pixtral() -> tf.PreTrainedModel:
-        config = tf.Mistral3Config(text_config={"model_type": "mistral", **text},
-                                   vision_config={"model_type": "pixtral", **vision})
+        config = tf.Mistral3Config(
+            text_config={"model_type": "mistral", **text}, vision_config={"model_type": "pixtral", **vision}
+        )
         return tf.Mistral3ForConditionalGeneration(config)
 
     save(pixtral, tmp_path, torch.bfloat16)
