@@ -36,6 +36,10 @@ class Backing(Protocol):
     preloaded: bool
     """Whether the bytes are in memory now and must be put into arenas or scratch files before the first run."""
 
+    def holds(self, name: str) -> bool:
+        """Whether it has the bytes of this parameter."""
+        ...
+
     def dtype(self, name: str) -> str:
         """Element type that the model computes with."""
         ...
@@ -64,6 +68,10 @@ class CheckpointBacking:
         self._sources = sources
         self._dtypes = dtypes
         self._shapes = shapes
+
+    def holds(self, name: str) -> bool:
+        """Whether the checkpoint has this parameter; a model's class may exempt some."""
+        return name in self._sources
 
     def dtype(self, name: str) -> str:
         """Element type that the model computes with."""
@@ -102,6 +110,10 @@ class ModuleBacking:
         self.path = path
         self._end = 0
         self._placed: dict[str, TensorSource] = {}
+
+    def holds(self, name: str) -> bool:
+        """All of them."""
+        return name in self._parameters
 
     def dtype(self, name: str) -> str:
         """Element type of the parameter."""

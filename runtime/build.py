@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 
 import torch
@@ -46,7 +47,13 @@ class Machinery:
         self.images = _images(layout, backing)
         self.parameters = dict(module.named_parameters())
         if isinstance(backing, ModuleBacking):
-            _preload(self, backing)
+            try:
+                _preload(self, backing)
+            except BaseException:
+                self.engine.close()
+                self.front_arena.close()
+                self.host.close()
+                raise
         self.bindings = _bindings(self, backing)
         self.mover = BlockMover(
             device=device,
@@ -166,49 +173,62 @@ def _images(layout: Layout, backing: Backing) -> dict[int, Image]:
 
 
 def _preload(machinery: Machinery, backing: ModuleBacking) -> None:
-    """Move a built module's parameters to where they will live, freeing each original as its copy is made."""
-    layout, device = machinery.layout, machinery.device
-    device_parameters = machinery.parameters
-    left = {name: 0 for block in layout.blocks for name in (p.name for p in block.portions)}
-    for block in layout.blocks:
-        for portion in block.portions:
-            left[portion.name] += 1
+    """Move a built module's parameters to where they will live.
+
+    What goes to disk is written first, while the originals are still there: if that fails, the module is as it was.
+    Then each original is freed as soon as its last piece has been copied.
+    """
+    layout = machinery.layout
     for name in layout.tables:
-        at = backing.place_table(name)
-        _write_table(machinery, backing, name, at)
+        _write_table(machinery, backing, name, backing.place_table(name))
+    stays = [block for block in layout.blocks if _stays(machinery, block)]
     for block in layout.blocks:
-        _preload_block(machinery, backing, block)
+        if block not in stays:
+            _write_block(machinery, backing, block)
+    left = Counter(portion.name for block in stays for portion in block.portions)
+    for name in machinery.parameters:
+        if not left[name] and backing.holds(name):
+            _free(machinery, name)
+    for block in stays:
+        _keep_block(machinery, backing, block)
         for portion in block.portions:
             left[portion.name] -= 1
             if not left[portion.name]:
-                parameter = device_parameters[portion.name]
-                parameter.data = placeholder(parameter, device.torch_device)
-    for name in layout.tables:
-        parameter = device_parameters[name]
-        parameter.data = placeholder(parameter, device.torch_device)
+                _free(machinery, portion.name)
 
 
-def _preload_block(machinery: Machinery, backing: ModuleBacking, block: Draft) -> None:
+def _stays(machinery: Machinery, block: Draft) -> bool:
+    back = machinery.back
+    return block.id in machinery.front.permanent or (back is not None and block.id in back.permanent)
+
+
+def _free(machinery: Machinery, name: str) -> None:
+    parameter = machinery.parameters[name]
+    parameter.data = placeholder(parameter, machinery.device.torch_device)
+
+
+def _write_block(machinery: Machinery, backing: ModuleBacking, block: Draft) -> None:
+    (window,) = machinery.images[block.id].windows
+    slot = (machinery.back or machinery.front).free[0]
+    _fill(machinery.host, slot.offset, backing, block)
+    view = machinery.host.view(slot.offset, window.nbytes)
+    machinery.engine.write(window.path, window.file_offset, view).wait()
+
+
+def _keep_block(machinery: Machinery, backing: ModuleBacking, block: Draft) -> None:
     device, front, back = machinery.device, machinery.front, machinery.back
-    image = machinery.images[block.id]
-    if back is None and block.id in front.permanent:
+    if back is None:
         _fill(machinery.host, front.preload(block.id).offset, backing, block)
-        return
-    if back is not None and block.id in back.permanent:
+    elif block.id in back.permanent:
         _fill(machinery.host, back.preload(block.id).offset, backing, block)
-        return
-    ring = (back or front).free[0]
-    _fill(machinery.host, ring.offset, backing, block)
-    if back is not None and block.id in front.permanent:
+    else:
+        passing = back.free[0]
+        _fill(machinery.host, passing.offset, backing, block)
         slot = front.preload(block.id)
         assert block.device_image is not None
-        for start, offset, nbytes in block.device_image.parts(0, image.nbytes):
-            device.copy(machinery.host, ring.offset + start, slot.arena, slot.offset + offset, nbytes)
+        for start, offset, nbytes in block.device_image.parts(0, block.image.nbytes):
+            device.copy(machinery.host, passing.offset + start, slot.arena, slot.offset + offset, nbytes)
         device.wait(device.copied())
-        return
-    (window,) = image.windows
-    view = machinery.host.view(ring.offset, window.nbytes)
-    machinery.engine.write(window.path, window.file_offset, view).wait()
 
 
 def _fill(arena: HostArena, offset: int, backing: ModuleBacking, block: Draft) -> None:

@@ -115,7 +115,7 @@ class Planner:
         self.budgets = budgets
         self.buffers_nbytes = buffers_nbytes
         self.sensitive = never_sensitive if budgets.device is not None else sensitive
-        self.parameters = streamable(module)
+        self.parameters = {name: p for name, p in streamable(module).items() if backing.holds(name)}
         self.sizes = {
             name: parameter.numel() * ITEMSIZE[backing.dtype(name)] for name, parameter in self.parameters.items()
         }

@@ -69,7 +69,7 @@ class Session:
         self._owner: int | None = None
         self._contexts: list[AbstractContextManager[Any]] = []
         self._bind_lock = threading.RLock()
-        self._pid = os.getpid()
+        self.pid = os.getpid()
         self.closed = False
 
     # --- around a module's forward ----------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class Session:
             raise failure
 
     def _begin(self, key: int) -> None:
-        if os.getpid() != self._pid:
+        if os.getpid() != self.pid:
             raise ForkError(
                 "a streamed model cannot run in a forked child: its threads and its memory are not there. Load it in "
                 "the child, or use the 'spawn' start method"

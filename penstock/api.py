@@ -1,0 +1,159 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels.alignment import alignment_changes_bits
+from ..memory.errors import UsageError
+from ..runtime.devices.base import Device
+from ..runtime.dtypes import torch_dtype
+from ..runtime.explain import Explanation
+from ..runtime.handle import Handle
+from ..runtime.links import LinkCache
+from ..runtime.loading import load as _load
+from ..runtime.offloading import offload as _offload
+from ..runtime.tiers import Wanted
+from .budget import parse_budget
+from .devices import open_device
+
+MaxMemory = str | Mapping[str, int | str]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    max_memory: MaxMemory = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    disk: str | os.PathLike[str] | None = None,
+    context: int | None = None,
+    batch: int | None = None,
+    exact: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a Hugging Face checkpoint that may be larger than memory, without ever materialising it.
+
+    Returns the transformers model that its config names, in eval mode with `requires_grad=False`; `generate()` and the
+    forward are transformers' own. Weights are read from the original safetensors files as they are needed; what fits the
+    budget stays. Answers are bit-identical to the resident model's, whether `exact` is given or not, as long as no
+    planner splits work over processors; none does yet.
+
+    Args:
+        path: A folder, or a Hub id.
+        max_memory: "auto", or budgets by tier ("host", "device", "disk"): bytes or sizes such as "3GiB". With
+            `device="cpu"`, `host` is the one that counts.
+        device: "auto", "cpu", "cuda", "cuda:N", or "emulated:h2d=1GiB/s,…".
+        dtype: "auto" (as the config says), or what to convert to on the way.
+        disk: Folder for scratch files, where any are needed; default in the user's cache.
+        context: Tokens per sequence to leave room for, in automatic budgets.
+        batch: Sequences to leave room for, likewise.
+        exact: Forbid whatever gives results that are only equal to rounding.
+        trust_remote_code: Run code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, or disagrees with its config.
+        DoesNotFitError: the budget is too small even for streaming; nothing was loaded.
+        UsageError: an argument has no meaning.
+    """
+    return _load(
+        path,
+        wanted=_wanted(max_memory),
+        device=open_device(device),
+        dtype=dtype,
+        disk=_one_folder(disk),
+        context=context,
+        batch=batch,
+        trust_remote_code=trust_remote_code,
+        sensitive=_sensitive,
+        cache=link_cache(),
+    )
+
+
+def offload(
+    module: nn.Module,
+    *,
+    max_memory: MaxMemory = "auto",
+    device: str | torch.device = "auto",
+    disk: str | os.PathLike[str] | None = None,
+    context: int | None = None,
+    batch: int | None = None,
+) -> Any:
+    """Make a module that is already built run within a budget, in place. Any module: vision, diffusion, audio.
+
+    Its weights move to arenas and, where those are too small, to a scratch file; the originals are freed. Gradients
+    with respect to inputs are right; training the weights is what `penstock.prepare` is for.
+
+    Args: as for `load`. Returns the module.
+
+    Raises:
+        DoesNotFitError: the budget is too small even for streaming; the module is untouched.
+        DiskError: the scratch file cannot be written; the module is untouched.
+        UsageError: an argument has no meaning, or a parameter has no values yet.
+    """
+    return _offload(
+        module,
+        wanted=_wanted(max_memory),
+        device=open_device(device),
+        disk=_one_folder(disk),
+        context=context,
+        batch=batch,
+        sensitive=_sensitive,
+        cache=link_cache(),
+    )
+
+
+def close(model: nn.Module) -> None:
+    """Free everything that a streamed model holds: memory, threads, scratch files. It cannot run afterwards."""
+    handle_of(model).close()
+
+
+def explain(model: nn.Module) -> Explanation:
+    """The plan of a model, to print or to display in a notebook."""
+    return Explanation(handle_of(model).plan)
+
+
+def handle_of(model: nn.Module) -> Handle:
+    """`model.penstock`, or an error that says what kind of model has one."""
+    handle = getattr(model, "penstock", None)
+    if not isinstance(handle, Handle):
+        raise UsageError("this model does not run under penstock: load it with penstock.load or pass it to offload")
+    return handle
+
+
+def _wanted(max_memory: MaxMemory) -> Wanted:
+    budget = parse_budget(max_memory)
+    return Wanted(host=budget.host, device=budget.device, disk=budget.disk)
+
+
+def _one_folder(disk: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
+    if isinstance(disk, list | tuple):
+        raise UsageError("disk takes one folder")
+    return disk
+
+
+@cache
+def _sensitive(dtype: str, skew: int) -> bool:
+    """Whether CPU kernels give other bits for operands `skew` bytes off a 64-byte boundary. Probed once."""
+    if skew == 0:
+        return False
+    if dtype in ("BF16", "F16"):
+        return alignment_changes_bits(torch_dtype(dtype), skew)
+    return dtype in ("F32", "F64", "C64")
+
+
+def link_cache() -> LinkCache:
+    """Where measured link rates are kept: the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
+    return LinkCache(base / "penstock" / "links.json")
+
+
+__all__ = ["Device", "close", "explain", "handle_of", "link_cache", "load", "offload"]

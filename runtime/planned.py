@@ -1,0 +1,73 @@
+"""The frozen plan of a layout, for people and for reports."""
+
+from __future__ import annotations
+
+from ..scheduler.plan import Home, Links, Plan, PlannedBlock
+from .devices.base import Device
+from .planning import Budgets, Layout
+
+
+def make_plan(
+    layout: Layout, device: Device, budgets: Budgets, links: Links, weights_nbytes: int, notes: tuple[str, ...] = ()
+) -> Plan:
+    """What a layout means, in the plan's words."""
+    blocks = []
+    for block in layout.blocks:
+        home: Home = "disk"
+        if block.id in layout.front.resident:
+            home = "device" if layout.back else "host"
+        elif layout.back and block.id in layout.back.resident:
+            home = "host"
+        blocks.append(
+            PlannedBlock(
+                id=block.id,
+                name=block.name,
+                nbytes=block.image.data_nbytes,
+                slot_nbytes=block.front_nbytes,
+                home=home,
+            )
+        )
+    return Plan(
+        device=device.name,
+        emulated=device.name == "emulated",
+        resident=layout.resident,
+        weights_nbytes=weights_nbytes,
+        blocks=tuple(blocks),
+        tables=tuple(layout.tables),
+        host_nbytes=layout.host_nbytes,
+        host_budget_nbytes=budgets.host,
+        device_nbytes=layout.device_nbytes,
+        device_budget_nbytes=budgets.device,
+        slots=layout.front.slots,
+        slot_nbytes=layout.front.slot_nbytes,
+        host_slots=layout.back.slots if layout.back else 0,
+        disk_nbytes_per_sweep=layout.disk_nbytes,
+        link_nbytes_per_sweep=layout.link_nbytes,
+        links=links,
+        depth=max(layout.front.slots - 1, 0),
+        notes=notes,
+    )
+
+
+def untouched_plan(device: Device, budgets: Budgets, weights_nbytes: int, note: str) -> Plan:
+    """The plan of a module that was left exactly as it was."""
+    return Plan(
+        device=device.name,
+        emulated=device.name == "emulated",
+        resident=True,
+        weights_nbytes=weights_nbytes,
+        blocks=(),
+        tables=(),
+        host_nbytes=0,
+        host_budget_nbytes=budgets.host,
+        device_nbytes=0,
+        device_budget_nbytes=budgets.device,
+        slots=0,
+        slot_nbytes=0,
+        host_slots=0,
+        disk_nbytes_per_sweep=0,
+        link_nbytes_per_sweep=0,
+        links=Links(),
+        depth=0,
+        notes=(note,),
+    )
