@@ -29,7 +29,7 @@ def through(*ops: ConversionOps, targets: int = 1, pick: int = 0) -> Operation:
     """A chain of transformers' operations from one name to one or more."""
 
     def run(tensors: list[torch.Tensor]) -> torch.Tensor:
-        sources, names = ["x"], [f"y{i}" for i in range(targets)]
+        sources, names = ["x"], [f"y*{i}" for i in range(targets)]
         data = {"x": list(tensors)}
         for op in ops:
             data = op.convert(
