@@ -70,7 +70,7 @@ RUNS: list[Operation] = [
 
 CALLS: list[Operation] = [
     through(Transpose()),
-    lambda t: through(PermuteForRope())(t[:1]),
+    lambda t: through(PermuteForRope(permute_layer_names=["x"]))(t[:1]),
     through(Interleave(dim=0)),
     through(Interleave(dim=1), Chunk(dim=1), targets=2, pick=1),
     through(Chunk(dim=0), Transpose(), targets=1),
