@@ -54,11 +54,12 @@ def bind_sources(model: PreTrainedModel, checkpoint: Checkpoint, *, dtype: torch
 
     Raises CheckpointError where a tensor is missing, has another shape than the config says, or cannot be converted.
     """
+    mapping: list[Any] = get_model_conversion_mapping(model)
     load_config = LoadStateDictConfig(
         pretrained_model_name_or_path=checkpoint.folder,
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=mapping,
     )
     symbols = {name: symbol(source) for name, source in checkpoint.tensors.items()}
     info, _ = convert_and_load_state_dict_in_model(model, symbols, load_config)
@@ -101,7 +102,7 @@ def _lift(model: PreTrainedModel) -> dict[int, Source]:
                 if id(tensor) not in replaced:
                     replaced[id(tensor)] = meta = _like(tensor)
                     found[id(meta)] = _source(tensor, f"{path}.{name}" if path else name)
-                slots[name] = replaced[id(tensor)]  # type: ignore[assignment]
+                slots[name] = replaced[id(tensor)]
     return found
 
 

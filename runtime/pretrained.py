@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,6 +12,7 @@ from typing import Any, Final
 import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import _get_dtype
@@ -94,7 +95,7 @@ def skeleton(
             f"{folder}: its config.json does not describe a model that can be built ({_one_line(error)}); "
             "restore the config.json that was saved with these weights"
         ) from error
-    model.eval()
+    model.train(False)
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     dtypes = {name: tensors[name].dtype for name in sources}
     return Skeleton(model=model, checkpoint=checkpoint, sources=sources, dtypes=dtypes, config=model.config)
@@ -113,7 +114,7 @@ def _locate(path: str | os.PathLike[str], *, trust_remote_code: bool) -> str:
     if os.path.exists(name):
         raise CheckpointError(f"{name}: not a folder; give the folder that holds config.json and the weights")
     try:
-        huggingface_hub.utils.validate_repo_id(name)
+        validate_repo_id(name)
         is_hub_id = not isinstance(path, os.PathLike)
     except huggingface_hub.errors.HFValidationError:
         is_hub_id = False
@@ -137,7 +138,8 @@ def _read_config(folder: str, *, trust_remote_code: bool) -> PreTrainedConfig:
             f"{folder}: holds an adapter, which is not applied; merge it first (peft: merge_and_unload)"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return config
     except Exception as error:  # configs validate themselves, each class in its own way
         hint = "correct it" if trust_remote_code else "correct it, or allow its own code by trust_remote_code=True"
         raise CheckpointError(f"{folder}: config.json cannot be used ({_one_line(error)}); {hint}") from error
@@ -216,14 +218,15 @@ def _remote_class(config: PreTrainedConfig, folder: str, named: str | None) -> t
     if not references:
         return None
     found = get_class_from_dynamic_module(references[0], folder)
-    remote: type[PreTrainedModel] = add_generation_mixin_to_remote_model(found)
+    remote: type[PreTrainedModel] = add_generation_mixin_to_remote_model(found)  # type: ignore[no-untyped-call]
     return remote
 
 
 def _set_generation_config(model: PreTrainedModel, folder: str, *, trust_remote_code: bool) -> None:
-    if not (model.can_generate() and hasattr(model, "adjust_generation_fn")):
+    adjust: Callable[..., None] | None = getattr(model, "adjust_generation_fn", None)
+    if adjust is None or not model.can_generate():
         return
-    model.adjust_generation_fn(
+    adjust(
         None,
         True,
         None,
@@ -243,9 +246,9 @@ def _set_generation_config(model: PreTrainedModel, folder: str, *, trust_remote_
 def _no_progress_bar() -> Iterator[None]:
     """transformers draws a bar while it loads weights; here it loads none."""
     was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if was_enabled:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

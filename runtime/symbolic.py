@@ -54,7 +54,8 @@ class Symbolic(torch.Tensor):
     @staticmethod
     def __new__(cls, value: Stored | Call, shape: Sequence[int], dtype: torch.dtype) -> Symbolic:
         """A symbolic tensor on the CPU, contiguous."""
-        result: Symbolic = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device="cpu")  # type: ignore[attr-defined]
+        device = torch.device("cpu")
+        result: Symbolic = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
         result.value = value
         return result
 
@@ -66,7 +67,7 @@ class Symbolic(torch.Tensor):
         return f"Symbolic({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Work out the result's runs, or write the operation down."""
@@ -201,7 +202,7 @@ def _select(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: torch.Tensor)
 
 
 def _slice(args: tuple[Any, ...], kwargs: dict[str, Any], shapes: torch.Tensor) -> list[_Spans] | None:
-    tensor, dim, start, _, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    tensor, dim, start, _, step = list(args) + [0, None, None, 1][len(args) - 1 :]
     if kwargs or step != 1:
         return None
     dim, size, length = dim % tensor.ndim, tensor.shape[dim], shapes.shape[dim]

@@ -200,18 +200,27 @@ def test_experts_are_runs_of_the_original_files(tmp_path: Path) -> None:
     assert 1 < len(source.spans) <= 8
 
 
-def test_rotary_permutation_is_computed_once(tmp_path: Path) -> None:
-    text = {**DECODER, "head_dim": 8}
-    vision = {**TOWER, "image_size": 16, "patch_size": 8, "head_dim": 8}
-
-    def pixtral() -> tf.PreTrainedModel:
-        config = tf.Mistral3Config(
-            text_config={"model_type": "mistral", **text}, vision_config={"model_type": "pixtral", **vision}
+def test_transposed_experts_are_computed_once(tmp_path: Path) -> None:
+    def qwen3_vl_moe() -> tf.PreTrainedModel:
+        text = {**DECODER, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+        vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
+        config = tf.Qwen3VLMoeConfig(
+            text_config={**text, "rope_parameters": rope},
+            vision_config={**vision, "patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         )
-        return tf.Mistral3ForConditionalGeneration(config)
+        return tf.Qwen3VLMoeForConditionalGeneration(config)
 
-    save(pixtral, tmp_path, torch.bfloat16)
-    check(tmp_path, tf.Mistral3ForConditionalGeneration)
+    # GIVEN experts stored as the published checkpoints store them
+    save(qwen3_vl_moe, tmp_path, torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    stored = {name: t.mT.contiguous() if ".mlp.experts." in name else t for name, t in tensors.items()}
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    check(tmp_path, tf.Qwen3VLMoeForConditionalGeneration)
+    check(tmp_path, tf.Qwen3VLMoeForConditionalGeneration, dtype=torch.bfloat16)
+    source = skeleton(tmp_path).sources["model.language_model.layers.0.mlp.experts.gate_up_proj"]
+    assert isinstance(source, Converted)
+    assert len(source.sources) == 1
 
 
 def test_ties_with_both_sides_in_the_checkpoint(tmp_path: Path) -> None:
@@ -312,10 +321,14 @@ def test_no_code_of_a_checkpoint_runs(saved: Path) -> None:
 
 
 def test_buffers_of_absurd_size_are_refused(tmp_path: Path) -> None:
-    save(gpt2, tmp_path, torch.bfloat16)
-    tensors = load_file(tmp_path / "model.safetensors")
-    edit_config(tmp_path, n_positions=2**31)
-    refused(tmp_path, str(list(tensors["transformer.wpe.weight"].shape)))
+    def xglm() -> tf.PreTrainedModel:
+        config = tf.XGLMConfig(vocab_size=96, max_position_embeddings=32, d_model=32, ffn_dim=48, num_layers=2)
+        return tf.XGLMForCausalLM(config)
+
+    save(xglm, tmp_path, torch.bfloat16)
+    check(tmp_path, tf.XGLMForCausalLM)
+    edit_config(tmp_path, max_position_embeddings=2**40)
+    refused(tmp_path, "buffers")
 
 
 def test_no_such_thing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

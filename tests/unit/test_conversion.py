@@ -29,7 +29,7 @@ def through(*ops: ConversionOps, targets: int = 1, pick: int = 0) -> Operation:
     """A chain of transformers' operations from one name to one or more."""
 
     def run(tensors: list[torch.Tensor]) -> torch.Tensor:
-        sources, names = ["x"], [f"y{i}" for i in range(targets)]
+        sources, names = ["x"], [f"y*{i}" for i in range(targets)]
         data = {"x": list(tensors)}
         for op in ops:
             data = op.convert(
@@ -70,7 +70,7 @@ RUNS: list[Operation] = [
 
 CALLS: list[Operation] = [
     through(Transpose()),
-    lambda t: through(PermuteForRope())(t[:1]),
+    lambda t: through(PermuteForRope(permute_layer_names=["x"]))(t[:1]),
     through(Interleave(dim=0)),
     through(Interleave(dim=1), Chunk(dim=1), targets=2, pick=1),
     through(Chunk(dim=0), Transpose(), targets=1),
