@@ -5,7 +5,7 @@
 """
 
 from .api import close, explain, load, offload
-from ..memory.errors import (
+from .memory.errors import (
     CheckpointError,
     ClosedError,
     DiskError,

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels.alignment import alignment_changes_bits
-from ..memory.errors import UsageError
-from ..runtime.devices.base import Device
-from ..runtime.dtypes import torch_dtype
-from ..runtime.explain import Explanation
-from ..runtime.handle import Handle
-from ..runtime.links import LinkCache
-from ..runtime.loading import load as _load
-from ..runtime.offloading import offload as _offload
-from ..runtime.tiers import Wanted
+from .kernels.alignment import alignment_changes_bits
+from .memory.errors import UsageError
+from .runtime.devices.base import Device
+from .runtime.dtypes import torch_dtype
+from .runtime.explain import Explanation
+from .runtime.handle import Handle
+from .runtime.links import LinkCache
+from .runtime.loading import load as _load
+from .runtime.offloading import offload as _offload
+from .runtime.tiers import Wanted
 from .budget import parse_budget
 from .devices import open_device
 

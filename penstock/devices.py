@@ -6,10 +6,10 @@ import logging
 
 import torch
 
-from ..memory.errors import UsageError
-from ..runtime.devices.base import Device
-from ..runtime.devices.cpu import CpuDevice
-from ..runtime.devices.emulated import EmulatedDevice, Rates
+from .memory.errors import UsageError
+from .runtime.devices.base import Device
+from .runtime.devices.cpu import CpuDevice
+from .runtime.devices.emulated import EmulatedDevice, Rates
 from .sizes import parse_size
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def _cuda(text: str, index: str) -> Device:
         raise UsageError(f"device {text!r} was asked for; this machine has cuda:0 to cuda:{count - 1}")
     if count > 1:
         logger.info("%d CUDA devices: using cuda:%d only", count, number)
-    from ..runtime.devices.cuda import CudaDevice
+    from .runtime.devices.cuda import CudaDevice
 
     return CudaDevice(number)
 

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 
 def gib(nbytes: float) -> str:
-    """Bytes in the unit that a reader wants: GiB, or MiB below one."""
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+    """Bytes in the unit that a reader wants."""
+    for name, unit in (("GiB", 2**30), ("MiB", 2**20)):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.2f} {name}"
+    return f"{nbytes / 1024:.0f} KiB"
 
 
 def seconds(value: float) -> str:
@@ -27,7 +30,7 @@ def seconds(value: float) -> str:
 
 def plan_renderable(plan: Plan) -> RenderableType:
     """The plan for rich."""
-    label = " (emulated)" if plan.emulated else ""
+    label = " device" if plan.emulated else ""
     if plan.resident:
         head = f"everything fits: {gib(plan.weights_nbytes)} of weights resident on {plan.device}{label}, no hooks"
         return Group(Text(head, style="bold"), *(Text(note) for note in plan.notes))

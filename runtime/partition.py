@@ -97,11 +97,15 @@ def streamable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def table_candidates(module: nn.Module) -> set[str]:
-    """Names of parameters that are used by rows: weights of embeddings and of linear layers."""
+    """Names of parameters that may be served by rows: embedding tables, and linear layers that stand alone.
+
+    A linear layer in a list of layers is one of many like it; its size is what a slot has anyway.
+    """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     found = set()
-    for child in module.modules():
-        if isinstance(child, nn.Embedding) and child.max_norm is None or isinstance(child, nn.Linear):
+    for path, child in module.named_modules():
+        alone = not any(part.isdigit() for part in path.split("."))
+        if (isinstance(child, nn.Embedding) and child.max_norm is None) or (isinstance(child, nn.Linear) and alone):
             name = names.get(id(child.weight))
             if name is not None:
                 found.add(name)

@@ -161,7 +161,8 @@ class Planner:
             home.update(dict.fromkeys(group.names, block.id))
             blocks.append(block)
         if everything:
-            self._all_nbytes = sum(block.front_nbytes for block in blocks)
+            own = 0 if self.budgets.device is not None else self._own(self._staging(blocks, {}))
+            self._all_nbytes = sum(block.front_nbytes for block in blocks) + own
         lookups = embedding_only(self.module)
         pieces: dict[str, tuple[int, ...]] = {}
         for name in sorted(tables):
@@ -189,8 +190,8 @@ class Planner:
         step = max(1, limit // row)
         if step >= 64:
             step -= step % 64
-        count = -(-rows // step)
-        step = -(-rows // count)
+        even = -(-rows // -(-rows // step))  # pieces of like size; kernels prefer whole tiles
+        step = even if step < 64 else -(-even // 64) * 64
         return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def _uses(
@@ -224,11 +225,8 @@ class Planner:
         pieces: dict[str, tuple[int, ...]],
     ) -> Layout | None:
         min_slots = self._nesting(leases) + 1
-        bounce = max((b.nbytes for block in blocks for b in block.image.bounces), default=0)
-        if pieces:
-            bounce = max(bounce, 2 * max(self.sizes[name] // self.parameters[name].shape[0] for name in pieces))
-        staging = min(STAGING, bounce)
-        own = self.buffers_nbytes + (DiskEngine.own_nbytes(staging) if staging else 0)
+        staging = self._staging(blocks, pieces)
+        own = self._own(staging)
         small = blocks[0]
         front_budget = self.budgets.host - own if self.budgets.device is None else self.budgets.device
         front = self._front(blocks[1:], small, front_budget, min_slots, own)
@@ -254,6 +252,16 @@ class Planner:
             staging_nbytes=max(staging, 4096),
             own_host_nbytes=own,
         )
+
+    def _staging(self, blocks: list[Draft], pieces: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes of the buffers that reads bounce through."""
+        bounce = max((b.nbytes for block in blocks for b in block.image.bounces), default=0)
+        rows = [2 * self.sizes[name] // self.parameters[name].shape[0] for name in pieces]
+        return min(STAGING, max([bounce, *rows]))
+
+    def _own(self, staging: int) -> int:
+        """Host memory besides the arena."""
+        return self.buffers_nbytes + (DiskEngine.own_nbytes(staging) if staging else 0)
 
     def _front(self, blocks: list[Draft], small: Draft, budget: int, min_slots: int, own: int) -> Residency | None:
         on_device = self.budgets.device is not None
@@ -306,5 +314,5 @@ class Planner:
             tier=tier,
             needed_nbytes=needed,
             available_nbytes=budget,
-            resident_nbytes=self._all_nbytes + self.buffers_nbytes + DiskEngine.own_nbytes(STAGING),
+            resident_nbytes=self._all_nbytes,
         )

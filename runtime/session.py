@@ -63,7 +63,7 @@ class Session:
         self.arena = device.tensor(front)
         for binding in bindings.values():
             for bound in binding.tensors:
-                self.absent[id(bound.parameter)] = binding.block
+                self.absent.setdefault(id(bound.parameter), binding.block)  # pieces of a table stay the table's
         self._frames: list[_Frame] = []
         self._root = threading.RLock()
         self._owner: int | None = None

@@ -94,6 +94,6 @@ class Plan:
             return None
         if self.disk_nbytes_per_sweep:
             missing = self.home_nbytes("disk")
-            return f"{missing / 2**30:.2f} GiB more host memory would end all reading from disk"
+            return f"{missing / 2**20:.0f} MiB more host memory would end all reading from disk"
         missing = sum(block.nbytes for block in self.blocks if block.home != "device")
-        return f"{missing / 2**30:.2f} GiB more device memory would end all copying"
+        return f"{missing / 2**20:.0f} MiB more device memory would end all copying"
