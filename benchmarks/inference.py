@@ -144,7 +144,7 @@ class Harness:
             output.seek(0)
             errors.seek(0)
             if timed_out:
-                return None, f"no result after {self._timeout_s:.0f} s", peak_nbytes
+                return None, f"timed out: no result after {self._timeout_s:.0f} s", peak_nbytes
             if process.returncode:
                 lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
                 return None, f"failed ({process.returncode}): {lines[-1] if lines else 'no message'}", peak_nbytes
@@ -187,7 +187,7 @@ def _require_memory(weights_nbytes: int) -> None:
     needed_nbytes = weights_nbytes + RESIDENT_HEADROOM_NBYTES
     if available_nbytes < needed_nbytes:
         raise ContenderFailedError(
-            f"resident needs {needed_nbytes / GIB:.1f} GiB of memory, {available_nbytes / GIB:.1f} available"
+            f"no room: resident needs {needed_nbytes / GIB:.1f} GiB of memory, {available_nbytes / GIB:.1f} available"
         )
 
 

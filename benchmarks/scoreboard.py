@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+from rich.markup import escape
 from rich.table import Table
 
 from .cgroup import CgroupUsage
@@ -26,6 +27,7 @@ class Attempt:
     round_number: int
     report: Report | None = None
     failure: str = ""
+    """In the form "what: why"; the table shows what, and the line below it why."""
     not_installed: bool = False
     capped: bool = True
     """False for the yardstick, which runs without a cgroup."""
@@ -156,8 +158,10 @@ def _equal_token_share(reports: Sequence[Report], expected: list[list[int]] | No
 
 
 def render(scores: Sequence[Score], *, title: str) -> Table:
-    """The table of all scores."""
-    table = Table(title=title, title_justify="left")
+    """The table of all scores; what failed, and why, stands below it."""
+    failures = [(one, attempt) for one in scores for attempt in one.attempts if attempt.failure]
+    caption = "\n".join(f"{one.contender}, batch {one.batch}: {attempt.failure}" for one, attempt in failures)
+    table = Table(title=title, title_justify="left", caption=escape(caption) or None, caption_justify="left")
     table.add_column("contender")
     for heading in (
         "batch", "s/token\nmedian", "s/token\nbest", "TTFT s\n(with load)", "GiB read\n/token", "peak anon\nGiB",
@@ -171,7 +175,7 @@ def render(scores: Sequence[Score], *, title: str) -> Table:
         else:
             last = one.attempts[-1]
             kills = str(last.usage.oom_kill_count) if last.usage else "-"
-            table.add_row(one.contender, str(one.batch), last.failure, *["-"] * 4, "-", kills)
+            table.add_row(one.contender, str(one.batch), last.failure.partition(":")[0], *["-"] * 5, kills)
     return table
 
 
