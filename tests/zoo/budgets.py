@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
 import penstock
 
 Place = Callable[[dict[str, int], str], Any]
@@ -28,16 +30,14 @@ class Limits:
 
 def find_limits(place: Place, device: str, tier: str, others: dict[str, int]) -> Limits:
     """Ask for one byte of `tier` and read the refusal."""
-    try:
-        model = place({**others, tier: 1}, DEVICES[device])
-    except penstock.DoesNotFitError as refusal:
-        assert refusal.tier == tier, refusal
-        assert refusal.available_nbytes == 1
-        assert refusal.resident_nbytes is not None
-        assert 1 < refusal.needed_nbytes < refusal.resident_nbytes, refusal
-        return Limits(needed=refusal.needed_nbytes, resident=refusal.resident_nbytes)
-    penstock.close(model)
-    raise AssertionError(f"one byte of {tier} was enough")
+    with pytest.raises(penstock.DoesNotFitError) as caught:
+        place({**others, tier: 1}, DEVICES[device])
+    refusal = caught.value
+    assert refusal.tier == tier, refusal
+    assert refusal.available_nbytes == 1
+    assert refusal.resident_nbytes is not None
+    assert 1 < refusal.needed_nbytes < refusal.resident_nbytes, refusal
+    return Limits(needed=refusal.needed_nbytes, resident=refusal.resident_nbytes)
 
 
 def find_budget(place: Place, device: str, level: str) -> dict[str, int]:
