@@ -10,9 +10,10 @@ STAMP := $(VENV)/installed
 venv: $(STAMP)
 
 # torch first and by itself, with its exact version: left to the resolver, a range may fetch another build of it.
+# An environment that is there is brought up to date as it is: made again over itself by another Python, it breaks.
 $(STAMP): constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("penstock needs Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-input -c constraints.txt setuptools wheel
 	$(BIN)/pip install --quiet --no-input -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --no-input -c constraints.txt --no-build-isolation -e '.[test]'
