@@ -42,19 +42,22 @@ def linear_piece(
     return out
 
 
-def splits_exactly(rows_of_x: int, columns: int, rows: int, piece_rows: int, dtype: torch.dtype) -> bool:
+def splits_exactly(
+    rows_of_x: int, columns: int, rows: int, piece_rows: int, dtype: torch.dtype, *, skew: int = 0
+) -> bool:
     """Whether pieces of `piece_rows` rows give the bits of the whole on this CPU, for x of [rows_of_x, columns].
 
     The whole weight [rows, columns] is never allocated: a little memory is mapped again and again, back to back, so that
-    the probe takes the address range of the whole and the memory of a few rows.
+    the probe takes the address range of the whole and the memory of a few rows. `skew` is how many bytes after a 64-byte
+    boundary the weight starts: kernels may look at it.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows_of_x, columns, generator=generator).to(dtype)
     unit = columns * x.element_size()
     step = PAGE // gcd(unit, PAGE)
     period = -(-max(1, PERIOD // unit) // step) * step
-    with _Repeated(period * unit, -(-rows // period)) as buffer:
-        virtual = torch.frombuffer(buffer, dtype=dtype, count=rows * columns).view(rows, columns)
+    with _Repeated(period * unit, -(-rows // period) + 1) as buffer:
+        virtual = torch.frombuffer(buffer, dtype=dtype, offset=skew, count=rows * columns).view(rows, columns)
         lent = min(period, rows)
         virtual[:lent].copy_(torch.randn(lent, columns, generator=generator))
         whole = functional.linear(x, virtual)

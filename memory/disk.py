@@ -19,13 +19,11 @@ from .arena import PAGE, HostArena, round_up
 from .casting import cast
 from .errors import ClosedError, DiskError
 from .files import FileTable, OpenFile, disk_error
-from .image import Bounce, Window
+from .image import STAGING, Bounce, Window
 from .layout import ITEMSIZE
 from .throttle import Throttle
 
 CHUNK: Final = 4 * 2**20
-STAGING: Final = 2**20
-"""Most bytes that one bounce moves at a time."""
 THREADS: Final = 8
 
 Pread = Callable[[int, Sequence[memoryview], int], int]
@@ -88,6 +86,7 @@ class DiskStatistics:
     """Totals since the engine was made."""
 
     read_nbytes: int
+    """Whole windows: a read that ends at the end of its file counts to the end of the page."""
     written_nbytes: int
     reads: int
     writes: int
@@ -362,7 +361,7 @@ def read_into(
                 f"though it was longer when it was opened; it was truncated or replaced: download it again"
             )
         got += count
-        worker.read_nbytes += count
+    worker.read_nbytes += len(view)
     worker.reads += 1
     file.drop_cache(offset, len(view))
 

@@ -2,14 +2,18 @@
 
 Files are read with O_DIRECT, which moves whole aligned windows only. A tensor's bytes start anywhere in a file, so a
 window is read to the slot as it is and the tensor becomes a view at the window's start plus the skew ("in place": no
-copy by the CPU). Where the skew would change results (some CPU kernels pick another summation order for pointers that
-are not 64-byte aligned) the run is moved down to the next boundary once it is complete. Tensors that change dtype,
-that are assembled from several spans, or that are tiny go through a small staging buffer instead ("bounce").
+copy by the CPU). Tensors that change dtype, that are assembled from several spans, or that are tiny go through a small
+staging buffer instead ("bounce").
+
+Some CPU kernels sum in another order when an operand starts off a 64-byte boundary (seen: float32 matrix–vector
+products, by the address modulo 16). A resident model has its weights where the file puts them, because safetensors
+maps files; so a tensor that is stored as it is used keeps its file offset modulo 64 here too, and one that is converted
+starts on a boundary, as a freshly allocated one would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Final
@@ -18,7 +22,7 @@ from .arena import PAGE, round_up
 from .layout import ITEMSIZE, TensorSource
 
 ALIGN: Final = 64
-"""Alignment of tensors on a processor that is sensitive to it; torch's own CPU allocator gives the same."""
+"""Modulus of a tensor's address that results may depend on; torch's own CPU allocator aligns to it."""
 SMALL: Final = 16 * 1024
 """Tensors below this are bounced: a window of their own would cost more than the copy."""
 
@@ -39,7 +43,7 @@ class Window:
     data_offset: int
     """Where the wanted bytes start in the slot when the read is complete."""
     final_offset: int
-    """Where they must start; differs from `data_offset` when the run is to be moved."""
+    """Where they must start; differs from `data_offset` when elements would not be aligned to their size."""
     data_nbytes: int
 
 
@@ -84,7 +88,7 @@ class Image:
     @property
     def read_nbytes(self) -> int:
         """Bytes that one fill reads from disk, rounding included."""
-        return sum(w.nbytes for w in self.windows) + sum(_bounce_window(b) for b in self.bounces)
+        return sum(w.nbytes for w in self.windows) + sum(bounce_window(b) for b in self.bounces)
 
     @property
     def data_nbytes(self) -> int:
@@ -92,26 +96,21 @@ class Image:
         return sum(place.nbytes for place in self.places.values())
 
 
-def _bounce_window(bounce: Bounce) -> int:
-    start = bounce.file_offset // PAGE * PAGE
-    return round_up(bounce.file_offset + bounce.nbytes) - start
+STAGING: Final = 2**20
+"""Most bytes that one bounce moves at a time; a longer one is cut."""
 
 
-def never_sensitive(dtype: str, skew: int) -> bool:
-    """The answer for a slot that no kernel reads in place: any skew will do."""
-    return False
+def bounce_window(bounce: Bounce) -> int:
+    """Bytes that a bounce reads, each of its cuts rounded to the page at both ends."""
+    total = 0
+    for at in range(0, bounce.nbytes, STAGING):
+        start = bounce.file_offset + at
+        total += round_up(start + min(STAGING, bounce.nbytes - at)) - start // PAGE * PAGE
+    return total
 
 
-def build_image(
-    tensors: Iterable[tuple[str, TensorSource, str]],
-    *,
-    sensitive: Callable[[str, int], bool] = never_sensitive,
-) -> Image:
-    """Lay `(name, source, target dtype)` out in a slot.
-
-    `sensitive(dtype, skew)` says whether kernels give other bits when a tensor of that dtype starts `skew` bytes after
-    a 64-byte boundary.
-    """
+def build_image(tensors: Iterable[tuple[str, TensorSource, str]]) -> Image:
+    """Lay `(name, source, target dtype)` out in a slot."""
     items = list(tensors)
     direct = sorted((item for item in items if _in_place(*item[1:])), key=lambda i: _key(i[1]))
     places: dict[str, Place] = {}
@@ -122,9 +121,7 @@ def build_image(
         skew = first.offset % PAGE
         end = last.offset + last.nbytes
         start = first.offset - skew
-        shift = first.offset % ALIGN if any(sensitive(i[2], first.offset % ALIGN) for i in run) else 0
-        if any(first.offset % ITEMSIZE[i[2]] for i in run):
-            shift = first.offset % ALIGN
+        shift = first.offset % ALIGN if any(first.offset % ITEMSIZE[i[2]] for i in run) else 0
         window = Window(
             path=first.path,
             file_offset=start,
@@ -144,12 +141,19 @@ def build_image(
     for name, source, dtype in items:
         if name in places:
             continue
-        at = round_up(at, ALIGN)
+        at = round_up(at, ALIGN) + _skew(source, dtype)
         place = Place(offset=at, shape=source.shape, dtype=dtype)
         places[name] = place
         bounces.extend(_bounces(source, place))
         at += place.nbytes
     return Image(nbytes=max(round_up(at), PAGE), places=places, windows=tuple(windows), bounces=tuple(bounces))
+
+
+def _skew(source: TensorSource, dtype: str) -> int:
+    """How far after a 64-byte boundary a resident model would have this tensor."""
+    if source.dtype != dtype or len(source.spans) != 1 or source.spans[0].offset % ITEMSIZE[dtype]:
+        return 0
+    return source.spans[0].offset % ALIGN
 
 
 def _in_place(source: TensorSource, dtype: str) -> bool:
@@ -221,20 +225,23 @@ class DeviceImage:
 
 
 DEVICE_ALIGN: Final = 256
-"""Alignment of tensors in device memory, that of CUDA's own allocator."""
+"""Alignment of runs in device memory, that of CUDA's own allocator."""
 
 
-def device_image(image: Image) -> DeviceImage:
-    """The device layout of a host image that was built with no sensitivity (nothing is moved in the host slot)."""
+def device_image(image: Image, *, keep_skew: bool) -> DeviceImage:
+    """The device layout of a host image in which nothing is moved after it has been read.
+
+    With `keep_skew` tensors keep their offset modulo 64 (a device that computes with the CPU's kernels).
+    """
     spans = [(w.data_offset, w.data_offset + w.data_nbytes) for w in image.windows]
     if image.bounces:
-        first = min(b.offset for b in image.bounces)
+        first = min(b.offset for b in image.bounces) // ALIGN * ALIGN
         spans.append((first, image.nbytes))
     segments: list[Segment] = []
     places: dict[str, Place] = {}
     at = 0
     for start, stop in spans:
-        at = round_up(at, DEVICE_ALIGN)
+        at = round_up(at, DEVICE_ALIGN) + (start % ALIGN if keep_skew else 0)
         segments.append(Segment(start=start, stop=stop, target=at))
         at += stop - start
     for name, place in image.places.items():

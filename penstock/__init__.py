@@ -2,9 +2,13 @@
 
     model = penstock.load("checkpoint/", max_memory={"host": "8GiB"})
     model.generate(**inputs)
+
+Names are imported when they are first used: torch takes seconds, and `penstock --help` needs none of it.
 """
 
-from .api import close, explain, load, offload
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .memory.errors import (
     CheckpointError,
     ClosedError,
@@ -17,6 +21,11 @@ from .memory.errors import (
     StallError,
     UsageError,
 )
+
+if TYPE_CHECKING:
+    from .api import close, explain, load, offload
+
+_LAZY = ("close", "explain", "load", "offload")
 
 __all__ = [
     "CheckpointError",
@@ -34,3 +43,9 @@ __all__ = [
     "load",
     "offload",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

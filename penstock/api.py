@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .kernels.alignment import alignment_changes_bits
 from .memory.errors import UsageError
 from .runtime.devices.base import Device
-from .runtime.dtypes import torch_dtype
 from .runtime.explain import Explanation
 from .runtime.handle import Handle
 from .runtime.links import LinkCache
@@ -72,7 +69,6 @@ def load(
         context=context,
         batch=batch,
         trust_remote_code=trust_remote_code,
-        sensitive=_sensitive,
         cache=link_cache(),
     )
 
@@ -105,7 +101,6 @@ def offload(
         disk=_one_folder(disk),
         context=context,
         batch=batch,
-        sensitive=_sensitive,
         cache=link_cache(),
     )
 
@@ -137,16 +132,6 @@ def _one_folder(disk: str | os.PathLike[str] | None) -> str | os.PathLike[str] |
     if isinstance(disk, list | tuple):
         raise UsageError("disk takes one folder")
     return disk
-
-
-@cache
-def _sensitive(dtype: str, skew: int) -> bool:
-    """Whether CPU kernels give other bits for operands `skew` bytes off a 64-byte boundary. Probed once."""
-    if skew == 0:
-        return False
-    if dtype in ("BF16", "F16"):
-        return alignment_changes_bits(torch_dtype(dtype), skew)
-    return dtype in ("F32", "F64", "C64")
 
 
 def link_cache() -> LinkCache:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,8 +13,6 @@ from ..memory.image import Image, build_image, packed_image
 from ..memory.layout import ITEMSIZE, FileSpan, TensorSource
 from .binding import contiguous_stride
 from .dtypes import stored_dtype
-
-Sensitive = Callable[[str, int], bool]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +46,7 @@ class Backing(Protocol):
         """Strides of a parameter, in elements."""
         ...
 
-    def image(self, portions: Sequence[Portion], sensitive: Sensitive) -> Image:
+    def image(self, portions: Sequence[Portion]) -> Image:
         """How a block of these tensors lies in a slot."""
         ...
 
@@ -81,7 +79,7 @@ class CheckpointBacking:
         """Row-major, as files are."""
         return contiguous_stride(self._shapes[name])
 
-    def image(self, portions: Sequence[Portion], sensitive: Sensitive) -> Image:
+    def image(self, portions: Sequence[Portion]) -> Image:
         """How a block of these tensors lies in a slot."""
         tensors = []
         for portion in portions:
@@ -89,7 +87,7 @@ class CheckpointBacking:
             if portion.rows is not None:
                 source = source.slice_rows(*portion.rows)
             tensors.append((portion.key, source, self._dtypes[portion.name]))
-        return build_image(tensors, sensitive=sensitive)
+        return build_image(tensors)
 
     def source(self, name: str) -> TensorSource:
         """Where a whole parameter is on disk."""
@@ -124,7 +122,7 @@ class ModuleBacking:
         parameter = self._parameters[name]
         return tuple(parameter.stride()) if dense(parameter) else contiguous_stride(parameter.shape)
 
-    def image(self, portions: Sequence[Portion], sensitive: Sensitive) -> Image:
+    def image(self, portions: Sequence[Portion]) -> Image:
         """A block of our own making: aligned, in one piece."""
         tensors = []
         for portion in portions:

@@ -27,6 +27,9 @@ class Statistics:
     """Totals of one model since it was loaded."""
 
     disk_read_nbytes: int
+    """All reads."""
+    rows_read_nbytes: int
+    """Of them, lookups in tables that are served by rows."""
     disk_written_nbytes: int
     h2d_nbytes: int
     acquires: int
@@ -74,6 +77,7 @@ class Handle:
         if machinery is None:
             return Statistics(
                 disk_read_nbytes=0,
+                rows_read_nbytes=0,
                 disk_written_nbytes=0,
                 h2d_nbytes=0,
                 acquires=0,
@@ -91,6 +95,7 @@ class Handle:
         arenas = {id(arena): arena.statistics() for arena in (machinery.front_arena, machinery.host)}
         return Statistics(
             disk_read_nbytes=disk.read_nbytes,
+            rows_read_nbytes=sum(table.rows_read_nbytes for table in machinery.tables.values()),
             disk_written_nbytes=disk.written_nbytes,
             h2d_nbytes=machinery.mover.copied_nbytes,
             acquires=executor.acquires,

@@ -19,7 +19,7 @@ from ..memory.image import Bounce
 from ..memory.layout import ITEMSIZE, FileSpan, TensorSource
 from ..memory.scratch import Scratch, process_scratch
 from ..scheduler.plan import Links
-from .backing import CheckpointBacking, Sensitive
+from .backing import CheckpointBacking
 from .binding import placeholder
 from .build import Machinery
 from .conversion import Converted
@@ -32,7 +32,7 @@ from .links import LinkCache, disk_read_rate, link_rate
 from .planned import make_plan
 from .planning import Planner
 from .pretrained import Skeleton, skeleton
-from .tiers import Wanted, reserve, resolve_budgets
+from .tiers import Wanted, reserve, resolve_budgets, skewed
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,6 @@ def load(
     context: int | None,
     batch: int | None,
     trust_remote_code: bool,
-    sensitive: Sensitive,
     cache: LinkCache,
 ) -> nn.Module:
     """Build the model, plan it, and start reading. See `penstock.load`."""
@@ -74,7 +73,7 @@ def load(
             link_rate=links.h2d,
         )
         buffers = sum(buffer.nbytes for buffer in model.buffers())
-        layout = Planner(model, backing, budgets, buffers_nbytes=buffers, sensitive=sensitive).best()
+        layout = Planner(model, backing, budgets, buffers_nbytes=buffers, keep_skew=skewed(device)).best()
         plan = make_plan(layout, device, budgets, links, sum(b.image.data_nbytes for b in layout.blocks))
         machinery = Machinery(device=device, layout=layout, backing=backing, module=model)
         for booked in reserve(os.fspath(path), device, layout.host_nbytes, layout.device_nbytes):

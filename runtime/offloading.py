@@ -15,7 +15,7 @@ from ..memory.capacity import disk_capacity
 from ..memory.errors import DiskError, UsageError
 from ..memory.scratch import Scratch, process_scratch
 from ..scheduler.plan import Links
-from .backing import ModuleBacking, Sensitive
+from .backing import ModuleBacking
 from .build import Machinery
 from .devices.base import Device
 from .export import Exporter
@@ -25,7 +25,7 @@ from .links import LinkCache, disk_read_rate, link_rate
 from .partition import streamable
 from .planned import make_plan, untouched_plan
 from .planning import Layout, Planner
-from .tiers import Wanted, reserve, resolve_budgets
+from .tiers import Wanted, reserve, resolve_budgets, skewed
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ def offload(
     disk: str | os.PathLike[str] | None,
     context: int | None,
     batch: int | None,
-    sensitive: Sensitive,
     cache: LinkCache,
 ) -> nn.Module:
     """Plan the module and move its weights. See `penstock.offload`."""
@@ -54,7 +53,7 @@ def offload(
     machinery: Machinery | None = None
     try:
         backing = ModuleBacking(parameters, "")
-        layout = Planner(module, backing, budgets, buffers_nbytes=0, sensitive=sensitive).best()
+        layout = Planner(module, backing, budgets, buffers_nbytes=0, keep_skew=skewed(device)).best()
         if layout.resident and not device.separate:
             plan = untouched_plan(device, budgets, total, "everything fits: the module was left as it is")
             module.penstock = Handle(module, plan, None)  # type: ignore[assignment]

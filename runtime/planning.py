@@ -6,17 +6,18 @@ Everything here is arithmetic on sizes: nothing is read and nothing is allocated
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..memory.disk import STAGING, DiskEngine
+from ..memory.disk import DiskEngine
 from ..memory.errors import DoesNotFitError
-from ..memory.image import DeviceImage, Image, device_image, never_sensitive
+from ..memory.image import STAGING, DeviceImage, Image, device_image
 from ..memory.layout import ITEMSIZE
 from ..scheduler.residency import Residency, Sized, choose_residency, smallest_budget
-from .backing import Backing, Portion, Sensitive
+from .backing import Backing, Portion
 from .partition import cut, embedding_only, limits, streamable, table_candidates
 
 DEPTH = 96 * 2**20
@@ -108,20 +109,21 @@ class Planner:
         budgets: Budgets,
         *,
         buffers_nbytes: int,
-        sensitive: Sensitive,
+        keep_skew: bool,
     ) -> None:
         self.module = module
         self.backing = backing
         self.budgets = budgets
         self.buffers_nbytes = buffers_nbytes
-        self.sensitive = never_sensitive if budgets.device is not None else sensitive
+        self.keep_skew = keep_skew
         self.parameters = {name: p for name, p in streamable(module).items() if backing.holds(name)}
         self.sizes = {
             name: parameter.numel() * ITEMSIZE[backing.dtype(name)] for name, parameter in self.parameters.items()
         }
         self._needs: dict[str, list[int]] = {"device": [], "host": []}
         """By tier: the smallest budgets of cuts that did not fit."""
-        self._all_nbytes = 0
+        self._all_nbytes = sys.maxsize
+        """The smallest budget under which some cut is resident as a whole."""
 
     def best(self) -> Layout:
         """The layout that moves the fewest bytes.
@@ -130,7 +132,7 @@ class Planner:
             DoesNotFitError: no layout fits.
         """
         total = sum(self.sizes.values())
-        whole = self._try(max(total // 8, 1), set(), everything=True)
+        whole = self._try(max(total // 8, 1), set())
         if whole is not None and whole.resident:
             return whole
         found = [layout for limit in limits(self.module, self.sizes) if (layout := self._try_limit(limit)) is not None]
@@ -152,7 +154,7 @@ class Planner:
         }
         return self._try(limit, tables)
 
-    def _try(self, limit: int, tables: set[str], *, everything: bool = False) -> Layout | None:
+    def _try(self, limit: int, tables: set[str]) -> Layout | None:
         partition = cut(self.module, self.sizes, limit=limit, tables=tables)
         blocks: list[Draft] = [self._draft(0, "small tensors", [Portion(name=n) for n in partition.small.names])]
         home: dict[str, int] = {}
@@ -160,9 +162,9 @@ class Planner:
             block = self._draft(len(blocks), group.anchor or "model", [Portion(name=n) for n in group.names])
             home.update(dict.fromkeys(group.names, block.id))
             blocks.append(block)
-        if everything:
+        if not tables:
             own = 0 if self.budgets.device is not None else self._own(self._staging(blocks, {}))
-            self._all_nbytes = sum(block.front_nbytes for block in blocks) + own
+            self._all_nbytes = min(self._all_nbytes, sum(block.front_nbytes for block in blocks) + own)
         lookups = embedding_only(self.module)
         pieces: dict[str, tuple[int, ...]] = {}
         for name in sorted(tables):
@@ -175,13 +177,13 @@ class Planner:
         return self._place(blocks, leases, expected, pieces)
 
     def _draft(self, number: int, name: str, portions: list[Portion]) -> Draft:
-        image = self.backing.image(portions, self.sensitive)
+        image = self.backing.image(portions)
         return Draft(
             id=number,
             name=name,
             portions=tuple(portions),
             image=image,
-            device_image=None if self.budgets.device is None else device_image(image),
+            device_image=None if self.budgets.device is None else device_image(image, keep_skew=self.keep_skew),
         )
 
     def _pieces(self, name: str, limit: int) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..kernels.linear_rows import linear_piece, splits_exactly
 from ..memory.disk import DiskEngine
-from ..memory.image import Bounce
+from ..memory.image import ALIGN, Bounce, bounce_window
 from ..memory.layout import ITEMSIZE, TensorSource
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,17 @@ class Table:
     resident_rows: Callable[[Piece], torch.Tensor | None]
     """The rows of a piece if it is in memory for good, on whichever tier."""
     engine: DiskEngine
+    rows_read_nbytes: int = 0
+    """Bytes read for lookups so far, rounding included."""
     _exact: dict[tuple[int, torch.dtype], bool] = field(default_factory=dict)
+
+    @property
+    def skew(self) -> int:
+        """How far after a 64-byte boundary a resident model would have the table."""
+        if self.source.dtype != self.dtype or len(self.source.spans) != 1:
+            return 0
+        offset = self.source.spans[0].offset
+        return 0 if offset % ITEMSIZE[self.dtype] else offset % ALIGN
 
     @property
     def row_nbytes(self) -> int:
@@ -85,6 +95,7 @@ class Table:
         if bounces:
             raw = memoryview(found.view(torch.uint8).numpy()).cast("B")
             self.engine.read([], bounces, raw, urgent=True).wait()
+            self.rows_read_nbytes += sum(bounce_window(bounce) for bounce in bounces)
 
     def _row_reads(self, row: int, offset: int) -> list[Bounce]:
         reads = []
@@ -111,8 +122,10 @@ class Table:
         if key not in self._exact:
             rows, columns = self.parameter.shape
             piece = self.pieces[0].stop - self.pieces[0].start
-            probe = splits_exactly if x.device.type == "cpu" else _splits_exactly_on_device
-            self._exact[key] = probe(batch, columns, rows, piece, x.dtype) if batch else True
+            if x.device.type == "cpu":
+                self._exact[key] = not batch or splits_exactly(batch, columns, rows, piece, x.dtype, skew=self.skew)
+            else:
+                self._exact[key] = not batch or _splits_exactly_on_device(batch, columns, rows, piece, x)
             if not self._exact[key]:
                 logger.warning(
                     "%s: a product of %d rows does not give the same bits in pieces; the whole table of %d bytes is "
@@ -140,8 +153,12 @@ class Table:
     def whole(self) -> torch.Tensor:
         """The table in fresh memory: for calls that are neither a lookup nor a product in pieces."""
         rows = self.parameter.shape[0]
-        found = torch.empty(self.parameter.shape, dtype=self.parameter.dtype)
-        raw = memoryview(found.view(torch.uint8).numpy()).cast("B")
+        nbytes = rows * self.row_nbytes
+        store = torch.empty(nbytes + ALIGN, dtype=torch.uint8)
+        start = (self.skew - store.data_ptr()) % ALIGN
+        bits = store[start : start + nbytes]
+        found = torch.frombuffer(bits.numpy(), dtype=self.parameter.dtype).view(self.parameter.shape)
+        raw = memoryview(bits.numpy())
         at = 0
         bounces = []
         for span in self.source.slice_rows(0, rows).spans:
@@ -160,9 +177,9 @@ class Table:
         return found.to(self.parameter.device)
 
 
-def _splits_exactly_on_device(batch: int, columns: int, rows: int, piece_rows: int, dtype: torch.dtype) -> bool:
+def _splits_exactly_on_device(batch: int, columns: int, rows: int, piece_rows: int, like: torch.Tensor) -> bool:
     """The same probe on a device that cannot map one page twice: it needs the whole weight for a moment."""
-    device = torch.device("cuda", torch.cuda.current_device())
+    device, dtype = like.device, like.dtype
     try:
         weight = torch.randn(rows, columns, device=device).to(dtype)
     except torch.OutOfMemoryError:

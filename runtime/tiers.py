@@ -65,3 +65,8 @@ def reserve(owner: str, device: Device, host_nbytes: int, device_nbytes: int) ->
     if device.separate:
         booked.append(ledger.reserve(owner, "device", device_nbytes))
     return booked
+
+
+def skewed(device: Device) -> bool:
+    """Whether the device computes with the CPU's kernels, whose bits may depend on how operands are aligned."""
+    return device.torch_device.type == "cpu"

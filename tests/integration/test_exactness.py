@@ -64,10 +64,11 @@ def place_offloaded(name: str, budget: dict[str, int], device: str) -> Any:
 
 
 def settled_read(model: Any) -> int:
-    """Bytes read from disk so far, once prefetching has gone as far ahead as its slots let it."""
+    """Bytes of blocks read so far, once prefetching has gone as far ahead as its slots let it."""
     last, since, deadline = -1, time.monotonic(), time.monotonic() + 10
     while time.monotonic() < deadline:
-        now = model.penstock.statistics().disk_read_nbytes
+        totals = model.penstock.statistics()
+        now = totals.disk_read_nbytes - totals.rows_read_nbytes
         if now != last:
             last, since = now, time.monotonic()
         elif time.monotonic() - since > 0.06:
@@ -81,7 +82,7 @@ def check_streams(name: str, model: Any, expected: Outputs, level: str) -> None:
     entry = ZOO[name]
     plan = model.penstock.plan
     assert not plan.resident
-    assert plan.disk_nbytes_per_sweep > 0
+    assert plan.disk_nbytes_per_sweep > 0 or plan.tables  # with all blocks kept, only lookups are left
     for attempt in ("first", "second"):
         assert differences(expected, entry.run(model)) == [], attempt
     assert model.penstock.statistics().disk_read_nbytes > 0
