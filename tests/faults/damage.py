@@ -66,14 +66,15 @@ class Place:
         change(index["weight_map"])
         file.write_text(json.dumps(index))
 
-    def edit_header(self, change: Callable[[dict[str, Any]], None]) -> None:
-        """Change the last shard's header; the data stays."""
-        raw = self.shard.read_bytes()
+    def edit_header(self, change: Callable[[dict[str, Any]], None], shard: Path | None = None) -> None:
+        """Change the header of a shard, the last unless told; the data stays."""
+        file = shard or self.shard
+        raw = file.read_bytes()
         length = int.from_bytes(raw[:8], "little")
         header = json.loads(raw[8 : 8 + length])
         change(header)
         text = json.dumps(header).encode()
-        self.shard.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+        file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
 
 
 def check_refused(outcome: Outcome, code: int, *words: str) -> None:
