@@ -35,6 +35,10 @@ class Shelf:
         folder = self._root / name
         return folder if folder.exists() else ZOO[name].save(folder)
 
+    def large_checkpoint(self, name: str) -> Path:
+        folder = self._root / f"large-{name}"
+        return folder if folder.exists() else memory_probe.save(name, folder)
+
     def loaded(self, name: str) -> Outputs:
         """What transformers' own load of the checkpoint answers."""
         key = (name, "loaded")
@@ -200,8 +204,8 @@ def test_zoo_has_weights_used_outside_their_owners_forward(name: str, seen: bool
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", ["load", "offload"])
 @pytest.mark.parametrize("name", memory_probe.LARGE)
-def test_memory_stays_within_the_budget(name: str, way: str, device: str, tmp_path: Path) -> None:
-    folder = memory_probe.save(name, tmp_path / "checkpoint")
+def test_memory_stays_within_the_budget(name: str, way: str, device: str, shelf: Shelf) -> None:
+    folder = shelf.large_checkpoint(name)
     budget = memory_probe.weight_nbytes(folder) // 4
     tiers = {"host": budget} if device == "cpu" else {"device": budget // 2, "host": budget // 2}
     measured = memory_probe.measure(folder, way=way, device=DEVICES[device], budget=tiers)

@@ -72,8 +72,9 @@ def _qwen3() -> transformers.Qwen3Config:
 
 
 def _gemma3() -> transformers.Gemma3TextConfig:
-    # The window is smaller than the prompt, and every third layer sees all of it.
-    return transformers.Gemma3TextConfig(**LLAMA, sliding_window=4, sliding_window_pattern=3, query_pre_attn_scalar=16)
+    # The window is smaller than the prompt, and one layer in the middle sees all of it.
+    layers = ["sliding_attention"] * 2 + ["full_attention"] + ["sliding_attention"] * 2
+    return transformers.Gemma3TextConfig(**LLAMA, sliding_window=4, layer_types=layers, query_pre_attn_scalar=16)
 
 
 def _gpt2() -> transformers.GPT2Config:

@@ -1,0 +1,34 @@
+"""The fixtures of the fault tests."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from damage import Place
+from zoo import ZOO
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ZOO["llama"].save(tmp_path_factory.mktemp("good") / "llama")
+
+
+@pytest.fixture
+def place(tmp_path: Path, good: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Place]:
+    """A place to do damage in, which must be as empty afterwards as before."""
+    before = set(threading.enumerate())
+    files = set(os.listdir("/proc/self/fd"))
+    where = Place(tmp_path, good, capsys)
+    yield where
+    assert list(where.scratch.iterdir()) == [], "something was left in the scratch folder"
+    assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint", "scratch", "elsewhere", "pwned"}
+    deadline = time.monotonic() + 5
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert left == set()
+    assert set(os.listdir("/proc/self/fd")) <= files
