@@ -43,26 +43,33 @@ def linear_piece(
 
 
 def splits_exactly(
-    rows_of_x: int, columns: int, rows: int, piece_rows: int, dtype: torch.dtype, *, skew: int = 0
+    like: torch.Tensor, rows: int, piece_rows: int, *, skew: int = 0, requires_grad: bool = False
 ) -> bool:
-    """Whether pieces of `piece_rows` rows give the bits of the whole on this CPU, for x of [rows_of_x, columns].
+    """Whether pieces of `piece_rows` rows give the bits of the whole [rows, K] on this CPU.
 
-    The whole weight [rows, columns] is never allocated: a little memory is mapped again and again, back to back, so that
-    the probe takes the address range of the whole and the memory of a few rows. `skew` is how many bytes after a 64-byte
-    boundary the weight starts: kernels may look at it.
+    Everything that a library may choose a kernel by is as in the real product: the shape, strides and dtype of x (those
+    of `like` [..., K]), how many bytes after a 64-byte boundary the weight starts (`skew`), and whether it wants a
+    gradient (torch folds strided operands by that). The whole weight is never allocated: a little memory is mapped
+    again and again, back to back, so that the probe takes the address range of the whole and the memory of a few rows.
     """
+    columns, dtype = like.shape[-1], like.dtype
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows_of_x, columns, generator=generator).to(dtype)
+    x = torch.empty_strided(like.shape, like.stride(), dtype=dtype)
+    x.copy_(torch.randn(like.shape, generator=generator))
     unit = columns * x.element_size()
     step = PAGE // gcd(unit, PAGE)
     period = -(-max(1, PERIOD // unit) // step) * step
-    with _Repeated(period * unit, -(-rows // period) + 1) as buffer:
+    with torch.no_grad(), _Repeated(period * unit, -(-rows // period) + 1) as buffer:
         virtual = torch.frombuffer(buffer, dtype=dtype, offset=skew, count=rows * columns).view(rows, columns)
         lent = min(period, rows)
         virtual[:lent].copy_(torch.randn(lent, columns, generator=generator))
-        whole = functional.linear(x, virtual)
-        spans = [(start, min(start + piece_rows, rows)) for start in range(0, rows, piece_rows)]
-        return all(torch.equal(functional.linear(x, virtual[a:b]), whole[:, a:b]) for a, b in spans)
+        whole = functional.linear(x, virtual.detach().requires_grad_(requires_grad))
+        for start in range(0, rows, piece_rows):
+            stop = min(start + piece_rows, rows)
+            piece = virtual[start:stop].detach().requires_grad_(requires_grad)
+            if not torch.equal(functional.linear(x, piece), whole[..., start:stop]):
+                return False
+    return True
 
 
 class _Repeated:

@@ -114,8 +114,8 @@ class DiskEngine:
         staging_nbytes: int = STAGING,
         throttle: Throttle | None = None,
         files: FileTable | None = None,
-        pread: Pread = os.preadv,
-        pwrite: Pread = os.pwritev,
+        pread: Pread | None = None,
+        pwrite: Pread | None = None,
     ) -> None:
         assert chunk_nbytes % PAGE == 0, chunk_nbytes
         self.threads = threads
@@ -123,8 +123,8 @@ class DiskEngine:
         self.staging_nbytes = round_up(staging_nbytes)
         self.files = files or FileTable()
         self.throttle = throttle
-        self.pread = pread
-        self.pwrite = pwrite
+        self.pread: Pread = pread or _preadv
+        self.pwrite: Pread = pwrite or _pwritev
         self._drives: dict[int, _Drive] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -206,6 +206,14 @@ class DiskEngine:
                 drive = self._drives[device]
             drive.put(tasks, urgent)
         return transfer
+
+
+def _preadv(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+    return os.preadv(fd, buffers, offset)
+
+
+def _pwritev(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+    return os.pwritev(fd, buffers, offset)
 
 
 class _Drive:

@@ -141,7 +141,7 @@ def build_image(tensors: Iterable[tuple[str, TensorSource, str]]) -> Image:
     for name, source, dtype in items:
         if name in places:
             continue
-        at = round_up(at, ALIGN) + _skew(source, dtype)
+        at = round_up(at, ALIGN) + source_skew(source, dtype)
         place = Place(offset=at, shape=source.shape, dtype=dtype)
         places[name] = place
         bounces.extend(_bounces(source, place))
@@ -149,7 +149,7 @@ def build_image(tensors: Iterable[tuple[str, TensorSource, str]]) -> Image:
     return Image(nbytes=max(round_up(at), PAGE), places=places, windows=tuple(windows), bounces=tuple(bounces))
 
 
-def _skew(source: TensorSource, dtype: str) -> int:
+def source_skew(source: TensorSource, dtype: str) -> int:
     """How far after a 64-byte boundary a resident model would have this tensor."""
     if source.dtype != dtype or len(source.spans) != 1 or source.spans[0].offset % ITEMSIZE[dtype]:
         return 0
@@ -254,24 +254,22 @@ def device_image(image: Image, *, keep_skew: bool) -> DeviceImage:
     return DeviceImage(nbytes=max(round_up(at), PAGE), places=places, segments=tuple(segments))
 
 
-def packed_image(tensors: Iterable[tuple[str, tuple[int, ...], str]], path: str, file_offset: int) -> Image:
-    """The image of a block that we write ourselves, as one window of a scratch file.
+def packed_image(tensors: Iterable[tuple[str, tuple[int, ...], str, int]]) -> Image:
+    """The image of a block that we write ourselves: one window, to be given its file and offset when it is written.
 
     Args:
-        tensors: `(name, shape, dtype)`.
-        path: The scratch file.
-        file_offset: Where the block starts in it, a multiple of the page.
+        tensors: `(name, shape, dtype, skew)`; a tensor starts `skew` bytes after a 64-byte boundary.
     """
     places: dict[str, Place] = {}
     at = 0
-    for name, shape, dtype in tensors:
-        at = round_up(at, ALIGN)
+    for name, shape, dtype, skew in tensors:
+        at = round_up(at, ALIGN) + skew
         places[name] = Place(offset=at, shape=shape, dtype=dtype)
         at += places[name].nbytes
     nbytes = max(round_up(at), PAGE)
     window = Window(
-        path=path,
-        file_offset=file_offset,
+        path="",
+        file_offset=0,
         nbytes=nbytes,
         needed_nbytes=nbytes,
         offset=0,

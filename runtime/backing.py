@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..memory.image import Image, build_image, packed_image
-from ..memory.layout import ITEMSIZE, FileSpan, TensorSource
+from ..memory.arena import round_up
+from ..memory.image import ALIGN, Image, build_image, packed_image, source_skew
+from ..memory.layout import FileSpan, TensorSource
 from .binding import contiguous_stride
 from .dtypes import stored_dtype
 
@@ -48,6 +49,10 @@ class Backing(Protocol):
 
     def image(self, portions: Sequence[Portion]) -> Image:
         """How a block of these tensors lies in a slot."""
+        ...
+
+    def skew(self, portion: Portion) -> int:
+        """How far after a 64-byte boundary a resident model has the tensor; kernels may look at it."""
         ...
 
     def source(self, name: str) -> TensorSource:
@@ -89,6 +94,13 @@ class CheckpointBacking:
             tensors.append((portion.key, source, self._dtypes[portion.name]))
         return build_image(tensors)
 
+    def skew(self, portion: Portion) -> int:
+        """That of the file, because safetensors maps files; none where the tensor is converted."""
+        source = self._sources[portion.name]
+        if portion.rows is not None:
+            source = source.slice_rows(*portion.rows)
+        return source_skew(source, self._dtypes[portion.name])
+
     def source(self, name: str) -> TensorSource:
         """Where a whole parameter is on disk."""
         return self._sources[name]
@@ -129,23 +141,33 @@ class ModuleBacking:
             shape = tuple(self._parameters[portion.name].shape)
             if portion.rows is not None:
                 shape = (portion.rows[1] - portion.rows[0], *shape[1:])
-            tensors.append((portion.key, shape, self.dtype(portion.name)))
-        return packed_image(tensors, self.path, 0)
+            tensors.append((portion.key, shape, self.dtype(portion.name), self.skew(portion)))
+        return packed_image(tensors)
+
+    def skew(self, portion: Portion) -> int:
+        """How far after a 64-byte boundary the tensor lies now; kernels may look at it."""
+        parameter = self._parameters[portion.name]
+        if parameter.device.type != "cpu" or not dense(parameter):
+            return 0
+        at = parameter.data_ptr()
+        if portion.rows is not None:
+            at += portion.rows[0] * (parameter.nbytes // parameter.shape[0])
+        return at % ALIGN
 
     def place(self, image: Image) -> Image:
         """Give an image its place at the end of the scratch file."""
         (window,) = image.windows
-        placed = replace(image, windows=(replace(window, file_offset=self._end),))
+        placed = replace(image, windows=(replace(window, path=self.path, file_offset=self._end),))
         self._end += window.nbytes
         return placed
 
     def place_table(self, name: str) -> int:
         """Give a whole table a place in the scratch file, page-aligned; returns its offset."""
         parameter = self._parameters[name]
-        span = FileSpan(path=self.path, offset=self._end, nbytes=parameter.nbytes)
-        self._placed[name] = TensorSource(shape=tuple(parameter.shape), dtype=self.dtype(name), spans=(span,))
         at = self._end
-        self._end += -(-parameter.nbytes // 4096) * 4096
+        span = FileSpan(path=self.path, offset=at, nbytes=parameter.nbytes)
+        self._placed[name] = TensorSource(shape=tuple(parameter.shape), dtype=self.dtype(name), spans=(span,))
+        self._end += round_up(parameter.nbytes)
         return at
 
     @property
@@ -177,11 +199,3 @@ def dense(tensor: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def stored_nbytes(shape: Sequence[int], dtype: str) -> int:
-    """Bytes of a tensor."""
-    count = ITEMSIZE[dtype]
-    for size in shape:
-        count *= size
-    return count

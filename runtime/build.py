@@ -18,7 +18,7 @@ from ..scheduler.executor import Executor
 from ..scheduler.order import AccessOrders
 from ..scheduler.residence import Tier
 from ..scheduler.timeline import Timeline
-from .backing import Backing, ModuleBacking
+from .backing import Backing, ModuleBacking, Portion
 from .binding import Binding, Bound, placeholder
 from .devices.base import Device
 from .mover import BlockMover
@@ -299,6 +299,7 @@ def _tables(machinery: Machinery, backing: Backing) -> dict[int, Table]:
             parameter=parameter,
             source=backing.source(name),
             dtype=backing.dtype(name),
+            skew=backing.skew(Portion(name=name)),
             pieces=[
                 Piece(block=b, start=rows[0], stop=rows[1])
                 for b in blocks

@@ -232,7 +232,10 @@ class Session:
     def _lend_piece(self, block: int) -> tuple[torch.Tensor, Callable[[], None]]:
         lease = self.executor.acquire(block)
         self.device.compute_waits(lease.residence.event)
-        view = self.bindings[block].views(self.arena, lease.residence.slot)[0]
+        binding = self.bindings[block]
+        view = binding.views(self.arena, lease.residence.slot)[0].detach()
+        # torch folds a strided operand or not by whether the weight wants a gradient, which shows in the last bit
+        view.requires_grad_(binding.tensors[0].parameter.requires_grad)
         return view, lambda: self.executor.release(lease, self.device.computed())
 
     def _aliases(self, result: Any) -> bool:

@@ -39,6 +39,8 @@ class Table:
     """Where its rows are on disk."""
     dtype: str
     """Element type that the model computes with."""
+    skew: int
+    """How far after a 64-byte boundary a resident model has the table."""
     pieces: Sequence[Piece]
     """Blocks for products; empty for a table that is only looked up."""
     resident_rows: Callable[[Piece], torch.Tensor | None]
@@ -46,15 +48,7 @@ class Table:
     engine: DiskEngine
     rows_read_nbytes: int = 0
     """Bytes read for lookups so far, rounding included."""
-    _exact: dict[tuple[int, torch.dtype], bool] = field(default_factory=dict)
-
-    @property
-    def skew(self) -> int:
-        """How far after a 64-byte boundary a resident model would have the table."""
-        if self.source.dtype != self.dtype or len(self.source.spans) != 1:
-            return 0
-        offset = self.source.spans[0].offset
-        return 0 if offset % ITEMSIZE[self.dtype] else offset % ALIGN
+    _exact: dict[tuple[object, ...], bool] = field(default_factory=dict)
 
     @property
     def row_nbytes(self) -> int:
@@ -117,23 +111,26 @@ class Table:
         """Whether a product with x [..., K] may take the pieces one by one and still give the same bits."""
         if not self.pieces:
             return False
-        batch = x.numel() // max(x.shape[-1], 1)
-        key = (batch, x.dtype)
+        wants_grad = self.parameter.requires_grad
+        key = (tuple(x.shape), tuple(x.stride()), x.dtype, wants_grad)
         if key not in self._exact:
-            rows, columns = self.parameter.shape
+            rows = self.parameter.shape[0]
             piece = self.pieces[0].stop - self.pieces[0].start
-            if x.device.type == "cpu":
-                self._exact[key] = not batch or splits_exactly(batch, columns, rows, piece, x.dtype, skew=self.skew)
+            if not x.numel():
+                exact = True
+            elif x.device.type == "cpu":
+                exact = splits_exactly(x, rows, piece, skew=self.skew, requires_grad=wants_grad)
             else:
-                self._exact[key] = not batch or _splits_exactly_on_device(batch, columns, rows, piece, x)
-            if not self._exact[key]:
+                exact = _splits_exactly_on_device(x, rows, piece)
+            if not exact:
                 logger.warning(
-                    "%s: a product of %d rows does not give the same bits in pieces; the whole table of %d bytes is "
+                    "%s: a product with %s does not give the same bits in pieces; the whole table of %d bytes is "
                     "gathered for it, beyond the budget",
                     self.name,
-                    batch,
+                    tuple(x.shape),
                     rows * self.row_nbytes,
                 )
+            self._exact[key] = exact
         return self._exact[key]
 
     def product(
@@ -174,17 +171,16 @@ class Table:
             )
             at += span.nbytes // ITEMSIZE[self.source.dtype] * ITEMSIZE[self.dtype]
         self.engine.read([], bounces, raw, urgent=True).wait()
-        return found.to(self.parameter.device)
+        return found.to(self.parameter.device).requires_grad_(self.parameter.requires_grad)
 
 
-def _splits_exactly_on_device(batch: int, columns: int, rows: int, piece_rows: int, like: torch.Tensor) -> bool:
+def _splits_exactly_on_device(like: torch.Tensor, rows: int, piece_rows: int) -> bool:
     """The same probe on a device that cannot map one page twice: it needs the whole weight for a moment."""
-    device, dtype = like.device, like.dtype
     try:
-        weight = torch.randn(rows, columns, device=device).to(dtype)
+        weight = torch.randn(rows, like.shape[-1], device=like.device).to(like.dtype)
     except torch.OutOfMemoryError:
         return False
-    x = torch.randn(batch, columns, device=device).to(dtype)
+    x = torch.randn(like.shape, device=like.device).to(like.dtype)
     whole = nn.functional.linear(x, weight)
     spans = [(start, min(start + piece_rows, rows)) for start in range(0, rows, piece_rows)]
-    return all(torch.equal(nn.functional.linear(x, weight[a:b]), whole[:, a:b]) for a, b in spans)
+    return all(torch.equal(nn.functional.linear(x, weight[a:b]), whole[..., a:b]) for a, b in spans)

@@ -86,16 +86,21 @@ def check_streams(name: str, model: Any, expected: Outputs, level: str) -> None:
     entry = ZOO[name]
     plan = model.penstock.plan
     assert not plan.resident
-    assert plan.disk_nbytes_per_sweep > 0 or plan.tables  # with all blocks kept, only lookups are left
+    moves = plan.disk_nbytes_per_sweep + plan.link_nbytes_per_sweep
+    assert moves > 0 or plan.tables  # with all blocks kept, only lookups are left
     for attempt in ("first", "second"):
         assert differences(expected, entry.run(model)) == [], attempt
-    assert model.penstock.statistics().disk_read_nbytes > 0
+    totals = model.penstock.statistics()
+    assert totals.disk_read_nbytes + totals.h2d_nbytes > 0 or not moves
     if entry.fixed_order and level in ("nothing", "half"):
         for _ in range(SWEEPS_BEFORE_STEADY):
             entry.sweep(model)
         before = settled_read(model)
         entry.sweep(model)
-        assert settled_read(model) - before == plan.disk_nbytes_per_sweep
+        # the ring may still hold a block from the sweep before when its turn comes again
+        ring = (plan.slots + plan.host_slots) * max(block.slot_nbytes for block in plan.blocks)
+        read = settled_read(model) - before
+        assert plan.disk_nbytes_per_sweep - ring <= read <= plan.disk_nbytes_per_sweep
 
 
 @pytest.mark.parametrize("level", LEVELS)
