@@ -369,8 +369,8 @@ class Core:
         self._settle(self.front, held, error)
         if source is None:
             return
-        if error is None:
-            await self._mover.wait(held.event)
+        # after a failure too: parts that came before it may still be on their way out of the host slot
+        await self._mover.wait(held.event if error is None else self._mover.copied())
         self._record("copy" if error is None else "error", held.block, start)
         self._unpin(source)
 
@@ -380,7 +380,7 @@ class Core:
         while True:
             with self.lock:
                 held = self.back.holding.get(block)
-                if held is not None:
+                if held is not None and held.error is None:  # one that failed goes with its last copy
                     held.pins += 1
                     return held
             self.wake()
@@ -401,7 +401,9 @@ class Core:
         with self.lock:
             held.slot.stamp = held.block if error is None else -1
             held.settle(error)
-            if tier is self.front:
+            # a read ahead of need fails for the consumer too: nobody would notice, and it would be tried for ever
+            unseen = error is not None and not held.pins and held.block not in self.front.holding
+            if tier is self.front or unseen:
                 waiting = [wish for wish in self._wishes if wish.block == held.block]
                 for wish in waiting:
                     if error is None:
