@@ -88,7 +88,7 @@ def test_special_values(source: str, target: str) -> None:
 def test_any_bits(pair: tuple[str, str], data: st.DataObject, skew: int) -> None:
     size = ITEMSIZE[pair[0]]
     patterns = st.integers(0, (1 << 8 * size) - 1) | st.sampled_from(SPECIAL[size])
-    bits = data.draw(st.lists(patterns, max_size=40))
+    bits = data.draw(st.lists(patterns, min_size=1, max_size=40))
     check(np.array(bits, dtype=UNSIGNED[size]), *pair, skew=skew)
 
 
