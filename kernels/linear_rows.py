@@ -54,8 +54,8 @@ def splits_exactly(
     """
     columns, dtype = like.shape[-1], like.dtype
     generator = torch.Generator().manual_seed(0)
-    x = torch.empty_strided(like.shape, like.stride(), dtype=dtype)
-    x.copy_(torch.randn(like.shape, generator=generator))
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    x = torch.randn(extent, generator=generator).to(dtype).as_strided(like.shape, like.stride())  # expanded ones too
     unit = columns * x.element_size()
     step = PAGE // gcd(unit, PAGE)
     period = -(-max(1, PERIOD // unit) // step) * step
