@@ -24,6 +24,7 @@ import contextlib
 import logging
 import os
 import threading
+from typing import Any, Final
 
 import torch
 
@@ -33,6 +34,9 @@ from ...memory.throttle import Throttle
 from ...scheduler.mover import Event
 
 logger = logging.getLogger(__name__)
+
+_cuda: Final[Any] = torch.cuda
+"""For calls that torch leaves untyped."""
 
 
 class _DeviceArena(AnyArena):
@@ -65,7 +69,7 @@ class _RegisteredArena(HostArena):
 
     def _register(self) -> None:
         with torch.cuda.device(self._device):
-            error = _status(torch.cuda.cudart().cudaHostRegister(self.address, self.nbytes, 0))
+            error = _status(_cuda.cudart().cudaHostRegister(self.address, self.nbytes, 0))
         self.registered = error == 0
         if error:
             _forget_error(self._device)
@@ -80,7 +84,7 @@ class _RegisteredArena(HostArena):
         self.data = None  # it exports the mapping, which could not be unmapped
         if self.registered and os.getpid() == self._pid:
             self.registered = False
-            error = _status(torch.cuda.cudart().cudaHostUnregister(self.address))
+            error = _status(_cuda.cudart().cudaHostUnregister(self.address))
             if error:
                 _forget_error(self._device)
                 logger.warning("cudaHostUnregister failed for %d bytes (CUDA error %d)", self.nbytes, error)
@@ -113,12 +117,12 @@ class CudaDevice:
         self.name = f"cuda:{index}"
         self.torch_device = torch.device("cuda", index)
         self.disk_throttle: Throttle | None = None
-        self._down = torch.cuda.Stream(device=self.torch_device)
-        self._up = torch.cuda.Stream(device=self.torch_device)
-        self._join = torch.cuda.Stream(device=self.torch_device)
+        self._down: torch.cuda.Stream = _cuda.Stream(device=self.torch_device)
+        self._up: torch.cuda.Stream = _cuda.Stream(device=self.torch_device)
+        self._join: torch.cuda.Stream = _cuda.Stream(device=self.torch_device)
         """Runs nothing: events of several compute streams meet here."""
         self._lock = threading.Lock()
-        self._released: dict[int, torch.cuda.Event] = {}
+        self._released: dict[int, Any] = {}
         """Latest event of each compute stream that may not have passed yet, by the stream's handle."""
 
     def host_arena(self, nbytes: int) -> HostArena:
@@ -231,6 +235,6 @@ class CudaDevice:
 
 
 def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    event = torch.cuda.Event(blocking=True)
+    event: torch.cuda.Event = _cuda.Event(blocking=True)
     event.record(stream)
     return event
