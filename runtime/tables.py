@@ -181,7 +181,8 @@ def _splits_exactly_on_device(like: torch.Tensor, rows: int, piece_rows: int) ->
         weight = torch.empty(rows, like.shape[-1], dtype=like.dtype, device=like.device).normal_(generator=generator)
     except torch.OutOfMemoryError:
         return False
-    x = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).normal_(generator=generator)
+    x = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    x.normal_(generator=generator)
     whole = nn.functional.linear(x, weight)
     spans = [(start, min(start + piece_rows, rows)) for start in range(0, rows, piece_rows)]
     return all(torch.equal(nn.functional.linear(x, weight[a:b]), whole[..., a:b]) for a, b in spans)
