@@ -16,10 +16,11 @@ from torch import nn
 from ..memory.arena import ArenaStatistics
 from ..memory.disk import DiskStatistics
 from ..memory.errors import ClosedError, UsageError
-from ..scheduler.core import ExecutorStatistics, Lease
+from ..scheduler.core import ExecutorStatistics
 from ..scheduler.plan import Plan
 from ..scheduler.timeline import Timeline
 from .build import Machinery
+from .gather import gathered
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,8 +115,9 @@ class Handle:
     def gathered(self, module: nn.Module) -> Iterator[nn.Module]:
         """Lend a module (the model itself or a part) its real weights, for reading, while the context lasts.
 
+        See `gather.gathered` for what it costs.
+
         Raises:
-            DoesNotFitError: the ring has fewer slots than the module has streamed blocks: gather a part at a time.
             ReadOnlyWeightError: on leaving, if a weight was changed.
         """
         machinery = self._machinery
@@ -124,24 +126,8 @@ class Handle:
             return
         if self.closed:
             raise ClosedError("the model was closed by penstock.close(); load it again")
-        wanted = {id(parameter): parameter for parameter in module.parameters()}
-        session = machinery.session
-        leases: list[Lease] = []
-        swapped: list[tuple[nn.Parameter, torch.Tensor]] = []
-        try:
-            for key, parameter in wanted.items():
-                if key in machinery.tables:
-                    swapped.append((parameter, parameter.data))
-                    parameter.data = machinery.tables[key].whole()
-            for binding in machinery.bindings.values():
-                if any(id(bound.parameter) in wanted for bound in binding.tensors if "[" not in bound.name):
-                    leases.append(session.lend(binding.block, observed=False))
+        with gathered(machinery, module):
             yield module
-        finally:
-            for parameter, empty in swapped:
-                parameter.data = empty
-            while leases:
-                session.take_back(leases.pop())
 
     def close(self) -> None:
         """Stop threads and give all memory back. The model cannot run afterwards."""

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 from ..memory.arena import HostArena, Slot
 from ..memory.disk import DiskEngine, Transfer
 from ..memory.image import DeviceImage, Image
 from ..scheduler.mover import Event
 from .devices.base import Device
+
+WAITERS: Final = 4
+"""Events that can be waited for at a time."""
 
 
 class BlockMover:
@@ -29,8 +34,12 @@ class BlockMover:
         self._engine = engine
         self._images = images
         self._device_images = device_images
-        self._waiters = ThreadPoolExecutor(max_workers=4, thread_name_prefix="penstock-event")
+        self._waiters = ThreadPoolExecutor(max_workers=WAITERS, thread_name_prefix="penstock-event")
         self._moved = 0
+        if device.separate:  # a pool starts its threads one by one, and a copy should not wait for that
+            started = threading.Barrier(WAITERS)
+            for _ in range(WAITERS):
+                self._waiters.submit(started.wait)
         self.copied_nbytes = 0
 
     async def read(self, block: int, slot: Slot, *, urgent: bool, on_data: Callable[[int, int], None]) -> None:

@@ -74,7 +74,7 @@ class Session:
         self._root = threading.RLock()
         self._owner: int | None = None
         self._contexts: list[AbstractContextManager[Any]] = []
-        self._bind_lock = threading.RLock()
+        self.bind_lock = threading.RLock()
         self.pid = os.getpid()
         self.closed = False
 
@@ -178,7 +178,7 @@ class Session:
         binding = self.bindings[block]
         slot = lease.residence.slot
         slot.check_stamp(block)
-        with self._bind_lock:
+        with self.bind_lock:
             binding.bind(self.arena, slot)
             for bound in binding.tensors:
                 self.absent.pop(id(bound.parameter), None)
@@ -188,7 +188,7 @@ class Session:
         """Leave placeholders and release the block after what the compute stream holds now."""
         binding = self.bindings[lease.block]
         try:
-            with self._bind_lock:
+            with self.bind_lock:
                 if binding.uses == 1:
                     for bound in binding.tensors:
                         self.absent[id(bound.parameter)] = lease.block

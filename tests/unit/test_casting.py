@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from penstock.memory.casting import cast, castable
 from penstock.memory.layout import ITEMSIZE
 

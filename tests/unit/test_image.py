@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from penstock.memory.arena import PAGE, HostArena
 from penstock.memory.casting import castable
 from penstock.memory.disk import DiskEngine
@@ -87,10 +88,12 @@ def same(got: bytes, expected: bytes, source: str, target: str) -> bool:
 def check_layout(image: Image, items: list[tuple[str, TensorSource, str]], *, move: bool) -> None:
     taken = sorted((place.offset, place.offset + place.nbytes) for place in image.places.values() if place.nbytes)
     assert all(before[1] <= after[0] for before, after in pairwise(taken)), "places overlap"
-    assert all(0 <= start and stop <= image.nbytes for start, stop in taken)
+    assert all(start >= 0 and stop <= image.nbytes for start, stop in taken)
     windows = [(w.offset, w.offset + w.nbytes) for w in image.windows]
     assert all(before[1] <= after[0] for before, after in pairwise(windows)), "windows overlap"
-    outputs = [(b.offset, b.offset + b.nbytes // ITEMSIZE[b.source_dtype] * ITEMSIZE[b.target_dtype]) for b in image.bounces]
+    outputs = [
+        (b.offset, b.offset + b.nbytes // ITEMSIZE[b.source_dtype] * ITEMSIZE[b.target_dtype]) for b in image.bounces
+    ]
     finals = [(w.final_offset, w.final_offset + w.data_nbytes) for w in image.windows]
     extents = sorted([*outputs, *((min(a, c), max(b, d)) for (a, b), (c, d) in zip(windows, finals, strict=True))])
     assert all(before[1] <= after[0] for before, after in pairwise(extents)), "a read or a move hits another tensor"
@@ -177,7 +180,10 @@ def test_small_converted_and_assembled_tensors_bounce() -> None:
     pieces = TensorSource(shape=(16384,), dtype="F32", spans=span(32768, 0) + span(32768, 0, "g"))
     image = build_image([("s", small, "F32"), ("c", converted, "BF16"), ("p", pieces, "F32")])
     assert not image.windows
-    assert [(b.path, b.offset) for b in image.bounces][2:] == [("f", image.places["p"].offset), ("g", image.places["p"].offset + 32768)]
+    assert [(b.path, b.offset) for b in image.bounces][2:] == [
+        ("f", image.places["p"].offset),
+        ("g", image.places["p"].offset + 32768),
+    ]
     assert image.places["s"].offset % ALIGN == 100 % ALIGN
     assert image.places["c"].offset % ALIGN == image.places["p"].offset % ALIGN == 0
 
@@ -190,7 +196,9 @@ def test_a_block_of_nothing_takes_a_page() -> None:
 
 
 @given(
-    shapes=st.lists(st.tuples(st.integers(0, 3000), st.sampled_from(["F32", "BF16", "U8"]), st.sampled_from([0, 4, 32]))),
+    shapes=st.lists(
+        st.tuples(st.integers(0, 3000), st.sampled_from(["F32", "BF16", "U8"]), st.sampled_from([0, 4, 32]))
+    ),
     keep=st.booleans(),
 )
 def test_packed_images(shapes: list[tuple[int, str, int]], keep: bool) -> None:

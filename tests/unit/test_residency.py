@@ -2,6 +2,7 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from penstock.scheduler.residency import Sized, choose_residency, interleave, smallest_budget
 
 
@@ -51,7 +52,11 @@ SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=20)
 
 @settings(max_examples=300)
 @given(
-    sizes=SIZES, budget=st.integers(0, 800), slots=st.integers(1, 4), depth=st.integers(0, 200), transit=st.integers(0, 60)
+    sizes=SIZES,
+    budget=st.integers(0, 800),
+    slots=st.integers(1, 4),
+    depth=st.integers(0, 200),
+    transit=st.integers(0, 60),
 )
 def test_never_beyond_the_budget(sizes: list[int], budget: int, slots: int, depth: int, transit: int) -> None:
     blocks = sized(sizes)
