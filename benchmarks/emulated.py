@@ -56,7 +56,7 @@ class Result:
 
     @property
     def bound_s(self) -> float:
-        """The machine's: what a device of this size cannot hold crosses the link, what host and device cannot is read."""
+        """The machine's: what the device cannot hold crosses the link, what device and host cannot is read."""
         link = max(0, self.weights_nbytes - self.device_nbytes) / self.link_nbytes_per_s
         disk = max(0, self.weights_nbytes - self.device_nbytes - self.host_nbytes) / self.disk.nbytes_per_s
         return max(link, disk, self.t_compute_s)

@@ -69,7 +69,7 @@ class Row:
 
     @property
     def machine_distance(self) -> float:
-        """The same for the fewest bytes any plan could read: the decoder's weights, less a budget spent on them alone."""
+        """The same for the fewest bytes that any plan could read: the decoder's weights, less the budget."""
         least = max(0, self.used_nbytes - self.budget_nbytes) / self.disk.nbytes_per_s
         return float(self.report["s_per_sweep"]) / max(least, self.t_compute_s)
 
