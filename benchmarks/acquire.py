@@ -12,7 +12,7 @@ the machine's moods meet both.
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def _overhead(checkpoint: Path, count: int) -> dict[str, Any]:
     import penstock
 
     def plain() -> Any:
-        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
 
     weights_nbytes = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     room = {"host": 2 * weights_nbytes + 2**28}
@@ -100,13 +100,13 @@ def _overhead(checkpoint: Path, count: int) -> dict[str, Any]:
         for number in range(max(count // 10, 10)):
             for name in names[number % len(names) :] + names[: number % len(names)]:  # who follows whom must not matter
                 model = contenders[name]
-                found[name].append(_seconds(lambda model=model: model(ids)))
+                found[name].append(_seconds(model, ids))
     return found
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _seconds(model: Any, ids: Any) -> float:
     start = time.perf_counter()
-    call()
+    model(ids)
     return time.perf_counter() - start
 
 

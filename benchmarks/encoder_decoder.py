@@ -136,7 +136,7 @@ def worker(job: Job) -> dict[str, Any]:
 
     import penstock
 
-    def load(path: str, budget_nbytes: int | None) -> Any:
+    def load(path: str, budget_nbytes: int) -> Any:
         if job["budget_nbytes"] is None:
             return getattr(transformers, AUTO_CLASSES[job["model"]]).from_pretrained(path, dtype="auto")
         return penstock.load(path, max_memory={"host": budget_nbytes}, device="cpu")

@@ -47,9 +47,8 @@ def t5(size: str) -> transformers.PreTrainedModel:
         num_decoder_layers=16 if full else 4,
         num_heads=16 if full else 4,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
         dropout_rate=0.0,
-        **_special(0),
+        **{**_special(0), "tie_word_embeddings": False},
     )
     return transformers.T5ForConditionalGeneration(config)
 
