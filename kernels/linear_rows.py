@@ -1,7 +1,7 @@
 """Linear layers whose weight comes in pieces of rows, and the probe that says whether the pieces give the same bits.
 
-y = x Wᵀ + b, with W cut along its rows: each piece gives some columns of y. Every output element is one dot product over
-the same operands, but a library may choose another kernel, and another order of summation, for another number of
+y = x Wᵀ + b, with W cut along its rows: each piece gives some columns of y. Every output element is one dot product
+over the same operands, but a library may choose another kernel, and another order of summation, for another number of
 columns. The probe tries it at the very shape in question.
 """
 
@@ -79,7 +79,8 @@ class _Repeated:
         self._nbytes, self._count = nbytes, count
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.mmap.restype = ctypes.c_void_p
-        self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+        three = (ctypes.c_int, ctypes.c_int, ctypes.c_int)
+        self._libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *three, ctypes.c_long)
         self._libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self._address = 0
 

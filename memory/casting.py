@@ -5,6 +5,8 @@ It runs on I/O threads, so it uses numpy (which releases the GIL and starts no t
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,7 +52,7 @@ def cast(data: memoryview, out: memoryview, source: str, target: str) -> None:
 def _widen(data: memoryview, source: str) -> NDArray[np.float32] | NDArray[np.float64]:
     if source == "BF16":
         return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    values = np.frombuffer(data, _NUMPY[source])
+    values: NDArray[Any] = np.frombuffer(data, _NUMPY[source])
     return values if source == "F64" else values.astype(np.float32, copy=False)
 
 

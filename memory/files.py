@@ -1,4 +1,4 @@
-"""Open files of the disk engine: O_DIRECT where the filesystem grants it, buffered with a clean page cache elsewhere."""
+"""Open files of the disk engine: O_DIRECT where the filesystem grants it, else buffered with a clean page cache."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Large two-dimensional parameters that are served by rows: embedding tables and output projections.
 
-A lookup reads the rows it uses; a product takes the table piece by piece. Neither ever needs a slot of the table's size.
+A lookup reads the rows it uses; a product takes the table piece by piece. Neither needs a slot of the table's size.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Table:
             for bounce in self._row_reads(int(wanted[index]), index * size)
         ]
         if bounces:
-            raw = memoryview(found.view(torch.uint8).numpy()).cast("B")
+            raw = found.view(torch.uint8).numpy().data.cast("B")
             self.engine.read([], bounces, raw, urgent=True).wait()
             self.rows_read_nbytes += sum(bounce_window(bounce) for bounce in bounces)
 
@@ -155,7 +155,7 @@ class Table:
         start = (self.skew - store.data_ptr()) % ALIGN
         bits = store[start : start + nbytes]
         found = torch.frombuffer(bits.numpy(), dtype=self.parameter.dtype).view(self.parameter.shape)
-        raw = memoryview(bits.numpy())
+        raw = bits.numpy().data
         at = 0
         bounces = []
         for span in self.source.slice_rows(0, rows).spans:

@@ -68,7 +68,7 @@ class _Wish:
 
 
 class Core:
-    """State and decisions. `acquire_nowait`, `wish`, `release` may be called from any thread, the rest runs in the loop.
+    """State and decisions. What consumers call may be called from any thread, the rest runs in the loop.
 
     Args:
         front: The tier that consumers lease from.
@@ -314,13 +314,11 @@ class Core:
         wanted = [held for held in self.front.holding.values() if not held.ready and held.block not in back.holding]
         wanted.sort(key=lambda held: not held.urgent)
         needed = {held.block for held in self.front.holding.values() if not held.ready}
-        placed = []
+        placed: list[Residence] = []
         for held in wanted:
             victim = None
             if held.block not in back.permanent and not back.free:
-                victim = victim_for_demand(
-                    self.orders.upcoming(self._horizon()), evictable=back.evictable() - needed
-                )
+                victim = victim_for_demand(self.orders.upcoming(self._horizon()), evictable=back.evictable() - needed)
                 if victim is None:
                     return placed
             placed.append(back.place(held.block, urgent=held.urgent, victim=victim))
