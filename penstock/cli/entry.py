@@ -82,7 +82,7 @@ def _version(wanted: bool) -> None:
 def _report(message: str, code: int) -> int:
     if _debugging():
         traceback.print_exc()
-    print(f"penstock: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     return code
 
 

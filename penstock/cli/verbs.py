@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Final
 
 from .doctor import doctor
+from .run import run
 
 VERBS: Final[dict[str, Callable[..., int | None]]] = {
+    "run": run,
     "doctor": doctor,
 }
