@@ -43,8 +43,10 @@ class Window:
     data_offset: int
     """Where the wanted bytes start in the slot when the read is complete."""
     final_offset: int
-    """Where they must start; differs from `data_offset` when elements would not be aligned to their size."""
+    """Where they must start; differs from `data_offset` when they must be aligned otherwise than in the file."""
     data_nbytes: int
+    skew: int
+    """Bytes after a 64-byte boundary at which kernels are to find the start."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,8 +111,12 @@ def bounce_window(bounce: Bounce) -> int:
     return total
 
 
-def build_image(tensors: Iterable[tuple[str, TensorSource, str]]) -> Image:
-    """Lay `(name, source, target dtype)` out in a slot."""
+def build_image(tensors: Iterable[tuple[str, TensorSource, str]], *, move: bool = True) -> Image:
+    """Lay `(name, source, target dtype)` out in a slot.
+
+    With `move`, runs are moved inside the slot after they have been read, where kernels expect another alignment than
+    the file has; without (the slot is only copied from), they are left where they are.
+    """
     items = list(tensors)
     direct = sorted((item for item in items if _in_place(*item[1:])), key=lambda i: _key(i[1]))
     places: dict[str, Place] = {}
@@ -118,25 +124,26 @@ def build_image(tensors: Iterable[tuple[str, TensorSource, str]]) -> Image:
     at = 0
     for run in _runs(direct):
         first, last = run[0][1].spans[0], run[-1][1].spans[0]
-        skew = first.offset % PAGE
+        start = first.offset // PAGE * PAGE
         end = last.offset + last.nbytes
-        start = first.offset - skew
-        shift = first.offset % ALIGN if any(first.offset % ITEMSIZE[i[2]] for i in run) else 0
+        data = at + first.offset - start
+        skew = source_skew(run[0][1], run[0][2])
         window = Window(
             path=first.path,
             file_offset=start,
             nbytes=round_up(end - start),
             needed_nbytes=end - start,
             offset=at,
-            data_offset=at + skew,
-            final_offset=at + skew - shift,
+            data_offset=data,
+            final_offset=_moved(data, at, skew) if move else data,
             data_nbytes=end - first.offset,
+            skew=skew,
         )
         windows.append(window)
         for name, source, dtype in run:
             offset = window.final_offset + source.spans[0].offset - first.offset
             places[name] = Place(offset=offset, shape=source.shape, dtype=dtype)
-        at += window.nbytes
+        at += window.nbytes + (PAGE if window.final_offset > window.data_offset else 0)
     bounces: list[Bounce] = []
     for name, source, dtype in items:
         if name in places:
@@ -149,8 +156,16 @@ def build_image(tensors: Iterable[tuple[str, TensorSource, str]]) -> Image:
     return Image(nbytes=max(round_up(at), PAGE), places=places, windows=tuple(windows), bounces=tuple(bounces))
 
 
+def _moved(data: int, floor: int, skew: int) -> int:
+    """The nearest offset with the given skew, below `data` if there is room above `floor`."""
+    down = data - (data - skew) % ALIGN
+    return down if down >= floor else down + ALIGN
+
+
 def source_skew(source: TensorSource, dtype: str) -> int:
     """How far after a 64-byte boundary a resident model would have this tensor."""
+    if source.skew is not None:
+        return source.skew
     if source.dtype != dtype or len(source.spans) != 1 or source.spans[0].offset % ITEMSIZE[dtype]:
         return 0
     return source.spans[0].offset % ALIGN
@@ -165,14 +180,15 @@ def _key(source: TensorSource) -> tuple[str, int]:
 
 
 def _runs(items: list[tuple[str, TensorSource, str]]) -> list[list[tuple[str, TensorSource, str]]]:
-    """Group tensors that follow each other in a file and share their alignment, so that one window serves them."""
+    """Group tensors that follow each other in a file and want the alignment that this gives them, for one window."""
     runs: list[list[tuple[str, TensorSource, str]]] = []
     for item in items:
         span = item[1].spans[0]
         if runs:
-            before = runs[-1][-1][1].spans[0]
+            start, before = runs[-1][0][1].spans[0], runs[-1][-1][1].spans[0]
             adjacent = before.path == span.path and before.offset + before.nbytes == span.offset
-            if adjacent and span.offset % ALIGN == before.offset % ALIGN:
+            natural = (source_skew(*runs[-1][0][1:]) + span.offset - start.offset) % ALIGN
+            if adjacent and natural == source_skew(*item[1:]):
                 runs[-1].append(item)
                 continue
         runs.append([item])
@@ -229,19 +245,21 @@ DEVICE_ALIGN: Final = 256
 
 
 def device_image(image: Image, *, keep_skew: bool) -> DeviceImage:
-    """The device layout of a host image in which nothing is moved after it has been read.
+    """The device layout of a host image built without moves.
 
-    With `keep_skew` tensors keep their offset modulo 64 (a device that computes with the CPU's kernels).
+    With `keep_skew` tensors are aligned as kernels expect them on the CPU (a device that computes with its kernels);
+    without, runs start on a boundary.
     """
-    spans = [(w.data_offset, w.data_offset + w.data_nbytes) for w in image.windows]
+    assert all(w.final_offset == w.data_offset for w in image.windows), "the host image moves what is being copied"
+    spans = [(w.data_offset, w.data_offset + w.data_nbytes, w.skew) for w in image.windows]
     if image.bounces:
         first = min(b.offset for b in image.bounces) // ALIGN * ALIGN
-        spans.append((first, image.nbytes))
+        spans.append((first, image.nbytes, 0))
     segments: list[Segment] = []
     places: dict[str, Place] = {}
     at = 0
-    for start, stop in spans:
-        at = round_up(at, DEVICE_ALIGN) + (start % ALIGN if keep_skew else 0)
+    for start, stop, skew in spans:
+        at = round_up(at, DEVICE_ALIGN) + (skew if keep_skew else 0)
         segments.append(Segment(start=start, stop=stop, target=at))
         at += stop - start
     for name, place in image.places.items():
@@ -276,5 +294,6 @@ def packed_image(tensors: Iterable[tuple[str, tuple[int, ...], str, int]]) -> Im
         data_offset=0,
         final_offset=0,
         data_nbytes=nbytes,
+        skew=0,
     )
     return Image(nbytes=nbytes, places=places, windows=(window,), bounces=())

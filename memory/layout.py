@@ -45,6 +45,8 @@ class TensorSource:
     dtype: str
     """Element type as stored, a key of `ITEMSIZE`."""
     spans: tuple[FileSpan, ...]
+    skew: int | None = None
+    """Bytes after a 64-byte boundary at which a resident model has it; None for one that maps it where the file has it."""
 
     def __post_init__(self) -> None:
         assert sum(span.nbytes for span in self.spans) == self.nbytes, (self.shape, self.dtype, self.spans)
@@ -65,4 +67,5 @@ class TensorSource:
             if a < b:
                 spans.append(FileSpan(path=span.path, offset=span.offset + a - at, nbytes=b - a))
             at += span.nbytes
-        return TensorSource(shape=(stop - start, *self.shape[1:]), dtype=self.dtype, spans=tuple(spans))
+        skew = None if self.skew is None else (self.skew + lo) % 64
+        return TensorSource(shape=(stop - start, *self.shape[1:]), dtype=self.dtype, spans=tuple(spans), skew=skew)

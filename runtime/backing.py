@@ -47,8 +47,8 @@ class Backing(Protocol):
         """Strides of a parameter, in elements."""
         ...
 
-    def image(self, portions: Sequence[Portion]) -> Image:
-        """How a block of these tensors lies in a slot."""
+    def image(self, portions: Sequence[Portion], *, move: bool) -> Image:
+        """How a block of these tensors lies in a slot; `move` as for `build_image`."""
         ...
 
     def skew(self, portion: Portion) -> int:
@@ -84,7 +84,7 @@ class CheckpointBacking:
         """Row-major, as files are."""
         return contiguous_stride(self._shapes[name])
 
-    def image(self, portions: Sequence[Portion]) -> Image:
+    def image(self, portions: Sequence[Portion], *, move: bool) -> Image:
         """How a block of these tensors lies in a slot."""
         tensors = []
         for portion in portions:
@@ -92,7 +92,7 @@ class CheckpointBacking:
             if portion.rows is not None:
                 source = source.slice_rows(*portion.rows)
             tensors.append((portion.key, source, self._dtypes[portion.name]))
-        return build_image(tensors)
+        return build_image(tensors, move=move)
 
     def skew(self, portion: Portion) -> int:
         """That of the file, because safetensors maps files; none where the tensor is converted."""
@@ -134,7 +134,7 @@ class ModuleBacking:
         parameter = self._parameters[name]
         return tuple(parameter.stride()) if dense(parameter) else contiguous_stride(parameter.shape)
 
-    def image(self, portions: Sequence[Portion]) -> Image:
+    def image(self, portions: Sequence[Portion], *, move: bool) -> Image:
         """A block of our own making: aligned, in one piece."""
         tensors = []
         for portion in portions:

@@ -82,6 +82,7 @@ class Machinery:
             front=self.front_arena,
             bindings=self.bindings,
             tables=self.tables,
+            spare_slots=layout.spare_slots,
         )
 
     def start(self, module: nn.Module) -> None:

@@ -6,8 +6,9 @@ from typing import Any, Final
 
 import torch
 
-FRAMEWORK: Final = 96 * 2**20
-"""Allocator slack, thread stacks, kernels' own buffers, lazily imported modules."""
+FRAMEWORK: Final = 224 * 2**20
+"""Allocator slack, thread stacks, kernels' own buffers, lazily imported modules, and the pages of shared libraries that must
+stay cached: under a tight control group their eviction costs far more than the weights that would take their place."""
 DEFAULT_CONTEXT: Final = 512
 DEFAULT_BATCH: Final = 1
 

@@ -18,8 +18,9 @@ from .devices.base import Device
 logger = logging.getLogger(__name__)
 
 DISK_S: Final = 0.4
-LINK_NBYTES: Final = 64 * 2**20
-BLOCK: Final = 16 * 2**20
+LINK_NBYTES: Final = 16 * 2**20
+BLOCK: Final = 8 * 2**20
+"""Small enough that measuring stays within the smallest budgets."""
 WORTH_KEEPING: Final = 256 * 2**20
 """A rate measured over fewer bytes is used, but not kept."""
 
@@ -97,6 +98,7 @@ def _read_for(sizes: Sequence[tuple[str, os.stat_result]], engine: DiskEngine, s
                 data_offset=0,
                 final_offset=0,
                 data_nbytes=nbytes,
+                skew=0,
             )
             pending.append(engine.read([window], [], arena.view(index % 4 * BLOCK, BLOCK)))
             total += nbytes

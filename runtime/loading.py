@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from bisect import bisect_right
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +118,11 @@ def _temporary_folder() -> str:
 def _on_disk(bones: Skeleton, scratch: Scratch | None) -> dict[str, TensorSource]:
     """Every source as bytes in a file: what transformers computes from several tensors is computed once and kept."""
     found: dict[str, TensorSource] = {}
+    stored = _StoredSpans(bones)
     converted = {name: source for name, source in bones.sources.items() if isinstance(source, Converted)}
     for name, source in bones.sources.items():
         if isinstance(source, TensorSource):
-            found[name] = source
+            found[name] = source if stored.holds(source) else replace(source, skew=0)
     if converted:
         assert scratch is not None
         logger.info("repacking %d tensors that this model stores in another layout than it computes with", len(converted))
@@ -132,6 +136,27 @@ def _on_disk(bones: Skeleton, scratch: Scratch | None) -> dict[str, TensorSource
                 f"not supported yet; use the unquantised one"
             )
     return {name: found[name] for name in bones.sources}
+
+
+class _StoredSpans:
+    """Where each stored tensor lies, to be asked quickly."""
+
+    def __init__(self, bones: Skeleton) -> None:
+        self._spans: dict[str, list[tuple[int, int]]] = {}
+        for stored in bones.checkpoint.tensors.values():
+            for span in stored.spans:
+                self._spans.setdefault(span.path, []).append((span.offset, span.offset + span.nbytes))
+        for spans in self._spans.values():
+            spans.sort()
+
+    def holds(self, source: TensorSource) -> bool:
+        """Whether a resident model maps the tensor where its file has it: it is one stored tensor, or a part of one."""
+        if len(source.spans) != 1:
+            return False
+        (span,) = source.spans
+        spans = self._spans.get(span.path, [])
+        index = bisect_right(spans, (span.offset, sys.maxsize)) - 1
+        return index >= 0 and span.offset + span.nbytes <= spans[index][1]
 
 
 def _repack(converted: Mapping[str, Converted], path: str) -> dict[str, TensorSource]:
@@ -151,7 +176,7 @@ def _repack(converted: Mapping[str, Converted], path: str) -> dict[str, TensorSo
                 padded = -(-len(piece) // 4096) * 4096
                 engine.write(path, at + start, staging.view(0, padded)).wait()
             span = FileSpan(path=path, offset=at, nbytes=len(raw))
-            found[name] = TensorSource(shape=tuple(value.shape), dtype=dtype, spans=(span,))
+            found[name] = TensorSource(shape=tuple(value.shape), dtype=dtype, spans=(span,), skew=0)
             at += -(-len(raw) // 4096) * 4096
     finally:
         engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -38,7 +39,7 @@ class BlockMover:
         done: asyncio.Future[None] = loop.create_future()
 
         def part(start: int, stop: int) -> None:
-            loop.call_soon_threadsafe(on_data, start, stop)
+            _post(loop, on_data, start, stop)
 
         def finish(transfer: Transfer) -> None:
             if done.done():
@@ -57,7 +58,7 @@ class BlockMover:
             urgent=urgent,
             on_data=part if self._device.separate else None,
         )
-        transfer.add_done_callback(lambda t: loop.call_soon_threadsafe(finish, t))
+        transfer.add_done_callback(lambda t: _post(loop, finish, t))
         try:
             await done
         except asyncio.CancelledError:
@@ -99,3 +100,9 @@ class BlockMover:
     def close(self) -> None:
         """Stop the helper threads."""
         self._waiters.shutdown(wait=True)
+
+
+def _post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: object) -> None:
+    """Have the loop call something; a loop that was closed meanwhile has nobody left who would care."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *args)

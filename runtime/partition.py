@@ -16,6 +16,10 @@ from torch import nn
 ATOMIC = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.RNNBase)
 """Modules that use their children's parameters without calling the children, in code that must not be looked into."""
 
+MAX_TOGETHER = 4
+"""Large parameters that one module owns directly and leases together. More (a ParameterList) are leased as they are
+used, so that they need not all fit at once."""
+
 
 @dataclass(kw_only=True, eq=False)
 class Group:
@@ -61,14 +65,15 @@ class _Cutter:
         found = dict.fromkeys(name for child in module.modules() for name in self.own(child))
         return list(found)
 
-    def take(self, anchor: str, names: list[str]) -> None:
-        self.uses.setdefault(anchor, []).extend(names)
+    def take(self, anchor: str | None, names: list[str]) -> None:
+        if anchor is not None:
+            self.uses.setdefault(anchor, []).extend(names)
         names = [name for name in names if name not in self.taken]
         self.taken.update(names)
         names = [name for name in names if name not in self.tables]
         if names:
             nbytes = sum(self.sizes[name] for name in names)
-            self.groups.append(Group(anchor=anchor, names=names, nbytes=nbytes))
+            self.groups.append(Group(anchor=anchor or "", names=names, nbytes=nbytes))
 
     def visit(self, module: nn.Module, path: str, anchor: str) -> None:
         if callable_module(module):
@@ -78,8 +83,10 @@ class _Cutter:
             if total <= self.limit or isinstance(module, ATOMIC):
                 self.take(anchor, subtree)
                 return
-        for name in list(self.own(module)):
-            self.take(anchor, [name])
+        own = list(self.own(module))
+        together = len(own) <= MAX_TOGETHER or sum(self.sizes[name] for name in own) <= self.limit
+        for name in own:
+            self.take(anchor if together else None, [name])
         for child_name, child in module.named_children():
             self.visit(child, f"{path}.{child_name}" if path else child_name, anchor)
 

@@ -7,6 +7,7 @@ Everything here is arithmetic on sizes: nothing is read and nothing is allocated
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -62,10 +63,14 @@ class Layout:
     """Blocks that each module's forward leases."""
     expected: Mapping[str, tuple[int, ...]]
     """The same with the pieces of tables: what the first run is expected to use, in definition order."""
+    uses: Mapping[int, int]
+    """How many modules use each block, where it is more than one: an embedding that encoder and decoder share."""
     tables: Mapping[str, tuple[int, ...]]
     """Pieces of each parameter served by rows."""
     front: Residency
     back: Residency | None
+    spare_slots: int
+    """Slots beyond what nested forwards and one prefetch need."""
     staging_nbytes: int
     own_host_nbytes: int
     """Host memory besides the arena: staging and buffers."""
@@ -77,16 +82,17 @@ class Layout:
 
     @property
     def disk_nbytes(self) -> int:
-        """Bytes read from disk per sweep in which each block is used once."""
+        """Bytes read from disk per sweep in which each module is called once."""
         kept = self.front.resident | (self.back.resident if self.back else frozenset())
-        return sum(block.image.read_nbytes for block in self.blocks if block.id not in kept)
+        return sum(self.uses.get(b.id, 1) * b.image.read_nbytes for b in self.blocks if b.id not in kept)
 
     @property
     def link_nbytes(self) -> int:
         """Bytes copied to the device per sweep."""
         if self.back is None:
             return 0
-        return sum(block.image.data_nbytes for block in self.blocks if block.id not in self.front.resident)
+        streamed = (block for block in self.blocks if block.id not in self.front.resident)
+        return sum(self.uses.get(block.id, 1) * block.image.data_nbytes for block in streamed)
 
     @property
     def host_nbytes(self) -> int:
@@ -140,7 +146,7 @@ class Planner:
             found.append(whole)
         if not found:
             raise self._does_not_fit()
-        return min(found, key=self._seconds)
+        return min(found, key=lambda layout: (not layout.resident, self._seconds(layout)))
 
     def _try_limit(self, limit: int) -> Layout | None:
         lookups = embedding_only(self.module)
@@ -177,7 +183,7 @@ class Planner:
         return self._place(blocks, leases, expected, pieces)
 
     def _draft(self, number: int, name: str, portions: list[Portion]) -> Draft:
-        image = self.backing.image(portions)
+        image = self.backing.image(portions, move=self.budgets.device is None)
         return Draft(
             id=number,
             name=name,
@@ -229,9 +235,11 @@ class Planner:
         min_slots = self._nesting(leases) + 1
         staging = self._staging(blocks, pieces)
         own = self._own(staging)
+        counts = Counter(block for held in expected.values() for block in held)
+        uses = {block: count for block, count in counts.items() if count > 1}
         small = blocks[0]
         front_budget = self.budgets.host - own if self.budgets.device is None else self.budgets.device
-        front = self._front(blocks[1:], small, front_budget, min_slots, own)
+        front = self._front(blocks[1:], small, front_budget, min_slots, own, uses)
         back: Residency | None = None
         if self.budgets.device is not None:
             if front is None:
@@ -239,7 +247,7 @@ class Planner:
             passing = [block for block in blocks if block.id in front.resident]
             streamed = [block for block in blocks if block.id not in front.resident]
             transit = max((block.image.nbytes for block in passing), default=0)
-            back = self._back(streamed, self.budgets.host - own, transit, own)
+            back = self._back(streamed, self.budgets.host - own, transit, own, uses)
             if back is None:
                 return None
         elif front is None:
@@ -248,9 +256,11 @@ class Planner:
             blocks=tuple(blocks),
             leases=leases,
             expected=expected,
+            uses=uses,
             tables=pieces,
             front=front,
             back=back,
+            spare_slots=max(0, front.slots - min_slots),
             staging_nbytes=max(staging, 4096),
             own_host_nbytes=own,
         )
@@ -265,13 +275,16 @@ class Planner:
         """Host memory besides the arena."""
         return self.buffers_nbytes + (DiskEngine.own_nbytes(staging) if staging else 0)
 
-    def _front(self, blocks: list[Draft], small: Draft, budget: int, min_slots: int, own: int) -> Residency | None:
+    def _front(
+        self, blocks: list[Draft], small: Draft, budget: int, min_slots: int, own: int, uses: Mapping[int, int]
+    ) -> Residency | None:
         on_device = self.budgets.device is not None
         sized = [
             Sized(
                 id=block.id,
                 nbytes=block.front_nbytes,
-                cost_nbytes=block.image.data_nbytes if on_device else block.image.read_nbytes,
+                cost_nbytes=uses.get(block.id, 1)
+                * (block.image.data_nbytes if on_device else block.image.read_nbytes),
             )
             for block in blocks
         ]
@@ -290,8 +303,12 @@ class Planner:
             streamed_nbytes=found.streamed_nbytes,
         )
 
-    def _back(self, blocks: list[Draft], budget: int, transit: int, own: int) -> Residency | None:
-        sized = [Sized(id=b.id, nbytes=b.image.nbytes, cost_nbytes=b.image.read_nbytes) for b in blocks]
+    def _back(
+        self, blocks: list[Draft], budget: int, transit: int, own: int, uses: Mapping[int, int]
+    ) -> Residency | None:
+        sized = [
+            Sized(id=b.id, nbytes=b.image.nbytes, cost_nbytes=uses.get(b.id, 1) * b.image.read_nbytes) for b in blocks
+        ]
         depth = min(DEPTH, max(0, budget) // 4)
         found = choose_residency(sized, budget, min_slots=2, depth_nbytes=depth, transit_nbytes=transit)
         if found is None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..memory.arena import AnyArena
 from ..memory.errors import ClosedError, ForkError
+from ..memory.image import ALIGN
 from ..scheduler.core import Lease
 from ..scheduler.executor import Executor
 from .binding import Binding
@@ -34,6 +35,8 @@ class _Frame:
     """One call of a wrapped module."""
 
     leases: list[Lease] = field(default_factory=list)
+    own: int = 0
+    """How many of them the module itself asked for; the others are kept for views that it took."""
 
 
 class Session:
@@ -43,6 +46,7 @@ class Session:
         front: The arena that modules compute from.
         bindings: By block.
         tables: By id of the parameter.
+        spare_slots: Ring slots that leases may hold beyond the forward of the module that anchors them.
     """
 
     def __init__(
@@ -53,7 +57,9 @@ class Session:
         front: AnyArena,
         bindings: Mapping[int, Binding],
         tables: Mapping[int, Table],
+        spare_slots: int,
     ) -> None:
+        self._spare_slots = spare_slots
         self.device = device
         self.executor = executor
         self.bindings = bindings
@@ -106,6 +112,7 @@ class Session:
         try:
             for block in blocks:
                 frame.leases.append(self.lend(block))
+            frame.own = len(frame.leases)
         except BaseException:
             self._leave(frame, True)
             raise
@@ -200,18 +207,28 @@ class Session:
             if isinstance(home, Table):
                 return self._call_table(home, func, args, kwargs)
         leases: list[Lease] = []
-        keep = False
         try:
             for block in dict.fromkeys(h for p in missing if isinstance(h := self.absent.get(id(p)), int)):
                 leases.append(self.lend(block))
             result = func(*args, **kwargs)
-            keep = self._aliases(result)
+            if self._aliases(result):  # a view was taken: it must stay valid until the module that took it returns
+                if self._can_keep(leases):
+                    self._frames[-1].leases.extend(leases)
+                    leases = []
+                else:
+                    copies = {id(p): _copy_in_place_of(p) for p in missing}
+                    result = func(
+                        *(copies.get(id(v), v) for v in args), **{k: copies.get(id(v), v) for k, v in kwargs.items()}
+                    )
             return result
         finally:
-            if keep and self._frames:  # a view was taken: it must stay valid until the module that took it returns
-                self._frames[-1].leases.extend(leases)
-            else:
-                self._release(leases)
+            self._release(leases)
+
+    def _can_keep(self, leases: list[Lease]) -> bool:
+        """Whether slots are to spare for leases that last longer than a call; slots of resident blocks always are."""
+        ring = [lease for lease in leases if not lease.residence.permanent]
+        kept = sum(not lease.residence.permanent for frame in self._frames for lease in frame.leases[frame.own :])
+        return bool(self._frames) and (not ring or kept + len(ring) <= self._spare_slots)
 
     def _call_table(self, table: Table, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows = rows_wanted(func, args, kwargs)
@@ -253,6 +270,22 @@ class Session:
             for binding in self.bindings.values():
                 binding.restore()
             self.arena = torch.empty(0)
+
+
+def _copy_in_place_of(parameter: nn.Parameter) -> torch.Tensor:
+    """A copy of a lent parameter in fresh memory, at the same address modulo 64 and with the same strides."""
+    view = parameter.detach()
+    extent = sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True)) + 1 if view.numel() else 0
+    store = torch.empty(extent * view.element_size() + ALIGN, dtype=torch.uint8, device=view.device)
+    start = (view.data_ptr() - store.data_ptr()) % ALIGN
+    size = view.element_size()
+    assert start % size == 0 or not extent, "a lent parameter is not aligned to its elements"
+    bits = store[start : start + extent * size]
+    if bits.storage_offset() % size:  # torch counts offsets from the storage's start, in elements
+        bits = bits.clone()
+    copy = bits.view(view.dtype).as_strided(view.shape, view.stride(), bits.view(view.dtype).storage_offset())
+    copy.copy_(view)
+    return copy.requires_grad_(parameter.requires_grad)
 
 
 def _storage_address(tensor: torch.Tensor) -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Final
 
 MAX_SLOTS: Final = 32
+OFTEN: Final = 1.5
+"""Bytes moved per sweep, in units of a block's size, from which on it is used more than once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +104,7 @@ def _with_slot(
     slots = min(wanted, max(min_slots, room // (2 * slot)))
     if affordable < min_slots or not free:
         return None
-    kept = interleave(free, room - slots * slot)
+    kept = _keep(free, room - slots * slot)
     resident = frozenset(block.id for block in forced) | kept
     return Residency(
         resident=resident,
@@ -111,6 +113,21 @@ def _with_slot(
         resident_nbytes=sum(block.nbytes for block in blocks if block.id in resident),
         streamed_nbytes=sum(block.cost_nbytes for block in blocks if block.id not in resident),
     )
+
+
+def _keep(blocks: Sequence[Sized], budget: int) -> frozenset[int]:
+    """Blocks that are used several times per sweep first, then a subset of the others."""
+    often = sorted(
+        (block for block in blocks if block.cost_nbytes > OFTEN * block.nbytes),
+        key=lambda block: -block.cost_nbytes / block.nbytes,
+    )
+    kept: set[int] = set()
+    for block in often:
+        if block.nbytes <= budget:
+            kept.add(block.id)
+            budget -= block.nbytes
+    rest = [block for block in blocks if block.id not in kept]
+    return frozenset(kept) | interleave(rest, budget)
 
 
 def interleave(blocks: Sequence[Sized], budget: int) -> frozenset[int]:
