@@ -1,7 +1,7 @@
 """Linear layers whose weight comes in pieces of rows, and the probe that says whether the pieces give the same bits.
 
-y = x Wᵀ + b, with W cut along its rows: each piece gives some columns of y. Every output element is one dot product over
-the same operands, but a library may choose another kernel, and another order of summation, for another number of
+y = x Wᵀ + b, with W cut along its rows: each piece gives some columns of y. Every output element is one dot product
+over the same operands, but a library may choose another kernel, and another order of summation, for another number of
 columns. The probe tries it at the very shape in question.
 """
 
@@ -54,8 +54,8 @@ def splits_exactly(
     """
     columns, dtype = like.shape[-1], like.dtype
     generator = torch.Generator().manual_seed(0)
-    x = torch.empty_strided(like.shape, like.stride(), dtype=dtype)
-    x.copy_(torch.randn(like.shape, generator=generator))
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    x = torch.randn(extent, generator=generator).to(dtype).as_strided(like.shape, like.stride())  # expanded ones too
     unit = columns * x.element_size()
     step = PAGE // gcd(unit, PAGE)
     period = -(-max(1, PERIOD // unit) // step) * step
@@ -79,7 +79,8 @@ class _Repeated:
         self._nbytes, self._count = nbytes, count
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.mmap.restype = ctypes.c_void_p
-        self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+        three = (ctypes.c_int, ctypes.c_int, ctypes.c_int)
+        self._libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *three, ctypes.c_long)
         self._libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self._address = 0
 

@@ -137,6 +137,6 @@ class HostArena(AnyArena):
         if os.getpid() == self._pid:  # the pages go now, even if a view keeps the addresses
             with contextlib.suppress(OSError, ValueError):
                 arena.madvise(mmap.MADV_DONTNEED)
-        with contextlib.suppress(BufferError):
-            self.buffer.release()
-            arena.close()
+        # Neither is closed by hand: torch.frombuffer keeps them alive but does not count as an export, so that they
+        # could be closed under a tensor. The addresses go with the last of those who refer to them.
+        self.buffer = memoryview(b"")

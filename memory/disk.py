@@ -230,8 +230,12 @@ class _Drive:
 
     def put(self, tasks: list[Task], urgent: bool) -> None:
         with self._condition:
-            (self.urgent if urgent else self.normal).extend(tasks)
-            self._condition.notify(len(tasks))
+            if not self._closed:
+                (self.urgent if urgent else self.normal).extend(tasks)
+                self._condition.notify(len(tasks))
+                return
+        for transfer, _ in tasks:  # closed since the caller looked: no thread is left to take them
+            transfer.part_done(ClosedError("the disk engine is closed"))
 
     def take(self) -> Task | None:
         with self._condition:

@@ -1,4 +1,4 @@
-"""Open files of the disk engine: O_DIRECT where the filesystem grants it, buffered with a clean page cache elsewhere."""
+"""Open files of the disk engine: O_DIRECT where the filesystem grants it, else buffered with a clean page cache."""
 
 from __future__ import annotations
 
@@ -50,13 +50,26 @@ class OpenFile:
             os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def refuse_direct(self) -> None:
-        """Go on buffered after the filesystem refused an O_DIRECT request."""
+        """Go on buffered after the filesystem refused an O_DIRECT request.
+
+        Raises:
+            DiskError: the file cannot be opened again.
+        """
         if self.direct:
             flags = os.O_RDWR if self.writable else os.O_RDONLY
-            replacement = os.open(self.path, flags | os.O_CLOEXEC)
+            try:
+                replacement = os.open(self.path, flags | os.O_CLOEXEC)
+            except OSError as error:
+                raise disk_error("open", self.path, 0, 0, error) from error
             os.dup2(replacement, self.fd, inheritable=False)
             os.close(replacement)
+            _without_readahead(self.fd)
             self.direct = False
+
+
+def _without_readahead(fd: int) -> None:
+    """Have the kernel read what is asked for and no more: nobody would drop the pages that it reads ahead."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -90,6 +103,7 @@ class FileTable:
                 if error.errno != errno.EINVAL:
                     raise
                 fd, direct = self.open_file(path, flags, 0o600), False
+                _without_readahead(fd)
                 self.tell_buffered(path)
             return OpenFile(path=path, fd=fd, device=os.fstat(fd).st_dev, direct=direct, writable=writable)
         except OSError as error:

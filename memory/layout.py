@@ -46,7 +46,7 @@ class TensorSource:
     """Element type as stored, a key of `ITEMSIZE`."""
     spans: tuple[FileSpan, ...]
     skew: int | None = None
-    """Bytes after a 64-byte boundary at which a resident model has it; None for one that maps it where the file has it."""
+    """Bytes after a 64-byte boundary at which a resident model has it; None where it maps the file as it is."""
 
     def __post_init__(self) -> None:
         assert sum(span.nbytes for span in self.spans) == self.nbytes, (self.shape, self.dtype, self.spans)

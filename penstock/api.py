@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .budget import parse_budget
+from .devices import open_device
 from .memory.errors import UsageError
 from .runtime.devices.base import Device
 from .runtime.explain import Explanation
@@ -18,9 +20,8 @@ from .runtime.links import LinkCache
 from .runtime.loading import load as _load
 from .runtime.offloading import offload as _offload
 from .runtime.tiers import Wanted
-from .budget import parse_budget
-from .devices import open_device
 
+Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 MaxMemory = str | Mapping[str, int | str]
 
 
@@ -30,7 +31,7 @@ def load(
     max_memory: MaxMemory = "auto",
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    disk: str | os.PathLike[str] | None = None,
+    disk: Folders | None = None,
     context: int | None = None,
     batch: int | None = None,
     exact: bool = False,
@@ -39,9 +40,9 @@ def load(
     """Load a Hugging Face checkpoint that may be larger than memory, without ever materialising it.
 
     Returns the transformers model that its config names, in eval mode with `requires_grad=False`; `generate()` and the
-    forward are transformers' own. Weights are read from the original safetensors files as they are needed; what fits the
-    budget stays. Answers are bit-identical to the resident model's, whether `exact` is given or not, as long as no
-    planner splits work over processors; none does yet.
+    forward are transformers' own. Weights are read from the original safetensors files as they are needed; what fits
+    the budget stays. Answers are bit-identical to the resident model's: nothing splits work over processors yet, so
+    every run is what `exact=True` asks for.
 
     Args:
         path: A folder, or a Hub id.
@@ -49,10 +50,11 @@ def load(
             `device="cpu"`, `host` is the one that counts.
         device: "auto", "cpu", "cuda", "cuda:N", or "emulated:h2d=1GiB/s,…".
         dtype: "auto" (as the config says), or what to convert to on the way.
-        disk: Folder for scratch files, where any are needed; default in the user's cache.
+        disk: Folder for scratch files, where any are needed, or a list of folders on several drives; default in the
+            user's cache.
         context: Tokens per sequence to leave room for, in automatic budgets.
         batch: Sequences to leave room for, likewise.
-        exact: Forbid whatever gives results that are only equal to rounding.
+        exact: Forbid whatever gives results that are only equal to rounding. Met by every plan there is so far.
         trust_remote_code: Run code that comes with the checkpoint.
 
     Raises:
@@ -65,7 +67,7 @@ def load(
         wanted=_wanted(max_memory),
         device=open_device(device),
         dtype=dtype,
-        disk=_one_folder(disk),
+        disk=_folders(disk),
         context=context,
         batch=batch,
         trust_remote_code=trust_remote_code,
@@ -78,7 +80,7 @@ def offload(
     *,
     max_memory: MaxMemory = "auto",
     device: str | torch.device = "auto",
-    disk: str | os.PathLike[str] | None = None,
+    disk: Folders | None = None,
     context: int | None = None,
     batch: int | None = None,
 ) -> Any:
@@ -98,7 +100,7 @@ def offload(
         module,
         wanted=_wanted(max_memory),
         device=open_device(device),
-        disk=_one_folder(disk),
+        disk=_folders(disk),
         context=context,
         batch=batch,
         cache=link_cache(),
@@ -128,10 +130,14 @@ def _wanted(max_memory: MaxMemory) -> Wanted:
     return Wanted(host=budget.host, device=budget.device, disk=budget.disk)
 
 
-def _one_folder(disk: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
-    if isinstance(disk, list | tuple):
-        raise UsageError("disk takes one folder")
-    return disk
+def _folders(disk: Folders | None) -> list[str]:
+    """Scratch folders as asked for; an empty list is the default one."""
+    if disk is None:
+        return []
+    named = [disk] if isinstance(disk, str | os.PathLike) else list(disk)
+    if not named:
+        raise UsageError("disk is an empty list: name a folder, or leave it out for the default in the user's cache")
+    return [os.fspath(folder) for folder in named]
 
 
 def link_cache() -> LinkCache:

@@ -107,18 +107,19 @@ class CheckpointBacking:
 
 
 class ModuleBacking:
-    """Parameters of a module that is already built; what is not kept in memory is written to a scratch file once.
+    """Parameters of a module that is already built; what is not kept in memory is written to scratch files once.
 
-    Args:
-        path: The scratch file.
+    There is one file per drive; blocks take turns.
+
     """
 
     preloaded = True
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], path: str) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
-        self.path = path
-        self._end = 0
+        self.paths: list[str] = []
+        self._ends: list[int] = []
+        self._turn = 0
         self._placed: dict[str, TensorSource] = {}
 
     def holds(self, name: str) -> bool:
@@ -154,26 +155,29 @@ class ModuleBacking:
             at += portion.rows[0] * (parameter.nbytes // parameter.shape[0])
         return at % ALIGN
 
+    def store_in(self, paths: Sequence[str]) -> None:
+        """Name the scratch files."""
+        self.paths, self._ends = list(paths), [0] * len(paths)
+
     def place(self, image: Image) -> Image:
-        """Give an image its place at the end of the scratch file."""
+        """Give an image its place at the end of a scratch file."""
         (window,) = image.windows
-        placed = replace(image, windows=(replace(window, path=self.path, file_offset=self._end),))
-        self._end += window.nbytes
-        return placed
+        path, offset = self._take(window.nbytes)
+        return replace(image, windows=(replace(window, path=path, file_offset=offset),))
 
-    def place_table(self, name: str) -> int:
-        """Give a whole table a place in the scratch file, page-aligned; returns its offset."""
+    def place_table(self, name: str) -> FileSpan:
+        """Give a whole table a place in a scratch file, page-aligned."""
         parameter = self._parameters[name]
-        at = self._end
-        span = FileSpan(path=self.path, offset=at, nbytes=parameter.nbytes)
+        path, offset = self._take(round_up(parameter.nbytes))
+        span = FileSpan(path=path, offset=offset, nbytes=parameter.nbytes)
         self._placed[name] = TensorSource(shape=tuple(parameter.shape), dtype=self.dtype(name), spans=(span,))
-        self._end += round_up(parameter.nbytes)
-        return at
+        return span
 
-    @property
-    def scratch_nbytes(self) -> int:
-        """Bytes of scratch file given out so far."""
-        return self._end
+    def _take(self, nbytes: int) -> tuple[str, int]:
+        turn, self._turn = self._turn, (self._turn + 1) % len(self.paths)
+        offset = self._ends[turn]
+        self._ends[turn] += nbytes
+        return self.paths[turn], offset
 
     def source(self, name: str) -> TensorSource:
         """Where a table is in the scratch file."""

@@ -29,7 +29,9 @@ def placeholder(like: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.full((), value, dtype=kind, device=device).expand(like.shape)
 
 
-def view_of(arena: torch.Tensor, offset: int, place: Place, dtype: torch.dtype, stride: tuple[int, ...]) -> torch.Tensor:
+def view_of(
+    arena: torch.Tensor, offset: int, place: Place, dtype: torch.dtype, stride: tuple[int, ...]
+) -> torch.Tensor:
     """The tensor at `place` of the slot that starts at `offset` of a flat arena."""
     nbytes = place.nbytes
     if nbytes == 0:

@@ -13,6 +13,7 @@ from torch import nn
 from ..memory.arena import AnyArena, HostArena, debug_enabled
 from ..memory.disk import CHUNK, THREADS, DiskEngine
 from ..memory.image import DeviceImage, Image
+from ..memory.layout import FileSpan
 from ..scheduler.core import Core
 from ..scheduler.executor import Executor
 from ..scheduler.order import AccessOrders
@@ -105,6 +106,7 @@ class Machinery:
         for block in self.layout.blocks:
             self.session.lend(block.id, observed=False)
         self.session.absent.clear()
+        self.device.wait(self.device.copied())  # a lease is granted as soon as its copy has been enqueued
         self.executor.close()
         self.mover.close()
         self.engine.close()
@@ -181,7 +183,7 @@ def _preload(machinery: Machinery, backing: ModuleBacking) -> None:
     """
     layout = machinery.layout
     for name in layout.tables:
-        _write_table(machinery, backing, name, backing.place_table(name))
+        _write_table(machinery, name, backing.place_table(name))
     stays = [block for block in layout.blocks if _stays(machinery, block)]
     for block in layout.blocks:
         if block not in stays:
@@ -240,8 +242,8 @@ def _fill(arena: HostArena, offset: int, backing: ModuleBacking, block: Draft) -
             torch.frombuffer(arena.view(offset + place.offset, place.nbytes), dtype=torch.uint8).copy_(value)
 
 
-def _write_table(machinery: Machinery, backing: ModuleBacking, name: str, at: int) -> None:
-    """Write a table to the scratch file through a small aligned buffer."""
+def _write_table(machinery: Machinery, name: str, span: FileSpan) -> None:
+    """Write a table to its scratch file through a small aligned buffer."""
     parameter = machinery.parameters[name]
     row = parameter.nbytes // parameter.shape[0]
     staging = HostArena(max(1 << 20, row + 4096), tier="staging")
@@ -251,7 +253,7 @@ def _write_table(machinery: Machinery, backing: ModuleBacking, name: str, at: in
             piece = raw[start : start + staging.nbytes]
             torch.frombuffer(staging.view(0, len(piece)), dtype=torch.uint8).copy_(piece)
             padded = -(-len(piece) // 4096) * 4096
-            machinery.engine.write(backing.path, at + start, staging.view(0, padded)).wait()
+            machinery.engine.write(span.path, span.offset + start, staging.view(0, padded)).wait()
     finally:
         staging.close()
 
@@ -323,5 +325,3 @@ def _guess(module: nn.Module, layout: Layout) -> Callable[[Hashable], tuple[int,
         return tuple(block for path in inside for block in layout.expected.get(path, ()))
 
     return guess
-
-

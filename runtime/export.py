@@ -31,7 +31,7 @@ _LOAD_REMEDY = (
 
 
 def map_source(source: TensorSource, dtype: str, engine_read: Any, folder: str) -> torch.Tensor:
-    """A tensor over a file. `engine_read(bounces, into)` fills memory from the checkpoint, for what must be converted."""
+    """A tensor over a file. `engine_read(bounces, into)` fills memory with what must be converted."""
     if source.nbytes == 0:
         return torch.empty(source.shape, dtype=torch_dtype(dtype))
     if len(source.spans) == 1 and source.dtype == dtype and source.spans[0].offset % ITEMSIZE[dtype] == 0:
@@ -83,8 +83,8 @@ class Exporter:
         streamed |= set(self._machinery.tables)
         for child in module.modules():
             if any(id(parameter) in streamed for parameter in child._parameters.values()):
-                child._register_state_dict_hook(self._replace)
-                child.register_load_state_dict_pre_hook(_refuse_load)
+                child._register_state_dict_hook(self._replace)  # type: ignore[no-untyped-call]
+                child.register_load_state_dict_pre_hook(_refuse_load)  # type: ignore[no-untyped-call]
 
     def _replace(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
         for name, parameter in module._parameters.items():

@@ -199,5 +199,5 @@ def refuse_moves(module: nn.Module, device: torch.device) -> None:
         )
 
     for child in module.modules():
-        child._apply = apply
+        child._apply = apply  # type: ignore[method-assign]
     module.to = to  # type: ignore[method-assign]

@@ -7,8 +7,9 @@ from typing import Any, Final
 import torch
 
 FRAMEWORK: Final = 224 * 2**20
-"""Allocator slack, thread stacks, kernels' own buffers, lazily imported modules, and the pages of shared libraries that must
-stay cached: under a tight control group their eviction costs far more than the weights that would take their place."""
+"""Allocator slack, thread stacks, kernels' own buffers, lazily imported modules, and the pages of shared libraries,
+which must stay cached: under a tight control group, evicting them costs far more than the weights in their place
+save."""
 DEFAULT_CONTEXT: Final = 512
 DEFAULT_BATCH: Final = 1
 

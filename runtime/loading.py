@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def load(
     wanted: Wanted,
     device: Device,
     dtype: str | torch.dtype,
-    disk: str | os.PathLike[str] | None,
+    disk: Sequence[str],
     context: int | None,
     batch: int | None,
     trust_remote_code: bool,
@@ -58,8 +58,8 @@ def load(
     scratch: Scratch | None = None
     machinery: Machinery | None = None
     try:
-        if disk is not None or any(isinstance(source, Converted) for source in bones.sources.values()):
-            scratch = process_scratch().open(disk)
+        if disk or any(isinstance(source, Converted) for source in bones.sources.values()):
+            scratch = process_scratch().open(disk[0] if disk else None)
         sources = _on_disk(bones, scratch)
         _real_buffers(model, sources, device)
         _placeholders(model, sources, device)
@@ -125,7 +125,9 @@ def _on_disk(bones: Skeleton, scratch: Scratch | None) -> dict[str, TensorSource
             found[name] = source if stored.holds(source) else replace(source, skew=0)
     if converted:
         assert scratch is not None
-        logger.info("repacking %d tensors that this model stores in another layout than it computes with", len(converted))
+        logger.info(
+            "repacking %d tensors that this model stores in another layout than it computes with", len(converted)
+        )
         repacked = _repack(converted, os.path.join(scratch.path, "repacked.bin"))
         found.update(repacked)
     for name, source in found.items():
@@ -190,7 +192,7 @@ def read_tensor(engine: DiskEngine, source: TensorSource, dtype: str | None = No
     found = torch.empty(source.shape, dtype=torch_dtype(target))
     if source.nbytes == 0:
         return found
-    raw = memoryview(found.view(-1).view(torch.uint8).numpy()).cast("B")
+    raw = found.view(-1).view(torch.uint8).numpy().data.cast("B")
     bounces, at = [], 0
     for span in source.spans:
         bounces.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def offload(
     *,
     wanted: Wanted,
     device: Device,
-    disk: str | os.PathLike[str] | None,
+    disk: Sequence[str],
     context: int | None,
     batch: int | None,
     cache: LinkCache,
@@ -49,10 +50,10 @@ def offload(
     headroom = FRAMEWORK if config is None else headroom_nbytes(config, dtype, context=context, batch=batch)
     rate = link_rate(device, cache)
     budgets = resolve_budgets(wanted, device, headroom_nbytes=headroom, disk_rate=None, link_rate=rate)
-    scratch: Scratch | None = None
+    scratches: list[Scratch] = []
     machinery: Machinery | None = None
     try:
-        backing = ModuleBacking(parameters, "")
+        backing = ModuleBacking(parameters)
         layout = Planner(module, backing, budgets, buffers_nbytes=0, keep_skew=skewed(device)).best()
         if layout.resident and not device.separate:
             plan = untouched_plan(device, budgets, total, "everything fits: the module was left as it is")
@@ -60,22 +61,22 @@ def offload(
             device.close()
             return module
         if needs_scratch(layout):
-            scratch = process_scratch().open(disk)
-            _check_room(os.fspath(scratch.path), layout, wanted.disk, sum(parameters[n].nbytes for n in layout.tables))
-            backing.path = os.path.join(scratch.path, "weights.bin")
+            scratches = open_scratch(disk)
+            _check_room(scratches, layout, wanted.disk, sum(parameters[n].nbytes for n in layout.tables))
+            backing.store_in([os.path.join(scratch.path, "weights.bin") for scratch in scratches])
         buffers_to(module, device.torch_device)
         machinery = Machinery(device=device, layout=layout, backing=backing, module=module)
-        disk_rate = None if scratch is None else disk_read_rate([backing.path], cache, device)
+        disk_rate = disk_read_rate(backing.paths, cache, device) if backing.paths else None
         plan = make_plan(layout, device, budgets, Links(disk_read=disk_rate, h2d=rate), total)
         for booked in reserve(type(module).__name__, device, layout.host_nbytes, layout.device_nbytes):
             machinery.on_close(booked.release)
-        if scratch is not None:
+        for scratch in scratches:
             machinery.on_close(scratch.close)
         if layout.resident:
             machinery.load_all(module)
         else:
             machinery.start(module)
-            folder = os.fspath(scratch.path) if scratch is not None else tempfile.gettempdir()
+            folder = os.fspath(scratches[0].path) if scratches else tempfile.gettempdir()
             Exporter(machinery, backing, folder).install(module)
             refuse_moves(module, device.torch_device)
             generation: Any = getattr(module, "generation_config", None)
@@ -88,7 +89,7 @@ def offload(
             machinery.close()
         else:
             device.close()
-            if scratch is not None:
+            for scratch in scratches:
                 scratch.close()
         raise
 
@@ -119,12 +120,29 @@ def _check(module: nn.Module) -> None:
             )
 
 
-def _check_room(folder: str, layout: Layout, budget: int | None, tables_nbytes: int) -> None:
+def open_scratch(folders: Sequence[str]) -> list[Scratch]:
+    """A scratch folder on each drive that was named, or the default one.
+
+    Raises:
+        ScratchBusyError: another process uses one of them; none stays open.
+    """
+    opened: list[Scratch] = []
+    try:
+        for folder in folders or [None]:
+            opened.append(process_scratch().open(folder))
+    except BaseException:
+        for scratch in opened:
+            scratch.close()
+        raise
+    return opened
+
+
+def _check_room(scratches: Sequence[Scratch], layout: Layout, budget: int | None, tables_nbytes: int) -> None:
     kept = layout.front.resident | (layout.back.resident if layout.back else frozenset())
     needed = sum(block.image.nbytes for block in layout.blocks if block.id not in kept)
     needed += tables_nbytes
-    free = disk_capacity(folder).free_nbytes
-    if needed > free:
+    folder, free = min(((str(s.path), disk_capacity(s.path).free_nbytes) for s in scratches), key=lambda pair: pair[1])
+    if needed > free * len(scratches):
         raise DiskError(
             f"{needed} bytes of weights go to {folder}, where {free} bytes are free: free space there, or name another "
             f"folder with disk=… (--disk)"

@@ -283,8 +283,7 @@ class Planner:
             Sized(
                 id=block.id,
                 nbytes=block.front_nbytes,
-                cost_nbytes=uses.get(block.id, 1)
-                * (block.image.data_nbytes if on_device else block.image.read_nbytes),
+                cost_nbytes=uses.get(block.id, 1) * (block.image.data_nbytes if on_device else block.image.read_nbytes),
             )
             for block in blocks
         ]

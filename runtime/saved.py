@@ -48,7 +48,7 @@ class SavedTensors:
             if slot is not None and slot.offset <= at < slot.offset + slot.nbytes:
                 return _Reference(
                     block=binding.block,
-                    offset=at - slot.offset,
+                    offset=int(at) - slot.offset,
                     dtype=tensor.dtype,
                     shape=tuple(tensor.shape),
                     stride=tuple(tensor.stride()),

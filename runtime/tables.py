@@ -1,6 +1,6 @@
 """Large two-dimensional parameters that are served by rows: embedding tables and output projections.
 
-A lookup reads the rows it uses; a product takes the table piece by piece. Neither ever needs a slot of the table's size.
+A lookup reads the rows it uses; a product takes the table piece by piece. Neither needs a slot of the table's size.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Table:
             for bounce in self._row_reads(int(wanted[index]), index * size)
         ]
         if bounces:
-            raw = memoryview(found.view(torch.uint8).numpy()).cast("B")
+            raw = found.view(torch.uint8).numpy().data.cast("B")
             self.engine.read([], bounces, raw, urgent=True).wait()
             self.rows_read_nbytes += sum(bounce_window(bounce) for bounce in bounces)
 
@@ -155,7 +155,7 @@ class Table:
         start = (self.skew - store.data_ptr()) % ALIGN
         bits = store[start : start + nbytes]
         found = torch.frombuffer(bits.numpy(), dtype=self.parameter.dtype).view(self.parameter.shape)
-        raw = memoryview(bits.numpy())
+        raw = bits.numpy().data
         at = 0
         bounces = []
         for span in self.source.slice_rows(0, rows).spans:
@@ -176,11 +176,13 @@ class Table:
 
 def _splits_exactly_on_device(like: torch.Tensor, rows: int, piece_rows: int) -> bool:
     """The same probe on a device that cannot map one page twice: it needs the whole weight for a moment."""
+    generator = torch.Generator(like.device).manual_seed(0)  # the user's must not advance: sampling would change
     try:
-        weight = torch.randn(rows, like.shape[-1], device=like.device).to(like.dtype)
+        weight = torch.empty(rows, like.shape[-1], dtype=like.dtype, device=like.device).normal_(generator=generator)
     except torch.OutOfMemoryError:
         return False
-    x = torch.randn(like.shape, device=like.device).to(like.dtype)
+    x = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    x.normal_(generator=generator)
     whole = nn.functional.linear(x, weight)
     spans = [(start, min(start + piece_rows, rows)) for start in range(0, rows, piece_rows)]
     return all(torch.equal(nn.functional.linear(x, weight[a:b]), whole[..., a:b]) for a, b in spans)

@@ -68,7 +68,7 @@ class _Wish:
 
 
 class Core:
-    """State and decisions. `acquire_nowait`, `wish`, `release` may be called from any thread, the rest runs in the loop.
+    """State and decisions. What consumers call may be called from any thread, the rest runs in the loop.
 
     Args:
         front: The tier that consumers lease from.
@@ -314,13 +314,11 @@ class Core:
         wanted = [held for held in self.front.holding.values() if not held.ready and held.block not in back.holding]
         wanted.sort(key=lambda held: not held.urgent)
         needed = {held.block for held in self.front.holding.values() if not held.ready}
-        placed = []
+        placed: list[Residence] = []
         for held in wanted:
             victim = None
             if held.block not in back.permanent and not back.free:
-                victim = victim_for_demand(
-                    self.orders.upcoming(self._horizon()), evictable=back.evictable() - needed
-                )
+                victim = victim_for_demand(self.orders.upcoming(self._horizon()), evictable=back.evictable() - needed)
                 if victim is None:
                     return placed
             placed.append(back.place(held.block, urgent=held.urgent, victim=victim))
@@ -369,8 +367,8 @@ class Core:
         self._settle(self.front, held, error)
         if source is None:
             return
-        if error is None:
-            await self._mover.wait(held.event)
+        # after a failure too: parts that came before it may still be on their way out of the host slot
+        await self._mover.wait(held.event if error is None else self._mover.copied())
         self._record("copy" if error is None else "error", held.block, start)
         self._unpin(source)
 
@@ -380,7 +378,7 @@ class Core:
         while True:
             with self.lock:
                 held = self.back.holding.get(block)
-                if held is not None:
+                if held is not None and held.error is None:  # one that failed goes with its last copy
                     held.pins += 1
                     return held
             self.wake()
@@ -401,7 +399,9 @@ class Core:
         with self.lock:
             held.slot.stamp = held.block if error is None else -1
             held.settle(error)
-            if tier is self.front:
+            # a read ahead of need fails for the consumer too: nobody would notice, and it would be tried for ever
+            unseen = error is not None and not held.pins and held.block not in self.front.holding
+            if tier is self.front or unseen:
                 waiting = [wish for wish in self._wishes if wish.block == held.block]
                 for wish in waiting:
                     if error is None:

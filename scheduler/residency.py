@@ -92,9 +92,7 @@ def smallest_budget(blocks: Sequence[Sized], *, min_slots: int, transit_nbytes: 
     return min(needs)
 
 
-def _with_slot(
-    blocks: Sequence[Sized], budget: int, slot: int, min_slots: int, depth_nbytes: int
-) -> Residency | None:
+def _with_slot(blocks: Sequence[Sized], budget: int, slot: int, min_slots: int, depth_nbytes: int) -> Residency | None:
     forced = [block for block in blocks if block.nbytes > slot]
     free = [block for block in blocks if block.nbytes <= slot]
     room = budget - sum(block.nbytes for block in forced)

@@ -40,7 +40,9 @@ class CpuDevice:
         """Never asked for: there is no link."""
         raise NotImplementedError("the cpu device has no link")
 
-    copy_back = copy  # type: ignore[assignment]
+    def copy_back(self, source: AnyArena, start: int, target: HostArena, offset: int, nbytes: int) -> None:
+        """Never asked for either."""
+        raise NotImplementedError("the cpu device has no link")
 
     def copies_wait(self, event: Event) -> None:
         """No copy stream."""

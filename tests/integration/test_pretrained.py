@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
+
 from penstock.memory.errors import CheckpointError, UsageError
 from penstock.memory.layout import TensorSource
 from penstock.runtime.conversion import Converted, Source
 from penstock.runtime.dtypes import torch_dtype
 from penstock.runtime.pretrained import skeleton
-from safetensors.torch import load_file, save_file
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 DECODER = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}

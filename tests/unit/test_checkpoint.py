@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from penstock.memory.checkpoint import Checkpoint
 from penstock.memory.errors import CheckpointError
 from penstock.memory.safetensors_header import same_bytes

@@ -5,11 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from penstock.memory.errors import CheckpointError
-from penstock.memory.layout import FileSpan, TensorSource
-from penstock.runtime import symbolic
-from penstock.runtime.dtypes import stored_dtype
-from penstock.runtime.symbolic import Call, Stored, Symbolic, evaluate, leaves, symbol
 from transformers import LlamaConfig
 from transformers.core_model_loading import (
     Chunk,
@@ -21,6 +16,12 @@ from transformers.core_model_loading import (
     SplitModulelist,
     Transpose,
 )
+
+from penstock.memory.errors import CheckpointError
+from penstock.memory.layout import FileSpan, TensorSource
+from penstock.runtime import symbolic
+from penstock.runtime.dtypes import stored_dtype
+from penstock.runtime.symbolic import Call, Stored, Symbolic, evaluate, leaves, symbol
 
 Operation = Callable[[list[torch.Tensor]], torch.Tensor]
 
