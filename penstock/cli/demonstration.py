@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,11 @@ from rich.console import Console
 
 from ..demo.checkpoint import DemoCheckpoint, DemoShape, write
 from ..demo.contest import Job, Outcome, compete
-from ..demo.table import Row, render
+from ..demo.table import Row, show
+from ..devices import open_device
 from ..memory.capacity import disk_capacity, host_capacity
 from ..memory.errors import DiskError, DoesNotFitError
 from ..memory.scratch import process_scratch
-from ..runtime.devices.cpu import CpuDevice
 from ..runtime.links import LinkCache, disk_read_rate
 from ..sizes import format_size
 from .output import Output
@@ -57,19 +58,18 @@ def demonstrate(
         rows, rates = _contest(output, checkpoint)
     equal = all(row.equal for row in rows)
     title = (
-        f"penstock demo: {checkpoint.parameters / 1e9:.2f} B parameters in bf16, "
+        f"penstock demo: {checkpoint.parameters / 1e6:.0f} million parameters in bf16, "
         f"{format_size(checkpoint.weights_nbytes)}, {checkpoint.layers} layers"
     )
     if as_json:
         output.write_json({"weights_nbytes": checkpoint.weights_nbytes, "disk_nbytes_per_s": rates, "runs": rows})
     else:
-        table = render(title, rows, _footnotes(rates), _commands(keep, checkpoint.weights_nbytes // SHARE))
-        output.data.print(table, soft_wrap=False)
+        commands = _commands(keep, checkpoint.weights_nbytes // SHARE)
+        show(output.data, title, rows, _footnotes(rates), commands)
         if svg is not None:
-            with open(os.devnull, "w") as nowhere:
-                console = Console(record=True, width=WIDTH, file=nowhere, highlight=False)
-                console.print(table)
-            svg.write_text(console.export_svg(title="penstock demo", unique_id="penstock-demo"))
+            canvas = Console(record=True, width=WIDTH, file=io.StringIO(), highlight=False)
+            show(canvas, title, rows, _footnotes(rates), commands)
+            svg.write_text(canvas.export_svg(title="penstock demo", unique_id="penstock-demo"))
     return 0 if equal else 1
 
 
@@ -138,7 +138,7 @@ def _streamed(checkpoint: DemoCheckpoint) -> tuple[Streamed, ...]:
 def _raw_rate(checkpoint: DemoCheckpoint) -> float:
     """Bytes per second of reading these files past the page cache, now."""
     nowhere = LinkCache(Path(os.devnull, "links"))  # neither a rate of another day nor one to keep
-    rate = disk_read_rate([str(file) for file in checkpoint.files], nowhere, CpuDevice())
+    rate = disk_read_rate([str(file) for file in checkpoint.files], nowhere, open_device("cpu"))
     assert rate is not None, "the checkpoint has no bytes"
     return rate
 

@@ -12,7 +12,7 @@ from ..api import close, explain, load
 from ..memory.errors import UsageError
 from ..runtime.handle import Handle
 from ..runtime.pretrained import locate
-from ..scheduler.plan import Plan
+from ..scheduler.plan import Home, Plan
 from .output import Output
 from .pace import Pace, Stopwatch, measure, render
 from .progress import first_sweep
@@ -64,8 +64,8 @@ def check_continues(model: Any, prompt: list[int], max_new_tokens: int) -> None:
         raise UsageError(f"a {kind} does not continue texts: use it from Python with penstock.load(path)")
     text = model.config.get_text_config(decoder=True)
     vocabulary = getattr(text, "vocab_size", None)
-    unknown = [token for token in prompt if vocabulary is not None and token >= vocabulary]
-    if unknown:
+    unknown = [token for token in prompt if isinstance(vocabulary, int) and token >= vocabulary]
+    if isinstance(vocabulary, int) and unknown:
         raise UsageError(f"the model knows the token ids 0 to {vocabulary - 1}; the prompt has {unknown[0]}")
     longest = getattr(text, "max_position_embeddings", None)
     if longest is not None and not model.config.is_encoder_decoder and len(prompt) + max_new_tokens > longest:
@@ -116,7 +116,7 @@ def _document(handle: Handle, pace: Pace, prompt_tokens: int, ids: list[int], te
 
 def plan_summary(plan: Plan) -> dict[str, object]:
     """The plan without its list of blocks. All sizes in bytes."""
-    homes = ("device", "host", "disk")
+    homes: tuple[Home, ...] = ("device", "host", "disk")
     return {
         "device": plan.device,
         "emulated": plan.emulated,

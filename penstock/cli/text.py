@@ -104,12 +104,12 @@ class Relay(BaseStreamer):
         self.ids.extend(value.flatten().tolist())
         self._on_token()
         if self._writer is not None:
-            self._writer.put(value)
+            self._writer.put(value)  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
         """No more tokens (called by `generate`)."""
         if self._writer is not None:
-            self._writer.end()
+            self._writer.end()  # type: ignore[no-untyped-call]
 
 
 def writer_for(tokenizer: Any | None) -> BaseStreamer:

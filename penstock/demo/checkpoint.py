@@ -155,4 +155,5 @@ def _train_tokenizer(folder: Path) -> None:
         if left <= 0:
             break
     tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")  # type: ignore[no-untyped-call]
+    fast.save_pretrained(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -32,8 +32,8 @@ class Row:
         return None if self.bound_s is None else self.s_per_token / self.bound_s
 
 
-def render(title: str, rows: list[Row], footnotes: list[str], commands: list[str]) -> RenderableType:
-    """The table, what its figures rest on, and what to try next."""
+def show(console: Console, title: str, rows: list[Row], footnotes: list[str], commands: list[str]) -> None:
+    """Print the table, what its figures rest on, and what to try next."""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("")
     for row in rows:
@@ -45,6 +45,6 @@ def render(title: str, rows: list[Row], footnotes: list[str], commands: list[str
     table.add_row("bound, s/token", *("" if r.bound_s is None else f"{r.bound_s:.3f} ({r.bound_by})" for r in rows))
     table.add_row("distance", *("" if row.distance is None else f"{row.distance:.2f}" for row in rows))
     table.add_row("tokens equal", *(Text("yes", "green") if row.equal else Text("NO", "bold red") for row in rows))
-    notes = [Text(note, "dim") for note in footnotes]
-    tries = [Text.assemble("  ", (command, "cyan"), no_wrap=True, overflow="ignore") for command in commands]
-    return Group(table, *notes, Text(), Text("Try next:"), *tries)
+    console.print(table, *(Text(note, "dim") for note in footnotes), "\nTry next:", sep="\n", soft_wrap=False)
+    for command in commands:
+        console.print(Text.assemble("  ", (command, "cyan")), soft_wrap=True)  # whole lines can be copied
