@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import DiskError, ScratchBusyError
@@ -48,8 +49,9 @@ class FileLock:
                     f"cannot lock {path}: {error.strerror}. Choose a folder on a local filesystem with --disk."
                 ) from error
             if _still_there(path, fd):
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                with suppress(OSError):  # on a full disk the lock holds all the same, without a name in it
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
                 return cls(path, fd)
             os.close(fd)  # its former owner removed the file after we opened it: this is a lock on nothing
         raise ScratchBusyError(f"{path} is taken and given back again and again. Choose another folder with --disk.")

@@ -71,7 +71,7 @@ def skeleton(
     UsageError for an unknown dtype.
     """
     wanted = parse_dtype(dtype)
-    folder = _locate(path, trust_remote_code=trust_remote_code)
+    folder = locate(path, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint.open(folder)
     config = _read_config(folder, trust_remote_code=trust_remote_code)
     _check_config(config, checkpoint, trust_remote_code=trust_remote_code)
@@ -106,7 +106,7 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
-def _locate(path: str | os.PathLike[str], *, trust_remote_code: bool) -> str:
+def locate(path: str | os.PathLike[str], *, trust_remote_code: bool) -> str:
     """The folder of a checkpoint, downloaded where `path` is a Hub id."""
     name = os.fspath(path)
     if os.path.isdir(name):
@@ -141,7 +141,7 @@ def _read_config(folder: str, *, trust_remote_code: bool) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return config
     except Exception as error:  # configs validate themselves, each class in its own way
-        hint = "correct it" if trust_remote_code else "correct it, or allow its own code by trust_remote_code=True"
+        hint = "correct it" if trust_remote_code else "correct it, or allow its own code by trust_remote_code=True (--trust-remote-code)"
         raise CheckpointError(f"{folder}: config.json cannot be used ({_one_line(error)}); {hint}") from error
 
 
@@ -178,7 +178,7 @@ def _check_config(config: PreTrainedConfig, checkpoint: Checkpoint, *, trust_rem
             if "_implementation" in key and "/" in str(value) and not trust_remote_code:
                 raise CheckpointError(
                     f"{checkpoint.folder}: its config asks for the code {str(value)!r} ({key}); remove that line, or "
-                    "allow it by trust_remote_code=True"
+                    "allow it by trust_remote_code=True (--trust-remote-code)"
                 )
 
 
@@ -207,7 +207,7 @@ def _model_class(config: PreTrainedConfig, folder: str, *, trust_remote_code: bo
                 return chosen
     raise CheckpointError(
         f"{folder}: transformers {transformers.__version__} has no model for {type(config).__name__} ({named}); "
-        "use a newer transformers, or allow its own code by trust_remote_code=True"
+        "use a newer transformers, or allow its own code by trust_remote_code=True (--trust-remote-code)"
     )
 
 

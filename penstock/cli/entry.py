@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = typer.main.get_command(_build())(args=argv, prog_name="penstock", standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:  # typer catches Ctrl-C and makes it this code
+            print("interrupted", file=sys.stderr)
         return code if isinstance(code, int) else OK
     except KeyboardInterrupt:
         return _report("interrupted", INTERRUPTED)
@@ -54,6 +56,7 @@ def _build() -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",  # joins the lines of a paragraph
     )
     app.callback()(_global_options)
     for name, verb in VERBS.items():
@@ -82,7 +85,7 @@ def _version(wanted: bool) -> None:
 def _report(message: str, code: int) -> int:
     if _debugging():
         traceback.print_exc()
-    print(f"penstock: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     return code
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,10 @@ class Output:
         """Results. Lines are wrapped only on a terminal."""
         self.notes = Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
         """Plans, progress, hints, warnings."""
+
+    def busy(self, what: str) -> AbstractContextManager[object]:
+        """A sign of life on stderr while something slow goes on; nothing where stderr is no terminal."""
+        return self.notes.status(f"{what} …") if self.notes.is_terminal else nullcontext()
 
     def write_json(self, record: Any) -> None:
         """Print a dataclass, or anything else that JSON can hold, as one indented JSON document on stdout."""

@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from .demo import demo
 from .doctor import doctor
+from .run import run
 
 VERBS: Final[dict[str, Callable[..., int | None]]] = {
+    "demo": demo,
+    "run": run,
     "doctor": doctor,
 }

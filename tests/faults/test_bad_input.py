@@ -141,7 +141,7 @@ def test_shape_disagrees_with_its_bytes(place: Place, shape: Any) -> None:
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", "sub/../x.safetensors", "", ".", "a\x00b"])
 def test_index_names_a_file_elsewhere(place: Place, name: str) -> None:
     place.edit_index(lambda names: names.update({NORM: name}))
-    check_refused(place.run(), FAILED, INDEX, "file name")
+    check_refused(place.run(), FAILED, INDEX, "plain")
 
 
 def test_link_to_a_device_is_not_read(place: Place) -> None:
@@ -194,7 +194,8 @@ def test_budget_too_small_for_one_block(place: Place) -> None:
     with pytest.raises(penstock.DoesNotFitError) as caught:
         penstock.load(place.folder, max_memory={"host": 4096}, device="cpu")
     assert caught.value.needed_nbytes > 4096
-    check_refused(place.run(memory="host=4KiB"), DOES_NOT_FIT, "host", "--max-memory host=")
+    for memory in ("host=4KiB", "host=0"):
+        check_refused(place.run(memory=memory), DOES_NOT_FIT, "host", "--max-memory host=")
     # What it says is needed is enough.
     assert place.run(memory=f"host={caught.value.needed_nbytes}").code == 0
 
@@ -204,9 +205,7 @@ def test_ambiguous_size(place: Place, memory: str) -> None:
     check_refused(place.run(memory=memory), USAGE, "8GiB", "8GB")
 
 
-@pytest.mark.parametrize(
-    "memory", ["8G", "8GiB", "cpu=8GiB", "0=8GiB", "host=-1GiB", "host=", "host=0", "tape=1GiB", ""]
-)
+@pytest.mark.parametrize("memory", ["8G", "8GiB", "cpu=8GiB", "0=8GiB", "host=-1GiB", "host=", "tape=1GiB", ""])
 def test_meaningless_budget(place: Place, memory: str) -> None:
     check_refused(place.run(memory=memory), USAGE)
 

@@ -27,15 +27,15 @@ def verb_raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (PenstockError("the disk is full"), 1, "penstock: the disk is full\n"),
-        (UsageError("no such tier"), 2, "penstock: no such tier\n"),
-        (DoesNotFitError("too big", tier="host", needed_nbytes=2, available_nbytes=1), 3, "penstock: too big\n"),
+        (PenstockError("the disk is full"), 1, "error: the disk is full\n"),
+        (UsageError("no such tier"), 2, "error: no such tier\n"),
+        (DoesNotFitError("too big", tier="host", needed_nbytes=2, available_nbytes=1), 3, "error: too big\n"),
         (typer.Exit(4), 4, ""),
-        (typer.Abort(), 1, "penstock: aborted\n"),
+        (typer.Abort(), 1, "error: aborted\n"),
         (
             RuntimeError("first\nsecond"),
             1,
-            "penstock: RuntimeError: first (set PENSTOCK_DEBUG=1 for the traceback)\n",
+            "error: RuntimeError: first (set PENSTOCK_DEBUG=1 for the traceback)\n",
         ),
     ],
 )
@@ -59,7 +59,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert main(["fail"]) == 1
     error = capsys.readouterr().err
     assert "Traceback" in error
-    assert error.endswith("penstock: RuntimeError: why\n")
+    assert error.endswith("error: RuntimeError: why\n")
 
 
 @pytest.mark.parametrize(("verb", "code"), [(lambda: None, 0), (lambda: 4, 4)])

@@ -1,0 +1,137 @@
+"""Carries out `penstock run`. Imported late: torch and transformers take seconds."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from ..api import close, explain, load
+from ..memory.errors import UsageError
+from ..runtime.handle import Handle
+from ..runtime.pretrained import locate
+from ..scheduler.plan import Home, Plan
+from .output import Output
+from .pace import Pace, Stopwatch, measure, render
+from .progress import first_sweep
+from .request import Request
+from .text import Relay, decode, encode, find_tokenizer, writer_for
+
+
+def carry_out(request: Request, output: Output) -> None:
+    """Load, tell the plan, generate, tell the pace."""
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it advises on arguments of its own
+    watch = Stopwatch()
+    with output.busy("loading"):
+        folder = locate(request.checkpoint, trust_remote_code=request.trust_remote_code)
+        tokenizer = find_tokenizer(folder, trust_remote_code=request.trust_remote_code)
+        prompt = encode(request.prompt, tokenizer, request.checkpoint)
+        model = load(
+            folder,
+            max_memory=request.max_memory,
+            device=request.device,
+            dtype=request.dtype,
+            disk=request.disk,
+            context=len(prompt) + request.max_new_tokens,
+            batch=1,
+            trust_remote_code=request.trust_remote_code,
+        )
+    try:
+        handle: Handle = model.penstock
+        watch.loaded(lambda: handle.statistics().waited_s)
+        check_continues(model, prompt, request.max_new_tokens)
+        output.notes.print(explain(model))
+        ids = _generate(model, prompt, request, None if request.as_json else writer_for(tokenizer), watch, output)
+        pace = measure(watch, handle.plan, handle.timeline.records())
+        for line in render(pace, handle.plan):
+            output.notes.print(line)
+        if request.as_json:
+            output.write_json(_document(handle, pace, len(prompt), ids, decode(tokenizer, ids)))
+    finally:
+        close(model)
+
+
+def check_continues(model: Any, prompt: list[int], max_new_tokens: int) -> None:
+    """Refuse what `generate` would fail at in its own words, or worse, not fail at.
+
+    Raises:
+        UsageError: the model does not continue texts, a token is unknown to it, or the text would be too long for it.
+    """
+    kind = type(model).__name__
+    if not model.can_generate() or model.main_input_name != "input_ids":
+        raise UsageError(f"a {kind} does not continue texts: use it from Python with penstock.load(path)")
+    text = model.config.get_text_config(decoder=True)
+    vocabulary = getattr(text, "vocab_size", None)
+    unknown = [token for token in prompt if isinstance(vocabulary, int) and token >= vocabulary]
+    if isinstance(vocabulary, int) and unknown:
+        raise UsageError(f"the model knows the token ids 0 to {vocabulary - 1}; the prompt has {unknown[0]}")
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is not None and not model.config.is_encoder_decoder and len(prompt) + max_new_tokens > longest:
+        raise UsageError(
+            f"the prompt has {len(prompt)} tokens; with --max-new-tokens {max_new_tokens} that is more than the "
+            f"{longest} positions of this model: shorten one of them"
+        )
+
+
+def _generate(
+    model: Any, prompt: list[int], request: Request, writer: Any | None, watch: Stopwatch, output: Output
+) -> list[int]:
+    handle: Handle = model.penstock
+    if request.sampling.seed is not None:
+        torch.manual_seed(request.sampling.seed)
+    input_ids = torch.tensor([prompt], device=model.device)
+    total = 0 if handle.plan.resident else sum(block.nbytes for block in handle.plan.blocks)
+    with ExitStack() as stack:
+        stack.enter_context(first_sweep(output.notes, total, lambda: handle.statistics().disk_read_nbytes))
+
+        def on_token() -> None:
+            stack.close()  # the bar goes before the first word comes
+            watch.token()
+
+        relay = Relay(writer, on_token)
+        model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=request.max_new_tokens,
+            num_beams=1,
+            num_return_sequences=1,
+            streamer=relay,
+            **request.sampling.options(),
+        )
+    return relay.ids
+
+
+def _document(handle: Handle, pace: Pace, prompt_tokens: int, ids: list[int], text: str | None) -> dict[str, object]:
+    return {
+        "text": text,
+        "ids": ids,
+        "prompt_tokens": prompt_tokens,
+        "timings": pace,
+        "plan": plan_summary(handle.plan),
+        "statistics": handle.statistics(),
+    }
+
+
+def plan_summary(plan: Plan) -> dict[str, object]:
+    """The plan without its list of blocks. All sizes in bytes."""
+    homes: tuple[Home, ...] = ("device", "host", "disk")
+    return {
+        "device": plan.device,
+        "emulated": plan.emulated,
+        "resident": plan.resident,
+        "weights_nbytes": plan.weights_nbytes,
+        "homes": {home: {"blocks": plan.blocks_at(home), "nbytes": plan.home_nbytes(home)} for home in homes},
+        "host_nbytes": plan.host_nbytes,
+        "host_budget_nbytes": plan.host_budget_nbytes,
+        "device_nbytes": plan.device_nbytes,
+        "device_budget_nbytes": plan.device_budget_nbytes,
+        "slots": plan.slots,
+        "slot_nbytes": plan.slot_nbytes,
+        "disk_nbytes_per_sweep": plan.disk_nbytes_per_sweep,
+        "link_nbytes_per_sweep": plan.link_nbytes_per_sweep,
+        "links_nbytes_per_s": plan.links,
+        "terms_s": plan.terms,
+        "notes": plan.notes,
+    }
