@@ -141,7 +141,11 @@ def _read_config(folder: str, *, trust_remote_code: bool) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return config
     except Exception as error:  # configs validate themselves, each class in its own way
-        hint = "correct it" if trust_remote_code else "correct it, or allow its own code by trust_remote_code=True (--trust-remote-code)"
+        hint = (
+            "correct it"
+            if trust_remote_code
+            else "correct it, or allow its own code by trust_remote_code=True (--trust-remote-code)"
+        )
         raise CheckpointError(f"{folder}: config.json cannot be used ({_one_line(error)}); {hint}") from error
 
 

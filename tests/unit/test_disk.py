@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import itertools
 import logging
 import mmap
 import os
@@ -124,7 +125,7 @@ def test_windows(file: Path, content: bytes, arena: HostArena, start: int, stop:
     told.sort()
     assert told[0][0] == made.data_offset
     assert told[-1][1] == made.data_offset + made.data_nbytes
-    assert all(before[1] == after[0] for before, after in zip(told, told[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(told))
     statistics = engine.statistics()
     assert statistics.read_nbytes == made.nbytes
     assert statistics.reads == -(-made.nbytes // chunk) == len(told)

@@ -212,7 +212,7 @@ def test_packed_images(shapes: list[tuple[int, str, int]], keep: bool) -> None:
         assert (place.offset % ALIGN, place.shape, place.dtype) == (skew, (count,), dtype)
     on_device = device_image(image, keep_skew=keep)
     assert list(on_device.parts(0, image.nbytes)) == [(0, 0, image.nbytes)]
-    assert on_device.places == {name: place for name, place in image.places.items()}
+    assert on_device.places == dict(image.places.items())
 
 
 @given(rows=st.integers(1, 12), parts=st.lists(st.integers(1, 12), min_size=1, max_size=4), data=st.data())
