@@ -5,10 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Final
+
+LAG_S: Final = 0.005
 
 
 class Throttle:
-    """Lets bytes pass at `rate` bytes per second. Transfers on one link queue; idle time is not saved up."""
+    """Lets bytes pass at `rate` bytes per second. Transfers on one link queue; idle time is not saved up.
+
+    A sleep ends late by a fraction of a millisecond, so a link that is busy may lag behind its schedule by up to `LAG_S`
+    and catch up; otherwise every piece would lose the lateness of the one before.
+    """
 
     def __init__(
         self,
@@ -26,7 +33,7 @@ class Throttle:
     def reserve(self, nbytes: int) -> float:
         """Take the link for `nbytes` and return the time at which they have passed."""
         with self._lock:
-            self._free_at = max(self._clock(), self._free_at) + nbytes / self.rate
+            self._free_at = max(self._clock() - LAG_S, self._free_at) + nbytes / self.rate
             return self._free_at
 
     def wait_until(self, when: float) -> None:

@@ -24,6 +24,8 @@ from .partition import cut, embedding_only, limits, streamable, table_candidates
 DEPTH = 96 * 2**20
 """Bytes of ring that keep a drive busy: 8 requests of 4 MiB under way, as much ready, one block in use."""
 BLOCK_OVERHEAD_S = 1e-4
+SHALLOW_COST = 0.15
+"""What a sweep loses, at most, to a ring too short to keep the link busy; an estimate that only ranks drafts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -318,7 +320,12 @@ class Planner:
         streamed = sum(block.id not in layout.front.resident for block in layout.blocks)
         disk = layout.disk_nbytes / self.budgets.disk_rate
         link = layout.link_nbytes / self.budgets.link_rate
-        return max(disk, link) + streamed * BLOCK_OVERHEAD_S
+        shallow = sum(
+            max(0.0, 1 - tier.slots * tier.slot_nbytes / min(DEPTH, budget // 8))
+            for tier, budget in ((layout.front, self.budgets.device or self.budgets.host),)
+            if tier.slots and budget >= 8
+        )
+        return max(disk, link) * (1 + SHALLOW_COST * shallow) + streamed * BLOCK_OVERHEAD_S
 
     def _does_not_fit(self) -> DoesNotFitError:
         # a cut that got as far as the host tier fits the device

@@ -353,13 +353,15 @@ class Core:
         """Take a block from its host slot to its device slot, part by part as parts arrive."""
         error: Exception | None = None
         source: Residence | None = None
-        start = self._clock()
+        start, started = self._clock(), False
         try:
             source = await self._source(held.block)
             self._mover.before_copy(held.slot)
             if self._poison:
                 self._mover.poison(held.slot)
             async for first, last in source.arriving():
+                if not started:
+                    start, started = self._clock(), True
                 self._mover.copy(held.block, source.slot, held.slot, first, last)
             held.event = self._mover.copied()
         except Exception as failure:  # as above
