@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
 from penstock.memory.arena import PAGE, HostArena
 from penstock.memory.disk import DiskEngine
 from penstock.memory.errors import DiskError
@@ -69,7 +70,9 @@ def test_a_read_may_end_with_the_file(file: Path, arena: HostArena) -> None:
 def test_truncated_while_running(
     file: Path, arena: HostArena, left: int, direct: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = DiskEngine(threads=1, chunk_nbytes=8 * PAGE, files=FileTable() if direct else FileTable(open_file=buffered))
+    engine = DiskEngine(
+        threads=1, chunk_nbytes=8 * PAGE, files=FileTable() if direct else FileTable(open_file=buffered)
+    )
     image = whole(file)
     into = arena.view(0, 64 * PAGE)
     assert engine.read(image.windows, [], into).wait(WAIT_S)
@@ -91,9 +94,7 @@ def test_truncated_while_running(
 
 def test_a_truncated_row(file: Path, arena: HostArena) -> None:
     engine = DiskEngine(threads=1)
-    row = Bounce(
-        path=str(file), file_offset=SIZE - 10, nbytes=10, offset=3, source_dtype="U8", target_dtype="U8"
-    )
+    row = Bounce(path=str(file), file_offset=SIZE - 10, nbytes=10, offset=3, source_dtype="U8", target_dtype="U8")
     assert engine.read([], [row], arena.view(0, PAGE)).wait(WAIT_S)
     os.truncate(file, SIZE - 5)
     with pytest.raises(DiskError, match="truncated"):

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+
 from penstock.memory.arena import PAGE, POISON, AnyArena, ArenaStatistics, HostArena, debug_enabled, round_up
 from penstock.memory.errors import ClosedError, ForkError
 

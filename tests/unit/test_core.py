@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mockclock import InjectedError, NothingCanRunError, Rig, make_rig, run
+
 from penstock.memory.errors import ClosedError, DoesNotFitError
 from penstock.scheduler.core import Lease
 
@@ -366,7 +367,7 @@ def test_a_broken_drive_is_not_asked_again_and_again_ahead_of_need() -> None:
 def schedules(draw: st.DrawFn) -> dict[str, Any]:
     blocks = draw(st.integers(1, 7))
     ticks = st.integers(0, 12)
-    each = st.fixed_dictionaries({block: ticks for block in range(blocks)})
+    each = st.fixed_dictionaries(dict.fromkeys(range(blocks), ticks))
     ids = st.integers(0, blocks - 1)
     two = draw(st.booleans())
     kept = draw(st.sets(ids, max_size=blocks))
@@ -434,7 +435,7 @@ def check_slots(rig: Rig) -> None:
             assert not {id(slot) for slot in tier.free} & set(slots)
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(schedule=schedules())
 def test_random_schedules(schedule: dict[str, Any]) -> None:
     failures = {block: list(fails) for block, fails in schedule["rig"]["failures"].items()}
@@ -454,7 +455,7 @@ def test_random_schedules(schedule: dict[str, Any]) -> None:
     check_slots(rig)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(schedule=schedules())
 def test_random_schedules_with_a_second_consumer(schedule: dict[str, Any]) -> None:
     """As backward does: a second thread fetches blocks beside the first, unobserved, one at a time."""

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import itertools
 import logging
 import mmap
 import os
@@ -12,13 +13,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from penstock.memory.arena import PAGE, HostArena, round_up
 from penstock.memory.disk import DiskEngine, Transfer
 from penstock.memory.errors import ClosedError, DiskError
 from penstock.memory.files import FileTable, OpenFile
-from penstock.memory.image import Bounce, Window
+from penstock.memory.image import Bounce, Window, build_image
 from penstock.memory.layout import FileSpan, TensorSource
-from penstock.memory.image import build_image
 from penstock.memory.throttle import Throttle
 
 SIZE = 61 * PAGE + 1234
@@ -66,9 +67,7 @@ def window(path: object, start: int, stop: int, *, offset: int = 0) -> Window:
 
 
 def bounce(path: object, start: int, nbytes: int, *, offset: int = 0) -> Bounce:
-    return Bounce(
-        path=str(path), file_offset=start, nbytes=nbytes, offset=offset, source_dtype="U8", target_dtype="U8"
-    )
+    return Bounce(path=str(path), file_offset=start, nbytes=nbytes, offset=offset, source_dtype="U8", target_dtype="U8")
 
 
 def finish(transfer: Transfer) -> None:
@@ -116,9 +115,7 @@ def test_any_bytes_of_a_file(
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("chunk", [PAGE, 5 * PAGE, 1 << 22])
 @pytest.mark.parametrize(("start", "stop"), [(0, 20000), (4095, 60001), (SIZE - 40000, SIZE), (8192, 8192 + 16384)])
-def test_windows(
-    file: Path, content: bytes, arena: HostArena, start: int, stop: int, chunk: int, direct: bool
-) -> None:
+def test_windows(file: Path, content: bytes, arena: HostArena, start: int, stop: int, chunk: int, direct: bool) -> None:
     engine = DiskEngine(threads=3, chunk_nbytes=chunk, files=FileTable() if direct else FileTable(open_file=buffered))
     made = window(file, start, stop)
     into = arena.view(0, arena.nbytes)
@@ -128,7 +125,7 @@ def test_windows(
     told.sort()
     assert told[0][0] == made.data_offset
     assert told[-1][1] == made.data_offset + made.data_nbytes
-    assert all(before[1] == after[0] for before, after in zip(told, told[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(told))
     statistics = engine.statistics()
     assert statistics.read_nbytes == made.nbytes
     assert statistics.reads == -(-made.nbytes // chunk) == len(told)
@@ -464,9 +461,7 @@ def test_the_throttle_counts_whole_requests(file: Path, arena: HostArena) -> Non
     def sleep(seconds: float) -> None:
         now[0] += seconds
 
-    engine = DiskEngine(
-        threads=1, chunk_nbytes=4 * PAGE, throttle=Throttle(PAGE, clock=lambda: now[0], sleep=sleep)
-    )
+    engine = DiskEngine(threads=1, chunk_nbytes=4 * PAGE, throttle=Throttle(PAGE, clock=lambda: now[0], sleep=sleep))
     finish(engine.read([window(file, 0, 10 * PAGE)], [], arena.view(0, 10 * PAGE)))
     assert now[0] == 110.0
     arena.poison(arena.cut(PAGE))

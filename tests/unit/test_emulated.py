@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from penstock.memory.arena import PAGE, POISON, HostArena
 from penstock.memory.throttle import Throttle
 from penstock.runtime.devices.base import Device

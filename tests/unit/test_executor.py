@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+
 from penstock.memory.arena import PAGE, AnyArena, Slot
 from penstock.memory.errors import ClosedError, StallError
 from penstock.scheduler.core import Core
@@ -53,7 +54,9 @@ class InstantMover:
         return time.monotonic_ns() if self.moving else 0
 
 
-def make(mover: InstantMover, *, blocks: int = 8, ring: int = 3, watch_s: float = 10.0, stall_s: float = 60.0) -> Executor:
+def make(
+    mover: InstantMover, *, blocks: int = 8, ring: int = 3, watch_s: float = 10.0, stall_s: float = 60.0
+) -> Executor:
     arena = AnyArena(tier="host", nbytes=ring * PAGE)
     core = Core(
         front=Tier(name="host", permanent={}, ring=[arena.cut(PAGE) for _ in range(ring)]),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from penstock.scheduler.order import MAX_VARIANTS, AccessOrders
 
 GUESS = (0, 1, 2, 3)

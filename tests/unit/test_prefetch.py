@@ -5,6 +5,7 @@ from itertools import chain, islice, repeat
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from penstock.scheduler.prefetch import Fetch, first_unloaded, next_fetch, victim_for_demand
 
 

@@ -1,7 +1,10 @@
 """What stays resident: never beyond the budget, as much as fits, spread over the order."""
 
+import itertools
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from penstock.scheduler.residency import Sized, choose_residency, interleave, smallest_budget
 
 
@@ -29,7 +32,7 @@ def test_half_of_the_blocks_alternate() -> None:
     assert found.slots == 2
     assert len(found.resident) == 8
     kept = sorted(found.resident)
-    assert {after - before for before, after in zip(kept, kept[1:], strict=False)} == {2}
+    assert {after - before for before, after in itertools.pairwise(kept)} == {2}
     assert found.streamed_nbytes == 8
 
 
@@ -51,7 +54,11 @@ SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=20)
 
 @settings(max_examples=300)
 @given(
-    sizes=SIZES, budget=st.integers(0, 800), slots=st.integers(1, 4), depth=st.integers(0, 200), transit=st.integers(0, 60)
+    sizes=SIZES,
+    budget=st.integers(0, 800),
+    slots=st.integers(1, 4),
+    depth=st.integers(0, 200),
+    transit=st.integers(0, 60),
 )
 def test_never_beyond_the_budget(sizes: list[int], budget: int, slots: int, depth: int, transit: int) -> None:
     blocks = sized(sizes)

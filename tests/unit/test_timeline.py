@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+
 from penstock.scheduler.timeline import Record, Timeline
 
 
