@@ -106,6 +106,7 @@ class Machinery:
         for block in self.layout.blocks:
             self.session.lend(block.id, observed=False)
         self.session.absent.clear()
+        self.device.wait(self.device.copied())  # a lease is granted as soon as its copy has been enqueued
         self.executor.close()
         self.mover.close()
         self.engine.close()

@@ -177,11 +177,13 @@ class Table:
 
 def _splits_exactly_on_device(like: torch.Tensor, rows: int, piece_rows: int) -> bool:
     """The same probe on a device that cannot map one page twice: it needs the whole weight for a moment."""
+    generator = torch.Generator(like.device).manual_seed(0)  # the user's must not advance: sampling would change
     try:
-        weight = torch.randn(rows, like.shape[-1], device=like.device).to(like.dtype)
+        weight = torch.empty(rows, like.shape[-1], dtype=like.dtype, device=like.device).normal_(generator=generator)
     except torch.OutOfMemoryError:
         return False
-    x = torch.randn(like.shape, device=like.device).to(like.dtype)
+    x = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    x.normal_(generator=generator)
     whole = nn.functional.linear(x, weight)
     spans = [(start, min(start + piece_rows, rows)) for start in range(0, rows, piece_rows)]
     return all(torch.equal(nn.functional.linear(x, weight[a:b]), whole[..., a:b]) for a, b in spans)

@@ -1,22 +1,42 @@
 """CUDA: one copy stream each way, events in both directions, one registered host arena.
 
-Ordering, written out. Read after write: a copy records its event on the copy stream; the compute stream waits for that
-event before the first kernel that reads the slot (`compute_waits`), and only once the event has been recorded. Write
-after read: releasing a lease records an event on the compute stream; the copy stream waits for it before the next copy
-into the slot (`copies_wait`); a host slot is refilled from disk only after a host-side wait on the copy that reads it.
+Ordering, written out. Streams made by torch never synchronise with the default stream by themselves, so every
+dependency is an event:
+
+* Read after write: a copy records its event on the copy stream; the compute stream waits for that event before the
+  first kernel that reads the slot (`compute_waits`), and only once the event has been recorded.
+* Write after read: releasing a lease records an event on the compute stream (`computed`); the copy stream waits for it
+  before the next copy into the slot (`copies_wait`). A slot keeps the latest such event only, so with several compute
+  streams in use an event stands for what all of them held when it was made.
+* Write after write: copies and poison go through one stream, in order.
+* A host slot is refilled from disk only after a host-side wait on the copy that reads it.
+* New arena memory may still be read by kernels of the stream it was allocated on: the copy streams wait for that stream
+  once. It goes back to torch's allocator only after the device has come to rest (`close`).
+
+The host arena is no pinned tensor of torch's. Copies from it are asynchronous all the same: `copy_(non_blocking=True)`
+between contiguous tensors of one dtype enqueues `cudaMemcpyAsync` whatever torch knows of the memory, and CUDA itself
+knows that the pages are locked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import threading
+from typing import Any, Final
 
 import torch
 
 from ...memory.arena import POISON, AnyArena, HostArena, Slot
+from ...memory.errors import DoesNotFitError
 from ...memory.throttle import Throttle
 from ...scheduler.mover import Event
 
 logger = logging.getLogger(__name__)
+
+_cuda: Final[Any] = torch.cuda
+"""For calls that torch leaves untyped."""
 
 
 class _DeviceArena(AnyArena):
@@ -24,7 +44,8 @@ class _DeviceArena(AnyArena):
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         super().__init__(tier="device", nbytes=max(nbytes, 4096))
-        self.data: torch.Tensor | None = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        with torch.inference_mode(False):  # an inference tensor could not be written from the executor's thread
+            self.data: torch.Tensor | None = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
 
     def poison(self, slot: Slot) -> None:
         assert self.data is not None
@@ -37,14 +58,21 @@ class _DeviceArena(AnyArena):
 class _RegisteredArena(HostArena):
     """A host arena that CUDA has locked and mapped, exactly as large as asked for."""
 
-    registered = False
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        super().__init__(nbytes)
+        self._device = device
+        self.registered = False
+        """Whether CUDA holds the pages; copies run at pageable speed otherwise."""
+        with torch.inference_mode(False):
+            self.data: torch.Tensor | None = torch.frombuffer(self.buffer, dtype=torch.uint8)
+        self._register()
 
-    def register(self, device: torch.device) -> None:
-        """Lock the pages for DMA. Where that fails the arena still works, at the speed of pageable copies."""
-        with torch.cuda.device(device):
-            error = int(torch.cuda.cudart().cudaHostRegister(self.address, self.nbytes, 0))
+    def _register(self) -> None:
+        with torch.cuda.device(self._device):
+            error = _status(_cuda.cudart().cudaHostRegister(self.address, self.nbytes, 0))
         self.registered = error == 0
         if error:
+            _forget_error(self._device)
             logger.warning(
                 "cudaHostRegister refused %d bytes of host memory (CUDA error %d): copies will run at pageable speed. "
                 "Lower the host budget, or raise the memory limit of the container.",
@@ -53,14 +81,35 @@ class _RegisteredArena(HostArena):
             )
 
     def close(self) -> None:
-        if self.registered:
+        self.data = None  # it exports the mapping, which could not be unmapped
+        if self.registered and os.getpid() == self._pid:
             self.registered = False
-            torch.cuda.cudart().cudaHostUnregister(self.address)
+            error = _status(_cuda.cudart().cudaHostUnregister(self.address))
+            if error:
+                _forget_error(self._device)
+                logger.warning("cudaHostUnregister failed for %d bytes (CUDA error %d)", self.nbytes, error)
         super().close()
 
 
+def _status(result: object) -> int:
+    """A `cudaError` as a number. torch's enum has names for few of them, and converts either way."""
+    value = getattr(result, "value", result)
+    assert isinstance(value, int), result
+    return value
+
+
+def _forget_error(device: torch.device) -> None:
+    """Take back the error of a call that was refused: CUDA keeps it, and the next kernel launch would raise it."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device).add_(1)
+
+
 class CudaDevice:
-    """One CUDA device."""
+    """One CUDA device.
+
+    Args:
+        index: As in "cuda:N".
+    """
 
     separate = True
 
@@ -68,32 +117,47 @@ class CudaDevice:
         self.name = f"cuda:{index}"
         self.torch_device = torch.device("cuda", index)
         self.disk_throttle: Throttle | None = None
-        self._down = torch.cuda.Stream(device=self.torch_device)
-        self._up = torch.cuda.Stream(device=self.torch_device)
-        self._tensors: dict[int, torch.Tensor] = {}
+        self._down: torch.cuda.Stream = _cuda.Stream(device=self.torch_device)
+        self._up: torch.cuda.Stream = _cuda.Stream(device=self.torch_device)
+        self._join: torch.cuda.Stream = _cuda.Stream(device=self.torch_device)
+        """Runs nothing: events of several compute streams meet here."""
+        self._lock = threading.Lock()
+        self._released: dict[int, Any] = {}
+        """Latest event of each compute stream that may not have passed yet, by the stream's handle."""
 
     def host_arena(self, nbytes: int) -> HostArena:
         """Page-locked host memory."""
-        arena = _RegisteredArena(nbytes)
-        arena.register(self.torch_device)
-        return arena
+        return _RegisteredArena(nbytes, self.torch_device)
 
     def device_arena(self, nbytes: int) -> AnyArena:
-        """Device memory."""
-        return _DeviceArena(nbytes, self.torch_device)
+        """Device memory.
+
+        Raises:
+            DoesNotFitError: the device has less left, or none in one piece.
+        """
+        try:
+            arena = _DeviceArena(nbytes, self.torch_device)
+        except torch.OutOfMemoryError as error:
+            available = self.available_nbytes()
+            raise DoesNotFitError(
+                f"{self.name} has {available} bytes left and cannot give {nbytes} in one piece: free device memory, or "
+                f'lower the budget: max_memory={{"device": …}} (--max-memory device=…)',
+                tier="device",
+                needed_nbytes=nbytes,
+                available_nbytes=available,
+            ) from error
+        owner = torch.cuda.current_stream(self.torch_device)
+        for stream in (self._down, self._up):
+            stream.wait_stream(owner)
+        return arena
 
     def tensor(self, arena: AnyArena) -> torch.Tensor:
         """The whole arena as one flat uint8 tensor."""
-        if isinstance(arena, _DeviceArena):
-            assert arena.data is not None
-            return arena.data
-        assert isinstance(arena, HostArena)
-        known = self._tensors.get(id(arena))
-        if known is None:
-            known = self._tensors[id(arena)] = torch.frombuffer(arena.buffer, dtype=torch.uint8)
-        return known
+        assert isinstance(arena, _DeviceArena | _RegisteredArena), arena
+        assert arena.data is not None, "the arena was closed"
+        return arena.data
 
-    def available_nbytes(self) -> int | None:
+    def available_nbytes(self) -> int:
         """Free device memory, and what torch's allocator holds without using it."""
         free, _ = torch.cuda.mem_get_info(self.torch_device)
         idle = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
@@ -101,13 +165,16 @@ class CudaDevice:
 
     def copy(self, source: HostArena, start: int, target: AnyArena, offset: int, nbytes: int) -> None:
         """Enqueue host → device."""
-        with torch.cuda.stream(self._down):
-            destination = self.tensor(target)[offset : offset + nbytes]
-            destination.copy_(self.tensor(source)[start : start + nbytes], non_blocking=True)
+        self._enqueue(self._down, source, start, target, offset, nbytes)
 
     def copy_back(self, source: AnyArena, start: int, target: HostArena, offset: int, nbytes: int) -> None:
         """Enqueue device → host."""
-        with torch.cuda.stream(self._up):
+        self._enqueue(self._up, source, start, target, offset, nbytes)
+
+    def _enqueue(
+        self, stream: torch.cuda.Stream, source: AnyArena, start: int, target: AnyArena, offset: int, nbytes: int
+    ) -> None:
+        with torch.cuda.stream(stream):  # makes the device current, too, in whichever thread this is
             destination = self.tensor(target)[offset : offset + nbytes]
             destination.copy_(self.tensor(source)[start : start + nbytes], non_blocking=True)
 
@@ -118,20 +185,25 @@ class CudaDevice:
 
     def copied(self) -> Event:
         """An event on the copy stream."""
-        return self._record(self._down)
+        return _record(self._down)
 
     def copied_back(self) -> Event:
         """An event on the device → host stream."""
-        return self._record(self._up)
+        return _record(self._up)
 
     def computed(self) -> Event:
-        """An event on the caller's current stream."""
-        return self._record(torch.cuda.current_stream(self.torch_device))
-
-    def _record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event(blocking=True)
-        event.record(stream)
-        return event
+        """An event after everything on the caller's current stream, and after earlier leases on other streams."""
+        stream = torch.cuda.current_stream(self.torch_device)
+        event = _record(stream)
+        with self._lock:
+            if self._released.keys() != {stream.cuda_stream}:
+                self._released = {handle: other for handle, other in self._released.items() if not other.query()}
+            self._released[stream.cuda_stream] = event
+            if len(self._released) == 1:
+                return event
+            for other in self._released.values():
+                self._join.wait_event(other)
+            return _record(self._join)
 
     def compute_waits(self, event: Event) -> None:
         """Make the caller's current stream wait for an event."""
@@ -153,7 +225,16 @@ class CudaDevice:
             arena.poison(slot)
 
     def close(self) -> None:
-        """Wait for copies that are under way, then let go of the arenas' tensors."""
-        self._down.synchronize()
-        self._up.synchronize()
-        self._tensors.clear()
+        """Wait until nothing on the device uses an arena any more: neither a copy nor a kernel of any stream."""
+        with self._lock:
+            self._released.clear()
+        try:
+            torch.cuda.synchronize(self.torch_device)
+        except RuntimeError as error:  # a kernel failed before: nothing runs any more, and the rest must be freed
+            logger.error("%s reported an earlier failure while the model was being closed: %s", self.name, error)
+
+
+def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event: torch.cuda.Event = _cuda.Event(blocking=True)
+    event.record(stream)
+    return event
