@@ -1,4 +1,4 @@
-"""Random schedules, delays and failures on a mock clock: never a wrong block, never a slot too many, never a deadlock."""
+"""Random schedules, delays and failures on a mock clock: never a wrong block, a slot too many or a deadlock."""
 
 import asyncio
 from typing import Any
