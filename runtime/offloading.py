@@ -128,7 +128,7 @@ def open_scratch(folders: Sequence[str]) -> list[Scratch]:
     """
     opened: list[Scratch] = []
     try:
-        for folder in folders or [None]:
+        for folder in folders or (None,):
             opened.append(process_scratch().open(folder))
     except BaseException:
         for scratch in opened:

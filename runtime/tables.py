@@ -66,7 +66,8 @@ class Table:
         wanted = rows.cpu()
         count, columns = self.parameter.shape
         if len(wanted) and (int(wanted[0]) < 0 or int(wanted[-1]) >= count):
-            raise IndexError(f"{self.name} has {count} rows; asked for row {int(wanted[-1])}")
+            wrong = int(wanted[0] if wanted[0] < 0 else wanted[-1])
+            raise IndexError(f"{self.name} has {count} rows; asked for row {wrong}")
         found = torch.empty(len(wanted), columns, dtype=self.parameter.dtype)
         missing = torch.ones(len(wanted), dtype=torch.bool)
         for piece in self.pieces:

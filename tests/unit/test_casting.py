@@ -84,7 +84,7 @@ def test_special_values(source: str, target: str) -> None:
     check(np.array(SPECIAL[size], dtype=UNSIGNED[size]), source, target)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(pair=st.sampled_from(PAIRS), data=st.data(), skew=st.integers(0, 7))
 def test_any_bits(pair: tuple[str, str], data: st.DataObject, skew: int) -> None:
     size = ITEMSIZE[pair[0]]

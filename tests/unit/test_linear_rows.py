@@ -5,7 +5,7 @@ import torch
 
 from penstock.kernels.linear_rows import linear_piece, reference, splits_exactly
 
-SKEWS = (0, 16, 4)
+SKEWS = (0, 4)
 
 
 def pieces_of(weight: torch.Tensor, rows: int) -> list[torch.Tensor]:

@@ -1,0 +1,83 @@
+"""Rates of links: measured once, kept if they are worth it, and never a reason to fail."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from penstock.memory.throttle import Throttle
+from penstock.runtime.devices.cpu import CpuDevice
+from penstock.runtime.devices.emulated import EmulatedDevice, Rates
+from penstock.runtime.links import LinkCache, disk_read_rate, link_rate
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> LinkCache:
+    return LinkCache(tmp_path / "cache" / "links.json")
+
+
+@pytest.fixture
+def emulated() -> Iterator[EmulatedDevice]:
+    device = EmulatedDevice(Rates(h2d=4 * 2**30))
+    yield device
+    device.close()
+
+
+def test_rates_are_kept(cache: LinkCache, tmp_path: Path) -> None:
+    assert cache.get("a") is None
+    cache.put("a", 2.5)
+    cache.put("b", 3.0)
+    assert LinkCache(tmp_path / "cache" / "links.json").get("a") == 2.5
+    assert cache.get("b") == 3.0
+    assert os.listdir(tmp_path / "cache") == ["links.json"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": "x"}', '{"a": 0}', '{"a": -1}', '{"a": null}'])
+def test_a_damaged_cache_is_ignored_and_mended(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "links.json"
+    path.write_text(text)
+    cache = LinkCache(path)
+    assert cache.get("a") is None
+    cache.put("a", 1.0)
+    assert cache.get("a") == 1.0
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cache = LinkCache(tmp_path / "file" / "links.json")
+    cache.put("a", 1.0)
+    assert cache.get("a") is None
+
+
+def test_the_disk_is_measured_but_a_short_measurement_is_not_kept(cache: LinkCache, tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(5 * 2**20 + 17))
+    (tmp_path / "tiny").write_bytes(b"x")
+    rate = disk_read_rate([str(tmp_path / "tiny"), str(path)], cache, CpuDevice())
+    assert rate is not None
+    assert rate > 0
+    assert cache.get(f"disk:{path.stat().st_dev}") is None
+    assert disk_read_rate([str(tmp_path / "tiny")], cache, CpuDevice()) is None
+    cache.put(f"disk:{path.stat().st_dev}", 123.0)
+    assert disk_read_rate([str(path)], cache, CpuDevice()) == 123.0
+
+
+def test_a_throttled_disk_is_measured_for_itself(cache: LinkCache, tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(2**20))
+    cache.put(f"disk:{path.stat().st_dev}", 1e12)
+    device = CpuDevice()
+    device.disk_throttle = Throttle(20e6)
+    rate = disk_read_rate([str(path)], cache, device)
+    assert rate is not None
+    assert rate <= 20e6 * 1.01
+
+
+def test_an_emulated_link_shows_its_rate(cache: LinkCache, emulated: EmulatedDevice) -> None:
+    rate = link_rate(emulated, cache)
+    assert rate is not None
+    assert rate <= 4 * 2**30 * 1.01
+    assert cache.get("h2d:emulated") is None  # another run may name another rate
+    assert link_rate(emulated, cache, back=True) is not None
+    assert link_rate(CpuDevice(), cache) is None
