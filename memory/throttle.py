@@ -13,8 +13,8 @@ LAG_S: Final = 0.005
 class Throttle:
     """Lets bytes pass at `rate` bytes per second. Transfers on one link queue; idle time is not saved up.
 
-    A sleep ends late by a fraction of a millisecond, so a link that is busy may lag behind its schedule by up to `LAG_S`
-    and catch up; otherwise every piece would lose the lateness of the one before.
+    A sleep ends late by a fraction of a millisecond; a request that comes within `LAG_S` of the end of the one before
+    starts at that end, so that lateness does not add up over the pieces of a transfer.
     """
 
     def __init__(
@@ -33,7 +33,9 @@ class Throttle:
     def reserve(self, nbytes: int) -> float:
         """Take the link for `nbytes` and return the time at which they have passed."""
         with self._lock:
-            self._free_at = max(self._clock() - LAG_S, self._free_at) + nbytes / self.rate
+            now = self._clock()
+            start = self._free_at if now - self._free_at <= LAG_S else now
+            self._free_at = start + nbytes / self.rate
             return self._free_at
 
     def wait_until(self, when: float) -> None:

@@ -120,9 +120,7 @@ class Core:
         with self.lock:
             if self._broken is not None:
                 raise self._broken
-            failure = self._failed.pop(block, None)
-            if failure is not None:
-                raise failure
+            self._failed.pop(block, None)  # what a prefetch met may be over; if it is not, this demand meets it again
             self._acquires += 1
             predicted = not observed or self.orders.observe(block)
             held = self.front.holding.get(block)
@@ -162,7 +160,8 @@ class Core:
             held.slot.check_stamp(held.block)
             held.leases -= 1
             assert held.leases >= 0, f"block {held.block} released twice"
-            held.slot.guard = event
+            if event is not None and not held.permanent:
+                held.slot.guards.append(event)
             idle = held.leases == 0 and not held.permanent
         if idle:
             self.wake()
@@ -339,8 +338,8 @@ class Core:
         start = self._clock()
         error: Exception | None = None
         try:
-            await self._mover.wait(held.slot.guard)
-            held.slot.guard = None
+            while held.slot.guards:
+                await self._mover.wait(held.slot.guards.pop())
             if self._poison:
                 self._mover.poison(held.slot)
             await self._mover.read(held.block, held.slot, urgent=held.urgent, on_data=held.add_range)

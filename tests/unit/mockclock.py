@@ -140,9 +140,10 @@ class FakeMover:
         self._disk_busy = False
 
     def before_copy(self, target: Slot) -> None:
-        if isinstance(target.guard, At):
-            self.stream_free = max(self.stream_free, target.guard.tick)
-            target.guard = None
+        for guard in target.guards:
+            if isinstance(guard, At):
+                self.stream_free = max(self.stream_free, guard.tick)
+        target.guards.clear()
 
     def copy(self, block: int, source: Slot, target: Slot, start: int, stop: int) -> None:
         begin = max(self.stream_free, self.loop.ticks())

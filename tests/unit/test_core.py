@@ -332,7 +332,7 @@ def test_a_device_slot_is_overwritten_only_after_its_last_reader() -> None:
 
 
 def test_a_failure_behind_the_host_tier_surfaces_and_can_be_tried_again() -> None:
-    rig = make_rig(blocks=4, ring=1, back_ring=1, failures={1: [FAIL]})
+    rig = make_rig(blocks=4, ring=1, back_ring=1, failures={1: [FAIL, FAIL]})  # ahead of need, and on demand
 
     async def work() -> None:
         rig.core.begin("root")
