@@ -8,6 +8,7 @@ import transformers.models.llama.modeling_llama  # loading imports it late; impo
 from transformers import PreTrainedModel
 
 import penstock
+from penstock.api import load as load_streamed  # the package imports it late
 
 from .protocol import TokenClock, parse_job, run_transformers
 
@@ -19,7 +20,8 @@ def main() -> None:
     loaded: list[PreTrainedModel] = []
 
     def load() -> PreTrainedModel:
-        model = penstock.load(job.checkpoint, max_memory="auto", device="cpu")
+        context = job.prompt_length + job.new_tokens
+        model = load_streamed(job.checkpoint, max_memory="auto", device="cpu", context=context, batch=job.batch)
         loaded.append(model)
         return model
 
