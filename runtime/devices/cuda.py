@@ -6,8 +6,8 @@ dependency is an event:
 * Read after write: a copy records its event on the copy stream; the compute stream waits for that event before the
   first kernel that reads the slot (`compute_waits`), and only once the event has been recorded.
 * Write after read: releasing a lease records an event on the compute stream (`computed`); the copy stream waits for it
-  before the next copy into the slot (`copies_wait`). A slot keeps the latest such event only, so with several compute
-  streams in use an event stands for what all of them held when it was made.
+  before the next copy into the slot (`copies_wait`). With several compute streams in use an event stands for what all
+  of them held when it was made, so that the latest event of a slot is enough.
 * Write after write: copies and poison go through one stream, in order.
 * A host slot is refilled from disk only after a host-side wait on the copy that reads it.
 * New arena memory may still be read by kernels of the stream it was allocated on: the copy streams wait for that stream
