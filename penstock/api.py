@@ -39,10 +39,10 @@ def load(
 ) -> Any:
     """Load a Hugging Face checkpoint that may be larger than memory, without ever materialising it.
 
-    Returns the transformers model that its config names, in eval mode with `requires_grad=False`; `generate()` and the
-    forward are transformers' own. Weights are read from the original safetensors files as they are needed; what fits
-    the budget stays. Answers are bit-identical to the resident model's: nothing splits work over processors yet, so
-    every run is what `exact=True` asks for.
+    Returns the transformers model that its config names, in eval mode, with `requires_grad=False` as long as it is
+    streamed; `generate()` and the forward are transformers' own. Weights are read from the original safetensors files
+    as they are needed; what fits the budget stays. Answers are bit-identical to the resident model's: nothing splits
+    work over processors yet, so every run is what `exact=True` asks for.
 
     Args:
         path: A folder, or a Hub id.

@@ -67,6 +67,7 @@ class Binding:
     slot: Slot | None = None
     _views: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     _versions: list[int] = field(default_factory=list)
+    _flagged: list[nn.Parameter] = field(default_factory=list)
 
     def views(self, arena: torch.Tensor, slot: Slot) -> list[torch.Tensor]:
         """The parameters' values in a slot."""
@@ -76,14 +77,17 @@ class Binding:
             self._views[slot.offset] = known
         return known
 
-    def bind(self, arena: torch.Tensor, slot: Slot) -> None:
-        """Lend the slot to the parameters."""
+    def bind(self, arena: torch.Tensor, slot: Slot, *, flagged: bool) -> None:
+        """Lend the slot to the parameters; `flagged` sets their `requires_grad` for as long (see `Session.flagged`)."""
         self.uses += 1
         if self.uses > 1:
             return
         self.slot = slot
         for bound, view in zip(self.tensors, self.views(arena, slot), strict=True):
             bound.parameter.data = view
+            if flagged and bound.parameter.is_floating_point() and not bound.parameter.requires_grad:
+                bound.parameter.requires_grad_(True)
+                self._flagged.append(bound.parameter)
         self._versions = [bound.parameter._version for bound in self.tensors]
 
     def unbind(self) -> None:
@@ -101,6 +105,8 @@ class Binding:
             if bound.parameter._version != version:
                 changed = bound.name
             bound.parameter.data = bound.empty
+        while self._flagged:
+            self._flagged.pop().requires_grad_(False)
         if changed:
             raise ReadOnlyWeightError(
                 f"parameter {changed} was changed in place while it was only lent for reading; streamed weights are "

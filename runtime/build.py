@@ -84,6 +84,7 @@ class Machinery:
             bindings=self.bindings,
             tables=self.tables,
             spare_slots=layout.spare_slots,
+            pretrained=not isinstance(backing, ModuleBacking),
         )
 
     def start(self, module: nn.Module) -> None:

@@ -85,6 +85,7 @@ def load(
             machinery.on_close(scratch.close)
         if layout.resident:
             machinery.load_all(model)
+            _as_pretrained(model)
         else:
             machinery.start(model)
             _streaming_manners(model, machinery, backing, device)
@@ -98,6 +99,13 @@ def load(
             if scratch is not None:
                 scratch.close()
         raise
+
+
+def _as_pretrained(model: nn.Module) -> None:
+    """Let resident weights want gradients, as those of from_pretrained do: torch chooses kernels by it."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
 
 
 def _streaming_manners(model: Any, machinery: Machinery, backing: CheckpointBacking, device: Device) -> None:

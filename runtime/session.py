@@ -46,6 +46,7 @@ class Session:
         front: The arena that modules compute from.
         bindings: By block.
         tables: By id of the parameter.
+        pretrained: Whether the weights are a checkpoint's, rather than those of a module that was built already.
         spare_slots: Ring slots that leases may hold beyond the forward of the module that anchors them.
     """
 
@@ -58,8 +59,10 @@ class Session:
         bindings: Mapping[int, Binding],
         tables: Mapping[int, Table],
         spare_slots: int,
+        pretrained: bool,
     ) -> None:
         self._spare_slots = spare_slots
+        self._pretrained = pretrained
         self.device = device
         self.executor = executor
         self.bindings = bindings
@@ -169,17 +172,25 @@ class Session:
             self._owner = None
             self._root.release()
 
+    def flagged(self) -> bool:
+        """Whether lent weights are to want a gradient, as those of `from_pretrained` do, where none is recorded.
+
+        torch chooses by that flag how it multiplies a strided operand (the last positions of a batch, before the output
+        projection): without it the weight is copied once per sequence, and the last bit of the result differs.
+        """
+        return self._pretrained and not torch.is_grad_enabled()
+
     # --- leases -----------------------------------------------------------------------------------------------------
 
     def lend(self, block: int, *, observed: bool = True) -> Lease:
-        """Acquire a block and lend its bytes to its parameters."""
+        """Acquire a block and lend its bytes to its parameters; `observed` if it is part of the model's own run."""
         lease = self.executor.acquire(block, observed=observed)
         self.device.compute_waits(lease.residence.event)
         binding = self.bindings[block]
         slot = lease.residence.slot
         slot.check_stamp(block)
         with self.bind_lock:
-            binding.bind(self.arena, slot)
+            binding.bind(self.arena, slot, flagged=observed and self.flagged())
             for bound in binding.tensors:
                 self.absent.pop(id(bound.parameter), None)
         return lease
@@ -238,20 +249,27 @@ class Session:
             x = args[0] if args else kwargs["input"]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if weight is table.parameter and (bias is None or id(bias) not in self.absent) and table.splits(x):
-                return table.product(x, bias, self._lend_piece)
+            if weight is table.parameter and (bias is None or id(bias) not in self.absent):
+                whole_x, x = x, self._folded(x, table.parameter)
+                if table.splits(x):
+                    return _unfolded(table.product(x, bias if x is whole_x else None, self._lend_piece), whole_x, bias)
         whole = table.whole()
         swapped = [whole if value is table.parameter else value for value in args]
         named = {name: whole if value is table.parameter else value for name, value in kwargs.items()}
         with Intercept(self):  # another table may be among the arguments
             return func(*swapped, **named)
 
+    def _folded(self, x: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
+        """A strided operand as a matrix, as torch folds it when the weight wants a gradient (see `flagged`)."""
+        if x.dim() < 3 or x.is_contiguous() or not (self._pretrained or weight.requires_grad):
+            return x
+        return x.reshape(-1, x.shape[-1])
+
     def _lend_piece(self, block: int) -> tuple[torch.Tensor, Callable[[], None]]:
         lease = self.executor.acquire(block)
         self.device.compute_waits(lease.residence.event)
         binding = self.bindings[block]
         view = binding.views(self.arena, lease.residence.slot)[0].detach()
-        # torch folds a strided operand or not by whether the weight wants a gradient, which shows in the last bit
         view.requires_grad_(binding.tensors[0].parameter.requires_grad)
         return view, lambda: self.executor.release(lease, self.device.computed())
 
@@ -270,6 +288,14 @@ class Session:
             for binding in self.bindings.values():
                 binding.restore()
             self.arena = torch.empty(0)
+
+
+def _unfolded(product: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A product in the shape that x asks for; a folded product has its bias added afterwards, as torch does."""
+    if product.dim() == x.dim():
+        return product
+    product = product.view(*x.shape[:-1], product.shape[-1])
+    return product if bias is None else product + bias
 
 
 def _copy_in_place_of(parameter: nn.Parameter) -> torch.Tensor:

@@ -81,7 +81,7 @@ def load_resident(folder: Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     model: nn.Module = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=dtype)
     # As `penstock.load` gives it. This is no matter of taste: torch picks another kernel, with other roundings, for a
     # strided input where the weight requires a gradient.
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def differences(expected: Outputs, actual: Outputs) -> list[str]:
