@@ -40,8 +40,8 @@ class Slot:
     nbytes: int
     stamp: int = -1
     """Id of the block whose bytes the slot holds; -1 while it is empty or being filled."""
-    guards: list[object] = field(default_factory=list)
-    """Events that must have completed before the slot is filled again."""
+    guard: object = None
+    """Event that must have completed before the slot is filled again; it covers all earlier uses. None for no use."""
 
     def check_stamp(self, block: int) -> None:
         """Fail loudly if the slot does not hold `block` (our own bug, never the user's)."""

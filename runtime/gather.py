@@ -44,10 +44,10 @@ def gathered(machinery: Machinery, module: nn.Module) -> Iterator[nn.Module]:
                 )
     finally:
         with machinery.session.bind_lock:
-            for parameter, empty, binding, index in lent:
-                if binding is not None:
-                    binding.tensors[index].empty = empty
-                if binding is None or not binding.uses:
+            for parameter, empty, home, index in lent:
+                if home is not None:
+                    home.tensors[index].empty = empty
+                if home is None or not home.uses:
                     parameter.data = empty
 
 

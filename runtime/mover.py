@@ -76,8 +76,9 @@ class BlockMover:
 
     def before_copy(self, target: Slot) -> None:
         """Write after read: the copy stream waits for all that read the slot."""
-        while target.guards:
-            self._device.copies_wait(target.guards.pop())
+        if target.guard is not None:
+            self._device.copies_wait(target.guard)
+            target.guard = None
 
     def copy(self, block: int, source: Slot, target: Slot, start: int, stop: int) -> None:
         """Enqueue the copy of a part of a block."""

@@ -154,14 +154,14 @@ class Core:
             self.release(wish.granted.result(), None)
 
     def release(self, lease: Lease, event: Event) -> None:
-        """Give a lease back; the slot may be refilled after `event`."""
+        """Give a lease back; the slot may be refilled after `event`, which covers all that was enqueued before it."""
         held = lease.residence
         with self.lock:
             held.slot.check_stamp(held.block)
             held.leases -= 1
             assert held.leases >= 0, f"block {held.block} released twice"
-            if event is not None and not held.permanent:
-                held.slot.guards.append(event)
+            if event is not None:
+                held.slot.guard = event
             idle = held.leases == 0 and not held.permanent
         if idle:
             self.wake()
@@ -338,8 +338,9 @@ class Core:
         start = self._clock()
         error: Exception | None = None
         try:
-            while held.slot.guards:
-                await self._mover.wait(held.slot.guards.pop())
+            if held.slot.guard is not None:
+                await self._mover.wait(held.slot.guard)
+                held.slot.guard = None
             if self._poison:
                 self._mover.poison(held.slot)
             await self._mover.read(held.block, held.slot, urgent=held.urgent, on_data=held.add_range)

@@ -59,7 +59,7 @@ class Device(Protocol):
         ...
 
     def computed(self) -> Event:
-        """An event on the caller's compute stream after everything enqueued so far; None where that has run already."""
+        """An event after everything enqueued for computing so far, on any stream; None where that has run already."""
         ...
 
     def compute_waits(self, event: Event) -> None:

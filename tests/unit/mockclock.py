@@ -140,10 +140,9 @@ class FakeMover:
         self._disk_busy = False
 
     def before_copy(self, target: Slot) -> None:
-        for guard in target.guards:
-            if isinstance(guard, At):
-                self.stream_free = max(self.stream_free, guard.tick)
-        target.guards.clear()
+        if isinstance(target.guard, At):
+            self.stream_free = max(self.stream_free, target.guard.tick)
+            target.guard = None
 
     def copy(self, block: int, source: Slot, target: Slot, start: int, stop: int) -> None:
         begin = max(self.stream_free, self.loop.ticks())
@@ -196,9 +195,11 @@ class Rig:
     def release(self, lease: Lease, *, tail: int = 0) -> None:
         """Give back; the processor still reads for `tail` ticks."""
         self.check(lease)
-        event = At(self.loop.ticks() + tail) if tail else None
-        if event is not None:
-            self.mover.busy_until[id(lease.residence.slot)] = event.tick
+        event = None
+        if tail:
+            busy = max(self.loop.ticks() + tail, self.mover.busy_until.get(id(lease.residence.slot), 0))
+            event = At(busy)  # an event covers what was enqueued before it, as on a real device
+            self.mover.busy_until[id(lease.residence.slot)] = busy
         self.core.release(lease, event)
 
     async def use(self, block: int, ticks: int, *, tail: int = 0) -> None:
