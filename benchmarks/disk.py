@@ -28,7 +28,7 @@ from rich.table import Table
 
 from penstock.memory.arena import HostArena
 from penstock.memory.disk import CHUNK, THREADS, DiskEngine, Transfer
-from penstock.memory.image import Window
+from penstock.memory.image import whole_window
 
 from .inference import parse_nbytes
 from .reference_checkpoint import default_folder, require_free_disk
@@ -112,16 +112,7 @@ def _submit(engine: DiskEngine, path: str, at: int, view: memoryview, *, write: 
     if write:
         return engine.write(path, at, view)
     size = len(view)
-    window = Window(
-        path=path,
-        file_offset=at,
-        nbytes=size,
-        needed_nbytes=size,
-        offset=0,
-        data_offset=0,
-        final_offset=0,
-        data_nbytes=size,
-    )
+    window = whole_window(path, at, size)
     return engine.read([window], [], view)
 
 

@@ -151,7 +151,7 @@ def build_image(tensors: Iterable[tuple[str, TensorSource, str]], *, move: bool 
         at = round_up(at, ALIGN) + source_skew(source, dtype)
         place = Place(offset=at, shape=source.shape, dtype=dtype)
         places[name] = place
-        bounces.extend(_bounces(source, place))
+        bounces.extend(bounces_of(source, dtype, place.offset))
         at += place.nbytes
     return Image(nbytes=max(round_up(at), PAGE), places=places, windows=tuple(windows), bounces=tuple(bounces))
 
@@ -195,10 +195,10 @@ def _runs(items: list[tuple[str, TensorSource, str]]) -> list[list[tuple[str, Te
     return runs
 
 
-def _bounces(source: TensorSource, place: Place) -> list[Bounce]:
+def bounces_of(source: TensorSource, dtype: str, offset: int = 0) -> list[Bounce]:
+    """The reads that put a tensor's bytes at `offset` as `dtype`, one after another."""
     bounces = []
-    element, ratio_to = ITEMSIZE[source.dtype], ITEMSIZE[place.dtype]
-    at = place.offset
+    element, result = ITEMSIZE[source.dtype], ITEMSIZE[dtype]
     for span in source.spans:
         assert span.nbytes % element == 0, "a span cuts an element"
         bounces.append(
@@ -206,13 +206,28 @@ def _bounces(source: TensorSource, place: Place) -> list[Bounce]:
                 path=span.path,
                 file_offset=span.offset,
                 nbytes=span.nbytes,
-                offset=at,
+                offset=offset,
                 source_dtype=source.dtype,
-                target_dtype=place.dtype,
+                target_dtype=dtype,
             )
         )
-        at += span.nbytes // element * ratio_to
+        offset += span.nbytes // element * result
     return bounces
+
+
+def whole_window(path: str, file_offset: int, nbytes: int) -> Window:
+    """A window of bytes that are wanted as they are, to the start of a slot. All values multiples of the page."""
+    return Window(
+        path=path,
+        file_offset=file_offset,
+        nbytes=nbytes,
+        needed_nbytes=nbytes,
+        offset=0,
+        data_offset=0,
+        final_offset=0,
+        data_nbytes=nbytes,
+        skew=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,15 +300,5 @@ def packed_image(tensors: Iterable[tuple[str, tuple[int, ...], str, int]]) -> Im
         places[name] = Place(offset=at, shape=shape, dtype=dtype)
         at += places[name].nbytes
     nbytes = max(round_up(at), PAGE)
-    window = Window(
-        path="",
-        file_offset=0,
-        nbytes=nbytes,
-        needed_nbytes=nbytes,
-        offset=0,
-        data_offset=0,
-        final_offset=0,
-        data_nbytes=nbytes,
-        skew=0,
-    )
+    window = whole_window("", 0, nbytes)
     return Image(nbytes=nbytes, places=places, windows=(window,), bounces=())

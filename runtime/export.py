@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..memory.errors import UsageError
-from ..memory.image import Bounce
+from ..memory.image import Bounce, bounces_of
 from ..memory.layout import ITEMSIZE, TensorSource
 from .backing import Backing, CheckpointBacking
 from .dtypes import torch_dtype
@@ -43,18 +43,7 @@ def map_source(source: TensorSource, dtype: str, engine_read: Any, folder: str) 
         os.ftruncate(file.fileno(), nbytes)
         with mmap.mmap(file.fileno(), nbytes) as target:
             view = memoryview(target)
-            at = 0
-            for span in source.spans:
-                bounce = Bounce(
-                    path=span.path,
-                    file_offset=span.offset,
-                    nbytes=span.nbytes,
-                    offset=at,
-                    source_dtype=source.dtype,
-                    target_dtype=dtype,
-                )
-                engine_read([bounce], view)
-                at += span.nbytes // ITEMSIZE[source.dtype] * ITEMSIZE[dtype]
+            engine_read(bounces_of(source, dtype), view)
             view.release()
         return _mapped(file.fileno(), 0, source, dtype)
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from ..memory.arena import HostArena
 from ..memory.disk import DiskEngine, Transfer
-from ..memory.image import Window
+from ..memory.image import whole_window
 from .devices.base import Device
 
 logger = logging.getLogger(__name__)
@@ -89,17 +89,7 @@ def _read_for(sizes: Sequence[tuple[str, os.stat_result]], engine: DiskEngine, s
             if len(pending) == 3:
                 pending.pop(0).wait()
             nbytes = min(BLOCK, lengths[path] - at)
-            window = Window(
-                path=path,
-                file_offset=at,
-                nbytes=nbytes,
-                needed_nbytes=nbytes,
-                offset=0,
-                data_offset=0,
-                final_offset=0,
-                data_nbytes=nbytes,
-                skew=0,
-            )
+            window = whole_window(path, at, nbytes)
             pending.append(engine.read([window], [], arena.view(index % 4 * BLOCK, BLOCK)))
             total += nbytes
         for transfer in pending:

@@ -18,8 +18,8 @@ from ..memory.arena import HostArena
 from ..memory.casting import castable
 from ..memory.disk import DiskEngine
 from ..memory.errors import CheckpointError
-from ..memory.image import Bounce
-from ..memory.layout import ITEMSIZE, FileSpan, TensorSource
+from ..memory.image import bounces_of
+from ..memory.layout import FileSpan, TensorSource
 from ..memory.scratch import Scratch, process_scratch
 from ..scheduler.plan import Links
 from .backing import CheckpointBacking
@@ -201,20 +201,7 @@ def read_tensor(engine: DiskEngine, source: TensorSource, dtype: str | None = No
     if source.nbytes == 0:
         return found
     raw = found.view(-1).view(torch.uint8).numpy().data.cast("B")
-    bounces, at = [], 0
-    for span in source.spans:
-        bounces.append(
-            Bounce(
-                path=span.path,
-                file_offset=span.offset,
-                nbytes=span.nbytes,
-                offset=at,
-                source_dtype=source.dtype,
-                target_dtype=target,
-            )
-        )
-        at += span.nbytes // ITEMSIZE[source.dtype] * ITEMSIZE[target]
-    engine.read([], bounces, raw).wait()
+    engine.read([], bounces_of(source, target), raw).wait()
     return found
 
 

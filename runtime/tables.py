@@ -14,7 +14,7 @@ from torch import nn
 
 from ..kernels.linear_rows import linear_piece, splits_exactly
 from ..memory.disk import DiskEngine
-from ..memory.image import ALIGN, Bounce, bounce_window
+from ..memory.image import ALIGN, Bounce, bounce_window, bounces_of
 from ..memory.layout import ITEMSIZE, TensorSource
 
 logger = logging.getLogger(__name__)
@@ -93,20 +93,7 @@ class Table:
             self.rows_read_nbytes += sum(bounce_window(bounce) for bounce in bounces)
 
     def _row_reads(self, row: int, offset: int) -> list[Bounce]:
-        reads = []
-        for span in self.source.slice_rows(row, row + 1).spans:
-            reads.append(
-                Bounce(
-                    path=span.path,
-                    file_offset=span.offset,
-                    nbytes=span.nbytes,
-                    offset=offset,
-                    source_dtype=self.source.dtype,
-                    target_dtype=self.dtype,
-                )
-            )
-            offset += span.nbytes // ITEMSIZE[self.source.dtype] * ITEMSIZE[self.dtype]
-        return reads
+        return bounces_of(self.source.slice_rows(row, row + 1), self.dtype, offset)
 
     def splits(self, x: torch.Tensor) -> bool:
         """Whether a product with x [..., K] may take the pieces one by one and still give the same bits."""
@@ -157,20 +144,7 @@ class Table:
         bits = store[start : start + nbytes]
         found = torch.frombuffer(bits.numpy(), dtype=self.parameter.dtype).view(self.parameter.shape)
         raw = bits.numpy().data
-        at = 0
-        bounces = []
-        for span in self.source.slice_rows(0, rows).spans:
-            bounces.append(
-                Bounce(
-                    path=span.path,
-                    file_offset=span.offset,
-                    nbytes=span.nbytes,
-                    offset=at,
-                    source_dtype=self.source.dtype,
-                    target_dtype=self.dtype,
-                )
-            )
-            at += span.nbytes // ITEMSIZE[self.source.dtype] * ITEMSIZE[self.dtype]
+        bounces = bounces_of(self.source, self.dtype)
         self.engine.read([], bounces, raw, urgent=True).wait()
         return found.to(self.parameter.device).requires_grad_(self.parameter.requires_grad)
 

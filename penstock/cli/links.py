@@ -13,7 +13,7 @@ from ..memory.arena import HostArena
 from ..memory.capacity import disk_capacity
 from ..memory.disk import DiskEngine, Transfer
 from ..memory.errors import PenstockError
-from ..memory.image import Window
+from ..memory.image import whole_window
 from .machine import LinkRate
 
 FILE_NBYTES: Final = 256 * 2**20
@@ -58,7 +58,7 @@ def disk_rates(path: str, nbytes: int) -> tuple[float, float]:
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
         written = time.perf_counter()
-        _in_pieces(nbytes, lambda at, n, into: engine.read([_window(path, at, n)], [], into), arena)
+        _in_pieces(nbytes, lambda at, n, into: engine.read([whole_window(path, at, n)], [], into), arena)
         return nbytes / (written - start), nbytes / (time.perf_counter() - written)
     finally:
         engine.close()
@@ -81,20 +81,6 @@ def _fill(arena: HostArena) -> None:
     view = arena.view(0, arena.nbytes)
     for at in range(0, arena.nbytes, len(noise)):
         view[at : at + len(noise)] = noise
-
-
-def _window(path: str, at: int, nbytes: int) -> Window:
-    return Window(
-        path=path,
-        file_offset=at,
-        nbytes=nbytes,
-        needed_nbytes=nbytes,
-        offset=0,
-        data_offset=0,
-        final_offset=0,
-        data_nbytes=nbytes,
-        skew=0,
-    )
 
 
 def _device_links() -> Iterator[LinkRate]:
