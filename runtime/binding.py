@@ -77,7 +77,7 @@ class Binding:
             self._views[slot.offset] = known
         return known
 
-    def bind(self, arena: torch.Tensor, slot: Slot, *, flagged: bool) -> None:
+    def bind(self, arena: torch.Tensor, slot: Slot, *, flagged: bool = False) -> None:
         """Lend the slot to the parameters; `flagged` sets their `requires_grad` for as long (see `Session.flagged`)."""
         self.uses += 1
         if self.uses > 1:
