@@ -131,12 +131,7 @@ class HostArena(AnyArena):
 
     def close(self) -> None:
         """Give the memory back, or leave it to the last tensor that still views it."""
-        arena, self._map = self._map, None
-        if arena is None:
-            return
-        if os.getpid() == self._pid:  # the pages go now, even if a view keeps the addresses
-            with contextlib.suppress(OSError, ValueError):
-                arena.madvise(mmap.MADV_DONTNEED)
-        # Neither is closed by hand: torch.frombuffer keeps them alive but does not count as an export, so that they
-        # could be closed under a tensor. The addresses go with the last of those who refer to them.
+        self._map = None
+        # Neither the mapping nor the buffer is closed by hand: torch.frombuffer keeps them alive but does not count as
+        # an export, so that they could be closed under a tensor. They go with the last of those who refer to them.
         self.buffer = memoryview(b"")

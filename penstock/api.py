@@ -62,12 +62,13 @@ def load(
         DoesNotFitError: the budget is too small even for streaming; nothing was loaded.
         UsageError: an argument has no meaning.
     """
+    wanted, folders = _wanted(max_memory), _folders(disk)  # before a device is opened, which starts threads
     return _load(
         path,
-        wanted=_wanted(max_memory),
+        wanted=wanted,
         device=open_device(device),
         dtype=dtype,
-        disk=_folders(disk),
+        disk=folders,
         context=context,
         batch=batch,
         trust_remote_code=trust_remote_code,
@@ -96,11 +97,12 @@ def offload(
         DiskError: the scratch file cannot be written; the module is untouched.
         UsageError: an argument has no meaning, or a parameter has no values yet.
     """
+    wanted, folders = _wanted(max_memory), _folders(disk)
     return _offload(
         module,
-        wanted=_wanted(max_memory),
+        wanted=wanted,
         device=open_device(device),
-        disk=_folders(disk),
+        disk=folders,
         context=context,
         batch=batch,
         cache=link_cache(),

@@ -45,6 +45,11 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
 
 
+def _version(parameter: nn.Parameter) -> int:
+    """How often a parameter was changed in place; those made in inference mode do not count."""
+    return 0 if parameter.is_inference() else parameter._version
+
+
 @dataclass(kw_only=True, eq=False)
 class Bound:
     """One parameter of a block."""
@@ -88,7 +93,7 @@ class Binding:
             if flagged and bound.parameter.is_floating_point() and not bound.parameter.requires_grad:
                 bound.parameter.requires_grad_(True)
                 self._flagged.append(bound.parameter)
-        self._versions = [bound.parameter._version for bound in self.tensors]
+        self._versions = [_version(bound.parameter) for bound in self.tensors]
 
     def unbind(self) -> None:
         """Take the slot back.
@@ -102,7 +107,7 @@ class Binding:
         self.slot = None
         changed = ""
         for bound, version in zip(self.tensors, self._versions, strict=True):
-            if bound.parameter._version != version:
+            if _version(bound.parameter) != version:
                 changed = bound.name
             bound.parameter.data = bound.empty
         while self._flagged:

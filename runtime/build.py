@@ -14,6 +14,7 @@ from ..memory.arena import AnyArena, HostArena, debug_enabled
 from ..memory.disk import CHUNK, THREADS, DiskEngine
 from ..memory.image import DeviceImage, Image
 from ..memory.layout import FileSpan
+from ..memory.trim import return_free_memory
 from ..scheduler.core import Core
 from ..scheduler.executor import Executor
 from ..scheduler.order import AccessOrders
@@ -55,6 +56,7 @@ class Machinery:
                 self.front_arena.close()
                 self.host.close()
                 raise
+        return_free_memory()  # of the originals, or of what building the model took
         self.bindings = _bindings(self, backing)
         self.mover = BlockMover(
             device=device,
@@ -89,6 +91,7 @@ class Machinery:
 
     def start(self, module: nn.Module) -> None:
         """Start prefetching, lend the small tensors for good, and wrap the forwards."""
+        _keep_root(module)
         self.executor.start()
         self.session.lend(0, observed=False)
         on_path = _ancestors(path for path, child in module.named_modules() if self._concerns(path, child))
@@ -103,6 +106,7 @@ class Machinery:
 
     def load_all(self, module: nn.Module) -> None:
         """Bring every block, lend all of them for good, and stop everything but the arenas."""
+        _keep_root(module)
         self.executor.start()
         for block in self.layout.blocks:
             self.session.lend(block.id, observed=False)
@@ -133,6 +137,13 @@ class Machinery:
             arena.close()
         for callback in self._on_close:
             callback()
+
+
+def _keep_root(module: nn.Module) -> None:
+    """Let every part of the model keep the model alive: its end takes the weights of all parts with it."""
+    for child in module.modules():
+        if child is not module:
+            child.__dict__["_penstock_root"] = module
 
 
 def _ancestors(paths: Iterable[str]) -> set[str]:

@@ -72,6 +72,11 @@ class Handle:
         """Whether `close` was called."""
         return self._machinery is not None and self._machinery.session.closed
 
+    @property
+    def streams(self) -> bool:
+        """Whether the weights are in penstock's hands, and not closed."""
+        return self._machinery is not None and not self.closed
+
     def statistics(self) -> Statistics:
         """A frozen record of the totals."""
         machinery = self._machinery

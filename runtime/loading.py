@@ -53,11 +53,11 @@ def load(
     cache: LinkCache,
 ) -> nn.Module:
     """Build the model, plan it, and start reading. See `penstock.load`."""
-    bones = skeleton(path, dtype=dtype, trust_remote_code=trust_remote_code)
-    model = bones.model
     scratch: Scratch | None = None
     machinery: Machinery | None = None
     try:
+        bones = skeleton(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = bones.model
         if disk or any(isinstance(source, Converted) for source in bones.sources.values()):
             scratch = process_scratch().open(disk[0] if disk else None)
         sources = _on_disk(bones, scratch)

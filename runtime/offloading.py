@@ -42,17 +42,17 @@ def offload(
     cache: LinkCache,
 ) -> nn.Module:
     """Plan the module and move its weights. See `penstock.offload`."""
-    _check(module)
-    parameters = streamable(module)
-    total = sum(parameter.nbytes for parameter in parameters.values())
-    config = getattr(module, "config", None)
-    dtype = next((p.dtype for p in parameters.values()), torch.float32)
-    headroom = FRAMEWORK if config is None else headroom_nbytes(config, dtype, context=context, batch=batch)
-    rate = link_rate(device, cache)
-    budgets = resolve_budgets(wanted, device, headroom_nbytes=headroom, disk_rate=None, link_rate=rate)
     scratches: list[Scratch] = []
     machinery: Machinery | None = None
     try:
+        _check(module)
+        parameters = streamable(module)
+        total = sum(parameter.nbytes for parameter in parameters.values())
+        config = getattr(module, "config", None)
+        dtype = next((p.dtype for p in parameters.values()), torch.float32)
+        headroom = FRAMEWORK if config is None else headroom_nbytes(config, dtype, context=context, batch=batch)
+        rate = link_rate(device, cache)
+        budgets = resolve_budgets(wanted, device, headroom_nbytes=headroom, disk_rate=None, link_rate=rate)
         backing = ModuleBacking(parameters)
         layout = Planner(module, backing, budgets, buffers_nbytes=0, keep_skew=skewed(device)).best()
         if layout.resident and not device.separate:
@@ -111,7 +111,21 @@ def buffers_to(module: nn.Module, device: torch.device) -> None:
 def _check(module: nn.Module) -> None:
     if isinstance(getattr(module, "penstock", None), Handle):
         raise UsageError("this module is streamed already; call penstock.close(module) and build it again to replan")
+    for path, child in module.named_modules():
+        if isinstance(child, torch.jit.ScriptModule):
+            raise UsageError(
+                f"{path or 'the module'} is a ScriptModule, whose calls cannot be followed: offload it unscripted"
+            )
+        if isinstance(child.__dict__.get("penstock"), Handle) and child.penstock.streams:
+            raise UsageError(
+                f"{path} is streamed already: offload the outermost module once, or penstock.close({path})"
+            )
     for name, parameter in module.named_parameters():
+        if parameter.numel() > 1 and not any(parameter.stride()):
+            raise UsageError(
+                f"parameter {name} is streamed already, by another module that shares it: offload one module that "
+                f"contains both"
+            )
         if isinstance(parameter, UninitializedParameter):
             raise UsageError(f"parameter {name} has no shape yet: run the module once before offloading it")
         if parameter.device.type == "meta":

@@ -8,9 +8,10 @@ switches the interception of stray uses on.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +23,14 @@ from ..memory.arena import AnyArena
 from ..memory.errors import ClosedError, ForkError
 from ..memory.image import ALIGN
 from ..scheduler.core import Lease
-from ..scheduler.executor import Executor
+from ..scheduler.executor import WATCH_S, Executor
 from .binding import Binding
 from .devices.base import Device
 from .intercept import Intercept, is_linear, rows_wanted
 from .saved import SavedTensors
 from .tables import Table
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -100,12 +103,13 @@ class Session:
                         result = inner(*args, **kwargs)
                 else:
                     result = inner(*args, **kwargs)
+                result = self._without_views(result)
                 failed = False
                 return result
             finally:
                 self._leave(frame, failed)
 
-        module.forward = forward
+        module.__dict__["forward"] = forward  # a module may refuse attributes it does not know
 
     def _enter(self, key: int, blocks: tuple[int, ...]) -> _Frame:
         if self._owner != threading.get_ident():
@@ -146,27 +150,43 @@ class Session:
                 "a streamed model cannot run in a forked child: its threads and its memory are not there. Load it in "
                 "the child, or use the 'spawn' start method"
             )
-        self._root.acquire()
+        while not self._root.acquire(timeout=WATCH_S):
+            logger.warning(
+                "thread %d waits for its turn: thread %s runs this model. If that one waits for this one (a forward "
+                "that calls its submodules in other threads), neither will go on",
+                threading.get_ident(),
+                self._owner,
+            )
         try:
             if self.closed:
                 raise ClosedError("the model was closed by penstock.close(); load it again")
             self.executor.begin(key)
             self._owner = threading.get_ident()
-            self._contexts = [Intercept(self)]
-            if torch.is_grad_enabled():
-                self._contexts.append(SavedTensors(self).hooks())
-            for context in self._contexts:
-                context.__enter__()
+            try:
+                for context in self._root_contexts():
+                    context.__enter__()
+                    self._contexts.append(context)
+            except BaseException:
+                self._leave_contexts()
+                self.executor.end(failed=True)
+                raise
         except BaseException:
             self._owner = None
             self._root.release()
             raise
 
+    def _root_contexts(self) -> Iterator[AbstractContextManager[Any]]:
+        yield Intercept(self)
+        if torch.is_grad_enabled():
+            yield SavedTensors(self).hooks()
+
+    def _leave_contexts(self) -> None:
+        while self._contexts:
+            self._contexts.pop().__exit__(None, None, None)
+
     def _end(self, failed: bool) -> None:
         try:
-            for context in reversed(self._contexts):
-                context.__exit__(None, None, None)
-            self._contexts = []
+            self._leave_contexts()
             self.executor.end(failed=failed)
         finally:
             self._owner = None
@@ -185,15 +205,19 @@ class Session:
     def lend(self, block: int, *, observed: bool = True) -> Lease:
         """Acquire a block and lend its bytes to its parameters; `observed` if it is part of the model's own run."""
         lease = self.executor.acquire(block, observed=observed)
-        self.device.compute_waits(lease.residence.event)
-        binding = self.bindings[block]
-        slot = lease.residence.slot
-        slot.check_stamp(block)
-        with self.bind_lock:
-            binding.bind(self.arena, slot, flagged=observed and self.flagged())
-            for bound in binding.tensors:
-                self.absent.pop(id(bound.parameter), None)
-        return lease
+        try:
+            self.device.compute_waits(lease.residence.event)
+            binding = self.bindings[block]
+            slot = lease.residence.slot
+            slot.check_stamp(block)
+            with self.bind_lock:
+                binding.bind(self.arena, slot, flagged=observed and self.flagged())
+                for bound in binding.tensors:
+                    self.absent.pop(id(bound.parameter), None)
+            return lease
+        except BaseException:  # an interrupt while the copy was waited for must not cost a slot
+            self.executor.release(lease)
+            raise
 
     def take_back(self, lease: Lease) -> None:
         """Leave placeholders and release the block after what the compute stream holds now."""
@@ -228,9 +252,7 @@ class Session:
                     leases = []
                 else:
                     copies = {id(p): _copy_in_place_of(p) for p in missing}
-                    result = func(
-                        *(copies.get(id(v), v) for v in args), **{k: copies.get(id(v), v) for k, v in kwargs.items()}
-                    )
+                    result = func(*(_swap(v, copies) for v in args), **{k: _swap(v, copies) for k, v in kwargs.items()})
             return result
         finally:
             self._release(leases)
@@ -244,7 +266,7 @@ class Session:
     def _call_table(self, table: Table, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows = rows_wanted(func, args, kwargs)
         if rows is not None:
-            return table.lookup(rows)
+            return table.lookup(rows, wrap=func is torch.Tensor.__getitem__)
         if is_linear(func):
             x = args[0] if args else kwargs["input"]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
@@ -254,8 +276,8 @@ class Session:
                 if table.splits(x):
                     return _unfolded(table.product(x, bias if x is whole_x else None, self._lend_piece), whole_x, bias)
         whole = table.whole()
-        swapped = [whole if value is table.parameter else value for value in args]
-        named = {name: whole if value is table.parameter else value for name, value in kwargs.items()}
+        swapped = [_swap(value, {id(table.parameter): whole}) for value in args]
+        named = {name: _swap(value, {id(table.parameter): whole}) for name, value in kwargs.items()}
         with Intercept(self):  # another table may be among the arguments
             return func(*swapped, **named)
 
@@ -267,11 +289,32 @@ class Session:
 
     def _lend_piece(self, block: int) -> tuple[torch.Tensor, Callable[[], None]]:
         lease = self.executor.acquire(block)
-        self.device.compute_waits(lease.residence.event)
-        binding = self.bindings[block]
-        view = binding.views(self.arena, lease.residence.slot)[0].detach()
-        view.requires_grad_(binding.tensors[0].parameter.requires_grad)
+        try:
+            self.device.compute_waits(lease.residence.event)
+            binding = self.bindings[block]
+            view = binding.views(self.arena, lease.residence.slot)[0].detach()
+            view.requires_grad_(binding.tensors[0].parameter.requires_grad)
+        except BaseException:
+            self.executor.release(lease)
+            raise
         return view, lambda: self.executor.release(lease, self.device.computed())
+
+    def _without_views(self, result: Any) -> Any:
+        """A module's result with fresh copies in the place of views of its weights, which are about to leave."""
+        if isinstance(result, torch.Tensor):
+            if isinstance(result, nn.Parameter) or not self._aliases(result):
+                return result
+            return result.clone()
+        if type(result) is tuple or type(result) is list:
+            found = [self._without_views(value) for value in result]
+            same = all(a is b for a, b in zip(found, result, strict=True))
+            return result if same else type(result)(found)
+        if isinstance(result, dict):  # transformers' outputs are dicts too
+            for key, value in result.items():
+                fresh = self._without_views(value)
+                if fresh is not value:
+                    result[key] = fresh
+        return result
 
     def _aliases(self, result: Any) -> bool:
         """Whether a result shares the arena's memory."""
@@ -288,6 +331,13 @@ class Session:
             for binding in self.bindings.values():
                 binding.restore()
             self.arena = torch.empty(0)
+
+
+def _swap(value: Any, others: Mapping[int, torch.Tensor]) -> Any:
+    """An argument of a torch call with some tensors, also those in a list, replaced by others."""
+    if type(value) is list or type(value) is tuple:
+        return type(value)(_swap(item, others) for item in value)
+    return others.get(id(value), value) if isinstance(value, torch.Tensor) else value
 
 
 def _unfolded(product: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -55,13 +55,14 @@ class Table:
         """Bytes of one row as the model computes with it."""
         return self.parameter.shape[1] * ITEMSIZE[self.dtype]
 
-    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows `ids` [...] → [..., columns]. Each distinct row is read once.
+    def lookup(self, ids: torch.Tensor, *, wrap: bool = False) -> torch.Tensor:
+        """Rows `ids` [...] → [..., columns]. Each distinct row is read once; with `wrap`, −1 is the last one.
 
         Raises:
             IndexError: a row that the table does not have.
             DiskError: a read failed.
         """
+        ids = torch.where(ids < 0, ids + self.parameter.shape[0], ids) if wrap else ids
         rows, inverse = torch.unique(ids.reshape(-1), return_inverse=True)
         wanted = rows.cpu()
         count, columns = self.parameter.shape
@@ -137,6 +138,7 @@ class Table:
 
     def whole(self) -> torch.Tensor:
         """The table in fresh memory: for calls that are neither a lookup nor a product in pieces."""
+        logger.info("%s: gathering the whole table, beyond the budget, for a call that needs all of it", self.name)
         rows = self.parameter.shape[0]
         nbytes = rows * self.row_nbytes
         store = torch.empty(nbytes + ALIGN, dtype=torch.uint8)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Hashable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Final
 
-from ..memory.errors import ClosedError, StallError
+from ..memory.errors import ClosedError, ForkError, StallError
 from .core import Core, ExecutorStatistics, Lease
 from .mover import Event, Mover
 
@@ -39,6 +40,7 @@ class Executor:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="penstock-executor", daemon=True)
         self._closed = False
+        self._pid = os.getpid()
 
     def start(self) -> None:
         """Start the thread; prefetching begins at once."""
@@ -67,6 +69,11 @@ class Executor:
             PenstockError: the block could not be brought (the reader's own error), the executor was closed, or nothing
                 moved for too long.
         """
+        if os.getpid() != self._pid:
+            raise ForkError(
+                "a streamed model cannot be used in a forked child: its threads and its memory are not there. Load it "
+                "in the child, or use the 'spawn' start method"
+            )
         got = self.core.acquire_nowait(block, observed=observed)
         if isinstance(got, Lease):
             return got
