@@ -125,6 +125,11 @@ class HostArena(AnyArena):
         """Move bytes inside the arena (overlap allowed). Releases the GIL."""
         ctypes.memmove(self.address + destination, self.address + source, nbytes)
 
+    def allow_fork(self) -> None:
+        """Let forked children inherit the pages from now on: right once nothing reads into them any more."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DOFORK)
+
     def poison(self, slot: Slot) -> None:
         """Overwrite a slot so that whoever still reads it gets NaN."""
         ctypes.memset(self.address + slot.offset, POISON, slot.nbytes)

@@ -117,6 +117,8 @@ class Machinery:
         self.engine.close()
         if self.back is not None:
             self.host.close()  # blocks only passed through
+        if isinstance(self.front_arena, HostArena):
+            self.front_arena.allow_fork()
 
     def on_close(self, callback: Callable[[], None]) -> None:
         """Have something released at the end."""

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..memory.arena import AnyArena
-from ..memory.errors import ClosedError, ForkError
+from ..memory.errors import ClosedError, ForkError, UsageError
 from ..memory.image import ALIGN
 from ..scheduler.core import Lease
 from ..scheduler.executor import WATCH_S, Executor
@@ -76,6 +76,7 @@ class Session:
         for binding in bindings.values():
             for bound in binding.tensors:
                 self.absent.setdefault(id(bound.parameter), binding.block)  # pieces of a table stay the table's
+        self._saved = SavedTensors(self)
         self._frames: list[_Frame] = []
         self._root = threading.RLock()
         self._owner: int | None = None
@@ -114,6 +115,8 @@ class Session:
     def _enter(self, key: int, blocks: tuple[int, ...]) -> _Frame:
         if self._owner != threading.get_ident():
             self._begin(key)
+        elif torch.is_grad_enabled():
+            self._refuse_other_hooks()
         frame = _Frame()
         self._frames.append(frame)
         try:
@@ -175,10 +178,19 @@ class Session:
             self._root.release()
             raise
 
+    def _refuse_other_hooks(self) -> None:
+        """torch applies only the innermost saved-tensor hooks: others than ours would keep views of slots, silently."""
+        top = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if top is None or getattr(top[0], "__self__", None) is not self._saved:
+            raise UsageError(
+                "saved-tensor hooks inside a streamed model (save_on_cpu, gradient checkpointing) would keep weights "
+                "that are about to be replaced, and give wrong gradients: switch them off, or run under torch.no_grad()"
+            )
+
     def _root_contexts(self) -> Iterator[AbstractContextManager[Any]]:
         yield Intercept(self)
         if torch.is_grad_enabled():
-            yield SavedTensors(self).hooks()
+            yield self._saved.hooks()
 
     def _leave_contexts(self) -> None:
         while self._contexts:
