@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .cgroup import CgroupUnavailableError, MemoryCgroup
-from .contenders.protocol import Job, Report
+from .contenders.protocol import STARTED_VARIABLE, Job, Report
 from .raw_disk import best_read_rate
 from .scoreboard import GIB, STEADY_DISK, YARDSTICK, Attempt, Score, render, score
 
@@ -118,9 +118,9 @@ class Harness:
         with ExitStack() as stack:
             group = stack.enter_context(MemoryCgroup(cap_nbytes=job.cap_nbytes)) if contender.capped else None
             scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=job.scratch, prefix="scratch-"))
+            memory = stack.enter_context(ProvidedMemory(job.cap_nbytes))
             drop_caches()
-            touch_memory(job.cap_nbytes)
-            report, failure, peak_nbytes = self._run(contender, replace(job, scratch=Path(scratch)), group)
+            report, failure, peak_nbytes = self._run(contender, replace(job, scratch=Path(scratch)), group, memory)
             usage = group.usage() if group else None
         if failure and usage and usage.oom_kill_count:
             failure = f"killed: over the cap ({usage.oom_kill_count} OOM kills)"
@@ -134,14 +134,18 @@ class Harness:
             disk_after_nbytes_per_s=best_read_rate(weights).nbytes_per_s,
         )
 
-    def _run(self, contender: Contender, job: Job, group: MemoryCgroup | None) -> tuple[Report | None, str, int]:
+    def _run(
+        self, contender: Contender, job: Job, group: MemoryCgroup | None, memory: "ProvidedMemory"
+    ) -> tuple[Report | None, str, int]:
         """The report or the failure, and the highest anonymous memory seen, in bytes."""
         command = [sys.executable, "-m", contender.module, *job.command_line()]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        started = job.scratch / "started"
+        environment[STARTED_VARIABLE] = str(started)
         with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
             start = group.popen if group else _popen
             process = start(command, stdout=output, stderr=errors, cwd=CHECKOUT, env=environment)
-            peak_nbytes, timed_out = _watch(process, self._timeout_s)
+            peak_nbytes, timed_out = _watch(process, self._timeout_s, started, memory)
             output.seek(0)
             errors.seek(0)
             if timed_out:
@@ -156,7 +160,9 @@ def _popen(command: Sequence[str], **options: object) -> "subprocess.Popen[str]"
     return subprocess.Popen(command, text=True, **options)  # type: ignore[call-overload,no-any-return]
 
 
-def _watch(process: "subprocess.Popen[str]", timeout_s: float) -> tuple[int, bool]:
+def _watch(
+    process: "subprocess.Popen[str]", timeout_s: float, started: Path, memory: "ProvidedMemory"
+) -> tuple[int, bool]:
     """Wait for `process`, sampling its anonymous memory from outside; (peak bytes, whether it was given up on)."""
     status = Path(f"/proc/{process.pid}/status")
     deadline_s = time.monotonic() + timeout_s
@@ -167,6 +173,8 @@ def _watch(process: "subprocess.Popen[str]", timeout_s: float) -> tuple[int, boo
                 return peak_kib * 1024, True
             match = re.search(r"^RssAnon:\s+(\d+) kB", status.read_text(), re.MULTILINE)
             peak_kib = max(peak_kib, int(match[1]) if match else 0)  # a process that just ended has no such line
+            if memory.held and started.exists():
+                memory.release()
             time.sleep(SAMPLE_INTERVAL_S)
     finally:
         if process.poll() is None:
@@ -181,17 +189,46 @@ def drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def touch_memory(nbytes: int) -> None:
-    """Take and return as much memory as a contender may use.
+class ProvidedMemory:
+    """Memory that the host of a virtual machine has provided, kept until a contender's clock starts.
 
-    In a virtual machine memory that has not been touched for a while has gone back to the host, and its first touch
-    costs several times a read from disk. Every contender starts from memory that the host has just provided.
+    Such a machine may hand free memory back to its host within seconds, and the first touch of it then costs several
+    times a read from disk: that would measure the host. So another process holds as much as the contender may use while
+    the contender imports its packages, and lets go of it when the clock starts.
     """
-    script = (
-        "import mmap, sys; n = int(sys.argv[1]); m = mmap.mmap(-1, n, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
-        "m.madvise(mmap.MADV_HUGEPAGE)\nfor at in range(0, n, 4096): m[at] = 1"
-    )
-    subprocess.run([sys.executable, "-c", script, str(nbytes)], check=True)
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether it has not been let go of."""
+        return self._process is not None
+
+    def __enter__(self) -> "ProvidedMemory":
+        script = (
+            "import mmap, sys, time; n = int(sys.argv[1])\n"
+            "m = mmap.mmap(-1, n, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); m.madvise(mmap.MADV_HUGEPAGE)\n"
+            "for at in range(0, n, 4096): m[at] = 1\n"
+            "print('touched', flush=True); time.sleep(86400)"
+        )
+        command = [sys.executable, "-c", script, str(self._nbytes)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        if self._process.stdout.readline().strip() != "touched":
+            raise OSError(f"no room: {self._nbytes / GIB:.1f} GiB of memory could not be touched")
+        return self
+
+    def release(self) -> None:
+        """Give it back to the kernel of this machine."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def __exit__(self, *failure: object) -> None:
+        self.release()
 
 
 def _require_memory(weights_nbytes: int) -> None:

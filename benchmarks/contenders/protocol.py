@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import random
 import statistics
 import time
@@ -10,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+STARTED_VARIABLE = "PENSTOCK_BENCHMARK_STARTED"
+"""Names a file that a contender makes when its imports are done and its clock starts."""
 FIRST_PROMPT_ID = 300
 """Below lie special tokens and bytes."""
 
@@ -97,6 +100,10 @@ class TokenClock:
     token_s: list[float] = field(default_factory=list)
     token_read_nbytes: list[int] = field(default_factory=list)
     _prompt_seen: bool = False
+
+    def __post_init__(self) -> None:
+        if started := os.environ.get(STARTED_VARIABLE):
+            Path(started).touch()
 
     def elapsed_s(self) -> float:
         """Seconds since time zero."""
