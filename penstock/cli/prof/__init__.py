@@ -1,0 +1,1 @@
+"""`penstock prof …`: one file per verb."""
