@@ -9,12 +9,13 @@ function drawBandwidth(page, run) {
   const outlines = page.runs[1]?.bandwidth ?? [];
   const all = [...clouds, ...outlines];
   const peaks = clouds.map((cloud) => cloud.peak ?? 0);
-  const fastest = Math.max(...all.flatMap((cloud) => [...cloud.rate]));
+  const most = (values) => values.reduce((a, b) => Math.max(a, b), 0); // there may be too many to spread
+  const least = (values) => values.reduce((a, b) => Math.min(a, b), Infinity);
+  const fastest = most(all.map((cloud) => most(cloud.rate)));
   const best = Math.max(...peaks);
   const top = best > 0 ? Math.min(Math.max(best * 1.12, fastest * 1.05), best * OUT_OF_SCALE) : fastest * 1.08;
-  const sizes = all.flatMap((cloud) => [Math.min(...cloud.size), Math.max(...cloud.size)]);
-  const low = Math.log2(Math.min(...sizes)) - 0.5;
-  const high = Math.log2(Math.max(...sizes)) + 0.5;
+  const low = Math.log2(least(all.map((cloud) => least(cloud.size)))) - 0.5;
+  const high = Math.log2(most(all.map((cloud) => most(cloud.size)))) + 0.5;
   const place = (box) => ({
     x: (size) => box.x + ((Math.log2(size) - low) / (high - low)) * box.w,
     y: (rate) => box.y + box.h - (Math.min(rate, top) / top) * box.h,
@@ -42,15 +43,15 @@ function drawBandwidth(page, run) {
     },
     find(px, py, box) {
       const { x, y } = place(box);
-      let best_ = null;
-      let least = 14 ** 2;
+      let found = null;
+      let nearest = 14 ** 2;
       for (const cloud of clouds) {
         for (let i = 0; i < cloud.size.length; i += 1) {
           const distance = (x(cloud.size[i]) - px) ** 2 + (y(cloud.rate[i]) - py) ** 2;
-          if (distance < least) [least, best_] = [distance, [cloud, i]];
+          if (distance < nearest) [nearest, found] = [distance, [cloud, i]];
         }
       }
-      return best_ && pointTip(...best_);
+      return found && pointTip(...found);
     },
   });
   legend(keys, [...clouds.map((cloud) => [LINK_COLOURS[cloud.link], `${LINK_NAMES[cloud.link]}, ${plural(cloud.transfers, "transfer")}`]), ...(outlines.length ? [["faint", "hollow: other run"]] : [])]);

@@ -39,6 +39,7 @@ function drawBubbles(page, run, range) {
       ctx.fillStyle = colour("faint");
       ctx.fillText("step", box.x - 8, box.y + box.h + 8);
     },
+    stops: { count, at: (i, box) => [box.x + ((i + 0.5) / count) * box.w, box.y + box.h / 2] },
     find(x, y, box) {
       const i = Math.floor(((x - box.x) / box.w) * count);
       if (i < 0 || i >= count) return null;

@@ -37,6 +37,7 @@ function drawLeads(page, run) {
       if (other) outlineBars(ctx, theirs, other, x, y);
       zeroLine(ctx, box, x(0));
     },
+    stops: { count: mine.length, at: (i, box) => [place(box).x((leads.first + i + 0.5) * leads.width), box.y + box.h / 2] },
     find(px, py, box) {
       const ns = low + ((px - box.x) / box.w) * (high - low);
       const i = Math.floor(ns / leads.width) - leads.first;

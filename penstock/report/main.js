@@ -23,8 +23,21 @@ function drawBar(run, range) {
   say();
   const focus = document.getElementById("focus");
   for (const [label, low, high] of run.focus) focus.append(button(label, () => range.show(low, high)));
+  drawChosen();
   drawOverview(document.getElementById("overview"), run, range);
   drawLinks();
+}
+
+/** Say in the bar which module is highlighted: its lanes may be out of sight. */
+function drawChosen() {
+  const host = document.getElementById("chosen");
+  selection.listeners.push(() => {
+    host.replaceChildren();
+    if (selection.module < 0) return;
+    const show = () => document.getElementById("lanes").scrollIntoView();
+    host.append(button(selection.modules[selection.module].path, show, { title: "Show in the lanes" }));
+    host.append(button("×", () => selection.clear(), { "aria-label": "Let go of the module" }));
+  });
 }
 
 /** Links to the views; the one in sight is marked. */
@@ -45,6 +58,7 @@ function drawLinks() {
 
 async function main() {
   theme.start(document.getElementById("theme"));
+  addEventListener("pointerdown", () => tip.hide());
   const page = await readDocument();
   const [run] = page.runs;
   selection.run = run;

@@ -5,7 +5,8 @@ const NARROW = 620;
 class Plot {
   /**
    * `options`: label (for those who cannot see it), height (pixels, or a function of the width),
-   * draw(ctx, box, plot), find(x, y, box) → {title, rows, pick?} or null, left and right (margins).
+   * draw(ctx, box, plot), find(x, y, box) → {title, rows, pick?} or null, left and right (margins),
+   * stops: {count, at(i, box) → [x, y]}, what the arrow keys step through.
    */
   constructor(host, options) {
     this.options = { left: 88, right: 16, top: 8, bottom: 26, ...options };
@@ -19,8 +20,9 @@ class Plot {
     new ResizeObserver(() => this.resize()).observe(this.root);
     theme.listeners.push(() => this.redraw(true));
     this.canvas.addEventListener("pointermove", (event) => this.hover(event));
-    this.canvas.addEventListener("pointerleave", () => tip.hide());
+    this.canvas.addEventListener("pointerleave", (event) => event.pointerType !== "touch" && tip.hide());
     if (!options.timed) this.canvas.addEventListener("click", (event) => this.click(event));
+    if (options.stops) this.walk(options.stops);
   }
 
   get box() {
@@ -83,7 +85,27 @@ class Plot {
   }
 
   click(event) {
-    this.found(event)?.pick?.();
+    const found = this.found(event);
+    if (found && event.pointerType === "touch") tip.show(found, event.clientX, event.clientY);
+    found?.pick?.();
+  }
+
+  /** Let the arrow keys step from bar to bar, and Enter choose one. */
+  walk({ count, at }) {
+    let stop = -1;
+    this.canvas.tabIndex = 0;
+    this.canvas.addEventListener("blur", () => tip.hide());
+    this.canvas.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1, Enter: 0 }[event.key];
+      if (step === undefined) return;
+      event.preventDefault();
+      stop = Math.max(0, Math.min(count - 1, stop + step));
+      const [x, y] = at(stop, this.box);
+      const found = this.options.find(x, y, this.box);
+      const frame = this.canvas.getBoundingClientRect();
+      if (found && step) tip.show(found, frame.left + x, frame.top + y);
+      else if (event.key === "Enter") found?.pick?.();
+    });
   }
 }
 

@@ -216,6 +216,11 @@ function drawOverview(host, run, range) {
     }
     return sums;
   };
+  let drawn = null; // sums are of the whole run: they change with the width alone
+  const barsOf = (columns) => {
+    if (drawn?.columns !== columns) drawn = { columns, bars: [[share(compute, columns), "computing"], [share(waits, columns), "demand"]] };
+    return drawn.bars;
+  };
   const plot = new Plot(host, {
     label: "The whole run: grey where modules computed, orange where they waited",
     height: 26, left: 0, right: 0, top: 2, bottom: 2,
@@ -223,8 +228,7 @@ function drawOverview(host, run, range) {
       ctx.fillStyle = colour("wash");
       ctx.fillRect(0, box.y, box.w, box.h);
       const columns = Math.max(1, Math.floor(box.w));
-      const bars = [[share(compute, columns), "computing"], [share(waits, columns), "demand"]];
-      for (const [sums, name] of bars) {
+      for (const [sums, name] of barsOf(columns)) {
         ctx.fillStyle = colour(name);
         for (let x = 0; x < columns; x += 1) {
           const tall = Math.min(1, sums[x]) * box.h;

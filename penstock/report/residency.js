@@ -6,11 +6,12 @@ function drawResidency(page, run, range) {
   const rows = residency.blocks.length;
   if (!rows) return empty(figure, "No blocks: nothing was streamed in this run.");
   const byRow = split2(residency.row, rows);
+  const byTier = [1, 0].map((tier) => [tier, byRow.map((row) => row.filter((stay) => residency.tier[stay] === tier))]);
   const present = new Set([...residency.tier, ...run.blocks.map((block) => block.home)]);
   const plot = new TimePlot(figure, range, {
     label: `Where each of ${rows} blocks was over time`,
     height: (width) => Math.min(width < NARROW ? 380 : 520, Math.max(120, rows * 15 + 40)),
-    draw: (ctx, box) => paintResidency(ctx, box, range, run, byRow),
+    draw: (ctx, box) => paintResidency(ctx, box, range, run, byTier),
     find: (x, y, box) => findStay(run, range, byRow, x, y, box),
   });
   selection.listeners.push(() => plot.redraw());
@@ -19,9 +20,10 @@ function drawResidency(page, run, range) {
   return plot;
 }
 
-function paintResidency(ctx, box, range, run, byRow) {
+function paintResidency(ctx, box, range, run, byTier) {
   const { residency, blocks } = run;
-  const high = box.h / byRow.length;
+  const rows = residency.blocks.length;
+  const high = box.h / rows;
   const thick = high > 4 ? high - 1 : high;
   ctx.save();
   ctx.beginPath();
@@ -29,22 +31,21 @@ function paintResidency(ctx, box, range, run, byRow) {
   ctx.clip();
   const start = range.x(0, box);
   const end = range.x(run.clock.ticks, box);
-  byRow.forEach((row, i) => {
+  for (let i = 0; i < rows; i += 1) {
     const block = blocks[residency.blocks[i]];
     const y = box.y + i * high;
     const faint = selection.fades(block.module) ? 0.2 : 1;
     ctx.globalAlpha = faint;
     ctx.fillStyle = colour(`tier-${TIERS[block.home]}`);
     ctx.fillRect(start, y, end - start, thick);
-    for (const tier of [1, 0]) {
-      const mine = row.filter((stay) => residency.tier[stay] === tier);
+    for (const [tier, stays] of byTier) {
       ctx.fillStyle = colour(`tier-${TIERS[tier]}`);
-      eachSpan(mine, residency, range, box, (stay, x, w) => {
+      eachSpan(stays[i], residency, range, box, (stay, x, w) => {
         ctx.globalAlpha = faint * (0.25 + 0.75 * (residency.fill[stay] / 255));
         ctx.fillRect(x, y, w, thick);
       });
     }
-  });
+  }
   ctx.restore();
   ctx.globalAlpha = 1;
   range.draw(ctx, box, { grid: false });
