@@ -6,7 +6,7 @@ function drawBubbles(page, run, range) {
   const bars = run.bubbles ?? wholeBubble(run);
   if (!bars) return empty(figure, "No step was recorded, and no time without computing.");
   const shown = bars.causes.filter(([, values]) => values.some((ns) => ns > 0));
-  if (!shown.length) return empty(figure, "Modules computed all the time: there is no bubble.");
+  if (!shown.length) return empty(figure, noBubble(run));
   const count = bars.first.length;
   const sums = Float64Array.from(bars.first, (_, i) => bars.causes.reduce((sum, [, values]) => sum + values[i], 0));
   const before = other ? total(other.summary.idle) / Math.max(1, other.summary.steps) : 0;
@@ -50,6 +50,11 @@ function drawBubbles(page, run, range) {
   if (bars.group > 1) aside(figure, `${formatCount(bars.steps)} steps: each bar is the mean of ${bars.group} neighbours; the tooltip names the longest.`);
   if (bars.whole) aside(figure, "Steps were not told apart: this is the mean over the whole window.");
   return plot;
+}
+
+function noBubble(run) {
+  const between = total(run.summary.idle);
+  return between ? `Within steps modules computed all the time; ${formatTime(between)} passed between steps.` : "Modules computed all the time: there is no bubble.";
 }
 
 const total = (idle) => Object.values(idle).reduce((sum, ns) => sum + ns, 0);

@@ -52,18 +52,18 @@ function figureTable(run, other) {
 
 /** Modules of either run with what changed per step, those whose waiting and work changed most first. */
 function moduleDeltas(run, other) {
-  const table = (one) => new Map(one.modules.map((row) => [row[1], row]));
+  const table = (one) => new Map(one.uses.map((use) => [use.path, use]));
   const [a, b] = [table(run), table(other)];
-  const per = (one, row, column) => (row ? row[column] / Math.max(1, one.summary.steps) : 0);
+  const per = (one, use, name) => (use ? use[name] / Math.max(1, one.summary.steps) : 0);
   const rows = [...new Set([...a.keys(), ...b.keys()])].map((path) => {
     const [mine, theirs] = [a.get(path), b.get(path)];
     return {
       path,
-      kind: (mine ?? theirs)[2],
+      kind: (mine ?? theirs).kind,
       only: !theirs ? "only in A" : !mine ? "only in B" : "",
-      waited: per(run, mine, 4) - per(other, theirs, 4),
-      self: per(run, mine, 5) - per(other, theirs, 5),
-      peak: (mine ? sumOf(mine[8]) : 0) - (theirs ? sumOf(theirs[8]) : 0),
+      waited: per(run, mine, "waited") - per(other, theirs, "waited"),
+      self: per(run, mine, "self") - per(other, theirs, "self"),
+      peak: (mine ? sumOf(mine.peak) : 0) - (theirs ? sumOf(theirs.peak) : 0),
     };
   });
   const size = (row) => Math.max(Math.abs(row.waited), Math.abs(row.self));

@@ -66,6 +66,7 @@ async function readDocument() {
     for (const part of PARTS_WITH_ARRAYS) run[part] = revive(run[part], blob);
     run.modulesByNumber = nameModules(run.names.modules);
     run.blocks = run.names.blocks.map(([name, nbytes, home, module]) => ({ name, nbytes, home, module }));
+    run.uses = run.modules.map(([number, path, kind, calls, waited, self, whole, moved, peak]) => ({ number, path, kind, calls, waited, self, whole, moved, peak }));
     run.ns = (ticks) => ticks * run.clock.tick;
     run.moduleName = (number) => run.modulesByNumber[number]?.path ?? "";
     run.blockName = (number) => run.blocks[number]?.name ?? "bytes of no block";

@@ -25,6 +25,7 @@ class Focus:
 def focuses(profile: Profile, summary: Summary, clock: Clock) -> tuple[Focus, ...]:
     """A step of median length with its neighbours, and the slowest step: of the steady window, where there are any."""
     steps = profile[Step]
+    steps = steps.where(steps.end >= steps.start)  # the last one of a run that was cut off has no end
     if len(steps) < 3:
         return ()
     low, high = summary.window_ns

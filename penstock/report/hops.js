@@ -75,9 +75,9 @@ function drawDetail(run, range) {
 function moduleBox(run) {
   const module = run.modulesByNumber[selection.module];
   const rows = element("div", { className: "tools" }, element("span", { text: module.kind }));
-  const [, , , calls, waited, self, , moved, peak] = run.modules.find(([number]) => number === selection.module) ?? [];
-  if (calls !== undefined) {
-    const figures = [["calls", formatCount(calls)], ["waited", formatTime(waited)], ["self time", formatTime(self)], ["moved", formatBytes(sumOf(moved))], ["peak", formatBytes(sumOf(peak))]];
+  const use = run.uses.find(({ number }) => number === selection.module);
+  if (use) {
+    const figures = [["calls", formatCount(use.calls)], ["waited", formatTime(use.waited)], ["self time", formatTime(use.self)], ["moved", formatBytes(sumOf(use.moved))], ["peak", formatBytes(sumOf(use.peak))]];
     rows.append(...figures.map(([label, value]) => element("span", { text: `${label} ${value}` })));
   }
   rows.append(button("Let go (Esc)", () => selection.clear(), { class: "quiet" }));

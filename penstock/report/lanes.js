@@ -11,7 +11,7 @@ function laneGroups(run, suffix = "") {
   const groups = [];
   if (waits.start.length) groups.push({ kind: "wait", name: `waits${suffix}`, rows: [indices(waits.start.length)], height: WAIT_ROW, spans: waits });
   const lanes = [...new Set(compute.rows.map(([lane]) => lane))];
-  const byRow = split2(compute.row, compute.rows.length);
+  const byRow = byRows(compute.row, compute.rows.length);
   for (const lane of lanes) {
     const rows = compute.rows.flatMap(([one], row) => (one === lane ? [byRow[row]] : []));
     groups.push({ kind: "compute", name: lanes.length > 1 ? `compute ${lane}${suffix}` : `compute${suffix}`, rows, height: COMPUTE_ROW, spans: compute });
@@ -26,7 +26,8 @@ function laneGroups(run, suffix = "") {
 
 const indices = (count) => Array.from({ length: count }, (_, i) => i);
 
-function split2(rowOf, count) {
+/** The numbers of things by the row that each stands in. */
+function byRows(rowOf, count) {
   const rows = Array.from({ length: count }, () => []);
   for (let i = 0; i < rowOf.length; i += 1) rows[rowOf[i]].push(i);
   return rows;

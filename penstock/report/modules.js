@@ -35,7 +35,7 @@ function moduleCell(row) {
 
 function drawModules(page, run) {
   const { legend: keys, figure } = section("modules");
-  const rows = run.modules.map(([number, path, kind, calls, waited, self, whole, moved, peak]) => ({ number, path, kind, calls, waited, self, whole, moved, peak }));
+  const rows = run.uses;
   if (!rows.length) return empty(figure, "No module was recorded.");
   const columns = MODULE_COLUMNS.filter((column) => column.text || rows.some((row) => column.key(row) > 0));
   const state = { rows, columns, sort: columns[1] ?? columns[0], descending: true, text: "", shown: PAGE_OF_ROWS };
@@ -69,8 +69,8 @@ function moduleKeys(rows) {
   ];
 }
 
-function fillTable(state, parts_, refresh) {
-  const { head, body, more, count } = parts_;
+function fillTable(state, places, refresh) {
+  const { head, body, more, count } = places;
   const { sort, descending, columns } = state;
   const matches = state.text ? state.rows.filter((row) => `${row.path} ${row.kind}`.toLowerCase().includes(state.text)) : [...state.rows];
   const order = sort.text ? (a, b) => a.path.localeCompare(b.path, "en", { numeric: true }) : (a, b) => sort.key(a) - sort.key(b);

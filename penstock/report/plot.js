@@ -9,7 +9,7 @@ class Plot {
    * stops: {count, at(i, box) → [x, y]}, what the arrow keys step through.
    */
   constructor(host, options) {
-    this.options = { left: 88, right: 16, top: 8, bottom: 26, ...options };
+    this.options = { left: 96, right: 16, top: 8, bottom: 26, ...options };
     this.root = element("div", { className: "plot" });
     this.canvas = element("canvas", { role: "img", "aria-label": options.label });
     if (!options.timed) this.canvas.className = "still";
@@ -177,15 +177,15 @@ function outlined(ctx, text, x, y, name = "soft") {
   ctx.restore();
 }
 
-/** As much of a text as fits, from its end (where paths differ). */
-function fitted(ctx, text, width) {
-  if (ctx.measureText(text).width <= width) return text;
-  const most = Math.floor(width / 5);
-  for (let size = Math.min(text.length, most); size > 1; size -= 1) {
-    const short = `…${text.slice(-size)}`;
-    if (ctx.measureText(short).width <= width) return short;
+/** As many whole parts of a path as fit, from its end (where paths differ); "" where not even the last one does. */
+function fitted(ctx, path, width) {
+  let text = path;
+  while (ctx.measureText(text).width > width) {
+    const cut = text.indexOf(".");
+    if (cut < 0) return "";
+    text = text.slice(cut + 1);
   }
-  return "";
+  return text;
 }
 
 /** First row of an ascending array whose value is greater than `value`. */

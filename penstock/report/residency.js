@@ -5,7 +5,7 @@ function drawResidency(page, run, range) {
   const { residency } = run;
   const rows = residency.blocks.length;
   if (!rows) return empty(figure, "No blocks: nothing was streamed in this run.");
-  const byRow = split2(residency.row, rows);
+  const byRow = byRows(residency.row, rows);
   const byTier = [1, 0].map((tier) => [tier, byRow.map((row) => row.filter((stay) => residency.tier[stay] === tier))]);
   const present = new Set([...residency.tier, ...run.blocks.map((block) => block.home)]);
   const plot = new TimePlot(figure, range, {
@@ -52,23 +52,14 @@ function paintResidency(ctx, box, range, run, byTier) {
   nameBlocks(ctx, box, run, high);
 }
 
-/** How many characters all names begin with that tell none apart: whole parts, less the last one of them. */
-function sharedPrefix(names) {
-  const parts = names[0].split(".");
-  let shared = 0;
-  while (shared < parts.length - 1 && names.every((name) => name.startsWith(`${parts.slice(0, shared + 1).join(".")}.`))) shared += 1;
-  return parts.slice(0, Math.max(0, shared - 1)).join(".").length + (shared > 1 ? 1 : 0);
-}
-
 function nameBlocks(ctx, box, run, high) {
-  run.prefix ??= sharedPrefix(run.blocks.map((block) => block.name));
   const every = Math.max(1, Math.ceil(15 / high));
   ctx.textAlign = "right";
   ctx.textBaseline = "middle";
   for (let i = 0; i < run.residency.blocks.length; i += every) {
     const block = run.blocks[run.residency.blocks[i]];
     ctx.fillStyle = colour(selection.inside && !selection.fades(block.module) ? "ink" : "faint");
-    ctx.fillText(fitted(ctx, block.name.slice(run.prefix), box.x - 10), box.x - 8, box.y + (i + 0.5) * high);
+    ctx.fillText(fitted(ctx, block.name, box.x - 10), box.x - 8, box.y + (i + 0.5) * high);
   }
 }
 

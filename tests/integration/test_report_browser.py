@@ -266,7 +266,7 @@ def test_hostile_names_are_text(reader: Any) -> None:
     read = reader(build(profile, summary_of(profile, verdict=HOSTILE), title=HOSTILE, idle_steps=idle_of(profile)))
     assert read.page.locator("img").count() == 0
     assert read.page.title() == HOSTILE
-    assert read.page.locator("h1").inner_text() == HOSTILE
+    assert read.page.locator("h1").text_content() == HOSTILE
     assert HOSTILE in read.page.locator("#modules tbody").inner_text()
 
 
