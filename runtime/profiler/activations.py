@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .modules import ModuleWatch
+from .calls import ModuleWatch
 from .recorder import Recorder
 from .schema import Category
 from .tensors import TensorWatch, storage_key, tier_of

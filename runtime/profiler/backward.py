@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .modules import Clock, ModuleWatch, tensors_in
+from .calls import Clock, ModuleWatch, tensors_in
 from .recorder import Recorder
 from .schema import Compute, Phase
 

@@ -23,7 +23,7 @@ from .backward import BackwardWatch
 from .facts import header
 from .meters import all_meters
 from .metrics import summarise
-from .modules import Clock, HostClock, ModuleWatch
+from .calls import Clock, HostClock, ModuleWatch
 from .profile import Profile
 from .reader import read_profile
 from .recorder import Recorder

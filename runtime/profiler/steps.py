@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .modules import Clock
+from .calls import Clock
 from .recorder import Recorder
 from .schema import Category, Compute, Phase
 from .tensors import TensorWatch, kv_tensors, tier_of

@@ -11,7 +11,7 @@ from ...memory.disk import DiskEngine
 from ...scheduler.residence import Tier as Slots
 from ...scheduler.timeline import Record as Happened
 from ..build import Machinery
-from .modules import ModuleWatch
+from .calls import ModuleWatch
 from .recorder import Recorder
 from .schema import NONE, Category, Cause, Link, MarkKind, Tier, Transfer, Use, Wait
 

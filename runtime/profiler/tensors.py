@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modules import ModuleWatch
+from .calls import ModuleWatch
 from .recorder import Recorder
 from .schema import NONE, Category, Storage, Tier
 
