@@ -96,6 +96,10 @@ class _Repeated:
             map_fixed = 0x10
             for index in range(self._count):
                 self._map(base + index * self._nbytes, self._nbytes, both, mmap.MAP_SHARED | map_fixed, fd)
+        except BaseException:
+            if self._address:
+                self.__exit__()
+            raise
         finally:
             os.close(fd)
         return (ctypes.c_char * total).from_address(base)

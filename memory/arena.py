@@ -16,6 +16,7 @@ from typing import Final
 from .errors import ClosedError, ForkError
 
 PAGE: Final = 4096
+_libc: Final = ctypes.CDLL(None)
 POISON: Final = 0xFF
 """Byte that fills freed slots in debug mode: every floating dtype reads 0xFF… as NaN."""
 
@@ -124,6 +125,15 @@ class HostArena(AnyArena):
     def move(self, destination: int, source: int, nbytes: int) -> None:
         """Move bytes inside the arena (overlap allowed). Releases the GIL."""
         ctypes.memmove(self.address + destination, self.address + source, nbytes)
+
+    def resident_nbytes(self) -> int:
+        """Bytes whose pages have been touched so far."""
+        if self._map is None:
+            return 0
+        pages = (ctypes.c_ubyte * (self.nbytes // PAGE))()
+        if _libc.mincore(ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes), pages):
+            return self.nbytes
+        return bytes(pages).count(1) * PAGE
 
     def allow_fork(self) -> None:
         """Let forked children inherit the pages from now on: right once nothing reads into them any more."""

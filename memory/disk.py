@@ -362,11 +362,13 @@ def read_into(
         try:
             count = engine.pread(file.fd, [view[got:]], offset + got)
         except OSError as error:
-            if error.errno == errno.EINVAL and file.direct:
+            if error.errno != errno.EINVAL or not file.direct:
+                raise disk_error("read", file.path, offset + got, len(view) - got, error) from error
+            if got % PAGE == 0 or os.fstat(file.fd).st_size >= offset + needed:
                 file.refuse_direct()
                 engine.files.tell_buffered(file.path)
                 continue
-            raise disk_error("read", file.path, offset + got, len(view) - got, error) from error
+            count = 0  # a direct read ended inside a page because the file does
         if count == 0:
             raise DiskError(
                 f"cannot read {needed - got} bytes at offset {offset + got} of {file.path}: the file ends there, "

@@ -60,3 +60,7 @@ class ForkError(PenstockError):
 
 class ReadOnlyWeightError(PenstockError):
     """A streamed parameter was changed under a lease that was not asked for writing (the change would be lost)."""
+
+
+class ProfileError(PenstockError):
+    """A file is no profile, holds nothing that can be read, or is of a version newer than this penstock."""

@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -42,6 +43,8 @@ class Reservation:
         self.owner = owner
         self.tier = tier
         self.nbytes = nbytes
+        self.touched: Callable[[], int] = lambda: nbytes
+        """Bytes of it that the system has provided already, and so no longer counts as available."""
 
     def release(self) -> None:
         """Give the bytes back. More than once does no harm; in a forked child it does nothing."""
@@ -87,6 +90,12 @@ class Ledger:
         """Bytes reserved of `tier` by everybody."""
         with self._lock:
             return self._held(tier).total()
+
+    def untouched(self, tier: str) -> int:
+        """Bytes of `tier` that are reserved, and that the system still counts as available."""
+        with self._lock:
+            items = [item for item in self._reservations if item.tier == tier]
+        return sum(max(0, item.nbytes - item.touched()) for item in items)
 
     def statistics(self) -> LedgerStatistics:
         """Who holds what now."""

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from ..memory.trim import return_free_memory
 from ..scheduler.core import Core
 from ..scheduler.executor import Executor
 from ..scheduler.order import AccessOrders
+from ..scheduler.plan import Plan
 from ..scheduler.residence import Tier
 from ..scheduler.timeline import Timeline
 from .backing import Backing, ModuleBacking, Portion
@@ -40,22 +42,26 @@ class Machinery:
         self.device = device
         self.layout = layout
         self.timeline = Timeline()
+        self.plan: Plan | None = None
+        """What the layout means, once the links have been measured."""
         self._lock = threading.Lock()
         self._closed = False
         self._on_close: list[Callable[[], None]] = []
+        with ExitStack() as made:
+            self._make(layout, backing, module, made)
+            made.pop_all()
+
+    def _make(self, layout: Layout, backing: Backing, module: nn.Module, made: ExitStack) -> None:
+        device = self.device
         self.engine = DiskEngine(throttle=device.disk_throttle, staging_nbytes=layout.staging_nbytes)
-        self.host, self.front_arena = _arenas(device, layout)
-        self.front, self.back = _tiers(layout, self.host, self.front_arena)
+        made.callback(self.engine.close)
+        self.host, self.front_arena = _arenas(device, layout, made)
+        droppable = _droppable(layout, backing)
+        self.front, self.back = _tiers(layout, self.host, self.front_arena, droppable)
         self.images = _images(layout, backing)
         self.parameters = dict(module.named_parameters())
         if isinstance(backing, ModuleBacking):
-            try:
-                _preload(self, backing)
-            except BaseException:
-                self.engine.close()
-                self.front_arena.close()
-                self.host.close()
-                raise
+            _preload(self, backing)
         return_free_memory()  # of the originals, or of what building the model took
         self.bindings = _bindings(self, backing)
         self.mover = BlockMover(
@@ -130,15 +136,16 @@ class Machinery:
             if self._closed:
                 return
             self._closed = True
-        self.executor.close()
-        self.engine.close()  # joins the threads that write into the arenas
-        self.mover.close()
-        self.device.close()
-        self.session.close()
-        for arena in {id(a): a for a in (self.front_arena, self.host)}.values():
-            arena.close()
-        for callback in self._on_close:
-            callback()
+        with ExitStack() as end:  # every step runs, whatever another one raises; the last one pushed is the first
+            for callback in self._on_close:
+                end.callback(callback)
+            for arena in {id(a): a for a in (self.front_arena, self.host)}.values():
+                end.callback(arena.close)
+            end.callback(self.session.close)
+            end.callback(self.device.close)
+            end.callback(self.mover.close)
+            end.callback(self.engine.close)  # joins the threads that write into the arenas
+            end.callback(self.executor.close)
 
 
 def _keep_root(module: nn.Module) -> None:
@@ -157,16 +164,38 @@ def _ancestors(paths: Iterable[str]) -> set[str]:
     return found
 
 
-def _arenas(device: Device, layout: Layout) -> tuple[HostArena, AnyArena]:
+def _arenas(device: Device, layout: Layout, made: ExitStack) -> tuple[HostArena, AnyArena]:
     host = device.host_arena((layout.back or layout.front).nbytes)
-    return host, device.device_arena(layout.front.nbytes) if layout.back else host
+    made.callback(host.close)
+    if layout.back is None:
+        return host, host
+    front = device.device_arena(layout.front.nbytes)
+    made.callback(front.close)
+    return host, front
 
 
-def _tiers(layout: Layout, host: HostArena, front_arena: AnyArena) -> tuple[Tier, Tier | None]:
+def _droppable(layout: Layout, backing: Backing) -> frozenset[int]:
+    """Blocks that need not stay where the plan keeps them, if others turn out to be used more often.
+
+    Not those of a built module, whose only copy is in the arena, nor pieces of tables, whose rows are looked up where
+    they stay without a lease.
+    """
+    if isinstance(backing, ModuleBacking):
+        return frozenset()
+    fixed = {0}.union(*layout.tables.values())
+    passes = layout.front.slot_nbytes if layout.back is None else layout.back.slot_nbytes
+    return frozenset(block.id for block in layout.blocks if block.id not in fixed and block.image.nbytes <= passes)
+
+
+def _tiers(
+    layout: Layout, host: HostArena, front_arena: AnyArena, droppable: frozenset[int]
+) -> tuple[Tier, Tier | None]:
     front = Tier(
         name="device" if layout.back else "host",
         permanent={b.id: front_arena.cut(b.front_nbytes) for b in layout.blocks if b.id in layout.front.resident},
         ring=[front_arena.cut(layout.front.slot_nbytes) for _ in range(layout.front.slots)],
+        sizes={b.id: b.front_nbytes for b in layout.blocks},
+        droppable=droppable,
     )
     if layout.back is None:
         return front, None
@@ -174,6 +203,8 @@ def _tiers(layout: Layout, host: HostArena, front_arena: AnyArena) -> tuple[Tier
         name="host",
         permanent={b.id: host.cut(b.image.nbytes) for b in layout.blocks if b.id in layout.back.resident},
         ring=[host.cut(layout.back.slot_nbytes) for _ in range(layout.back.slots)],
+        sizes={b.id: b.image.nbytes for b in layout.blocks},
+        droppable=droppable,
     )
     return front, back
 

@@ -37,6 +37,8 @@ class Converted:
     """A tensor whose bytes lie in no file as they are needed: computed once from its sources."""
 
     sources: Mapping[str, TensorSource]
+    nbytes: int
+    """Bytes of the result."""
     convert: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
     """Takes the sources as stored, by their key; returns the target by its name, cast and contiguous. The arithmetic is
     transformers' own, so the bits are those of from_pretrained."""
@@ -127,7 +129,7 @@ def _source(tensor: Symbolic, name: str) -> Source:
     def convert(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: evaluate(tensor, {id(leaf): stored[key] for key, leaf in inputs.items()})}
 
-    return Converted(sources=sources, convert=convert)
+    return Converted(sources=sources, nbytes=tensor.numel() * tensor.element_size(), convert=convert)
 
 
 def _join_equal_ties(model: PreTrainedModel, info: Any, found: Mapping[int, Source]) -> None:

@@ -16,8 +16,8 @@ from torch import nn
 from ..memory.arena import ArenaStatistics
 from ..memory.disk import DiskStatistics
 from ..memory.errors import ClosedError, UsageError
-from ..scheduler.core import ExecutorStatistics
 from ..scheduler.plan import Plan
+from ..scheduler.tally import ExecutorStatistics
 from ..scheduler.timeline import Timeline
 from .build import Machinery
 from .gather import gathered

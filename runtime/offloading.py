@@ -6,27 +6,24 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..memory.capacity import disk_capacity
-from ..memory.errors import DiskError, UsageError
-from ..memory.scratch import Scratch, process_scratch
-from ..scheduler.plan import Links
+from ..memory.errors import UsageError
+from ..scheduler.plan import Links, Plan
 from .backing import ModuleBacking
-from .build import Machinery
 from .devices.base import Device
-from .export import Exporter
-from .handle import Handle, refuse_moves
+from .handle import Handle
 from .headroom import FRAMEWORK, headroom_nbytes
+from .launch import check_room, launch, open_scratch, scratch_files
 from .links import LinkCache, disk_read_rate, link_rate
 from .partition import streamable
 from .planned import make_plan, untouched_plan
 from .planning import Layout, Planner
-from .tiers import Wanted, reserve, resolve_budgets, skewed
+from .tiers import Wanted, resolve_budgets, skewed
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +39,8 @@ def offload(
     cache: LinkCache,
 ) -> nn.Module:
     """Plan the module and move its weights. See `penstock.offload`."""
-    scratches: list[Scratch] = []
-    machinery: Machinery | None = None
-    try:
+    with ExitStack() as held:
+        held.callback(device.close)
         _check(module)
         parameters = streamable(module)
         total = sum(parameter.nbytes for parameter in parameters.values())
@@ -56,42 +52,36 @@ def offload(
         backing = ModuleBacking(parameters)
         layout = Planner(module, backing, budgets, buffers_nbytes=0, keep_skew=skewed(device)).best()
         if layout.resident and not device.separate:
-            plan = untouched_plan(device, budgets, total, "everything fits: the module was left as it is")
-            module.penstock = Handle(module, plan, None)  # type: ignore[assignment]
-            device.close()
+            untouched = untouched_plan(device, budgets, total, "everything fits: the module was left as it is")
+            module.penstock = Handle(module, untouched, None)  # type: ignore[assignment]
             return module
+        export_folder = tempfile.gettempdir()
         if needs_scratch(layout):
-            scratches = open_scratch(disk)
-            _check_room(scratches, layout, wanted.disk, sum(parameters[n].nbytes for n in layout.tables))
-            backing.store_in([os.path.join(scratch.path, "weights.bin") for scratch in scratches])
+            scratches = open_scratch(disk, held)
+            export_folder = os.fspath(scratches[0].path)
+            kept = layout.front.resident | (layout.back.resident if layout.back else frozenset())
+            needed = sum(block.image.nbytes for block in layout.blocks if block.id not in kept)
+            needed += sum(parameters[name].nbytes for name in layout.tables)
+            check_room(scratches, needed, wanted.disk)
+            backing.store_in(scratch_files(scratches, "weights.bin"))
         buffers_to(module, device.torch_device)
-        machinery = Machinery(device=device, layout=layout, backing=backing, module=module)
-        disk_rate = disk_read_rate(backing.paths, cache, device) if backing.paths else None
-        plan = make_plan(layout, device, budgets, Links(disk_read=disk_rate, h2d=rate), total)
-        for booked in reserve(type(module).__name__, device, layout.host_nbytes, layout.device_nbytes):
-            machinery.on_close(booked.release)
-        for scratch in scratches:
-            machinery.on_close(scratch.close)
-        if layout.resident:
-            machinery.load_all(module)
-        else:
-            machinery.start(module)
-            folder = os.fspath(scratches[0].path) if scratches else tempfile.gettempdir()
-            Exporter(machinery, backing, folder).install(module)
-            refuse_moves(module, device.torch_device)
-            generation: Any = getattr(module, "generation_config", None)
-            if generation is not None:
-                generation.disable_compile = True
-        module.penstock = Handle(module, plan, machinery)  # type: ignore[assignment]
-        return module
-    except BaseException:
-        if machinery is not None:
-            machinery.close()
-        else:
-            device.close()
-            for scratch in scratches:
-                scratch.close()
-        raise
+
+        def plan() -> Plan:
+            disk_rate = disk_read_rate(backing.paths, cache, device) if backing.paths else None
+            return make_plan(layout, device, budgets, Links(disk_read=disk_rate, h2d=rate), total)
+
+        launch(
+            module,
+            owner=type(module).__name__,
+            device=device,
+            layout=layout,
+            plan=plan,
+            backing=backing,
+            export_folder=export_folder,
+            held=held,
+            freed_nbytes=sum(parameter.nbytes for parameter in parameters.values() if parameter.device.type == "cpu"),
+        )
+    return module
 
 
 def needs_scratch(layout: Layout) -> bool:
@@ -132,34 +122,3 @@ def _check(module: nn.Module) -> None:
             raise UsageError(
                 f"parameter {name} is on the meta device and has no values: load the checkpoint with penstock.load"
             )
-
-
-def open_scratch(folders: Sequence[str]) -> list[Scratch]:
-    """A scratch folder on each drive that was named, or the default one.
-
-    Raises:
-        ScratchBusyError: another process uses one of them; none stays open.
-    """
-    opened: list[Scratch] = []
-    try:
-        for folder in folders or (None,):
-            opened.append(process_scratch().open(folder))
-    except BaseException:
-        for scratch in opened:
-            scratch.close()
-        raise
-    return opened
-
-
-def _check_room(scratches: Sequence[Scratch], layout: Layout, budget: int | None, tables_nbytes: int) -> None:
-    kept = layout.front.resident | (layout.back.resident if layout.back else frozenset())
-    needed = sum(block.image.nbytes for block in layout.blocks if block.id not in kept)
-    needed += tables_nbytes
-    folder, free = min(((str(s.path), disk_capacity(s.path).free_nbytes) for s in scratches), key=lambda pair: pair[1])
-    if needed > free * len(scratches):
-        raise DiskError(
-            f"{needed} bytes of weights go to {folder}, where {free} bytes are free: free space there, or name another "
-            f"folder with disk=… (--disk)"
-        )
-    if budget is not None and needed > budget:
-        raise DiskError(f"{needed} bytes of weights go to disk; the disk budget is {budget} bytes: raise it")

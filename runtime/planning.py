@@ -20,6 +20,7 @@ from ..memory.layout import ITEMSIZE
 from ..scheduler.residency import Residency, Sized, choose_residency, smallest_budget
 from .backing import Backing, Portion
 from .partition import cut, embedding_only, limits, streamable, table_candidates
+from .phases import ONCE, once_per_answer
 
 DEPTH = 96 * 2**20
 """Bytes of ring that keep a drive busy: 8 requests of 4 MiB under way, as much ready, one block in use."""
@@ -67,6 +68,8 @@ class Layout:
     """The same with the pieces of tables: what the first run is expected to use, in definition order."""
     uses: Mapping[int, int]
     """How many modules use each block, where it is more than one: an embedding that encoder and decoder share."""
+    seldom: frozenset[int]
+    """Blocks that are used once per answer, not once per token."""
     tables: Mapping[str, tuple[int, ...]]
     """Pieces of each parameter served by rows."""
     front: Residency
@@ -82,19 +85,30 @@ class Layout:
         """Whether nothing is ever streamed."""
         return not self.front.slots and not self.tables
 
+    def streamed(self) -> list[Draft]:
+        """Blocks that do not stay on the tier that computes."""
+        return [block for block in self.blocks if block.id not in self.front.resident]
+
+    def on_disk(self) -> list[Draft]:
+        """Blocks that stay nowhere."""
+        kept = self.front.resident | (self.back.resident if self.back else frozenset())
+        return [block for block in self.blocks if block.id not in kept]
+
     @property
     def disk_nbytes(self) -> int:
         """Bytes read from disk per sweep in which each module is called once."""
-        kept = self.front.resident | (self.back.resident if self.back else frozenset())
-        return sum(self.uses.get(b.id, 1) * b.image.read_nbytes for b in self.blocks if b.id not in kept)
+        return sum(self.uses.get(block.id, 1) * block.image.read_nbytes for block in self.on_disk())
 
     @property
     def link_nbytes(self) -> int:
         """Bytes copied to the device per sweep."""
         if self.back is None:
             return 0
-        streamed = (block for block in self.blocks if block.id not in self.front.resident)
-        return sum(self.uses.get(block.id, 1) * block.image.data_nbytes for block in streamed)
+        return sum(self.uses.get(block.id, 1) * block.image.data_nbytes for block in self.streamed())
+
+    def per_token(self, block: Draft) -> float:
+        """How often a block is used per token."""
+        return self.uses.get(block.id, 1) * (ONCE if block.id in self.seldom else 1.0)
 
     @property
     def host_nbytes(self) -> int:
@@ -128,6 +142,7 @@ class Planner:
         self.sizes = {
             name: parameter.numel() * ITEMSIZE[backing.dtype(name)] for name, parameter in self.parameters.items()
         }
+        self._once = once_per_answer(module)
         self._needs: dict[str, list[int]] = {"device": [], "host": []}
         """By tier: the smallest budgets of cuts that did not fit."""
         self._all_nbytes = sys.maxsize
@@ -239,9 +254,12 @@ class Planner:
         own = self._own(staging)
         counts = Counter(block for held in expected.values() for block in held)
         uses = {block: count for block, count in counts.items() if count > 1}
+        always = {block for path, held in expected.items() if path not in self._once for block in held}
+        seldom = frozenset(counts.keys() - always)
+        worth = {block: uses.get(block, 1) * (ONCE if block in seldom else 1.0) for block in counts}
         small = blocks[0]
         front_budget = self.budgets.host - own if self.budgets.device is None else self.budgets.device
-        front = self._front(blocks[1:], small, front_budget, min_slots, own, uses)
+        front = self._front(blocks[1:], small, front_budget, min_slots, own, worth)
         back: Residency | None = None
         if self.budgets.device is not None:
             if front is None:
@@ -249,7 +267,7 @@ class Planner:
             passing = [block for block in blocks if block.id in front.resident]
             streamed = [block for block in blocks if block.id not in front.resident]
             transit = max((block.image.nbytes for block in passing), default=0)
-            back = self._back(streamed, self.budgets.host - own, transit, own, uses)
+            back = self._back(streamed, self.budgets.host - own, transit, own, worth)
             if back is None:
                 return None
         elif front is None:
@@ -259,6 +277,7 @@ class Planner:
             leases=leases,
             expected=expected,
             uses=uses,
+            seldom=seldom,
             tables=pieces,
             front=front,
             back=back,
@@ -278,14 +297,15 @@ class Planner:
         return self.buffers_nbytes + (DiskEngine.own_nbytes(staging) if staging else 0)
 
     def _front(
-        self, blocks: list[Draft], small: Draft, budget: int, min_slots: int, own: int, uses: Mapping[int, int]
+        self, blocks: list[Draft], small: Draft, budget: int, min_slots: int, own: int, worth: Mapping[int, float]
     ) -> Residency | None:
         on_device = self.budgets.device is not None
         sized = [
             Sized(
                 id=block.id,
                 nbytes=block.front_nbytes,
-                cost_nbytes=uses.get(block.id, 1) * (block.image.data_nbytes if on_device else block.image.read_nbytes),
+                cost_nbytes=worth.get(block.id, 1.0)
+                * (block.image.data_nbytes if on_device else block.image.read_nbytes),
             )
             for block in blocks
         ]
@@ -305,10 +325,11 @@ class Planner:
         )
 
     def _back(
-        self, blocks: list[Draft], budget: int, transit: int, own: int, uses: Mapping[int, int]
+        self, blocks: list[Draft], budget: int, transit: int, own: int, worth: Mapping[int, float]
     ) -> Residency | None:
         sized = [
-            Sized(id=b.id, nbytes=b.image.nbytes, cost_nbytes=uses.get(b.id, 1) * b.image.read_nbytes) for b in blocks
+            Sized(id=b.id, nbytes=b.image.nbytes, cost_nbytes=worth.get(b.id, 1.0) * b.image.read_nbytes)
+            for b in blocks
         ]
         depth = min(DEPTH, max(0, budget) // 4)
         found = choose_residency(sized, budget, min_slots=2, depth_nbytes=depth, transit_nbytes=transit)
@@ -317,9 +338,10 @@ class Planner:
         return found
 
     def _seconds(self, layout: Layout) -> float:
-        streamed = sum(block.id not in layout.front.resident for block in layout.blocks)
-        disk = layout.disk_nbytes / self.budgets.disk_rate
-        link = layout.link_nbytes / self.budgets.link_rate
+        streamed = sum(layout.per_token(block) for block in layout.streamed())
+        disk = sum(layout.per_token(b) * b.image.read_nbytes for b in layout.on_disk()) / self.budgets.disk_rate
+        copied = sum(layout.per_token(b) * b.image.data_nbytes for b in layout.streamed()) if layout.back else 0
+        link = copied / self.budgets.link_rate
         shallow = sum(
             max(0.0, 1 - tier.slots * tier.slot_nbytes / min(DEPTH, budget // 8))
             for tier, budget in ((layout.front, self.budgets.device or self.budgets.host),)

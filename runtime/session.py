@@ -22,8 +22,8 @@ from torch import nn
 from ..memory.arena import AnyArena
 from ..memory.errors import ClosedError, ForkError, UsageError
 from ..memory.image import ALIGN
-from ..scheduler.core import Lease
 from ..scheduler.executor import WATCH_S, Executor
+from ..scheduler.lease import Lease
 from .binding import Binding
 from .devices.base import Device
 from .intercept import Intercept, is_linear, rows_wanted

@@ -25,7 +25,8 @@ def resolve_budgets(
 ) -> Budgets:
     """Fill in what is auto.
 
-    `auto` takes what can still be allocated, less the headroom of a run (which goes to the tier that computes).
+    `auto` takes what can still be allocated and no other model has reserved, less the headroom of a run (which goes to
+    the tier that computes).
 
     Raises:
         UsageError: a tier has no automatic budget on this device.
@@ -36,7 +37,7 @@ def resolve_budgets(
         on_device, on_host = 0, headroom_nbytes
     host = wanted.host
     if host is None:
-        host = max(0, host_capacity().available_nbytes - on_host)
+        host = max(0, _unclaimed_host_nbytes() - on_host)
         if device.separate:  # the device never needs more staging and homes than the weights; leave the rest alone
             host = int(host * 0.9)
     device_budget: int | None = None
@@ -58,13 +59,39 @@ def resolve_budgets(
     )
 
 
-def reserve(owner: str, device: Device, host_nbytes: int, device_nbytes: int) -> list[Reservation]:
-    """Book the memory of one model in the process's ledger; the result is to be released at its end."""
+def reserve(
+    owner: str, device: Device, *, host_nbytes: int, device_nbytes: int, freed_nbytes: int = 0
+) -> list[Reservation]:
+    """Book the memory of one model in the process's ledger, the host's first; to be released at its end.
+
+    Args:
+        freed_nbytes: Host memory that will be given back while the reservation is filled.
+
+    Raises:
+        DoesNotFitError: a tier cannot give so much, besides what other models have reserved and not touched yet.
+            Nothing is booked.
+    """
     ledger = process_ledger()
-    booked: list[Reservation] = [ledger.reserve(owner, "host", host_nbytes)]
+    room = _unclaimed_host_nbytes() + freed_nbytes
+    if device.separate and device.torch_device.type == "cpu":
+        room -= device_nbytes  # an emulated device's memory is the host's
+    limit = ledger.reserved("host") + max(0, room)
+    booked = [ledger.reserve(owner, "host", host_nbytes, limit_nbytes=limit)]
     if device.separate:
-        booked.append(ledger.reserve(owner, "device", device_nbytes))
+        available = device.available_nbytes()
+        held = ledger.reserved("device")
+        try:
+            limit_or_none = None if available is None else held + available
+            booked.append(ledger.reserve(owner, "device", device_nbytes, limit_nbytes=limit_or_none))
+        except BaseException:
+            booked[0].release()
+            raise
     return booked
+
+
+def _unclaimed_host_nbytes() -> int:
+    """What can still be allocated, less what models of this process will touch later."""
+    return max(0, host_capacity().available_nbytes - process_ledger().untouched("host"))
 
 
 def skewed(device: Device) -> bool:

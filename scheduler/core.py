@@ -11,60 +11,22 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Coroutine, Hashable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ..memory.errors import ClosedError, DoesNotFitError
+from .exchange import exchanges
+from .lease import Lease, Wish
 from .mover import Event, Mover
-from .order import AccessOrders, OrderStatistics
+from .order import AccessOrders, Order
 from .prefetch import first_unloaded, next_fetch, victim_for_demand
 from .residence import Residence, Tier
-from .timeline import Record, Timeline
+from .tally import ExecutorStatistics, Tally, who_waits
+from .timeline import Kind, Timeline
 
 logger = logging.getLogger(__name__)
 
 HORIZON: Final = 1024
 """Predicted accesses that a decision looks at."""
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class Lease:
-    """What a consumer holds while it uses a resident block."""
-
-    residence: Residence
-    waited_ns: int = 0
-
-    @property
-    def block(self) -> int:
-        """Id of the leased block."""
-        return self.residence.block
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExecutorStatistics:
-    """Totals since the executor was made."""
-
-    acquires: int
-    on_time: int
-    """Acquires that found their block ready."""
-    late: int
-    """Acquires whose block was on its way."""
-    demanded: int
-    """Acquires whose block had not been asked for."""
-    waited_ns: int
-    wasted: int
-    """Blocks brought and dropped without having been used."""
-    orders: OrderStatistics
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class _Wish:
-    """A consumer that waits for a block."""
-
-    block: int
-    since_ns: int
-    granted: Future[Lease] = field(default_factory=Future)
 
 
 class Core:
@@ -95,12 +57,15 @@ class Core:
         self.lock = threading.Lock()
         self.orders = orders
         self.timeline = timeline
+        self._tally = Tally(timeline=timeline, clock=clock, nbytes=nbytes)
         self._nbytes = nbytes
         self._mover = mover
         self._clock = clock
         self._inflight_limit = inflight_nbytes
         self._poison = poison
-        self._wishes: list[_Wish] = []
+        self._adapted: Order = ()
+        """The repeating order for which what stays was chosen last."""
+        self._wishes: list[Wish] = []
         self._failed: dict[int, Exception] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -108,11 +73,10 @@ class Core:
         self._broken: Exception | None = None
         self._placed = asyncio.Event()
         """Set, and replaced, whenever a block gets a slot in `back`."""
-        self._acquires = self._on_time = self._late = self._demanded = self._waited_ns = 0
 
     # --- called by consumers, from any thread -----------------------------------------------------------------------
 
-    def acquire_nowait(self, block: int, *, observed: bool = True) -> Lease | _Wish:
+    def acquire_nowait(self, block: int, *, observed: bool = True) -> Lease | Wish:
         """A lease if the block is ready; else a wish, granted by the loop.
 
         Accesses outside the model's own run (`observed=False`) teach the order nothing.
@@ -121,30 +85,30 @@ class Core:
             if self._broken is not None:
                 raise self._broken
             self._failed.pop(block, None)  # what a prefetch met may be over; if it is not, this demand meets it again
-            self._acquires += 1
             predicted = not observed or self.orders.observe(block)
             held = self.front.holding.get(block)
             if held is not None and held.ready:
                 held.leases += 1
                 held.used = True
-                self._on_time += 1
+                self._tally.on_time += 1
+                self._tally.used(held, self._clock())
                 if predicted:
                     return Lease(residence=held)
-                result: Lease | _Wish = Lease(residence=held)
+                result: Lease | Wish = Lease(residence=held)
             else:
                 if held is None:
-                    self._demanded += 1
+                    self._tally.demanded += 1
                 else:
-                    self._late += 1
-                wish = _Wish(block=block, since_ns=self._clock())
+                    self._tally.late += 1
+                wish = Wish(block=block, since_ns=self._clock())
                 self._wishes.append(wish)
                 result = wish
             if not predicted:
-                self._note("mismatch" if held is not None else "demand", block)
+                self._tally.instant("mismatch" if held is not None else "demand", block)
         self.wake()
         return result
 
-    def forget(self, wish: _Wish) -> None:
+    def forget(self, wish: Wish) -> None:
         """The consumer that waited was interrupted."""
         with self.lock:
             if wish in self._wishes:
@@ -177,9 +141,27 @@ class Core:
         with self.lock:
             if failed:
                 self.orders.abort()
-            elif self.orders.end():
-                self._note("relearn", -1)
+            else:
+                if self.orders.end():
+                    self._tally.instant("relearn", -1)
+                self._adapt()
         self.wake()
+
+    def _adapt(self) -> None:
+        """Once the same call repeats: let blocks that it uses stay, in the place of those that it does not."""
+        order = self.orders.steady()
+        if order is None or order == self._adapted:
+            return
+        self._adapted = order
+        for tier in (self.front, self.back):
+            if tier is None:
+                continue
+            here = order if tier is self.front else tuple(b for b in order if b not in self.front.permanent)
+            slots = {block: slot.nbytes for block, slot in tier.permanent.items()}
+            for change in exchanges(here, slots=slots, idle=tier.movable(), sizes=tier.sizes):
+                tier.exchange(change.leaves, change.comes)
+                self._tally.exchanged += 1
+                self._tally.instant("exchange", change.comes)
 
     def wake(self) -> None:
         """Have the loop look again, once however often it is asked."""
@@ -218,11 +200,14 @@ class Core:
             return
         starts: list[Callable[[], Coroutine[Any, Any, None]]] = []
         with self.lock:
+            now = self._clock()
             for held in self._serve_wishes() + self._prefetch(self.front):
+                held.issued_ns = now
                 starts.append(lambda held=held: self._copy(held) if self.back else self._read(self.front, held))  # type: ignore[misc]
             if self.back is not None:
                 fed = self._feed_back()
                 for held in fed:
+                    held.issued_ns = now
                     starts.append(lambda held=held: self._read(self.back, held))  # type: ignore[misc]
                 if fed:
                     self._placed.set()
@@ -262,7 +247,7 @@ class Core:
             placed.append(self.front.place(wish.block, urgent=True, victim=victim))
         return placed
 
-    def _refuse_if_hopeless(self, wish: _Wish) -> None:
+    def _refuse_if_hopeless(self, wish: Wish) -> None:
         """Every slot leased at once: no completion will ever free one for this wish."""
         held = [self.front.holding[block] for block in self.front.in_ring()]
         if not held or not all(h.leases and h.ready for h in held):
@@ -346,7 +331,8 @@ class Core:
             await self._mover.read(held.block, held.slot, urgent=held.urgent, on_data=held.add_range)
         except Exception as failure:  # any failure must reach the consumer, in its thread
             error = failure
-        self._record("read" if error is None else "error", held.block, start)
+        kind: Kind = "read" if error is None else "error"
+        self._tally.span(kind, held.block, start, issued_ns=held.issued_ns, urgent=held.urgent)
         self._settle(tier, held, error)
 
     async def _copy(self, held: Residence) -> None:
@@ -371,7 +357,8 @@ class Core:
             return
         # after a failure too: parts that came before it may still be on their way out of the host slot
         await self._mover.wait(held.event if error is None else self._mover.copied())
-        self._record("copy" if error is None else "error", held.block, start)
+        kind: Kind = "copy" if error is None else "error"
+        self._tally.span(kind, held.block, start, issued_ns=held.issued_ns, urgent=held.urgent)
         self._unpin(source)
 
     async def _source(self, block: int) -> Residence:
@@ -400,6 +387,7 @@ class Core:
         """A block has arrived, or will not: tell whoever waits."""
         with self.lock:
             held.slot.stamp = held.block if error is None else -1
+            held.ready_ns = self._clock()
             held.settle(error)
             # a read ahead of need fails for the consumer too: nobody would notice, and it would be tried for ever
             unseen = error is not None and not held.pins and held.block not in self.front.holding
@@ -417,49 +405,24 @@ class Core:
                 tier.drop(held.block)
         self.wake()
 
-    def _grant(self, wish: _Wish, held: Residence) -> None:
+    def _grant(self, wish: Wish, held: Residence) -> None:
         waited = self._clock() - wish.since_ns
         held.leases += 1
         held.used = True
-        self._waited_ns += waited
+        self._tally.waited_ns += waited
         self._wishes.remove(wish)
-        self._record("wait", wish.block, wish.since_ns)
+        self._tally.span("wait", wish.block, wish.since_ns)
+        self._tally.used(held, wish.since_ns)
         wish.granted.set_result(Lease(residence=held, waited_ns=waited))
 
     # --- telling ----------------------------------------------------------------------------------------------------
 
-    def _record(self, kind: Any, block: int, start_ns: int) -> None:
-        end = self._clock()
-        self.timeline.add(
-            Record(kind=kind, block=block, start_ns=start_ns, end_ns=end, nbytes=self._nbytes.get(block, 0))
-        )
-
-    def _note(self, kind: Any, block: int) -> None:
-        self._record(kind, block, self._clock())
-
     def report(self) -> str:
         """Who waits for what, on one line: the watchdog's text."""
         with self.lock:
-            waits = ", ".join(f"block {wish.block}" for wish in self._wishes) or "nothing"
-            flying = ", ".join(
-                f"{tier.name}:{block}"
-                for tier in (self.front, self.back)
-                if tier is not None
-                for block, held in tier.holding.items()
-                if not held.ready
-            )
-            leased = ", ".join(str(block) for block, held in self.front.holding.items() if held.leases)
-        return f"waiting for {waits}; on the way: {flying or 'nothing'}; leased: {leased or 'nothing'}"
+            return who_waits(self._wishes, self.front, self.back)
 
     def statistics(self) -> ExecutorStatistics:
         """A frozen record of the totals."""
         with self.lock:
-            return ExecutorStatistics(
-                acquires=self._acquires,
-                on_time=self._on_time,
-                late=self._late,
-                demanded=self._demanded,
-                waited_ns=self._waited_ns,
-                wasted=self.front.wasted,
-                orders=self.orders.statistics(),
-            )
+            return self._tally.statistics(wasted=self.front.wasted, orders=self.orders.statistics())

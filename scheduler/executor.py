@@ -16,8 +16,10 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Final
 
 from ..memory.errors import ClosedError, ForkError, StallError
-from .core import Core, ExecutorStatistics, Lease
+from .core import Core
+from .lease import Lease
 from .mover import Event, Mover
+from .tally import ExecutorStatistics
 
 logger = logging.getLogger(__name__)
 

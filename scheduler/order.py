@@ -17,6 +17,8 @@ Order = tuple[int, ...]
 Call = tuple[Hashable, Order]
 
 MAX_VARIANTS: Final = 8
+MAX_CYCLE: Final = 4
+"""Calls in a cycle that is recognised."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +122,23 @@ class AccessOrders:
         while call is not None and call[1]:
             yield from call[1]
             call = self._successor(call)
+
+    def steady(self) -> Order | None:
+        """The order of the calls that repeat: the last one, and what follows it until it comes again; None if it did
+        not. Decoding is a cycle of one call, a model whose parts are called in turn one of several."""
+        if self._last is None:
+            return None
+        call = self._last
+        order: Order = ()
+        for _ in range(MAX_CYCLE):
+            follower = self._follows.get(call)
+            if follower is None:
+                return None
+            order += follower[1]
+            if follower == self._last:
+                return order
+            call = follower
+        return None
 
     def _successor(self, call: Call) -> Call:
         """What follows a call: what followed it last time, else the same again (decoding)."""

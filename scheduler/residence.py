@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
 from ..memory.arena import Slot
@@ -25,6 +25,10 @@ class Residence:
     """Event after which the bytes are there for the consumer's stream; None when they are there already."""
     used: bool = False
     """Whether it was leased since it was filled."""
+    issued_ns: int = -1
+    """When it was decided to bring it."""
+    ready_ns: int = -1
+    """Since when it is there."""
     ranges: list[tuple[int, int]] = field(default_factory=list)
     """Parts of the slot that have become valid so far, in the order of arrival."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -69,13 +73,27 @@ class Tier:
     Args:
         permanent: Slots of the blocks that stay, by block.
         ring: Slots that the others pass through.
+        sizes: Bytes that each block needs here.
+        droppable: Blocks that need not stay: disk has them too, and nobody reads them without a lease.
     """
 
-    def __init__(self, *, name: str, permanent: Mapping[int, Slot], ring: Iterable[Slot]) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        permanent: Mapping[int, Slot],
+        ring: Iterable[Slot],
+        sizes: Mapping[int, int],
+        droppable: Set[int] = frozenset(),
+    ) -> None:
         self.name = name
+        self.sizes = sizes
+        self._droppable = droppable
         self.permanent = dict(permanent)
         self.free = list(ring)
         self.ring_slots = len(self.free)
+        self.ring_nbytes = min((slot.nbytes for slot in self.free), default=0)
+        """Bytes of the smallest slot of the ring."""
         self.holding: dict[int, Residence] = {}
         self.unloaded = set(self.permanent)
         """Permanent blocks that have not been brought yet."""
@@ -123,7 +141,28 @@ class Tier:
         assert not held.pins, f"block {block} dropped from {self.name} while it is being copied"
         held.slot.stamp = -1
         self.wasted += held.ready and not held.used
-        if held.permanent:
-            self.unloaded.add(block)
-        else:
+        if not held.permanent:
             self.free.append(held.slot)
+        if block in self.permanent:
+            self.unloaded.add(block)
+
+    def movable(self) -> set[int]:
+        """Blocks that stay and could as well pass through the ring, from this moment on."""
+        return {
+            block
+            for block in self._droppable & self.permanent.keys()
+            if self.sizes[block] <= self.ring_nbytes
+            and ((held := self.holding.get(block)) is None or (held.ready and not held.leases and not held.pins))
+        }
+
+    def exchange(self, leaves: int, comes: int) -> None:
+        """Give the slot of a movable block to another one, which stays from then on, and is not there yet."""
+        slot = self.permanent[leaves]
+        assert self.sizes[comes] <= slot.nbytes, f"block {comes} does not fit the slot of {leaves} in {self.name}"
+        if leaves in self.holding:
+            self.drop(leaves)
+        del self.permanent[leaves]
+        self.unloaded.discard(leaves)
+        self.permanent[comes] = slot
+        if comes not in self.holding:  # else when it leaves the ring
+            self.unloaded.add(comes)

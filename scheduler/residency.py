@@ -14,6 +14,8 @@ from typing import Final
 MAX_SLOTS: Final = 32
 OFTEN: Final = 1.5
 """Bytes moved per sweep, in units of a block's size, from which on it is used more than once."""
+SELDOM: Final = 0.5
+"""The same, below which it is not used in every sweep."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +25,7 @@ class Sized:
     id: int
     nbytes: int
     """Size of the slot it needs."""
-    cost_nbytes: int
+    cost_nbytes: float
     """Bytes moved per sweep when it is not resident."""
 
 
@@ -35,7 +37,7 @@ class Residency:
     slot_nbytes: int
     slots: int
     resident_nbytes: int
-    streamed_nbytes: int
+    streamed_nbytes: float
     """Bytes moved per sweep."""
 
     @property
@@ -114,7 +116,7 @@ def _with_slot(blocks: Sequence[Sized], budget: int, slot: int, min_slots: int, 
 
 
 def _keep(blocks: Sequence[Sized], budget: int) -> frozenset[int]:
-    """Blocks that are used several times per sweep first, then a subset of the others."""
+    """Blocks that are used several times per sweep first, then a subset of those used once, then of the others."""
     often = sorted(
         (block for block in blocks if block.cost_nbytes > OFTEN * block.nbytes),
         key=lambda block: -block.cost_nbytes / block.nbytes,
@@ -125,7 +127,12 @@ def _keep(blocks: Sequence[Sized], budget: int) -> frozenset[int]:
             kept.add(block.id)
             budget -= block.nbytes
     rest = [block for block in blocks if block.id not in kept]
-    return frozenset(kept) | interleave(rest, budget)
+    for turn in (False, True):
+        seldom = [block for block in rest if (block.cost_nbytes < SELDOM * block.nbytes) is turn]
+        chosen = interleave(seldom, budget)
+        budget -= sum(block.nbytes for block in seldom if block.id in chosen)
+        kept |= chosen
+    return frozenset(kept)
 
 
 def interleave(blocks: Sequence[Sized], budget: int) -> frozenset[int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Final, Literal
 
 import msgspec
 
-Kind = Literal["read", "copy", "wait", "demand", "mismatch", "relearn", "error"]
+Kind = Literal["read", "copy", "wait", "use", "demand", "mismatch", "relearn", "exchange", "error"]
+"""A use is only told to a listener: there are too many of them to keep."""
 
 CAPACITY: Final = 1 << 16
 
@@ -22,6 +24,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, tag="record"):
     end_ns: int
     nbytes: int = 0
     note: str = ""
+    issued_ns: int = -1
+    """When a transfer was decided; of a use: when the transfer that brought the block was."""
+    urgent: bool = False
+    """Whether a consumer waited for it when it was decided."""
 
 
 class Timeline:
@@ -30,12 +36,16 @@ class Timeline:
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._records: deque[Record] = deque(maxlen=capacity)
         self.dropped = 0
+        self.listener: Callable[[Record], None] | None = None
+        """Is told every record when it is made, in whatever thread that is, and must be quick."""
 
     def add(self, record: Record) -> None:
         """Append a record (safe from any thread)."""
         if len(self._records) == self._records.maxlen:
             self.dropped += 1
         self._records.append(record)
+        if self.listener is not None:
+            self.listener(record)
 
     def records(self) -> tuple[Record, ...]:
         """A copy of what is held, oldest first."""

@@ -114,7 +114,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What all records share: nothing but being one."""
 
 
-class Step(Record):
+class Step(Record, frozen=True, kw_only=True):
     """One turn of the outermost loop: a token, a training step, one call of a streamed model."""
 
     id: int
@@ -125,7 +125,7 @@ class Step(Record):
     tokens: int = NONE
 
 
-class Compute(Record):
+class Compute(Record, frozen=True, kw_only=True):
     """A module at work. Spans of nested modules nest."""
 
     module: int
@@ -140,7 +140,7 @@ class Compute(Record):
     """How many recorded modules of the same lane it runs inside."""
 
 
-class Transfer(Record):
+class Transfer(Record, frozen=True, kw_only=True):
     """Bytes of one block on one link. Transfers of a link overlap each other."""
 
     id: int
@@ -158,7 +158,7 @@ class Transfer(Record):
     """1 where it ended in an error."""
 
 
-class Wait(Record):
+class Wait(Record, frozen=True, kw_only=True):
     """A consumer that needed a block and did not have it."""
 
     block: int
@@ -167,7 +167,7 @@ class Wait(Record):
     module: int = NONE
 
 
-class Use(Record):
+class Use(Record, frozen=True, kw_only=True):
     """A consumer leased a block: what prefetching was for."""
 
     block: int
@@ -179,7 +179,7 @@ class Use(Record):
     module: int = NONE
 
 
-class Memory(Record):
+class Memory(Record, frozen=True, kw_only=True):
     """Bytes taken (positive) or given back (negative)."""
 
     at: int
@@ -191,7 +191,7 @@ class Memory(Record):
     """Row of the storage table, where the bytes are one tensor's."""
 
 
-class Gauge(Record):
+class Gauge(Record, frozen=True, kw_only=True):
     """A meter read at an instant."""
 
     at: int
@@ -199,7 +199,7 @@ class Gauge(Record):
     value: int
 
 
-class Mark(Record):
+class Mark(Record, frozen=True, kw_only=True):
     """Something worth knowing happened."""
 
     at: int

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from penstock.memory.arena import PAGE, AnyArena, Slot
-from penstock.scheduler.core import Core, Lease
+from penstock.scheduler.core import Core
+from penstock.scheduler.lease import Lease
 from penstock.scheduler.order import AccessOrders
 from penstock.scheduler.residence import Tier
 from penstock.scheduler.timeline import Timeline
@@ -235,6 +236,7 @@ def make_rig(
     failures: dict[int, list[bool]] | None = None,
     order: tuple[int, ...] | None = None,
     inflight: int = 1 << 40,
+    droppable: tuple[int, ...] = (),
 ) -> Rig:
     """A core with slots of one page; two tiers where `back_ring` is given. The disk and the copy stream are serial."""
     loop = MockClockLoop()
@@ -242,7 +244,13 @@ def make_rig(
     def tier(name: str, kept: tuple[int, ...], slots: int) -> Tier:
         arena = AnyArena(tier=name, nbytes=PAGE * (len(kept) + slots))
         cut = {block: arena.cut(PAGE) for block in kept}
-        return Tier(name=name, permanent=cut, ring=[arena.cut(PAGE) for _ in range(slots)])
+        return Tier(
+            name=name,
+            permanent=cut,
+            ring=[arena.cut(PAGE) for _ in range(slots)],
+            sizes=dict.fromkeys(range(blocks), PAGE),
+            droppable=frozenset(droppable),
+        )
 
     def each(ticks: int | dict[int, int]) -> dict[int, int]:
         return ticks if isinstance(ticks, dict) else dict.fromkeys(range(blocks), ticks)

@@ -124,3 +124,15 @@ def test_an_arena_of_no_memory_cannot_be_poisoned() -> None:
         arena.poison(arena.cut(1))
     with pytest.raises(NotImplementedError):
         arena.close()
+
+
+def test_resident_bytes_are_those_that_were_touched() -> None:
+    arena = HostArena(64 * 2**20)
+    assert arena.resident_nbytes() == 0
+    arena.view(8 * 2**20, 1)[0] = 1
+    touched = arena.resident_nbytes()
+    assert PAGE <= touched <= 2 * 2**20  # a page, or a huge one
+    ctypes.memset(arena.address, 1, arena.nbytes)
+    assert arena.resident_nbytes() == arena.nbytes
+    arena.close()
+    assert arena.resident_nbytes() == 0

@@ -9,7 +9,7 @@ import pytest
 from mockclock import InjectedError, NothingCanRunError, Rig, make_rig, run
 
 from penstock.memory.errors import ClosedError, DoesNotFitError
-from penstock.scheduler.core import Lease
+from penstock.scheduler.lease import Lease
 
 FAIL, WORK = True, False
 

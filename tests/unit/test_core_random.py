@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mockclock import InjectedError, Rig, make_rig, run
 
 from penstock.memory.errors import ClosedError
-from penstock.scheduler.core import Lease
+from penstock.scheduler.lease import Lease
 
 
 @st.composite
@@ -36,6 +36,7 @@ def schedules(draw: st.DrawFn) -> dict[str, Any]:
             "chunks": draw(st.integers(1, 3)),
             "failures": draw(st.dictionaries(ids, st.lists(st.booleans(), max_size=4))),
             "order": tuple(draw(st.lists(ids, max_size=8))),
+            "droppable": tuple(sorted(draw(st.sets(ids)))),
             "inflight": draw(st.sampled_from([1, 8192, 1 << 40])),
         },
         "calls": draw(calls),
@@ -81,6 +82,12 @@ def check_slots(rig: Rig) -> None:
             ring = tier.in_ring()
             assert len(ring) + len(tier.free) == tier.ring_slots
             assert not {id(slot) for slot in tier.free} & set(slots)
+            kept = [id(slot) for slot in tier.permanent.values()]
+            assert len(kept) == len(set(kept))
+            assert tier.unloaded == {block for block in tier.permanent if block not in tier.holding}, (
+                "a block that stays is forgotten"
+            )
+            assert all(held.slot is tier.permanent[b] for b, held in tier.holding.items() if held.permanent)
 
 
 @settings(max_examples=200)

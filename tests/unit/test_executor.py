@@ -59,7 +59,7 @@ def make(
 ) -> Executor:
     arena = AnyArena(tier="host", nbytes=ring * PAGE)
     core = Core(
-        front=Tier(name="host", permanent={}, ring=[arena.cut(PAGE) for _ in range(ring)]),
+        front=Tier(name="host", permanent={}, ring=[arena.cut(PAGE) for _ in range(ring)], sizes={}),
         back=None,
         nbytes=dict.fromkeys(range(blocks), PAGE),
         mover=mover,
@@ -233,7 +233,7 @@ def test_an_executor_that_never_started_can_be_closed() -> None:
     arena = AnyArena(tier="host", nbytes=PAGE)
     mover = InstantMover()
     core = Core(
-        front=Tier(name="host", permanent={}, ring=[arena.cut(PAGE)]),
+        front=Tier(name="host", permanent={}, ring=[arena.cut(PAGE)], sizes={}),
         back=None,
         nbytes={0: PAGE},
         mover=mover,

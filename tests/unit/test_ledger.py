@@ -130,3 +130,16 @@ def test_a_forked_child_starts_empty_even_if_the_lock_was_held() -> None:
 
 def test_one_ledger_per_process() -> None:
     assert process_ledger() is process_ledger()
+
+
+def test_what_is_reserved_and_not_touched_is_still_to_come() -> None:
+    ledger = Ledger()
+    first = ledger.reserve("a", "host", 10)
+    second = ledger.reserve("b", "host", 6)
+    assert ledger.untouched("host") == 0, "memory that is taken at once counts as taken"
+    first.touched = lambda: 4
+    second.touched = lambda: 9  # more than it booked: rounding
+    assert ledger.untouched("host") == 6
+    assert ledger.untouched("device") == 0
+    first.release()
+    assert ledger.untouched("host") == 0

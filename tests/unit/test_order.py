@@ -180,3 +180,27 @@ def test_any_period_of_distinct_calls_is_predicted_after_two_rounds(period: list
     for root, blocks in period:
         call(made, root, blocks)
     assert made.statistics().mismatched == before
+
+
+def test_what_repeats() -> None:
+    orders = AccessOrders(lambda root: ())
+
+    def call(root: str, *blocks: int) -> tuple[int, ...] | None:
+        orders.begin(root)
+        for block in blocks:
+            orders.observe(block)
+        orders.end()
+        return orders.steady()
+
+    assert call("encoder", 0, 1) is None
+    assert call("decoder", 2, 3) is None
+    assert call("decoder", 2) is None
+    assert call("decoder", 2) == (2,)
+    assert call("encoder", 0, 1) == (2, 3, 2, 0, 1), "answer after answer"
+    assert call("decoder", 2, 3) == (2, 0, 1, 2, 3)
+    assert call("decoder", 2) == (0, 1, 2, 3, 2)
+    assert call("decoder", 2) == (2,), "and token after token"
+    assert call("a", 5) is None
+    assert call("b", 6) is None
+    assert call("a", 5) == (6, 5), "two parts in turn"
+    assert call("b", 6) == (5, 6)

@@ -1,0 +1,246 @@
+"""Modules at work: who runs when, in which thread, inside whom; from torch's global forward hooks.
+
+Every module of the process is seen, with no wrapping and no change to what it computes. A module that is called while
+none is running is a root: its `named_modules()` give the paths of all modules in it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from .recorder import Recorder
+from .schema import NONE, Compute, Phase
+
+
+class Clock(Protocol):
+    """Where the times of a span come from."""
+
+    def begin(self) -> Any:
+        """A span starts in the calling thread."""
+        ...
+
+    def end(self, begun: Any, done: Callable[[int, int, int], None]) -> None:
+        """It ends; `done(launched, start, end)` is called once its times are known, perhaps much later."""
+        ...
+
+
+class HostClock:
+    """Spans of the host itself: what a CPU computes."""
+
+    def __init__(self, clock: Callable[[], int]) -> None:
+        self._clock = clock
+
+    def begin(self) -> int:
+        """Now."""
+        return self._clock()
+
+    def end(self, begun: int, done: Callable[[int, int, int], None]) -> None:
+        """Known at once."""
+        done(NONE, begun, self._clock())
+
+
+class Listener(Protocol):
+    """Who else wants to know of calls: steps, tensors, backward."""
+
+    def root_begins(self, module: nn.Module) -> None:
+        """An outermost call starts."""
+        ...
+
+    def root_ends(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """An outermost call returned; `result` is None where it raised."""
+        ...
+
+    def module_returned(self, row: int, depth: int, args: tuple[Any, ...], result: Any) -> None:
+        """A recorded module returned `result` for `args`; `depth` recorded modules are around it."""
+        ...
+
+
+class _Thread(threading.local):
+    """What runs in one thread: rows of the recorded modules under way, outermost first, and when they started."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.begun: list[Any] = []
+        self.calls = 0
+        """Modules under way, recorded or not."""
+        self.lane = -1
+
+
+class ModuleWatch:
+    """Records the spans of modules while it is entered.
+
+    Args:
+        every: Whether all modules are recorded, or only layers and what contains them: elements of a ModuleList,
+            Sequential or ModuleDict, their parents, and roots.
+    """
+
+    def __init__(self, recorder: Recorder, clock: Clock, *, every: bool) -> None:
+        self._recorder = recorder
+        self._clock = clock
+        self._every = every
+        self._rows: dict[int, int] = {}
+        """By id of a module: its row, or -1 where it is not recorded."""
+        self._alive: dict[int, weakref.ref[nn.Module]] = {}
+        self._roots = 0
+        self._lanes = 0
+        self._local = _Thread()
+        self._lock = threading.Lock()
+        self._listeners: list[Listener] = []
+        self._handles: list[Any] = []
+
+    def listen(self, listener: Listener) -> None:
+        """Tell someone of calls from now on."""
+        self._listeners.append(listener)
+
+    def __enter__(self) -> ModuleWatch:
+        self._handles = [
+            torch_module.register_module_forward_pre_hook(self._before),
+            torch_module.register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def current(self) -> int:
+        """The innermost recorded module of the calling thread; -1 for none."""
+        rows = self._local.rows
+        return rows[-1] if rows else NONE
+
+    def lane(self) -> int:
+        """A small number for the calling thread."""
+        local = self._local
+        if local.lane < 0:
+            with self._lock:
+                local.lane, self._lanes = self._lanes, self._lanes + 1
+        return local.lane
+
+    def row(self, module: nn.Module) -> int:
+        """The row of a module that has been seen; -1 for one that has not, or is not recorded."""
+        return self._rows.get(id(module), NONE)
+
+    def register(self, root: nn.Module) -> int:
+        """Give all modules of a root their rows, once; the root's row."""
+        known = self._rows.get(id(root))
+        if known is not None and known >= 0:
+            return known
+        with self._lock:
+            self._roots += 1
+            prefix = "" if self._roots == 1 else f"{self._roots}:"
+        chosen = None if self._every else _layers(root)
+        rows: dict[str, int] = {}
+        for path, module in root.named_modules():
+            parent = next((rows[above] for above in _above(path) if above in rows), NONE)
+            if chosen is None or path in chosen:
+                rows[path] = self._recorder.module(path=prefix + path, kind=type(module).__name__, parent=parent)
+            self._remember(module, rows.get(path, NONE))
+        return rows[""]
+
+    def nearest(self, root: nn.Module) -> dict[str, int]:
+        """For every module path of a registered root: its own row, or that of the nearest recorded module above."""
+        found: dict[str, int] = {}
+        for path, module in root.named_modules():
+            own = self.row(module)
+            found[path] = own if own >= 0 else next((found[a] for a in _above(path) if a in found), NONE)
+        return found
+
+    def _remember(self, module: nn.Module, row: int) -> None:
+        key = id(module)
+        self._rows[key] = row
+        self._alive[key] = weakref.ref(module, lambda _: self._forget(key))
+
+    def _forget(self, key: int) -> None:
+        self._rows.pop(key, None)
+        self._alive.pop(key, None)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        local = self._local
+        local.calls += 1
+        row = self._rows.get(id(module))
+        if row is None:
+            if local.calls > 1 or not self._recorder.alive:
+                return  # made while its root runs, or a fork's: its time is its parent's
+            row = self.register(module)
+        if row < 0:
+            if local.calls > 1:
+                return
+            row = self.register(module)  # part of a root, and now called as one
+        self._recorder.hooks += 1
+        if local.calls == 1:
+            for listener in self._listeners:
+                listener.root_begins(module)
+        local.rows.append(row)
+        local.begun.append(self._clock.begin())
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        local = self._local
+        if not local.calls:
+            return  # it began before the recording
+        local.calls -= 1
+        row = self._rows.get(id(module), NONE)
+        if row < 0 or not local.rows or local.rows[-1] != row:
+            return
+        local.rows.pop()
+        depth, lane = len(local.rows), self.lane()
+
+        def done(launched: int, start: int, end: int) -> None:
+            self._recorder.add(
+                Compute(
+                    module=row,
+                    phase=Phase.FORWARD,
+                    start=start,
+                    end=end,
+                    lane=lane,
+                    launched=launched,
+                    depth=depth,
+                )
+            )
+
+        self._clock.end(local.begun.pop(), done)
+        if result is not None:
+            for listener in self._listeners:
+                listener.module_returned(row, depth, args, result)
+        if not local.calls:
+            for listener in self._listeners:
+                listener.root_ends(module, args, kwargs, result)
+
+
+def _layers(root: nn.Module) -> set[str]:
+    """Paths of the modules worth a span of their own when recording must cost next to nothing."""
+    chosen = {""}
+    for path, module in root.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            chosen.update(f"{path}.{name}" if path else name for name, _ in module.named_children())
+            chosen.update(_above(path))
+            if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+                chosen.add(path)
+    for name, _ in root.named_children():
+        chosen.add(name)
+    return chosen
+
+
+def _above(path: str) -> Iterator[str]:
+    """The paths above, nearest first."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a call's arguments or result, also inside tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)

@@ -1,0 +1,119 @@
+"""Meters of memory and energy: the process, its control group, CUDA, RAPL, NVML. What cannot be read has no meter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+from ...memory.cgroups import read_cgroup_limits
+from .schema import Meter
+
+Reader = Callable[[], int]
+PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+
+
+def cpu_energy(root: Path = Path("/sys/class/powercap")) -> Reader | None:
+    """Microjoules of all packages, from the kernel's powercap files (their counters wrap; that is evened out)."""
+    packages = []
+    for folder in sorted(root.glob("intel-rapl:[0-9]*")):
+        if folder.name.count(":") > 1:
+            continue  # a part of a package
+        try:
+            packages.append(_Wrapping(folder / "energy_uj", int((folder / "max_energy_range_uj").read_text())))
+        except (OSError, ValueError):  # only root may read them since 2020 (CVE-2020-8694)
+            return None
+    return (lambda: sum(package.read() for package in packages)) if packages else None
+
+
+class _Wrapping:
+    """A counter that starts again at 0."""
+
+    def __init__(self, path: Path, span: int) -> None:
+        self._path, self._span = path, span
+        self._last = int(path.read_text())
+        self._base = 0
+
+    def read(self) -> int:
+        try:
+            now = int(self._path.read_text())
+        except (OSError, ValueError):
+            return self._base + self._last
+        if now < self._last:
+            self._base += self._span
+        self._last = now
+        return self._base + now
+
+
+def gpu_energy(index: int) -> Reader | None:
+    """Microjoules of one GPU, from the driver (`nvidia-ml-py`, where it is installed)."""
+    try:
+        nvml: Any = import_module("pynvml")
+        nvml.nvmlInit()
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except Exception:  # no package, no driver, no such counter: NVML has an exception class for each
+        return None
+    return lambda: int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) * 1000
+
+
+def host_meters() -> list[tuple[Meter, Reader]]:
+    """Memory of this process and of its control group."""
+    found: list[tuple[Meter, Reader]] = [(Meter.HOST_RSS, _resident), (Meter.HOST_ANONYMOUS, _anonymous)]
+    usage = _cgroup_usage()
+    if usage is not None:
+        found.append((Meter.HOST_CGROUP, usage))
+    return found
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * PAGE
+
+
+def _anonymous() -> int:
+    """Resident pages that no file backs: all, less those shared or mapped from files."""
+    with open("/proc/self/statm", "rb") as file:
+        fields = file.read().split()
+    return (int(fields[1]) - int(fields[2])) * PAGE
+
+
+def _cgroup_usage() -> Callable[[], int] | None:
+    """What the tightest control group around this process is charged with."""
+    tightest = min(read_cgroup_limits(Path("/proc")), key=lambda limit: limit.limit_nbytes, default=None)
+    if tightest is None:
+        return None
+    folder = Path(tightest.source).parent
+    for name in ("memory.current", "memory.usage_in_bytes"):
+        path = folder / name
+        if path.is_file():
+            return lambda: int(path.read_text())
+    return None
+
+
+def all_meters() -> list[tuple[Meter, Reader]]:
+    """Everything that can be read here. CUDA's allocator is asked only where a program has used CUDA already."""
+    import torch
+
+    found = host_meters()
+    energy = cpu_energy()
+    if energy is not None:
+        found.append((Meter.ENERGY_CPU, energy))
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        index = torch.cuda.current_device()
+        found.append((Meter.DEVICE_ALLOCATED, lambda: int(torch.cuda.memory_allocated(index))))
+        found.append((Meter.DEVICE_RESERVED, lambda: int(torch.cuda.memory_reserved(index))))
+        found.append((Meter.DEVICE_USED, lambda: _device_used(index)))
+        gpu = gpu_energy(index)
+        if gpu is not None:
+            found.append((Meter.ENERGY_DEVICE, gpu))
+    return found
+
+
+def _device_used(index: int) -> int:
+    import torch
+
+    free, total = torch.cuda.mem_get_info(index)
+    return int(total - free)

@@ -1,0 +1,199 @@
+"""`penstock.Profiler`: records where memory and time go, of models under penstock and of any torch program."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, TypeVar
+
+import msgspec
+import torch
+from torch import nn
+
+from ...memory.errors import UsageError
+from ..build import Machinery
+from .activations import ActivationWatch
+from .backward import BackwardWatch
+from .facts import header
+from .meters import all_meters
+from .metrics import summarise
+from .calls import Clock, HostClock, ModuleWatch
+from .profile import Profile
+from .reader import read_profile
+from .recorder import Recorder
+from .registry import process_registry
+from .ring import Ring
+from .sampling import Sampler
+from .schema import Category, MarkKind, Tier
+from .steps import StepWatch
+from .streamed import StreamedModel
+from .summary import Summary
+from .tensors import TensorWatch
+from .writer import ProfileWriter
+
+logger = logging.getLogger(__name__)
+
+Level = Literal["light", "full"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+HOOK_NS: Final = 1500
+"""CPU time of one interruption of the program, as measured (benchmarks/profiler_overhead.py); it goes into the file."""
+
+
+class Profiler:
+    """Records while it is entered; also a decorator.
+
+        with penstock.Profiler("run.prof") as profiler:
+            train()
+        print(profiler.summary().verdict)
+
+    `light` records layers, weights, gradients, optimizer states, gauges, and all that a streamed model moves. `full`
+    also records every module, its backward, and the activations that autograd saves. Neither changes what the program
+    computes.
+
+    Args:
+        path: The file to write. It is complete up to the last second at any moment.
+        level: "light" or "full".
+        force: Overwrite the file if it is there.
+        ring_nbytes: Memory for records that are not yet written; the oldest are dropped, and counted, when it is full.
+
+    Raises:
+        UsageError: the file is there already, or an argument has no meaning.
+        DiskError: the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        level: Level = "light",
+        *,
+        force: bool = False,
+        ring_nbytes: int = 64 * 2**20,
+    ) -> None:
+        if level not in ("light", "full"):
+            raise UsageError(f"there is no profiler level {level!r}: use 'light' or 'full'")
+        self.path = Path(path)
+        self.level: Level = level
+        self._force = force
+        self._ring_nbytes = ring_nbytes
+        self._entered: ExitStack | None = None
+        self._streamed: list[StreamedModel] = []
+
+    def __enter__(self) -> Profiler:
+        if self._entered is not None:
+            raise UsageError("this profiler is recording already")
+        ring = Ring(capacity_nbytes=self._ring_nbytes)
+        self._recorder = recorder = Recorder(ring)
+        self._writer = ProfileWriter(self.path, header(self.level), ring, recorder.tables, force=self._force)
+        with ExitStack() as entered:
+            entered.push(self._end)
+            clock = self._clock()
+            self._watch = watch = ModuleWatch(recorder, clock, every=self.level == "full")
+            self._tensors = tensors = TensorWatch(recorder, watch)
+            sampler = entered.enter_context(Sampler(recorder, all_meters()))
+            self._sampler = sampler
+            sampler.also = self._spend if isinstance(clock, HostClock) else lambda: (clock.poll(), self._spend())  # type: ignore[attr-defined]
+            recorder.memory(_resident_nbytes(), Tier.HOST, Category.BASELINE)
+            self._steps = entered.enter_context(StepWatch(recorder, tensors, clock))
+            watch.listen(self._steps)
+            if self.level == "full":
+                backward = BackwardWatch(recorder, watch, clock)
+                watch.listen(backward)
+                entered.callback(backward.close)
+                entered.enter_context(ActivationWatch(recorder, watch, tensors))
+            entered.enter_context(watch)
+            process_registry().begin(self)
+            entered.callback(process_registry().end, self)
+            self._entered = entered.pop_all()
+        return self
+
+    def _clock(self) -> Clock:
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            from .cuda import CudaClock
+
+            return CudaClock(torch.cuda.current_device())
+        return HostClock(time.monotonic_ns)
+
+    def _spend(self) -> None:
+        self._writer.spent_ns = self._sampler.own_ns + self._recorder.hooks * HOOK_NS
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        entered, self._entered = self._entered, None
+        assert entered is not None, "__exit__ without __enter__"
+        entered.__exit__(kind, error, trace)
+
+    def _end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """The last step of leaving: everything that records has stopped."""
+        if not self._recorder.alive:
+            return  # a forked child: the file is its parent's
+        for model in self._streamed:
+            model.close()
+        self._streamed.clear()
+        if self._entered is None and hasattr(self, "_steps"):
+            self._recorder.end_step()
+        failure = "" if error is None or isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            self._recorder.mark(MarkKind.OOM, failure)
+        self._writer.close(failure)
+
+    def __call__(self, function: Function) -> Function:
+        """As a decorator: every call of the function is one recording (the file is overwritten by the next)."""
+
+        @functools.wraps(function)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            with Profiler(self.path, self.level, force=self._force, ring_nbytes=self._ring_nbytes):
+                return function(*args, **kwargs)
+
+        return recorded  # type: ignore[return-value]
+
+    def step(self, phase: str = "step", tokens: int = -1) -> None:
+        """A step begins now, and the one before it ends. Without any call steps are found: tokens, optimizer steps."""
+        if self._entered is None:
+            raise UsageError("step() was called while nothing is recorded: enter the profiler first")
+        self._steps.said = True
+        self._recorder.begin_step(phase, tokens)
+
+    def attach(self, module: nn.Module, machinery: Machinery) -> None:
+        """Record a streamed model (called by the registry)."""
+        model = StreamedModel(self._recorder, self._watch, module, machinery)
+        self._tensors.leave_out(model.parameters)
+        self._streamed.append(model)
+        self._writer.header = _with_model(self._writer.header, machinery)
+
+    def profile(self) -> Profile:
+        """What was recorded, read back from the file. After the recording."""
+        return read_profile(self.path)
+
+    def summary(self) -> Summary:
+        """The figures. After the recording."""
+        return summarise(self.profile())
+
+
+def _with_model(header: Any, machinery: Machinery) -> Any:
+    """A header that knows a streamed model's budgets and links."""
+    plan = machinery.plan
+    if plan is None:
+        return header
+    budgets = {"HOST": header.budgets.get("HOST", 0) + plan.host_budget_nbytes}
+    if plan.device_budget_nbytes is not None:
+        budgets["DEVICE"] = header.budgets.get("DEVICE", 0) + plan.device_budget_nbytes
+    peaks = {"DISK_READ": plan.links.disk_read, "H2D": plan.links.h2d, "D2H": plan.links.d2h}
+    return msgspec.structs.replace(
+        header,
+        budgets=budgets,
+        peaks={**header.peaks, **{name: rate for name, rate in peaks.items() if rate}},
+        emulated=header.emulated or plan.emulated,
+    )
+
+
+def _resident_nbytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,122 @@
+"""The recorder: what is recorded goes through it, and gets its numbers from it. No torch."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from .ring import Ring
+from .schema import NONE, Block, Category, Mark, MarkKind, Memory, Module, Step, Storage, Tables, Tier
+
+
+class Recorder:
+    """One recording: a ring of records, and tables that give them names.
+
+    May be called from any thread. After a fork the child records nothing.
+
+    Args:
+        clock: Nanoseconds, monotonic.
+    """
+
+    def __init__(self, ring: Ring, *, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        self.clock = clock
+        self.tables: Tables = {"modules": {}, "blocks": {}, "storages": {}, "strings": {}}
+        self.add = ring.append
+        """Record something."""
+        self.hooks = 0
+        """How often the program was interrupted to record; times the cost of one, it is what the recording costs."""
+        self._ring = ring
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._strings: dict[str, int] = {}
+        self._transfers = 0
+        self._steps = 0
+        self._open: tuple[int, int, int] | None = None
+        """The step under way: index of its phase, start, tokens."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether this is the process that began the recording."""
+        return os.getpid() == self._pid
+
+    # --- numbers ----------------------------------------------------------------------------------------------------
+
+    def string(self, text: str) -> int:
+        """The number of a string."""
+        with self._lock:
+            number = self._strings.get(text)
+            if number is None:
+                number = self._strings[text] = len(self._strings)
+                self.tables["strings"][number] = text
+            return number
+
+    def module(self, *, path: str, kind: str, parent: int = NONE) -> int:
+        """A new row of the module table."""
+        return self._row("modules", Module(path=path, kind=kind, parent=parent))
+
+    def block(self, *, name: str, nbytes: int, home: Tier, module: int) -> int:
+        """A new row of the block table."""
+        return self._row("blocks", Block(name=name, nbytes=nbytes, home=home, module=module))
+
+    def storage(self, row: Storage) -> int:
+        """A new row of the storage table."""
+        return self._row("storages", row)
+
+    def transfer_id(self) -> int:
+        """A number for a transfer."""
+        with self._lock:
+            self._transfers += 1
+            return self._transfers
+
+    def _row(self, table: str, row: object) -> int:
+        with self._lock:
+            rows = self.tables[table]
+            number = len(rows)
+            rows[number] = row
+            return number
+
+    # --- records that several places make ---------------------------------------------------------------------------
+
+    def memory(self, nbytes: int, tier: Tier, category: Category, *, module: int = NONE, storage: int = NONE) -> None:
+        """Bytes were taken, or given back where negative."""
+        if nbytes:
+            self.add(
+                Memory(at=self.clock(), tier=tier, category=category, nbytes=nbytes, module=module, storage=storage)
+            )
+
+    def mark(self, kind: MarkKind, text: str = "", *, block: int = NONE, module: int = NONE) -> None:
+        """Something happened."""
+        number = self.string(text) if text else NONE
+        self.add(Mark(at=self.clock(), kind=kind, block=block, module=module, text=number))
+
+    def begin_step(self, phase: str, tokens: int = NONE) -> None:
+        """A step starts now; the one under way ends."""
+        now = self.clock()
+        self.end_step(now)
+        self._open = (self.string(phase), now, tokens)
+
+    def end_step(self, at: int | None = None) -> None:
+        """The step under way ends, if there is one."""
+        if self._open is None:
+            return
+        phase, start, tokens = self._open
+        self._open = None
+        end = self.clock() if at is None else at
+        self.add(Step(id=self._steps, phase=phase, start=start, end=end, tokens=tokens))
+        self._steps += 1
+
+    def retitle(self, phase: str, tokens: int) -> None:
+        """Say what the step under way turned out to be."""
+        if self._open is not None:
+            self._open = (self.string(phase), self._open[1], tokens)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step is under way."""
+        return self._open is not None
+
+    def lost(self) -> int:
+        """Records dropped so far."""
+        return self._ring.statistics().dropped

@@ -1,0 +1,166 @@
+"""A model that penstock streams, on the record: transfers, waits, uses, and the bytes of its slots."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Final
+
+from torch import nn
+
+from ...memory.disk import DiskEngine
+from ...scheduler.residence import Tier as Slots
+from ...scheduler.timeline import Record as Happened
+from ..build import Machinery
+from .calls import ModuleWatch
+from .recorder import Recorder
+from .schema import NONE, Category, Cause, Link, MarkKind, Tier, Transfer, Use, Wait
+
+_MARKS: Final = {
+    "mismatch": MarkKind.MISMATCH,
+    "demand": MarkKind.DEMAND,
+    "relearn": MarkKind.RELEARN,
+    "exchange": MarkKind.EXCHANGE,
+    "error": MarkKind.ERROR,
+}
+
+
+class StreamedModel:
+    """Listens to one machinery's timeline from when it is made until `close`."""
+
+    def __init__(self, recorder: Recorder, watch: ModuleWatch, module: nn.Module, machinery: Machinery) -> None:
+        self._recorder = recorder
+        self._machinery = machinery
+        root = watch.register(module)
+        self._owners = _owners(module, machinery, watch, root)
+        self._rows = self._blocks(watch, module)
+        self._reads: dict[int, int] = {}
+        """By block: the transfer that read it last, as parent of its copy."""
+        self._charged: dict[tuple[Tier, int], list[tuple[int, int]]] = {}
+        """What the blocks that stay are charged with: module and bytes, by tier and block."""
+        self._charge_what_is_there()
+        machinery.timeline.listener = self._hear
+
+    @property
+    def parameters(self) -> set[int]:
+        """Ids of the parameters whose bytes are accounted for here."""
+        bound = {id(b.parameter) for binding in self._machinery.bindings.values() for b in binding.tensors}
+        return bound | set(self._machinery.tables)
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._machinery.timeline.listener = None
+
+    def _blocks(self, watch: ModuleWatch, module: nn.Module) -> dict[int, int]:
+        layout = self._machinery.layout
+        nearest = watch.nearest(module)
+        leased: dict[int, set[int]] = {}
+        for path, blocks in layout.expected.items():
+            for block in blocks:
+                leased.setdefault(block, set()).add(nearest.get(path, NONE))
+        rows = {}
+        for block in layout.blocks:
+            home = Tier.DISK
+            if block.id in layout.front.resident:
+                home = Tier.DEVICE if layout.back else Tier.HOST
+            elif layout.back and block.id in layout.back.resident:
+                home = Tier.HOST
+            by = leased.get(block.id, set())
+            row = next(iter(by)) if len(by) == 1 else NONE
+            rows[block.id] = self._recorder.block(
+                name=block.name, nbytes=block.image.data_nbytes, home=home, module=row
+            )
+        return rows
+
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    def _tiers(self) -> list[tuple[Tier, Slots]]:
+        machinery = self._machinery
+        if machinery.back is None:
+            return [(Tier.HOST, machinery.front)]
+        return [(Tier.DEVICE, machinery.front), (Tier.HOST, machinery.back)]
+
+    def _charge_what_is_there(self) -> None:
+        machinery, recorder = self._machinery, self._recorder
+        with machinery.executor.core.lock:
+            there = [(tier, b) for tier, s in self._tiers() for b, h in s.holding.items() if h.permanent and h.ready]
+        for tier, block in there:
+            self._charge(tier, block)
+        layout = machinery.layout
+        for tier, residency in (
+            (Tier.DEVICE, layout.front if layout.back else None),
+            (Tier.HOST, layout.back or layout.front),
+        ):
+            if residency is not None:
+                recorder.memory(residency.slots * residency.slot_nbytes, tier, Category.ARENA)
+        recorder.memory(DiskEngine.own_nbytes(layout.staging_nbytes), Tier.HOST, Category.ARENA)
+        if machinery.device.separate and machinery.device.torch_device.type == "cpu":
+            recorder.memory(layout.front.nbytes, Tier.HOST, Category.ARENA)  # an emulated device's memory is the host's
+
+    def _charge(self, tier: Tier, block: int) -> None:
+        if (tier, block) in self._charged:
+            return
+        self._charged[tier, block] = self._owners[block]
+        for row, nbytes in self._owners[block]:
+            self._recorder.memory(nbytes, tier, Category.WEIGHT, module=row)
+
+    def _take_back_what_left(self) -> None:
+        for tier, slots in self._tiers():
+            for charged, block in list(self._charged):
+                if charged is tier and block not in slots.permanent:
+                    for row, nbytes in self._charged.pop((tier, block)):
+                        self._recorder.memory(-nbytes, tier, Category.WEIGHT, module=row)
+
+    # --- the timeline -----------------------------------------------------------------------------------------------
+
+    def _hear(self, record: Happened) -> None:
+        recorder = self._recorder
+        if not recorder.alive:
+            return
+        recorder.hooks += 1
+        block = self._rows.get(record.block, NONE)
+        if record.kind == "use":
+            recorder.add(Use(block=block, at=record.start_ns, ready=record.end_ns, issued=record.issued_ns))
+        elif record.kind == "wait":
+            recorder.add(Wait(block=block, needed=record.start_ns, ready=record.end_ns))
+        elif record.kind in ("read", "copy"):
+            self._moved(record, block)
+        else:
+            recorder.mark(_MARKS[record.kind], block=block)
+            if record.kind == "exchange":
+                self._take_back_what_left()
+
+    def _moved(self, record: Happened, block: int) -> None:
+        number = self._recorder.transfer_id()
+        reading = record.kind == "read"
+        parent = NONE if reading else self._reads.get(record.block, NONE)
+        if reading:
+            self._reads[record.block] = number
+        self._recorder.add(
+            Transfer(
+                id=number,
+                parent=parent,
+                block=block,
+                link=Link.DISK_READ if reading else Link.H2D,
+                nbytes=record.nbytes,
+                cause=Cause.DEMAND if record.urgent else Cause.PREFETCH,
+                issued=record.issued_ns,
+                start=record.start_ns,
+                end=record.end_ns,
+            )
+        )
+        tier, slots = self._tiers()[-1 if reading else 0]
+        if record.block in slots.permanent:
+            self._charge(tier, record.block)
+
+
+def _owners(module: nn.Module, machinery: Machinery, watch: ModuleWatch, root: int) -> dict[int, list[tuple[int, int]]]:
+    """For each block the modules whose parameters it holds, with their bytes."""
+    nearest = watch.nearest(module)
+    found = {}
+    for block in machinery.layout.blocks:
+        shares: Counter[int] = Counter()
+        for portion in block.portions:
+            row = nearest.get(portion.name.rpartition(".")[0], root)
+            shares[row] += block.image.places[portion.key].nbytes
+        found[block.id] = list(shares.items())
+    return found

@@ -1,0 +1,49 @@
+"""Which parts run once per answer, and what that means for what stays."""
+
+import pytest
+from torch import nn
+from zoo import ZOO
+
+from penstock.runtime.backing import ModuleBacking
+from penstock.runtime.partition import streamable
+from penstock.runtime.phases import once_per_answer
+from penstock.runtime.planning import Budgets, Layout, Planner
+
+
+def layout_of(module: nn.Module, host: int) -> Layout:
+    budgets = Budgets(host=host, device=None, disk_rate=1e9, link_rate=1e10)
+    return Planner(module, ModuleBacking(streamable(module)), budgets, buffers_nbytes=0, keep_skew=True).best()
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_the_encoder_runs_once(name: str) -> None:
+    module = ZOO[name].make()
+    once = once_per_answer(module)
+    encoder = next(path for path, child in module.named_modules() if child is module.get_encoder())
+    below = {path for path, _ in module.named_modules() if path == encoder or path.startswith(f"{encoder}.")}
+    assert once == below
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "clip", "u-net"])
+def test_models_without_an_encoder_of_their_own(name: str) -> None:
+    assert once_per_answer(ZOO[name].make()) == frozenset()
+
+
+def test_a_plain_module_has_no_such_parts() -> None:
+    assert once_per_answer(nn.Linear(2, 2)) == frozenset()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
+def test_the_decoder_stays_before_the_encoder(share: float) -> None:
+    module = ZOO["bart"].make()
+    total = sum(p.nbytes for p in module.parameters())
+    own = layout_of(module, 2**40).own_host_nbytes
+    layout = layout_of(module, own + int(total * share))
+    names = {block.id: {portion.name for portion in block.portions} for block in layout.blocks}
+    streamed = set().union(*(names[block.id] for block in layout.on_disk()))
+    kept = set().union(*(names[block] for block in layout.front.resident if block))
+    assert any(name.startswith("model.encoder.layers") for name in streamed)
+    if any(name.startswith("model.decoder.layers") for name in streamed):
+        assert not any(name.startswith("model.encoder.layers") for name in kept)
+    only_encoder = {number for number, held in names.items() if all(n.startswith("model.encoder.") for n in held)}
+    assert layout.seldom == only_encoder - {0}
