@@ -2,12 +2,17 @@
 
 /** Title and rows of a span, for the tooltip and for the box below the lanes. */
 function describeSpan(run, kind, row) {
-  const spans = { compute: run.lanes.compute, transfer: run.lanes.transfers, wait: run.lanes.waits }[kind];
+  if (kind === "mark") return describeMark(run, row);
+  const spans = { step: run.lanes.steps, compute: run.lanes.compute, transfer: run.lanes.transfers, wait: run.lanes.waits }[kind];
   const length = run.ns(spans.length[row]);
   const rows = [["from", formatInstant(run.ns(spans.start[row]))], ["took", formatTime(length)]];
   const count = spans.count[row];
   const merged = count > 1;
   if (merged) rows.push(["stands for", `${formatCount(count)} spans, ${formatShare(spans.fill[row] / 255)} covered`]);
+  if (kind === "step") {
+    if (spans.tokens[row] >= 0) rows.push(["tokens", formatCount(spans.tokens[row])]);
+    return { title: `${stepName(spans, row)}${merged ? " and others" : ""}`, rows };
+  }
   if (kind === "compute") {
     const module = run.modulesByNumber[spans.module[row]];
     rows.push(["phase", PHASES[spans.phase[row]] ?? "?"]);
@@ -27,6 +32,18 @@ function describeSpan(run, kind, row) {
   if (spans.failed[row]) rows.push(["ended", "in an error"]);
   const title = `${run.blockName(spans.block[row])}${merged ? " and others" : ""}: ${LINK_NAMES[LINKS[spans.link[row]]]}`;
   return { title, rows, module: spans.module[row] };
+}
+
+const stepName = (steps, row) => `${steps.phases[steps.phase[row]] || "step"} ${steps.id[row]}`;
+
+function describeMark(run, row) {
+  const { marks } = run.lanes;
+  const rows = [["at", formatInstant(run.ns(marks.start[row]))]];
+  if (marks.count[row] > 1) rows.push(["stands for", plural(marks.count[row], "mark")]);
+  if (marks.block[row] >= 0) rows.push(["block", run.blockName(marks.block[row])]);
+  if (marks.module[row] >= 0) rows.push(["module", run.moduleName(marks.module[row])]);
+  if (marks.text[row]) rows.push(["says", marks.text[row]]);
+  return { title: MARKS[marks.kind[row]] ?? "mark", rows };
 }
 
 /** Rows of transfers from the first hop to the last, through the given one; whether earlier hops are missing. */

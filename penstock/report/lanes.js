@@ -3,12 +3,15 @@
 const COMPUTE_ROW = 17;
 const TRANSFER_ROW = 13;
 const WAIT_ROW = 15;
+const STEP_ROW = 16;
 const GROUP_GAP = 13;
 
 /** Rows by where they stand: [{kind, name, rows: [spans in it, ascending], height}, …]. */
 function laneGroups(run, suffix = "") {
-  const { compute, transfers, waits } = run.lanes;
+  const { steps, marks, compute, transfers, waits } = run.lanes;
   const groups = [];
+  if (steps.start.length) groups.push({ kind: "step", name: `steps${suffix}`, rows: [indices(steps.start.length)], height: STEP_ROW, spans: steps });
+  if (marks.start.length) groups.push({ kind: "mark", name: `marks${suffix}`, rows: [indices(marks.start.length)], height: WAIT_ROW, spans: marks });
   if (waits.start.length) groups.push({ kind: "wait", name: `waits${suffix}`, rows: [indices(waits.start.length)], height: WAIT_ROW, spans: waits });
   const lanes = [...new Set(compute.rows.map(([lane]) => lane))];
   const byRow = byRows(compute.row, compute.rows.length);
@@ -45,7 +48,8 @@ function placeGroups(groups) {
 function spanColour(kind, spans, row) {
   if (kind === "compute") return PHASE_COLOURS[spans.phase[row]] ?? "forward";
   if (kind === "transfer") return CAUSES[spans.cause[row]] ?? "prefetch";
-  return "demand";
+  if (kind === "mark") return SERIOUS_MARKS.has(spans.kind[row]) ? "bad" : "ink";
+  return kind === "step" ? "line" : "demand";
 }
 
 /** First place in a row of spans from which on one may reach into the range. */
@@ -187,11 +191,16 @@ function paintRow(ctx, box, range, group, row, y, hatch) {
   const run = group.other ?? selection.run;
   const scale = group.other ? group.other.clock.tick / range.tick : 1;
   eachSpan(row, spans, range, box, (span, x, w) => {
-    const faint = !group.other && selection.fades(spans.module[span]);
+    const faint = !group.other && spans.module !== undefined && selection.fades(spans.module[span]);
     const name = spanColour(kind, spans, span);
     ctx.globalAlpha = (faint ? 0.13 : 1) * (group.other ? 0.62 : 1) * (0.3 + 0.7 * (spans.fill[span] / 255));
     ctx.fillStyle = colour(name);
     const inner = w > 3 ? w - 0.7 : w;
+    if (kind === "mark") {
+      markerPath(ctx, "H2D", x, y + height / 2, 4.5);
+      ctx.fill();
+      return;
+    }
     if (kind === "wait" && w > 3) {
       ctx.globalAlpha *= 0.16;
       ctx.fillRect(x, y, inner, height);
@@ -212,12 +221,12 @@ function paintRow(ctx, box, range, group, row, y, hatch) {
     }
     if (w > 34 && height >= 11 && kind !== "wait" && spans.count[span] === 1) {
       ctx.globalAlpha = faint ? 0.3 : 1;
-      ctx.fillStyle = colour("on-span");
+      ctx.fillStyle = colour(kind === "step" ? "soft" : "on-span");
       ctx.textAlign = "left";
       ctx.textBaseline = "middle";
       ctx.save();
-      ctx.font = FONT.replace("12px", "11px");
-      const text = kind === "compute" ? run.modulesByNumber[spans.module[span]]?.path ?? "" : run.blockName(spans.block[span]);
+      ctx.font = FONT.replace("12px", height < 13 ? "10px" : "11px");
+      const text = kind === "step" ? stepName(spans, span) : kind === "compute" ? run.moduleName(spans.module[span]) : run.blockName(spans.block[span]);
       ctx.fillText(fitted(ctx, text, inner - 8), x + 4, y + height / 2 + 0.5);
       ctx.restore();
     }
@@ -240,7 +249,10 @@ function findSpan(groups, run, range, x, y, box) {
   }
   if (best === null) return null;
   const found = describeSpan(group.other ?? run, group.kind, best);
-  return group.other ? found : { ...found, pick: () => selection.chooseSpan(group.kind, best) };
+  if (group.other || group.kind === "mark") return found;
+  const { start, length } = group.spans;
+  const pick = group.kind === "step" ? () => range.show(start[best], start[best] + length[best]) : () => selection.chooseSpan(group.kind, best);
+  return { ...found, pick };
 }
 
 function nextWait(run, range, direction) {

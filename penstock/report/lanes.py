@@ -1,4 +1,4 @@
-"""Who worked when: compute by thread and depth, transfers by link, waits. What the Gantt view draws."""
+"""Who worked when: steps, compute by thread and depth, transfers by link, waits, marks. What the Gantt view draws."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..runtime.profiler.profile import Column, Profile
-from ..runtime.profiler.schema import Cause, Compute, Link, Transfer, Wait
+from ..runtime.profiler.schema import Cause, Compute, Link, Mark, Step, Transfer, Wait
 from .arrays import Arrays
 from .clock import Clock, ranks
 from .merging import Merged, merge, pack
@@ -18,6 +18,8 @@ _SHOWN: Final = (Link.H2D, Link.D2H, Link.DISK_READ, Link.DISK_WRITE)
 _MOST_LANES: Final = 8
 _MOST_DEPTH: Final = 8
 _MOST_ROWS: Final = 12
+_MOST_STEPS: Final = 4000
+_MOST_MARKS: Final = 1000
 _PARENT_GONE: Final = -2  # there was a hop before, and it was merged with others or lost
 
 
@@ -32,6 +34,8 @@ def lanes(
 ) -> dict[str, Any]:
     """All lanes of a run, about `most` spans of compute and of transfers each, a third as many waits."""
     return {
+        "steps": _steps(profile, clock, arrays, exact),
+        "marks": _marks(profile, clock, names, arrays),
         "compute": _compute(profile, clock, names, arrays, most, exact),
         "transfers": _transfers(profile, clock, names, arrays, most, exact),
         "waits": _waits(profile, clock, names, arrays, most // 3, exact),
@@ -47,6 +51,38 @@ def _spans(merged: Merged, arrays: Arrays, clock: Clock, shown: int) -> dict[str
         "shown": shown,
         "merged_ns": merged.width * clock.tick_ns,
         "exact": [list(stretch) for stretch in merged.exact],
+    }
+
+
+def _steps(profile: Profile, clock: Clock, arrays: Arrays, exact: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    found = profile[Step]
+    found = found.where(found.end >= found.start)
+    start, end = clock.spans(found.start, found.end)
+    merged = merge(start, end, np.zeros(len(found), dtype=np.int64), weight=end - start, most=_MOST_STEPS, exact=exact)
+    picked = found.where(merged.pick)
+    numbers, place = np.unique(picked.phase, return_inverse=True)
+    return {
+        **_spans(merged, arrays, clock, len(found)),
+        "id": arrays.add(picked.id),
+        "tokens": arrays.add(picked.tokens),
+        "phase": arrays.add(place.reshape(-1)),
+        "phases": [profile.string(int(number)) for number in numbers],
+    }
+
+
+def _marks(profile: Profile, clock: Clock, names: Names, arrays: Arrays) -> dict[str, Any]:
+    found = profile[Mark]
+    at = clock.at(found.at)
+    merged = merge(at, at, found.kind, weight=at * 0, most=_MOST_MARKS)
+    picked = found.where(merged.pick)
+    block = names.block(picked.block)
+    module = names.module(picked.module)
+    return {
+        **_spans(merged, arrays, clock, len(found)),
+        "kind": arrays.add(picked.kind),
+        "block": arrays.add(block),
+        "module": arrays.add(np.where(module >= 0, module, names.owner(block))),
+        "text": [profile.string(int(number)) for number in picked.text],
     }
 
 

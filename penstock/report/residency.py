@@ -34,10 +34,9 @@ def residency(
 ) -> dict[str, Any]:
     """Rows of blocks in the order of their first use, and stays of blocks in tiers above their home."""
     row_of = _rows(profile, names)
-    released = _released(profile, names)
-    parts = [_stays(profile, names, tier, released) for tier in (Tier.HOST, Tier.DEVICE)]
-    block, start_ns, end_ns, tier = (np.concatenate(column) for column in zip(*parts, strict=True))
-    start, end = clock.spans(start_ns, end_ns)
+    released = _released(profile, clock, names)
+    parts = [_stays(profile, clock, names, tier, released) for tier in (Tier.HOST, Tier.DEVICE)]
+    block, start, end, tier = (np.concatenate(column) for column in zip(*parts, strict=True))
     row = row_of[block] if len(block) else block
     merged = merge(start, end, row * len(Tier) + tier, weight=end - start, most=most, exact=exact)
     order = np.argsort(row_of, kind="stable")
@@ -72,23 +71,22 @@ def _rows(profile: Profile, names: Names) -> Column:
     return row
 
 
-def _released(profile: Profile, names: Names) -> tuple[Column, Column]:
-    """Blocks (page numbers) and when each of their uses was over, sorted by both."""
+def _released(profile: Profile, clock: Clock, names: Names) -> tuple[Column, Column]:
+    """Blocks (page numbers) and when each of their uses was over (ticks), sorted by both."""
     uses, spans = profile[Use], profile[Compute]
     block = names.block(uses.block)
-    over = np.maximum(uses.at, uses.ready)
-    order = np.lexsort((spans.start, spans.module))
-    # Place of each use among the compute spans of its module, by one search over (module, start) as one number.
-    modules = np.unique(spans.module)
+    over = clock.at(np.maximum(uses.at, uses.ready))
     if len(spans) and len(uses):
-        base = int(min(spans.start.min(), over.min()))
-        stride = int(max(spans.start.max(), over.max())) - base + 2
-        keys = np.searchsorted(modules, spans.module[order]) * stride + (spans.start[order] - base)
+        # Place of each use among the compute spans of its module, by one search over (module, start) as one number.
+        start, end = clock.spans(spans.start, spans.end)
+        order = np.lexsort((start, spans.module))
+        modules, place = np.unique(spans.module, return_inverse=True)
+        stride = clock.ticks + 1
+        keys = (place.reshape(-1) * stride + start)[order]
         module = ranks(modules, uses.module)
-        after = np.searchsorted(keys, module * stride + (over - base), side="left")
-        after = np.minimum(after, len(keys) - 1)
+        after = np.minimum(np.searchsorted(keys, module * stride + over, side="left"), len(keys) - 1)
         same = (module >= 0) & (spans.module[order][after] == uses.module)
-        over = np.where(same, np.maximum(over, spans.end[order][after]), over)
+        over = np.where(same, np.maximum(over, end[order][after]), over)
     known = block >= 0
     block, over = block[known], over[known]
     again = np.lexsort((over, block))
@@ -96,26 +94,28 @@ def _released(profile: Profile, names: Names) -> tuple[Column, Column]:
 
 
 def _stays(
-    profile: Profile, names: Names, tier: Tier, released: tuple[Column, Column]
+    profile: Profile, clock: Clock, names: Names, tier: Tier, released: tuple[Column, Column]
 ) -> tuple[Column, Column, Column, Column]:
+    """Blocks (page numbers) that came to a tier, from when to when (ticks) they were there, and the tier."""
     found = profile[Transfer]
+    began, ended = clock.spans(found.start, found.end)
+    stride = clock.ticks + 1
     block = names.block(found.block)
     good = (block >= 0) & (found.failed == 0)
     came = good & (found.link == _INTO[tier])
     rows = np.flatnonzero(came)
-    rows = rows[np.lexsort((found.end[rows], block[rows]))]
-    who, start = block[rows], found.end[rows]
-    last = profile.span()[1]
-    limit = np.full(len(rows), last, dtype=np.int64)
-    limit[:-1] = np.where(who[1:] == who[:-1], np.maximum(found.start[rows][1:], start[:-1]), last)
-    until = _last_before(who, start, limit, *released)
+    rows = rows[np.lexsort((ended[rows], block[rows]))]
+    who, start = block[rows], ended[rows]
+    limit = np.full(len(rows), clock.ticks, dtype=np.int64)
+    limit[:-1] = np.where(who[1:] == who[:-1], np.maximum(began[rows][1:], start[:-1]), clock.ticks)
+    until = _last_before(who, start, limit, *released, stride)
     end = np.where(until >= 0, until, limit)
     gone = good & (found.link == _OUT_OF[tier]) & (found.cause == Cause.EVICT)
     if tier == Tier.HOST:
         onward = good & (found.link == Link.H2D)
-        passed = _last_before(who, start, limit, *_sorted(block[onward], found.end[onward]))
+        passed = _last_before(who, start, limit, *_sorted(block[onward], ended[onward]), stride)
         end = np.where(passed >= 0, passed, end)  # a host slot is refilled when its copy is done
-    taken = _last_before(who, start, limit, *_sorted(block[gone], found.end[gone]))
+    taken = _last_before(who, start, limit, *_sorted(block[gone], ended[gone]), stride)
     end = np.where(taken >= 0, taken, end)
     return who, start, end, np.full(len(rows), int(tier), dtype=np.int64)
 
@@ -125,14 +125,14 @@ def _sorted(block: Column, at: Column) -> tuple[Column, Column]:
     return block[order], at[order]
 
 
-def _last_before(who: Column, start: Column, limit: Column, block: Column, at: Column) -> Column:
-    """For each stay the last of its block's instants in [start, limit]; -1 where there is none."""
+def _last_before(who: Column, start: Column, limit: Column, block: Column, at: Column, stride: int) -> Column:
+    """For each stay the last of its block's instants in [start, limit]; -1 where there is none.
+
+    `block` and `at` are sorted; one search over (block, instant) as one number finds all. Instants are below `stride`.
+    """
     if not len(who) or not len(block):
         return np.full(len(who), -1, dtype=np.int64)
-    base = int(min(start.min(), at.min()))
-    stride = int(max(limit.max(), at.max())) - base + 2
-    keys = block * stride + (at - base)
-    place = np.searchsorted(keys, who * stride + (limit - base), side="right") - 1
+    place = np.searchsorted(block * stride + at, who * stride + limit, side="right") - 1
     found = np.maximum(place, 0)
     good = (place >= 0) & (block[found] == who) & (at[found] >= start)
     return np.where(good, at[found], -1)

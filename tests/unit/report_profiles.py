@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
 import numpy as np
 from profiles import footer, header
 
+from penstock.runtime.profiler.bubble import idle_by_step
+from penstock.runtime.profiler.metrics import summarise
 from penstock.runtime.profiler.profile import Columns, Profile
 from penstock.runtime.profiler.schema import (
     Block,
@@ -16,6 +19,8 @@ from penstock.runtime.profiler.schema import (
     Compute,
     Gauge,
     Link,
+    Mark,
+    MarkKind,
     Memory,
     Meter,
     Module,
@@ -27,16 +32,7 @@ from penstock.runtime.profiler.schema import (
     Use,
     Wait,
 )
-from penstock.runtime.profiler.summary import (
-    Energy,
-    Idle,
-    LinkUse,
-    MemoryRow,
-    ModuleUse,
-    PrefetchUse,
-    Summary,
-    TierPeak,
-)
+from penstock.runtime.profiler.summary import Idle, Summary
 
 MIB = 2**20
 GIB = 2**30
@@ -142,6 +138,7 @@ class _Simulation:
             )
             if step % 8 == 7:
                 self.evict(end)
+                self.records.append(Mark(at=end, kind=MarkKind.RELEARN, text=2))
             self.now = end + int(self.jitter(0.9 * MS))
             self.records.append(Step(id=step, phase=0 if step else 1, start=began, end=end, tokens=1))
 
@@ -202,7 +199,7 @@ def three_tiers(layers: int = 48, steps: int = 16, *, seed: int = 1, disk_gb: fl
     )
     return Profile.of(
         head, footer(recorded=len(made.records), own_ns=made.now // 150), made.records,
-        modules=made.modules, blocks=blocks, strings={0: "decode", 1: "prefill"},
+        modules=made.modules, blocks=blocks, strings={0: "decode", 1: "prefill", 2: "the order changed"},
     )  # fmt: skip
 
 
@@ -275,121 +272,13 @@ def repeated(profile: Profile, times: int) -> Profile:
 
 
 def idle_of(profile: Profile) -> list[tuple[int, Idle]]:
-    """A plausible breakdown per step: what waits took went to the disk and the link, a little to the host."""
-    steps, waits = profile[Step], profile[Wait]
-    order = np.argsort(waits.needed, kind="stable")
-    sums = np.concatenate(([0], np.cumsum((waits.ready - waits.needed)[order])))
-    low, high = (np.searchsorted(waits.needed[order], edge) for edge in (steps.start, steps.end))
-    waited = (sums[high] - sums[low]).tolist()
-    return [
-        (int(number), Idle(disk=int(w * 0.68), link=int(w * 0.2), space=int(w * 0.12), host=MS + i % 7 * MS // 4))
-        for i, (number, w) in enumerate(zip(steps.id.tolist(), waited, strict=True))
-    ]
+    """Ids of the steps that ended, with where the idle time of each went."""
+    steps = profile[Step]
+    steps = steps.where(steps.end >= steps.start)
+    order = np.argsort(steps.start, kind="stable")
+    return list(zip(steps.id[order].tolist(), idle_by_step(profile), strict=True))
 
 
 def summary_of(profile: Profile, **changes: Any) -> Summary:
-    """Figures near the truth, for pages: what computes them exactly is tested elsewhere."""
-    first, last = profile.span()
-    compute, waits, transfers, steps = profile[Compute], profile[Wait], profile[Transfer], profile[Step]
-    window = max(1, last - first)
-    waited = int((waits.ready - waits.needed).sum())
-    idle = [one for _, one in idle_of(profile)]
-    total = Idle(**{name: sum(getattr(one, name) for one in idle) for name in Idle.__struct_fields__})
-    uses = profile[Use]
-    late = int((uses.ready > uses.at).sum())
-    values: dict[str, Any] = {
-        "window_ns": (first, last),
-        "steps": len(steps),
-        "step_ns": int(np.median(steps.end - steps.start)) if len(steps) else None,
-        "tokens": int(np.maximum(steps.tokens, 0).sum()),
-        "tokens_per_s": len(steps) / window * 1e9 if len(transfers) else None,
-        "compute_ns": max(0, window - total.total) if len(compute) else 0,
-        "bubble": total.total / window if len(compute) else None,
-        "idle": total,
-        "links": tuple(_link_use(profile, link) for link in Link if (transfers.link == link).any()),
-        "bound_ns": window / 1.31 if len(transfers) else None,
-        "distance": 1.31 if len(transfers) else None,
-        "binds": "DISK_READ" if len(transfers) else "",
-        "prefetch": PrefetchUse(
-            uses=len(uses), on_time=1 - late / len(uses) if len(uses) else None, streamed_uses=len(uses),
-            streamed_on_time=1 - late / len(uses) if len(uses) else None, wasted=0.0, median_lead_ns=None,
-            early_byte_seconds=0.0, waited_ns=waited,
-        ),
-        "peaks": tuple(_peak(profile, tier) for tier in (Tier.DEVICE, Tier.HOST) if _held(profile, tier)),
-        "leaks": (),
-        "modules": _module_uses(profile),
-        "energy": Energy(cpu_j=None, device_j=None, per_token_j=None),
-        "recorded": profile.footer.recorded,
-        "dropped": profile.footer.dropped,
-        "overhead": 0.006,
-        "tklqt_ns": None,
-        "verdict": "Disk-bound: 68 % of idle time waits on reads of layers 2, 3, 5, 8 and 9; 3.2 GiB more host memory "
-        "would help most." if len(transfers) else "Nothing was streamed: the processor computed 96 % of the time.",
-    }  # fmt: skip
-    return Summary(**{**values, **changes})
-
-
-def _link_use(profile: Profile, link: Link) -> LinkUse:
-    found = profile[Transfer]
-    mine = found.where(found.link == link)
-    busy, nbytes = int((mine.end - mine.start).sum()), int(mine.nbytes.sum())
-    return LinkUse(
-        link=link.name, transfers=len(mine), nbytes=nbytes, busy_ns=busy, overlap=0.8, exposed_ns=busy // 5,
-        bandwidth=nbytes / max(1, busy) * 1e9, peak=profile.header.peaks.get(link.name), efficiency=0.9,
-        amplification=1.0,
-    )  # fmt: skip
-
-
-def _held(profile: Profile, tier: Tier) -> int:
-    found = profile[Memory]
-    return int(np.maximum(found.nbytes[found.tier == tier], 0).sum())
-
-
-def _peak(profile: Profile, tier: Tier) -> TierPeak:
-    found = profile[Memory]
-    mine = found.where((found.tier == tier) & (found.nbytes > 0))
-    categories = [(c.name, int(mine.nbytes[mine.category == c].sum())) for c in Category]
-    modules: dict[str, int] = {}
-    for number in np.unique(mine.module[mine.module >= 0]).tolist():
-        path = profile.module_path(number)
-        nbytes = int(mine.nbytes[mine.module == number].sum())
-        if ".layers." in path:
-            modules |= {f"{path}.self_attn": nbytes // 3, f"{path}.mlp": nbytes - nbytes // 3}
-        else:
-            modules[path] = nbytes
-    named = sum(nbytes for _, nbytes in categories)
-    return TierPeak(
-        tier=tier.name, at_ns=profile.span()[1] // 2, nbytes=int(named * 1.02),
-        categories=tuple(MemoryRow(name=n, nbytes=b) for n, b in sorted(categories, key=lambda row: -row[1]) if b),
-        modules=tuple(MemoryRow(name=n, nbytes=b) for n, b in sorted(modules.items(), key=lambda row: -row[1])),
-        unaccounted_nbytes=int(named * 0.02), named=0.98, capacity_nbytes=profile.header.capacities.get(tier.name),
-        budget_nbytes=profile.header.budgets.get(tier.name), fragmentation_nbytes=None,
-    )  # fmt: skip
-
-
-def _module_uses(profile: Profile) -> tuple[ModuleUse, ...]:
-    compute, waits, transfers, memory = profile[Compute], profile[Wait], profile[Transfer], profile[Memory]
-    found = []
-    for number, module in profile.modules.items():
-        mine = compute.where(compute.module == number)
-        blocks = np.array([b for b, block in profile.blocks.items() if block.module == number], dtype=np.int64)
-        moved = transfers.where(np.isin(transfers.block, blocks))
-        held = memory.where((memory.module == number) & (memory.nbytes > 0))
-        total = int((mine.end - mine.start).sum())
-        delay = waits.where(waits.module == number)
-        found.append(
-            ModuleUse(
-                path=module.path or "(root)", kind=module.kind, calls=len(mine), total_ns=total, self_ns=total // 3,
-                forward_ns=total // 3, backward_ns=0, optimizer_ns=0,
-                waited_ns=int((delay.ready - delay.needed).sum()),
-                moved_nbytes={
-                    link.name: int(moved.nbytes[moved.link == link].sum())
-                    for link in Link
-                    if (moved.link == link).any()
-                },
-                peak_nbytes={
-                    c.name: int(held.nbytes[held.category == c].sum()) for c in Category if (held.category == c).any()
-                },
-            )
-        )  # fmt: skip
-    return tuple(sorted(found, key=lambda use: (-use.waited_ns, -use.total_ns)))
+    """The figures of a profile, with some of them changed."""
+    return msgspec.structs.replace(summarise(profile), **changes)
