@@ -18,7 +18,7 @@ class Columns:
     """All records of one kind, one array per field: `profile[Transfer].nbytes`."""
 
     def __init__(self, kind: type[Record], arrays: Mapping[str, Column]) -> None:
-        self.kind = kind
+        self.record = kind  # no field is named so: marks have a `kind`, and their column must be reached
         self._arrays = dict(arrays)
         assert tuple(self._arrays) == fields_of(kind), (kind, tuple(self._arrays))
 
@@ -26,14 +26,14 @@ class Columns:
         try:
             return self.__dict__["_arrays"][name]  # type: ignore[no-any-return]
         except KeyError:
-            raise AttributeError(f"{self.kind.__name__} has no column {name}") from None
+            raise AttributeError(f"{self.record.__name__} has no column {name}") from None
 
     def __len__(self) -> int:
         return len(next(iter(self._arrays.values())))
 
     def where(self, mask: npt.NDArray[Any]) -> Columns:
         """The records that a boolean mask, or an array of row numbers, selects."""
-        return Columns(self.kind, {name: array[mask] for name, array in self._arrays.items()})
+        return Columns(self.record, {name: array[mask] for name, array in self._arrays.items()})
 
     def rows(self) -> Iterable[dict[str, int]]:
         """One dictionary per record: for a few of them."""
