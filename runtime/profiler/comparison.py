@@ -86,9 +86,10 @@ class ModuleChange:
     """One module in two runs: nanoseconds and bytes per step (of everything where a run has no steps)."""
 
     path: str
-    time_before: float
-    """Computing itself, and waiting."""
-    time_after: float
+    self_before: float
+    """Its spans without those of modules inside it. Where a module waits inside another's span, that one's time grows
+    too: so waits are told apart."""
+    self_after: float
     waited_before: float
     waited_after: float
     moved_before: float
@@ -97,8 +98,9 @@ class ModuleChange:
 
     @property
     def change_ns(self) -> float:
-        """Time after − time before."""
-        return self.time_after - self.time_before
+        """The larger of the two changes: of waiting, and of its own time."""
+        waited, itself = self.waited_after - self.waited_before, self.self_after - self.self_before
+        return waited if abs(waited) >= abs(itself) else itself
 
 
 def text(value: float | None, unit: Unit) -> str:
@@ -134,7 +136,7 @@ def compare(before: Summary, after: Summary) -> tuple[Change, ...]:
 
 
 def compare_modules(before: Summary, after: Summary) -> tuple[ModuleChange, ...]:
-    """Each module that either run has, the largest change of time first."""
+    """Each module that either run has, the largest change first, waiting before the rest."""
     first = {module.path: module for module in before.modules}
     second = {module.path: module for module in after.modules}
     changes = []
@@ -144,23 +146,26 @@ def compare_modules(before: Summary, after: Summary) -> tuple[ModuleChange, ...]
         changes.append(
             ModuleChange(
                 path=path,
-                time_before=old[0],
-                time_after=new[0],
+                self_before=old[0],
+                self_after=new[0],
                 waited_before=old[1],
                 waited_after=new[1],
                 moved_before=old[2],
                 moved_after=new[2],
             )
         )
-    return tuple(sorted(changes, key=lambda change: -abs(change.change_ns)))
+    return tuple(sorted(changes, key=_magnitude))
+
+
+def _magnitude(change: ModuleChange) -> tuple[float, float, str]:
+    return -abs(change.change_ns), -abs(change.waited_after - change.waited_before), change.path
 
 
 def _per_step(module: ModuleUse | None, steps: int) -> tuple[float, float, float]:
     if module is None:
         return 0.0, 0.0, 0.0
     count = max(steps, 1)
-    busy = module.self_ns + module.waited_ns
-    return busy / count, module.waited_ns / count, sum(module.moved_nbytes.values()) / count
+    return module.self_ns / count, module.waited_ns / count, sum(module.moved_nbytes.values()) / count
 
 
 def _overall(summary: Summary) -> Iterator[Figure]:

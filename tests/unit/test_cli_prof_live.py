@@ -135,7 +135,9 @@ def test_one_look_at_a_file_without_anything(recordings: Recordings, capsys: pyt
 def test_watching_ends_with_the_recording(recordings: Recordings, capsys: pytest.CaptureFixture[str]) -> None:
     recordings.parts = [None, part(0), None, part(1, last=True), part(2)]
     assert main(["prof", "live", "run.prof"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "run.prof: 2.00 s, step 2 (decode), ended"
+    out, _ = capsys.readouterr()
+    assert out.startswith("run.prof: 2.00 s, step 2 (decode), ended\n")
+    assert out.endswith("of the time\n")
     assert len(recordings.parts) == 1
 
 
@@ -149,6 +151,24 @@ def test_watching_a_process_ends_with_it_after_its_last_part(
     out, _ = capsys.readouterr()
     assert out.splitlines()[0] == f"{os.getpid()} (mine.prof): 2.00 s, step 2 (decode)"
     assert recordings.parts == []
+
+
+def test_a_file_is_watched_while_the_process_lives_that_announced_it(
+    recordings: Recordings, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announcement = announce(tmp_path / "mine.prof")
+    monkeypatch.setattr("time.sleep", lambda seconds: announcement.close())
+    assert main(["prof", "live", str(tmp_path / "mine.prof")]) == 0
+    assert capsys.readouterr().out == "mine.prof: nothing recorded yet\n"
+
+
+def test_watching_can_be_interrupted(recordings: Recordings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)
+    assert main(["prof", "live", "run.prof", "--interval", "0.5"]) == 130
+    assert main(["prof", "live", "run.prof", "--interval", "0"]) == 2
 
 
 def test_a_process_that_records_nothing_is_2(

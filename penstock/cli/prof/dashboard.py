@@ -60,6 +60,6 @@ def _lines(now: Now) -> Iterator[tuple[str, str]]:
         yield "tokens/s", f"{now.tokens_per_s:.2f}"
     yield "stall", "–" if now.stall is None else f"{units.share(now.stall)} of the time somebody waits for a block"
     if now.dropped:
-        yield "lost", f"{now.dropped} records: the ring was full"
+        yield "lost", f"{now.dropped} records"
     if now.overhead is not None:
         yield "recording", f"takes {now.overhead * 100:.2f}% of the time"

@@ -26,7 +26,7 @@ class By(StrEnum):
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="The profile before.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The profile after.")],
-    by: Annotated[By | None, typer.Option("--by", help="List modules too, the largest change of time first.")] = None,
+    by: Annotated[By | None, typer.Option("--by", help="List modules too, the largest change first.")] = None,
     threshold: Annotated[
         str | None,
         typer.Option(metavar="SHARE", help="Exit 4 if a figure is worse by more than this (shares: points): 5%."),
@@ -51,11 +51,13 @@ def diff(
         output.write_json(_document(changes, modules, worse))
     else:
         widen(output.data)
-        output.data.print(change_table(changes, str(a), str(b)))
+        names = (a.name, b.name) if a.name != b.name else (str(a), str(b))
+        output.data.print(change_table(changes, *names))
         if by is not None:
             output.data.print(module_change_table(modules[:top], len(modules), wide=has_room(output.data)))
     for change in worse:
-        output.notes.print(f"{change.name} is worse by {change.change_text}, over {threshold}", markup=False)
+        much = change.change_text.lstrip("+-") or "more than can be told: it was nothing before"
+        output.notes.print(f"{change.name} is worse by {much}; {threshold} are tolerated", markup=False)
     return THRESHOLD_FAILED if worse else None
 
 

@@ -43,8 +43,8 @@ def warnings(profile: Profile) -> list[str]:
     footer = profile.footer
     found = list(profile.problems)
     if footer.dropped > 0:
-        kept = f"{footer.dropped} of {footer.recorded + footer.dropped} records were lost because the ring was full"
-        found.append(f"{kept}; the figures are of the others")
+        lost = f"{footer.dropped} of {footer.recorded} records were lost"
+        found.append(f"{lost} (see the log of the run for why); the figures are of the others")
     if footer.failure:
         found.append(f"the run ended by {footer.failure}")
     elif not footer.last:

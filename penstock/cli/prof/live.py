@@ -21,7 +21,7 @@ class Target:
     title: str
     path: Path
     pid: int | None = None
-    """The process that records, where it was named."""
+    """The process that records, where it is known."""
 
 
 def live(
@@ -46,17 +46,16 @@ def live(
         return
     with Live(console=output.data, auto_refresh=False) as screen:
         recording = True
-        while recording:
-            now = watch.now()
-            screen.update(draw(now, found.title), refresh=True)
-            if now is not None and now.ended:
-                return
+        while recording and not watch.ended:
+            screen.update(draw(watch.now(), found.title), refresh=True)
             time.sleep(interval)
             recording = _recording(found)  # asked first: what a process wrote before its end is shown
             part, offset = follow(found.path, offset)
             if part is not None:
                 watch.add(part)
         screen.update(draw(watch.now(), found.title), refresh=True)
+    if not output.data.is_terminal:
+        output.data.print()  # elsewhere only the last state is printed, without the end of its last line
 
 
 def resolve(text: str) -> Target:
@@ -69,7 +68,8 @@ def resolve(text: str) -> Target:
 
     path = Path(text)
     if not text.isdecimal() or path.exists():
-        return Target(title=path.name, path=path)
+        recorders = (each.pid for each in running() if each.path == str(path.absolute()))
+        return Target(title=path.name, path=path, pid=next(recorders, None))
     entry = find(int(text))
     if entry is None:
         others = ", ".join(f"{each.pid} ({Path(each.path).name})" for each in running()) or "none at all"
@@ -78,7 +78,8 @@ def resolve(text: str) -> Target:
 
 
 def _recording(target: Target) -> bool:
-    """Whether more may come. A file alone does not tell: it is watched until its last segment, or Ctrl-C."""
+    """Whether more may come. Where the process is not known (it runs elsewhere, it was killed) nothing tells: the file
+    is watched until its last segment, or Ctrl-C."""
     from ...runtime.profiler.running import find
 
     return target.pid is None or find(target.pid) is not None

@@ -21,6 +21,8 @@ _PIPE_COLUMNS: Final = 200
 _WIDE_COLUMNS: Final = 120
 _NAME_COLUMNS: Final = 16
 """Names are folded, but not to less than this."""
+_NOTABLE: Final = 0.005
+"""Smaller changes are shown, but not called better or worse."""
 _UNKNOWN: Final = "–"
 
 
@@ -101,8 +103,9 @@ def category_tables(summary: Summary, top: int) -> list[Table]:
         tier = peak.tier.lower()
         made.append(_attribution(f"{tier}: peak by category", "category", peak, peak.categories, unaccounted=True))
         shown = peak.modules[:top]
-        title = _title(f"{tier}: peak by module", len(shown), len(peak.modules))
-        made.append(_attribution(title, "module", peak, shown, unaccounted=False))
+        if shown:
+            title = _title(f"{tier}: peak by module", len(shown), len(peak.modules))
+            made.append(_attribution(title, "module", peak, shown, unaccounted=False))
     return made
 
 
@@ -114,9 +117,9 @@ def change_table(changes: Sequence[Change], before: str, after: str) -> Table:
     made.add_column("")
     for change in changes:
         verdict = Text("")
-        if change.worsening > 0:
+        if change.worsening > _NOTABLE:
             verdict = Text("worse", style="red")
-        elif change.change:
+        elif abs(change.change or 0) > _NOTABLE and not change.worsening:
             verdict = Text("better", style="green")
         made.add_row(
             Text(change.name + (" *" if change.gates else "")),
@@ -129,22 +132,22 @@ def change_table(changes: Sequence[Change], before: str, after: str) -> Table:
 
 
 def module_change_table(changes: Sequence[ModuleChange], total: int, *, wide: bool) -> Table:
-    """Modules of two runs, per step; the largest change of time first. `wide` has more columns."""
-    more = ("waited before", "after", "moved before", "after") if wide else ()
-    made = table(
-        _title("Modules, per step", len(changes), total), ("module",), ("time before", "after", "change", *more)
-    )
+    """Modules of two runs, per step; the largest change first. `wide` has more columns."""
+    more = ("moved before", "after") if wide else ()
+    title = _title("Modules, per step", len(changes), total)
+    made = table(title, ("module",), ("itself before", "after", "waited before", "after", "change", *more))
     for change in changes:
-        sign = "+" if change.change_ns >= 0 else "-"
-        waited = (units.duration(change.waited_before), units.duration(change.waited_after))
         moved = (units.size(change.moved_before), units.size(change.moved_after))
+        sign = "-" if change.change_ns < 0 else "+"
         add(
             made,
             change.path,
-            units.duration(change.time_before),
-            units.duration(change.time_after),
+            units.duration(change.self_before),
+            units.duration(change.self_after),
+            units.duration(change.waited_before),
+            units.duration(change.waited_after),
             sign + units.duration(abs(change.change_ns)),
-            *((*waited, *moved) if wide else ()),
+            *(moved if wide else ()),
         )
     return made
 

@@ -109,6 +109,11 @@ class Watch:
             joined = Columns.joined(kind, [*known, part[kind]])
             self._recent[kind] = joined.where(getattr(joined, end) > self._newest - WINDOW_NS)
 
+    @property
+    def ended(self) -> bool:
+        """Whether the recording came to its end in order."""
+        return self._footer is not None and self._footer.last
+
     def now(self) -> Now | None:
         """The last moments; None before the first part."""
         if self._header is None or self._footer is None:
