@@ -135,6 +135,20 @@ def test_names_in_a_profile_are_no_markup(
     assert "[red]layers[/nothing]" in out
 
 
+def test_names_in_a_profile_send_nothing_to_the_terminal(
+    recordings: Recordings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leak = Leak(tier="HOST", nbytes_per_step=float(MIB), steps=5, module="a\x1b]0;owned\x07\nb")
+    hostile = summary(modules=(module("\x1b[2J\ud800"),), verdict="\x1b[31mx", leaks=(leak,))
+    profile = streamed()
+    profile.problems = ("\x1b[5m",)
+    path = recordings.add(tmp_path / "run.prof", profile, hostile)
+    verbs = (["stats", path], 0), (["check", path, "--no-leaks"], 4), (["diff", path, path, "--by", "module"], 0)
+    for argv, code in verbs:
+        assert main(["prof", *argv]) == code
+        assert not set("".join(capsys.readouterr())) & {"\x1b", "\x07", "\ud800"}
+
+
 def test_stats_as_json_is_everything(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prof", "stats", run, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

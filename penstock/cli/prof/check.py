@@ -12,6 +12,7 @@ from ...shares import parse_share
 from ...sizes import parse_size
 from ..output import Output
 from .inputs import THRESHOLD_FAILED, File, read
+from .plain import plain
 
 if TYPE_CHECKING:
     from ...runtime.profiler.limits import Judgement
@@ -84,7 +85,7 @@ def _print(judgements: list[Judgement], output: Output) -> int | None:
     broken = [judgement.sentence for judgement in judgements if not judgement.holds]
     lines = broken or ["ok: " + "; ".join(judgement.sentence for judgement in judgements)]
     for line in lines:
-        output.data.print(line, markup=False, soft_wrap=True)
+        output.data.print(plain(line), markup=False, soft_wrap=True)
     return THRESHOLD_FAILED if broken else None
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...runtime.profiler import units
+from .plain import plain
 from .watch import LinkNow, Now, TierNow
 
 _BAR_COLUMNS: Final = 24
@@ -21,7 +22,7 @@ _TIGHT: Final = 0.9
 def draw(now: Now | None, title: str) -> RenderableType:
     """What `penstock prof live` shows at one moment; None: nothing was recorded yet."""
     if now is None:
-        return Text(f"{title}: nothing recorded yet")
+        return Text(f"{plain(title)}: nothing recorded yet")
     state = "" if not now.ended else f", ended{f' by {now.failure}' if now.failure else ''}"
     heading = f"{title}: {units.duration(now.elapsed_ns)}, step {now.steps}{f' ({now.phase})' if now.phase else ''}"
     grid = Table.grid(padding=(0, 2))
@@ -30,8 +31,8 @@ def draw(now: Now | None, title: str) -> RenderableType:
     grid.add_column(no_wrap=True)
     for cells in (*map(_tier, now.tiers), *map(_link, now.links)):
         grid.add_row(*cells)
-    lines = [Text.assemble((f"{name:<13}", "cyan"), value) for name, value in _lines(now)]
-    return Group(Text(heading + state, style="bold"), grid, *lines)
+    lines = [Text.assemble((f"{name:<13}", "cyan"), plain(value)) for name, value in _lines(now)]
+    return Group(Text(plain(heading + state), style="bold"), grid, *lines)
 
 
 def _tier(tier: TierNow) -> tuple[RenderableType, ...]:

@@ -10,7 +10,7 @@ import typer
 
 from ...sizes import format_size
 from ..output import Output
-from .inputs import File, Force, warnings
+from .inputs import File, Force, warn
 from .outfile import refuse_existing, write_whole
 
 
@@ -45,7 +45,6 @@ def export(
     with output.busy(f"writing {path}"):
         profile = read_profile(file)
         nbytes = write_whole(path, lambda target: chosen.write(profile, target), force=force)
-    for warning in warnings(profile):
-        output.notes.print(f"warning: {file}: {warning}", markup=False)
+    warn(file, profile, output)
     output.notes.print(f"{format_size(nbytes)}; open it in {chosen.opens_in}", markup=False)
     output.data.print(str(path), markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from ..output import Output
+from .plain import plain
 
 if TYPE_CHECKING:
     from ...runtime.profiler.profile import Profile
@@ -33,9 +34,14 @@ def read(path: Path, output: Output) -> tuple[Profile, Summary]:
     with output.busy(f"reading {path}"):
         profile = read_profile(path)
         summary = summarise(profile)
-    for warning in warnings(profile):
-        output.notes.print(f"warning: {path}: {warning}", markup=False)
+    warn(path, profile, output)
     return profile, summary
+
+
+def warn(path: Path, profile: Profile, output: Output) -> None:
+    """Tell on stderr what a reader of the figures must know."""
+    for warning in warnings(profile):
+        output.notes.print(plain(f"warning: {path}: {warning}"), markup=False)
 
 
 def warnings(profile: Profile) -> list[str]:

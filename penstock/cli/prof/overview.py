@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from ...runtime.profiler import units
+from .plain import plain
 from .tables import add, category_tables, link_table, module_table, share, table
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _CAUSES: Final = {
 
 def overview(profile: Profile, summary: Summary, top: int, *, wide: bool) -> Iterator[RenderableType]:
     """Lines and tables from the verdict down to the modules; `top` rows of each list, `wide` or narrow."""
-    yield Text(summary.verdict, style="bold")
+    yield Text(plain(summary.verdict), style="bold")
     yield Text()
     yield from (_row(name, value) for name, value in _facts(profile, summary))
     yield Text()
@@ -41,7 +42,7 @@ def overview(profile: Profile, summary: Summary, top: int, *, wide: bool) -> Ite
     for leak in summary.leaks:
         where = f", most of it in {leak.module}" if leak.module else ""
         grows = f"{leak.tier.lower()} grows by {units.size(leak.nbytes_per_step)} per step over {leak.steps} steps"
-        yield Text(f"leak: {grows}{where}", style="red")
+        yield Text(plain(f"leak: {grows}{where}"), style="red")
     yield _row("recorded", _recorded(summary))
 
 
@@ -108,4 +109,4 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _row(name: str, value: str) -> Text:
-    return Text.assemble((f"{name:<13}", "cyan"), value)
+    return Text.assemble((f"{name:<13}", "cyan"), plain(value))

@@ -12,6 +12,7 @@ from ...sizes import format_size
 from ..output import Output
 from .inputs import File, Force, read
 from .outfile import refuse_existing, write_whole
+from .plain import plain
 
 
 def report(
@@ -36,7 +37,7 @@ def report(
     with output.busy("drawing"):
         html = build(profile, summary, title=file.name, idle_steps=idle_by_step(profile))
     nbytes = write_whole(path, lambda target: _write(target, html), force=force)
-    output.notes.print(f"{summary.verdict} ({format_size(nbytes)} of HTML)", markup=False)
+    output.notes.print(f"{plain(summary.verdict)} ({format_size(nbytes)} of HTML)", markup=False)
     output.data.print(str(path), markup=False, soft_wrap=True)
     if show and not webbrowser.open(path.resolve().as_uri()):
         output.notes.print(f"no browser was found: open {path} yourself", markup=False)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...runtime.profiler import units
+from .plain import plain
 
 if TYPE_CHECKING:
     from ...runtime.profiler.comparison import Change, ModuleChange
@@ -48,8 +49,8 @@ def table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
 
 
 def add(made: Table, *cells: str) -> None:
-    """A row of plain text: names in a profile are nobody's markup."""
-    made.add_row(*(Text(cell) for cell in cells))
+    """A row of plain text: names in a profile are no markup."""
+    made.add_row(*(Text(plain(cell)) for cell in cells))
 
 
 def share(value: float | None) -> str:

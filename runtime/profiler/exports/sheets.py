@@ -75,7 +75,7 @@ def _sheet(names: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
     writer = csv.writer(text)
     writer.writerow(names)
     writer.writerows(rows)
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="replace")  # names may hold halves of characters
 
 
 def _put(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
