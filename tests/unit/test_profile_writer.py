@@ -4,7 +4,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def gauge(at: int, value: int = 0) -> Gauge:
     return Gauge(at=at, meter=Meter.HOST_RSS, value=value)
 
 
-def write(path: Path, *batches: list[Record], ring: Ring | None = None, **options: Any) -> ProfileWriter:
+def write(path: Path, *batches: Sequence[Record], ring: Ring | None = None, **options: Any) -> ProfileWriter:
     """A writer that has written one segment per batch, and has not been closed."""
     ring = ring or Ring()
     made = ProfileWriter(path, header(), ring, options.pop("tables", TABLES), interval_s=NEVER_S, **options)
@@ -166,7 +166,7 @@ def test_many_records_are_several_segments(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_records_that_no_file_can_hold_are_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Odd(Record):
+    class Odd(Record, frozen=True, kw_only=True):
         at: int
 
     bad: list[Any] = [gauge(2**63), gauge(1.5), gauge(None), Odd(at=1)]  # type: ignore[arg-type]
