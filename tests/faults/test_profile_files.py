@@ -268,6 +268,8 @@ def test_a_killed_run_loses_no_more_than_an_interval(path: Path) -> None:
     assert killed_ns - int(found[Gauge].at[-1]) < 1e9
 
 
+# Python 3.12 warns of forks in a process with threads, which is what is tested.
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_does_not_write_into_its_parents_file(path: Path) -> None:
     ring = Ring()
     running = ProfileWriter(path, HEADER, ring, {}, interval_s=NEVER_S)
