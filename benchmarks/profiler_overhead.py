@@ -158,7 +158,8 @@ STEPS = {"streamed": 2, "resident": 20, "training": 4}
 
 
 COLUMNS = (
-    "workload, level", "plain\nms/step", "slower by", "95 % interval", "pairs", "records\n/step", "KiB\n/step", "own CPU",
+    "workload, level", "plain\nms/step", "slower by", "95 % interval", "pairs", "records\n/step", "KiB\n/step",
+    "own CPU",
 )  # fmt: skip
 
 
@@ -188,16 +189,6 @@ def main() -> None:
         ]
         for row in rows
     ]
-    columns = (
-        "workload, level",
-        "plain\nms/step",
-        "slower by",
-        "95 % interval",
-        "pairs",
-        "records\n/step",
-        "KiB\n/step",
-        "own CPU",
-    )
     figures = [
         Figure(name=f"{r.workload}, {r.level}: recorded / plain", value=r.median, goal=GOALS[r.level]) for r in rows
     ]

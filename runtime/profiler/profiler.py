@@ -29,6 +29,7 @@ from .reader import read_profile
 from .recorder import Recorder
 from .registry import process_registry
 from .ring import Ring
+from .running import announce
 from .sampling import Sampler
 from .schema import Category, MarkKind, Tier
 from .steps import StepWatch
@@ -108,6 +109,7 @@ class Profiler:
                 entered.callback(backward.close)
                 entered.enter_context(ActivationWatch(recorder, watch, tensors))
             entered.enter_context(watch)
+            entered.callback(announce(self.path).close)
             process_registry().begin(self)
             entered.callback(process_registry().end, self)
             self._entered = entered.pop_all()

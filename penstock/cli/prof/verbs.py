@@ -1,6 +1,6 @@
 """The registry of `penstock prof …`. A new verb is a file beside this one, and a line here.
 
-As with all verbs, what takes long to import is imported inside the functions. None of these needs torch.
+As with all verbs, what takes long to import is imported inside the functions. Only `run` needs torch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from .diff import diff
 from .export import export
 from .live import live
 from .report import report
+from .run import run
 from .stats import stats
 
 PROF_VERBS: Final[dict[str, Callable[..., int | None]]] = {
+    "run": run,
     "live": live,
     "stats": stats,
     "report": report,
@@ -35,5 +37,6 @@ def prof() -> typer.Typer:
         rich_markup_mode="markdown",
     )
     for name, verb in PROF_VERBS.items():
-        app.command(name)(verb)
+        # what follows the script's name is the script's own
+        app.command(name, context_settings={"allow_interspersed_args": False} if verb is run else None)(verb)
     return app
