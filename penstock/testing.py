@@ -43,7 +43,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     marker = item.get_closest_marker(_MARKER)
     if marker is None:
         return (yield)
-    from .runtime.profiler.recorder import Profiler  # not before: most tests are not marked
+    from .runtime.profiler.profiler import Profiler  # not before: most tests are not marked
 
     try:
         limits = limits_of(*marker.args, **marker.kwargs)

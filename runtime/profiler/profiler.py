@@ -176,7 +176,8 @@ class Profiler:
 
 def _clock() -> Clock:
     """CUDA's time where the program has begun to use CUDA, the host's otherwise."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    cuda: Any = torch.cuda  # torch leaves some of it untyped
+    if cuda.is_available() and cuda.is_initialized():
         from .cuda import CudaClock
 
         return CudaClock(torch.cuda.current_device())

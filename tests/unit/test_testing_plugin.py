@@ -42,7 +42,7 @@ class FakeProfiler:
 def profilers(monkeypatch: pytest.MonkeyPatch) -> list[FakeProfiler]:
     monkeypatch.setattr(FakeProfiler, "made", [], raising=False)
     monkeypatch.setattr(FakeProfiler, "recordings", Recordings(monkeypatch), raising=False)
-    fake = ModuleType("penstock.runtime.profiler.recorder")
+    fake = ModuleType("penstock.runtime.profiler.profiler")
     fake.__dict__["Profiler"] = FakeProfiler
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     return FakeProfiler.made
