@@ -24,8 +24,15 @@ from .memory.errors import (
 
 if TYPE_CHECKING:
     from .api import close, explain, load, offload
+    from .runtime.profiler.profiler import Profiler
 
-_LAZY = ("close", "explain", "load", "offload")
+_LAZY = {
+    "Profiler": "runtime.profiler.profiler",
+    "close": "api",
+    "explain": "api",
+    "load": "api",
+    "offload": "api",
+}
 
 __all__ = [
     "CheckpointError",
@@ -34,6 +41,7 @@ __all__ = [
     "DoesNotFitError",
     "ForkError",
     "PenstockError",
+    "Profiler",
     "ReadOnlyWeightError",
     "ScratchBusyError",
     "StallError",
@@ -47,5 +55,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(f"{__name__}.api"), name)
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

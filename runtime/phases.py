@@ -20,7 +20,8 @@ def once_per_answer(module: nn.Module) -> frozenset[str]:
 
     if not isinstance(module, PreTrainedModel) or not module.can_generate():
         return frozenset()
-    decoder: Any = module.get_decoder()
+    whole: Any = module
+    decoder = whole.get_decoder()
     if decoder is None or decoder is module:
         return frozenset()
     inside = {id(child) for child in decoder.modules()}

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 import typer
 
 from ..memory.errors import PenstockError
-from .verbs import VERBS
+from .verbs import GROUPS, VERBS
 
 OK: Final = 0
 RUNTIME_FAILURE: Final = 1
@@ -61,6 +61,8 @@ def _build() -> typer.Typer:
     app.callback()(_global_options)
     for name, verb in VERBS.items():
         app.command(name)(verb)
+    for name, group in GROUPS.items():
+        app.add_typer(group(), name=name)
     return app
 
 

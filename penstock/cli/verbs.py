@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+import typer
+
 from .demo import demo
 from .doctor import doctor
+from .prof.verbs import prof
 from .run import run
 
 VERBS: Final[dict[str, Callable[..., int | None]]] = {
@@ -18,3 +21,8 @@ VERBS: Final[dict[str, Callable[..., int | None]]] = {
     "run": run,
     "doctor": doctor,
 }
+
+GROUPS: Final[dict[str, Callable[[], typer.Typer]]] = {
+    "prof": prof,
+}
+"""Verbs that have verbs of their own."""

@@ -35,8 +35,11 @@ class BackwardWatch:
         self._clock = clock
         self._under_way: list[_Span] = []
         self._queued = False
-        self.closed = False
-        """Hooks stay in graphs that outlive the recording: they do nothing then."""
+        self._closed = False
+
+    def close(self) -> None:
+        """Record no more. Hooks stay in graphs that outlive the recording, and do nothing."""
+        self._closed = True
 
     def root_begins(self, module: torch.nn.Module) -> None:
         """Nothing yet."""
@@ -60,7 +63,7 @@ class BackwardWatch:
             node.register_prehook(lambda _, span=span, left=left: self._input_done(span, left))
 
     def _begin(self, span: _Span) -> None:
-        if span.begun is not None or self.closed or not self._recorder.alive:
+        if span.begun is not None or self._closed or not self._recorder.alive:
             return
         self._recorder.hooks += 1
         span.begun = self._clock.begin()
@@ -80,7 +83,7 @@ class BackwardWatch:
             self._end(span)
 
     def _end(self, span: _Span) -> None:
-        if span.begun is None or span.ended or self.closed:
+        if span.begun is None or span.ended or self._closed:
             return
         span.ended = True
         self._under_way.remove(span)

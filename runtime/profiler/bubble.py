@@ -85,14 +85,15 @@ def idle(profile: Profile, start: int, end: int) -> Idle:
     return Bubble.of(profile, start, end).idle(start, end)
 
 
-def idle_by_step(profile: Profile) -> tuple[Idle, ...]:
-    """The same for every step that ended, in the order in which they began."""
+def idle_by_step(profile: Profile) -> tuple[tuple[int, Idle], ...]:
+    """The same for every step that ended, with its id, in the order in which they began."""
     steps = ended(profile[Step])
     if not len(steps):
         return ()
     steps = steps.where(np.argsort(steps.start, kind="stable"))
     window = Window(start=int(steps.start.min()), end=int(steps.end.max()))
-    return Bubble.of(profile, window.start, window.end).idles(steps.start, steps.end)
+    found = Bubble.of(profile, window.start, window.end).idles(steps.start, steps.end)
+    return tuple(zip(steps.id.tolist(), found, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -30,6 +30,14 @@ class Clock(Protocol):
         """It ends; `done(launched, start, end)` is called once its times are known, perhaps much later."""
         ...
 
+    def poll(self) -> None:
+        """Tell the times that have become known."""
+        ...
+
+    def finish(self) -> None:
+        """Wait for the times that are not known yet, and tell them."""
+        ...
+
 
 class HostClock:
     """Spans of the host itself: what a CPU computes."""
@@ -44,6 +52,12 @@ class HostClock:
     def end(self, begun: int, done: Callable[[int, int, int], None]) -> None:
         """Known at once."""
         done(NONE, begun, self._clock())
+
+    def poll(self) -> None:
+        """Nothing is left to tell."""
+
+    def finish(self) -> None:
+        """Nothing is left to tell."""
 
 
 class Listener(Protocol):

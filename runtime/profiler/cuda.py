@@ -83,8 +83,8 @@ class CudaClock:
         self.poll()
 
     def _place(self, event: Any) -> int:
-        distance_ms = self._anchor.elapsed_time(event)
-        at = self._anchor_ns + round(distance_ms * 1e6)
+        distance_ms = float(self._anchor.elapsed_time(event))
+        at: int = self._anchor_ns + round(distance_ms * 1e6)
         if distance_ms > REANCHOR_MS:
             self._anchor, self._anchor_ns = event, at
         return at

@@ -28,7 +28,7 @@ def header(level: str, *, peaks: dict[str, float] | None = None) -> Header:
         "memory": str(capacity.total_nbytes),
         "filesystem": disk_capacity(".").filesystem,
     }
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in ("penstock", "transformers", "numpy"):
         try:
             versions[package] = version(package)

@@ -97,11 +97,12 @@ def all_meters() -> list[tuple[Meter, Reader]]:
     """Everything that can be read here. CUDA's allocator is asked only where a program has used CUDA already."""
     import torch
 
+    cuda: Any = torch.cuda  # torch leaves some of it untyped
     found = host_meters()
     energy = cpu_energy()
     if energy is not None:
         found.append((Meter.ENERGY_CPU, energy))
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if cuda.is_available() and cuda.is_initialized():
         index = torch.cuda.current_device()
         found.append((Meter.DEVICE_ALLOCATED, lambda: int(torch.cuda.memory_allocated(index))))
         found.append((Meter.DEVICE_RESERVED, lambda: int(torch.cuda.memory_reserved(index))))

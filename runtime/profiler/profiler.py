@@ -20,15 +20,16 @@ from ...memory.errors import UsageError
 from ..build import Machinery
 from .activations import ActivationWatch
 from .backward import BackwardWatch
+from .calls import Clock, HostClock, ModuleWatch
 from .facts import header
 from .meters import all_meters
 from .metrics import summarise
-from .calls import Clock, HostClock, ModuleWatch
 from .profile import Profile
 from .reader import read_profile
 from .recorder import Recorder
 from .registry import process_registry
 from .ring import Ring
+from .running import announce
 from .sampling import Sampler
 from .schema import Category, MarkKind, Tier
 from .steps import StepWatch
@@ -83,6 +84,7 @@ class Profiler:
         self._ring_nbytes = ring_nbytes
         self._entered: ExitStack | None = None
         self._streamed: list[StreamedModel] = []
+        self._spent_ns = 0
 
     def __enter__(self) -> Profiler:
         if self._entered is not None:
@@ -92,12 +94,12 @@ class Profiler:
         self._writer = ProfileWriter(self.path, header(self.level), ring, recorder.tables, force=self._force)
         with ExitStack() as entered:
             entered.push(self._end)
-            clock = self._clock()
+            clock = _clock()
             self._watch = watch = ModuleWatch(recorder, clock, every=self.level == "full")
             self._tensors = tensors = TensorWatch(recorder, watch)
-            sampler = entered.enter_context(Sampler(recorder, all_meters()))
-            self._sampler = sampler
-            sampler.also = self._spend if isinstance(clock, HostClock) else lambda: (clock.poll(), self._spend())  # type: ignore[attr-defined]
+            self._sampler = Sampler(recorder, all_meters(), also=(clock.poll, self._spend))
+            entered.enter_context(self._sampler)
+            entered.callback(clock.finish)
             recorder.memory(_resident_nbytes(), Tier.HOST, Category.BASELINE)
             self._steps = entered.enter_context(StepWatch(recorder, tensors, clock))
             watch.listen(self._steps)
@@ -107,20 +109,17 @@ class Profiler:
                 entered.callback(backward.close)
                 entered.enter_context(ActivationWatch(recorder, watch, tensors))
             entered.enter_context(watch)
+            entered.callback(announce(self.path).close)
             process_registry().begin(self)
             entered.callback(process_registry().end, self)
             self._entered = entered.pop_all()
         return self
 
-    def _clock(self) -> Clock:
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            from .cuda import CudaClock
-
-            return CudaClock(torch.cuda.current_device())
-        return HostClock(time.monotonic_ns)
-
     def _spend(self) -> None:
-        self._writer.spent_ns = self._sampler.own_ns + self._recorder.hooks * HOOK_NS
+        """Tell the file what recording has cost so far."""
+        own_ns = self._sampler.own_ns + self._recorder.hooks * HOOK_NS
+        self._writer.add_own_ns(own_ns - self._spent_ns)
+        self._spent_ns = own_ns
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -136,8 +135,7 @@ class Profiler:
         for model in self._streamed:
             model.close()
         self._streamed.clear()
-        if self._entered is None and hasattr(self, "_steps"):
-            self._recorder.end_step()
+        self._recorder.end_step()
         failure = "" if error is None or isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             self._recorder.mark(MarkKind.OOM, failure)
@@ -174,6 +172,16 @@ class Profiler:
     def summary(self) -> Summary:
         """The figures. After the recording."""
         return summarise(self.profile())
+
+
+def _clock() -> Clock:
+    """CUDA's time where the program has begun to use CUDA, the host's otherwise."""
+    cuda: Any = torch.cuda  # torch leaves some of it untyped
+    if cuda.is_available() and cuda.is_initialized():
+        from .cuda import CudaClock
+
+        return CudaClock(torch.cuda.current_device())
+    return HostClock(time.monotonic_ns)
 
 
 def _with_model(header: Any, machinery: Machinery) -> Any:

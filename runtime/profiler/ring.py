@@ -92,7 +92,9 @@ class Ring:
                 capacity=self._capacity,
             )
 
-    def __len__(self) -> int:
+    @property
+    def waiting(self) -> int:
+        """Records in the ring now. Not its length: a ring that is empty must not pass for one that is not there."""
         return len(self._records)
 
     def _drop(self, records: deque[Record]) -> None:

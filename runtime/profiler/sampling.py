@@ -19,20 +19,25 @@ class Sampler:
 
     Args:
         meters: Each with the function that reads it; one that raises OSError or RuntimeError is left out from then on.
+        also: What else is to be done as often, in the same thread, and once at the end.
     """
 
     def __init__(
-        self, recorder: Recorder, meters: Sequence[tuple[Meter, Reader]], *, interval_s: float = INTERVAL_S
+        self,
+        recorder: Recorder,
+        meters: Sequence[tuple[Meter, Reader]],
+        *,
+        also: Sequence[Callable[[], None]] = (),
+        interval_s: float = INTERVAL_S,
     ) -> None:
         self._recorder = recorder
         self._meters = list(meters)
+        self._also = also
         self._interval_s = interval_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="penstock-sampler", daemon=True)
         self.own_ns = 0
         """CPU time of reading."""
-        self.also: Callable[[], None] | None = None
-        """Something else to do as often, in the same thread."""
 
     def __enter__(self) -> Sampler:
         self.read()
@@ -44,12 +49,14 @@ class Sampler:
         if self._recorder.alive:
             self._thread.join()
             self.read()
+            for act in self._also:
+                act()
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
             self.read()
-            if self.also is not None:
-                self.also()
+            for act in self._also:
+                act()
             self.own_ns = time.thread_time_ns()
 
     def read(self) -> None:

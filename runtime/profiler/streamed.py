@@ -54,9 +54,9 @@ class StreamedModel:
         layout = self._machinery.layout
         nearest = watch.nearest(module)
         leased: dict[int, set[int]] = {}
-        for path, blocks in layout.expected.items():
-            for block in blocks:
-                leased.setdefault(block, set()).add(nearest.get(path, NONE))
+        for path, numbers in layout.expected.items():
+            for number in numbers:
+                leased.setdefault(number, set()).add(nearest.get(path, NONE))
         rows = {}
         for block in layout.blocks:
             home = Tier.DISK

@@ -50,7 +50,8 @@ def test_every_instant_is_charged_as_the_reference_charges_it(profile: Profile, 
 @given(profiles())
 def test_steps_are_charged_one_by_one(profile: Profile) -> None:
     steps = sorted((s for s in profile[Step].rows() if s["end"] >= s["start"]), key=lambda step: step["start"])
-    assert idle_by_step(profile) == tuple(reference(profile, step["start"], step["end"]) for step in steps)
+    expected = tuple((step["id"], reference(profile, step["start"], step["end"])) for step in steps)
+    assert idle_by_step(profile) == expected
 
 
 @given(profiles(), windows)
@@ -62,7 +63,9 @@ def test_blocks_share_what_a_cause_is_charged(profile: Profile, window: tuple[in
 
 def test_a_streamed_model_that_the_disk_binds_waits_for_reads() -> None:
     profile = streamed()
-    first, *others = idle_by_step(profile)
+    (_, first), *later = idle_by_step(profile)
+    others = [found for _, found in later]
+    assert [number for number, _ in later] == [1, 2, 3, 4, 5]
     assert first == Idle(disk=22 * MS)  # 10 ms for the first layer, 4 ms for each of the others
     assert others == [Idle(disk=16 * MS)] * 5
     assert Bubble.of(profile, 46 * MS, 246 * MS).by_block(DISK) == dict.fromkeys(range(4), 20 * MS)

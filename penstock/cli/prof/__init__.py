@@ -1,1 +1,1 @@
-"""`penstock prof …`: one file per verb."""
+"""`penstock prof …`: one file per verb, registered in `verbs`."""

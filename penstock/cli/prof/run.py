@@ -6,12 +6,17 @@ import os
 import runpy
 import sys
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...memory.errors import UsageError
+
+if TYPE_CHECKING:
+    from ...runtime.profiler.profiler import Profiler
 
 
 def run(
@@ -50,34 +55,38 @@ def run(
     return code
 
 
-def _run(profiler: object, target: str, command: list[str], module: bool) -> int:
-    from ...runtime.profiler.profiler import Profiler
-
-    assert isinstance(profiler, Profiler)
+def _run(profiler: Profiler, target: str, command: list[str], module: bool) -> int:
     before = sys.argv, list(sys.path)
-    try:
-        with profiler:
-            sys.argv = list(command)
-            if module:
-                sys.path.insert(0, os.getcwd())
-                runpy.run_module(target, run_name="__main__", alter_sys=True)
-            else:
-                sys.path.insert(0, str(Path(target).resolve().parent))
-                runpy.run_path(target, run_name="__main__")
-    except SystemExit as end:
-        if end.code is None or isinstance(end.code, int):
-            return end.code or 0
-        print(end.code, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:  # the program's own: shown as Python would, from the program's first frame on
-        frames = error.__traceback__
-        while frames is not None and frames.tb_frame.f_code.co_filename != str(target) and frames.tb_next is not None:
-            frames = frames.tb_next
-        traceback.print_exception(type(error), error, frames)
-        return 1
-    finally:
-        sys.argv, sys.path[:] = before[0], before[1]
+    with ExitStack() as recording:
+        recording.enter_context(profiler)
+        try:
+            with recording.pop_all():  # inside, so that the recording knows how the program ended
+                sys.argv = list(command)
+                if module:
+                    sys.path.insert(0, os.getcwd())
+                    runpy.run_module(target, run_name="__main__", alter_sys=True)
+                else:
+                    sys.path.insert(0, str(Path(target).resolve().parent))
+                    runpy.run_path(target, run_name="__main__")
+        except SystemExit as end:
+            if end.code is None or isinstance(end.code, int):
+                return end.code or 0
+            print(end.code, file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:  # the program's own: shown as Python would, from the program's first frame on
+            traceback.print_exception(type(error), error, _program_frames(error.__traceback__, target))
+            return 1
+        finally:
+            sys.argv, sys.path[:] = before[0], before[1]
     return 0
+
+
+def _program_frames(frames: TracebackType | None, target: str) -> TracebackType | None:
+    """A traceback without what leads up to the program's own first frame."""
+    found = frames
+    while found is not None and found.tb_frame.f_code.co_filename != target:
+        found = found.tb_next
+    return found or frames

@@ -1,0 +1,1 @@
+"""A profile for the tools of others: one format per file, registered in `formats`."""
