@@ -65,7 +65,7 @@ function bandPlot(host, panel, other, run, otherRun, range) {
   const layers = stacked(panel.stack);
   const before = stacked(other?.stack);
   const use = Math.max(1, panel.stack?.peak ?? 0, other?.stack?.peak ?? 0, ...panel.meters.map((meter) => meter.peak));
-  const limits = [["budget", panel.budget, "bad"], ["capacity", panel.capacity, "faint"]].filter(([, nbytes]) => nbytes && nbytes <= use * WITHIN_REACH);
+  const limits = limitsOf(panel).filter(([, nbytes]) => nbytes <= use * WITHIN_REACH);
   const top = Math.max(use, ...limits.map(([, nbytes]) => nbytes)) * 1.06;
   const step = niceByteStep(top, 4);
   const plot = new TimePlot(host, range, {
@@ -99,7 +99,7 @@ function bandPlot(host, panel, other, run, otherRun, range) {
         ctx.stroke();
       }
       ctx.restore();
-      for (const [name, nbytes, ink] of limits) drawLimit(ctx, box, y(nbytes), ink, `${name} ${formatBytes(nbytes)}`, { side: "left" });
+      for (const [name, nbytes, ink] of limits) drawLimit(ctx, box, y(nbytes), ink, name, { side: "left" });
       nameMeters(ctx, box, range, panel.meters, y);
     },
     find(x, y, box) {
@@ -108,6 +108,15 @@ function bandPlot(host, panel, other, run, otherRun, range) {
     },
   });
   return plot;
+}
+
+/** Lines that use must stay below: a budget bounds what penstock takes on top of what the process held before. */
+function limitsOf(panel) {
+  const before = Math.max(0, ...(panel.stack?.categories ?? []).flatMap(([name, values]) => (name === "BASELINE" ? [values[values.length - 1]] : [])));
+  const found = [];
+  if (panel.budget) found.push([`${before ? "before the run + " : ""}budget ${formatBytes(panel.budget)}`, before + panel.budget, "bad"]);
+  if (panel.capacity) found.push([`capacity ${formatBytes(panel.capacity)}`, panel.capacity, "faint"]);
+  return found;
 }
 
 function bandRows(panel, layers, time) {

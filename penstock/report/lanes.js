@@ -197,7 +197,7 @@ function paintRow(ctx, box, range, group, row, y, hatch) {
     ctx.fillStyle = colour(name);
     const inner = w > 3 ? w - 0.7 : w;
     if (kind === "mark") {
-      markerPath(ctx, "H2D", x, y + height / 2, 4.5);
+      markerPath(ctx, "H2D", x, y + height / 2, 3.6);
       ctx.fill();
       return;
     }

@@ -87,16 +87,21 @@ function tiles(run, other) {
   return found.filter(Boolean).map(tile);
 }
 
+const baselineOf = (categories) => categories.find(([name]) => name === "BASELINE")?.[1] ?? 0;
+
 function peakTile(peak, other) {
   const [value, unit] = split(formatBytes(peak.nbytes));
   const limit = peak.budget_nbytes ?? peak.capacity_nbytes;
   const before = other?.peaks.find((one) => one.tier === peak.tier);
-  const of = limit ? `of ${formatBytes(limit)} ${peak.budget_nbytes === null ? "there is" : "budget"}` : "";
+  // A budget bounds what penstock takes: what the process held before the run is not part of it.
+  const held = peak.nbytes - (peak.budget_nbytes === null ? 0 : baselineOf(peak.categories));
+  const part = held < peak.nbytes ? `${formatBytes(Math.max(0, held))} ` : "";
+  const of = limit ? `${part}of ${formatBytes(limit)} ${peak.budget_nbytes === null ? "there is" : "budget"}` : "";
   return {
     name: `Peak ${peak.tier.toLowerCase()}`,
     value,
     unit,
     note: before ? `other run ${formatBytes(before.nbytes)}` : of,
-    share: limit ? peak.nbytes / limit : null,
+    share: limit ? Math.max(0, held) / limit : null,
   };
 }

@@ -44,7 +44,9 @@ const formatCount = (count) => (count === null || count === undefined ? "–" : 
 function formatShare(share) {
   if (share === null || share === undefined) return "–";
   const percent = share * 100;
-  return `${percent > 0 && percent < 9.95 ? percent.toFixed(1) : percent.toFixed(0)} %`;
+  if (percent > 0 && percent < 0.05) return "< 0.1 %";
+  const fine = (percent > 0 && percent < 9.95) || (percent > 99.05 && percent < 99.95);
+  return `${percent.toFixed(fine ? 1 : 0)} %`;
 }
 
 const plural = (count, one, many = `${one}s`) => `${formatCount(count)} ${count === 1 ? one : many}`;

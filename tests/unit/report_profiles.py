@@ -272,11 +272,8 @@ def repeated(profile: Profile, times: int) -> Profile:
 
 
 def idle_of(profile: Profile) -> list[tuple[int, Idle]]:
-    """Ids of the steps that ended, with where the idle time of each went."""
-    steps = profile[Step]
-    steps = steps.where(steps.end >= steps.start)
-    order = np.argsort(steps.start, kind="stable")
-    return list(zip(steps.id[order].tolist(), idle_by_step(profile), strict=True))
+    """Where the idle time of each step went."""
+    return list(idle_by_step(profile))
 
 
 def summary_of(profile: Profile, **changes: Any) -> Summary:
