@@ -21,6 +21,9 @@ METERS: Final[dict[Tier, tuple[Meter, ...]]] = {
     Tier.DEVICE: (Meter.DEVICE_USED, Meter.DEVICE_RESERVED, Meter.DEVICE_ALLOCATED),
 }
 """What the system says of a tier: the first of these that was read."""
+PLATEAU: Final = 0.02
+"""Readings this close to the highest are the peak too: of them the one counts at which the records know most. An
+allocator keeps what a program gives back, so that readings stay high after the instant that made them so."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,13 +111,13 @@ def _peak(profile: Profile, tier: Tier, window: Window) -> TierPeak | None:
     if gauges is None and not len(memory):
         return None
     if gauges is not None:
-        # Both sides at one instant: of readings that are equally high, the one at which the records know most.
         instants, values = _in_window(gauges.at, gauges.value, window)
-        row = int(np.lexsort((live_at(at, levels, instants), values))[-1])
+        high = np.flatnonzero(values >= (1 - PLATEAU) * values.max())
+        row = int(high[np.lexsort((values[high], live_at(at, levels, instants[high])))[-1]])
     else:
         instants, values = _in_window(at, levels, window)
         row = int(np.argmax(values))
-    instant, nbytes = int(instants[row]), int(values[row])
+    instant, nbytes = int(instants[row]), int(values.max())
     before = memory.where(memory.at <= instant)
     categories = _rows(profile, "category", before)
     unaccounted = nbytes - sum(held.nbytes for held in categories)

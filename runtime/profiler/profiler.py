@@ -100,18 +100,21 @@ class Profiler:
             self._sampler = Sampler(recorder, all_meters(), also=(clock.poll, self._spend))
             entered.enter_context(self._sampler)
             entered.callback(clock.finish)
-            recorder.memory(_resident_nbytes(), Tier.HOST, Category.BASELINE)
+            before_nbytes = _resident_nbytes()
             self._steps = entered.enter_context(StepWatch(recorder, tensors, clock))
             watch.listen(self._steps)
+            backward = BackwardWatch(recorder, watch, clock)
+            watch.listen(backward)
+            entered.callback(backward.close)
             if self.level == "full":
-                backward = BackwardWatch(recorder, watch, clock)
-                watch.listen(backward)
-                entered.callback(backward.close)
                 entered.enter_context(ActivationWatch(recorder, watch, tensors))
-            entered.enter_context(watch)
             entered.callback(announce(self.path).close)
             process_registry().begin(self)
             entered.callback(process_registry().end, self)
+            tensors.watch_what_is_there()
+            # what was there before, less what of it has a name by now
+            recorder.memory(max(0, before_nbytes - recorder.live[Tier.HOST]), Tier.HOST, Category.BASELINE)
+            entered.enter_context(watch)
             self._entered = entered.pop_all()
         return self
 

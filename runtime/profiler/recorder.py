@@ -27,6 +27,8 @@ class Recorder:
         """Record something."""
         self.hooks = 0
         """How often the program was interrupted to record; times the cost of one, it is what the recording costs."""
+        self.live = dict.fromkeys(Tier, 0)
+        """Bytes of each tier that are accounted for now; a little off where threads meet."""
         self._ring = ring
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -82,6 +84,7 @@ class Recorder:
     def memory(self, nbytes: int, tier: Tier, category: Category, *, module: int = NONE, storage: int = NONE) -> None:
         """Bytes were taken, or given back where negative."""
         if nbytes:
+            self.live[tier] += nbytes
             self.add(
                 Memory(at=self.clock(), tier=tier, category=category, nbytes=nbytes, module=module, storage=storage)
             )

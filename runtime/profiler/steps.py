@@ -10,15 +10,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from .calls import Clock
 from .recorder import Recorder
-from .schema import Category, Compute, Phase
+from .schema import NONE, Category, Compute, Phase
 from .tensors import TensorWatch, kv_tensors, tier_of
 
 
 class StepWatch:
     """A listener of `ModuleWatch`, and of all optimizers while it is entered.
 
-    Where gradients are on, a step lasts until an optimizer has stepped; else it lasts until the next outermost call,
-    so that what happens between (sampling, a tokenizer) is in it. `said` switches both off: the program tells.
+    A step lasts until the next outermost call, so that what happens between (sampling, a tokenizer) is in it; once an
+    optimizer has stepped, until one steps again. `said` switches both off: the program tells.
     """
 
     def __init__(self, recorder: Recorder, tensors: TensorWatch, clock: Clock) -> None:
@@ -31,6 +31,8 @@ class StepWatch:
         self._begun: Any = None
         self._kv_nbytes = 0
         self._trains = False
+        """Whether an optimizer has stepped: steps last from one to the next from then on."""
+        self._tokens = NONE
         self._handles: list[Any] = []
 
     def __enter__(self) -> StepWatch:
@@ -47,8 +49,7 @@ class StepWatch:
     def root_begins(self, module: nn.Module) -> None:
         """A step may end here, and the next one begin."""
         self._tensors.watch(module)
-        if torch.is_grad_enabled() and module.training:
-            self._trains = True
+        if torch.is_grad_enabled():
             self._tensors.look_at_gradients()
         if self.said:
             return
@@ -59,8 +60,8 @@ class StepWatch:
         """What kind of step it was shows when its arguments are known."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point() and not self.said:
-            if self._trains:
-                self._recorder.retitle("train", ids.numel())
+            if torch.is_grad_enabled():
+                self._tokens = max(self._tokens, 0) + ids.numel()
             elif kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
                 self._recorder.retitle("prefill" if ids.shape[1] > 1 else "decode", ids.shape[0])
         nbytes = 0
@@ -96,4 +97,6 @@ class StepWatch:
         self._begun = None
         self._tensors.look_at_states(optimizer)
         if not self.said:
+            self._recorder.retitle("train", self._tokens)
             self._recorder.end_step()
+            self._trains, self._tokens = True, NONE

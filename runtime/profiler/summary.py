@@ -90,8 +90,9 @@ class TierPeak(msgspec.Struct, frozen=True, kw_only=True):
 
     tier: str
     at_ns: int
+    """Of the instants within 2 % of the highest reading the one at which most is accounted for."""
     nbytes: int
-    """What the system says is held: RSS, or used device memory; what the records say where no gauge was read."""
+    """The highest reading of the system: RSS, or used device memory; what the records say where no gauge was read."""
     categories: tuple[MemoryRow, ...]
     """Largest first; those of the records, and the baseline."""
     modules: tuple[MemoryRow, ...]

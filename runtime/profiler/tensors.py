@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -52,6 +53,20 @@ class TensorWatch:
         self._elsewhere |= parameters
         for parameter in parameters & self._storages.keys():
             self._give_back(self._storages.pop(parameter))
+
+    def watch_what_is_there(self) -> None:
+        """Account for modules and optimizers that the program made before the recording: they are no baseline."""
+        objects = gc.get_objects()
+        modules = [thing for thing in objects if issubclass(type(thing), nn.Module)]  # isinstance would wake proxies
+        parts = {id(child) for module in modules for child in module.children()}
+        for module in modules:
+            if id(module) not in parts and any(True for _ in module.parameters()):
+                self._watch.register(module)
+                self.watch(module)
+        self.look_at_gradients()
+        for thing in objects:
+            if issubclass(type(thing), torch.optim.Optimizer):
+                self.look_at_states(thing)
 
     def watch(self, root: nn.Module) -> None:
         """Account for a root's weights and buffers from now on, until it is gone."""

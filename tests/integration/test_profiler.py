@@ -294,7 +294,7 @@ def test_prof_run_refuses(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "penstock", "prof", "run", "nothing.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: there is no script nothing.py")
+    assert done.stderr.splitlines()[-1].startswith("error: there is no script nothing.py")
 
 
 def test_environment_variable(tmp_path: Path) -> None:
