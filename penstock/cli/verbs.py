@@ -11,10 +11,12 @@ from typing import Final
 
 from .demo import demo
 from .doctor import doctor
+from .plan import plan
 from .run import run
 
 VERBS: Final[dict[str, Callable[..., int | None]]] = {
     "demo": demo,
     "run": run,
+    "plan": plan,
     "doctor": doctor,
 }
