@@ -36,9 +36,10 @@ class TooLongError(Exception):
 class Watch(TorchDispatchMode):
     """Writes every storage that an operation makes on a tape, and that it is freed when it is."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, *, on_cpu: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = tape
+        self._on_cpu = on_cpu
         self.unit = ""
         """The module at work, as `units` calls it."""
         self.recording = True
@@ -73,6 +74,8 @@ class Watch(TorchDispatchMode):
                     self.note(leaf)
                 else:
                     self._makers[leaf.untyped_storage()._cdata] = self.unit
+        if self._on_cpu and self.recording and func is torch.ops.aten.bmm.default:
+            self.tape.give(self.tape.take(sum(_copied_nbytes(operand) for operand in args), self.unit))
         return result
 
     def enter(self, unit: str) -> None:
@@ -104,6 +107,14 @@ class Watch(TorchDispatchMode):
         self.tape.give(number)
 
 
+def _copied_nbytes(operand: Tensor) -> int:
+    """Bytes of the copy that oneDNN's product of 16-bit matrices makes of an operand which is not dense. It is large
+    where logits of the last position only are wanted: the head's weights are then expanded to the batch."""
+    _, rows, columns = operand.shape
+    dense = operand.is_contiguous() or operand.stride() == (rows * columns, 1, rows)
+    return 0 if dense or operand.element_size() != 2 else operand.numel() * 2
+
+
 def _grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
     """The shape of torch._grouped_mm's result. Its fake one refuses all but bfloat16, which the CPU does not."""
     if a.dim() == b.dim() == 2:
@@ -130,12 +141,13 @@ def quietly() -> Iterator[None]:
 
 
 @contextmanager
-def rehearsing(model: nn.Module, tape: Tape) -> Iterator[Watch]:
-    """In this context tensors are fake, and what a model with fake weights does is written on the tape.
+def rehearsing(model: nn.Module, tape: Tape, *, on_cpu: bool) -> Iterator[Watch]:
+    """In this context tensors are fake, and what a model with fake weights does is written on the tape; with `on_cpu`
+    also the large buffers that kernels of the CPU take.
 
     The tape is closed when the context ends: what is freed later is not on it.
     """
-    watch = Watch(tape)
+    watch = Watch(tape, on_cpu=on_cpu)
     watch.leave_out(model)
     hooks = []
     for path, module in units(model):

@@ -58,11 +58,12 @@ def measure_sizes(
     *,
     workload: Workload,
     dtype: str | torch.dtype = "auto",
+    on_cpu: bool = True,
     trust_remote_code: bool = False,
 ) -> Sizes:
     """Work out what the model of a config takes under a workload. Takes seconds, and no memory to speak of.
 
-    `path` is a folder or a Hub id; only config.json is looked at.
+    `path` is a folder or a Hub id; only config.json is looked at. `on_cpu` says whether the CPU computes.
 
     Raises:
         CheckpointError: the config cannot be found, or used.
@@ -73,13 +74,13 @@ def measure_sizes(
     make_fake(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = _trained(model, workload)
-    ran = _run(model, workload, checkpointing=False)
+    ran = _run(model, workload, checkpointing=False, on_cpu=on_cpu)
     static = _static(model, trained)
     peak, checkpointed, most = _inference(static, ran), None, static
     if workload.train is not None:
         step = max((step_nbytes(p.numel(), p.element_size()) for p in trained), default=0)
         peak = _training(static, ran, step)
-        again = _run(model, workload, checkpointing=True)
+        again = _run(model, workload, checkpointing=True, on_cpu=on_cpu)
         checkpointed = _training(static, again, step) if again.peak.total else None
     most = replace(
         static,
@@ -97,7 +98,7 @@ def measure_sizes(
         most=most,
         peak=peak,
         checkpointed=checkpointed,
-        block_nbytes=max((_weights(module) for _, module in units(model)), default=0),
+        block_nbytes=_largest_block(model),
         modules=_modules(model, ran),
         notes=ran.notes,
     )
@@ -141,6 +142,12 @@ def _static(model: nn.Module, trained: Sequence[nn.Parameter]) -> Bytes:
     )
 
 
+def _largest_block(model: nn.Module) -> int:
+    """Bytes of the largest parameter that is used whole: layers are cut down to that, and tables are read by rows."""
+    whole = {id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    return max((p.nbytes for p in model.parameters() if id(p) in whole), default=0)
+
+
 def _weights(module: nn.Module) -> int:
     """Bytes of parameters and buffers, each storage once."""
     storages = {t.untyped_storage()._cdata: t.nbytes for t in (*module.parameters(), *module.buffers())}
@@ -161,7 +168,7 @@ def _training(static: Bytes, ran: _Rehearsed, step: int) -> Bytes:
     )
 
 
-def _run(model: PreTrainedModel, workload: Workload, *, checkpointing: bool) -> _Rehearsed:
+def _run(model: PreTrainedModel, workload: Workload, *, checkpointing: bool, on_cpu: bool) -> _Rehearsed:
     """Rehearse the workload; with a note instead of figures where the model cannot be rehearsed."""
     if checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -172,7 +179,7 @@ def _run(model: PreTrainedModel, workload: Workload, *, checkpointing: bool) -> 
     with quietly():
         for contexts in ((workload.context,), *_SHORTER):
             try:
-                found = [_rehearse(model, replace(workload, context=context)) for context in contexts]
+                found = [_rehearse(model, replace(workload, context=context), on_cpu=on_cpu) for context in contexts]
             except TooLongError:
                 continue
             except UnknownInputError as error:
@@ -202,9 +209,9 @@ def _extrapolated(contexts: Sequence[int], found: Sequence[_Rehearsed], context:
     )
 
 
-def _rehearse(model: PreTrainedModel, workload: Workload) -> _Rehearsed:
+def _rehearse(model: PreTrainedModel, workload: Workload, *, on_cpu: bool) -> _Rehearsed:
     tape = Tape()
-    with rehearsing(model, tape) as watch:
+    with rehearsing(model, tape, on_cpu=on_cpu) as watch:
         if workload.train is not None:
             return _train(model, watch, workload)
         with torch.no_grad():

@@ -45,7 +45,7 @@ class Fitting:
     verdict: Verdict
     """resident: nothing moves. streamed: some of it comes from a tier below when it is used."""
     shares: tuple[Share, ...]
-    """One per tier; the first is the one that computes. Where nothing fits, only what would be needed of it."""
+    """One per tier; the first is the one that computes. It holds more than it has room for where it is too small."""
     needed_nbytes: int
     """The least that the tier that computes must have."""
     missing_nbytes: int
@@ -59,60 +59,49 @@ class Alternative:
 
     change: str
     """For example "--dtype bfloat16"."""
-    peak: Bytes
-    block_nbytes: int
+    sizes: Sizes
 
 
 def fitting(sizes: Sizes, rooms: Sequence[Room], alternatives: Iterable[Alternative] = ()) -> Fitting:
-    """Place the peak of `sizes` on `rooms`, of which the first computes and the last is the disk.
+    """Place what `sizes` says on `rooms`, of which the first computes and the last is the disk.
 
     `alternatives` are tried in their order where not everything is resident, and only as many as it takes: the first
     that would make it so, or else the first that would make it fit at all, is suggested.
     """
-    placed = _place(sizes.peak, sizes.block_nbytes, rooms)
+    placed = _place(sizes, rooms)
     if placed.verdict == "resident":
         return placed
     return replace(placed, suggestion=_suggestion(placed, rooms, alternatives))
 
 
-def _place(peak: Bytes, block_nbytes: int, rooms: Sequence[Room]) -> Fitting:
-    first = rooms[0]
-    fixed = Bytes(activations=peak.activations, kv=peak.kv, workspace=peak.workspace)
+def _place(sizes: Sizes, rooms: Sequence[Room]) -> Fitting:
+    first, peak = rooms[0], sizes.peak
     if peak.total <= first.nbytes:
         shares = [_share(room, peak if room is first else Bytes()) for room in rooms]
         return Fitting(
             verdict="resident", shares=tuple(shares), needed_nbytes=peak.total, missing_nbytes=0, suggestion=None
         )
-    ring = SLOTS * block_nbytes
-    needed = fixed.total + ring
-    if needed > first.nbytes:
-        held = fixed + Bytes(weights=ring)
-        shares = [_share(room, held if room is first else Bytes()) for room in rooms]
-        return Fitting(
-            verdict="too large",
-            shares=tuple(shares),
-            needed_nbytes=needed,
-            missing_nbytes=needed - first.nbytes,
-            suggestion=None,
-        )
-    left = {kind: getattr(peak, kind) for kind in _MOVABLE}
+    ring = SLOTS * sizes.block_nbytes
+    fixed = Bytes(weights=ring, activations=peak.activations, kv=peak.kv, workspace=peak.workspace)
+    # At the peak there may be no gradients yet: they want a place all the same.
+    left = {kind: getattr(sizes.most, kind) for kind in _MOVABLE}
     shares = []
     for room in rooms:
-        free = room.nbytes - (needed if room is first else 0)
-        taken: dict[str, int] = {}
+        held = fixed if room is first else Bytes()
+        free = max(room.nbytes - held.total, 0)
         for kind in _MOVABLE:
             # Weights on disk are the checkpoint itself, unless training changes them.
-            costs = not (room.tier == "disk" and kind == "weights" and not peak.gradients)
-            taken[kind] = min(left[kind], max(free, 0)) if costs else left[kind]
-            left[kind] -= taken[kind]
-            free -= taken[kind] if costs else 0
-        held = Bytes(**taken)
-        shares.append(_share(room, held + fixed + Bytes(weights=ring) if room is first else held))
-    missing = sum(left.values())
+            costs = not (room.tier == "disk" and kind == "weights" and sizes.workload.train != "adamw")
+            taken = min(left[kind], free) if costs else left[kind]
+            left[kind] -= taken
+            free -= taken if costs else 0
+            held += Bytes(**{kind: taken})
+        shares.append(_share(room, held))
+    missing = max(fixed.total - first.nbytes, 0) + sum(left.values())
     return Fitting(
         verdict="too large" if missing else "streamed",
         shares=tuple(shares),
-        needed_nbytes=needed,
+        needed_nbytes=fixed.total,
         missing_nbytes=missing,
         suggestion=None,
     )
@@ -125,17 +114,23 @@ def _share(room: Room, held: Bytes) -> Share:
 def _suggestion(placed: Fitting, rooms: Sequence[Room], alternatives: Iterable[Alternative]) -> str:
     possible = None
     for each in alternatives:
-        found = _place(each.peak, each.block_nbytes, rooms)
+        found, total = _place(each.sizes, rooms), _gib(each.sizes.peak.total)
         if found.verdict == "resident":
-            return f"{each.change} would take {each.peak.total / 2**30:.2f} GiB at its peak: everything would fit"
+            return f"{each.change} would take {total} at its peak: everything would fit"
         if found.verdict == "streamed" and possible is None:
-            possible = f"{each.change} would make it fit, streamed: {each.peak.total / 2**30:.2f} GiB at its peak"
-    if placed.verdict == "too large" and possible is not None:
-        return possible
-    first = rooms[0]
+            possible = f"{each.change} would make it fit, streamed: {total} at its peak"
+    first, last = rooms[0], rooms[-1]
     if placed.verdict == "streamed":
         missing = sum(share.held.total for share in placed.shares[1:])
-        return f"{missing / 2**30:.2f} GiB more on the {first.tier} would end all streaming"
-    if placed.needed_nbytes > first.nbytes:
-        return f"a {first.tier} of {placed.needed_nbytes / 2**30:.2f} GiB would do"
-    return f"{placed.missing_nbytes / 2**30:.2f} GiB more on the {rooms[-1].tier} would do"
+        return f"{_gib(missing)} more on the {first.tier} would end all streaming"
+    if possible is not None:
+        return possible
+    lacks = placed.needed_nbytes - first.nbytes
+    wanted = [f"{first.tier}={_gib(placed.needed_nbytes)}"] if lacks > 0 else []
+    if placed.missing_nbytes > max(lacks, 0):
+        wanted.append(f"{last.tier}={_gib(last.nbytes + placed.missing_nbytes - max(lacks, 0))}")
+    return f"lower --batch or --context, or have {' and '.join(wanted)}"
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"

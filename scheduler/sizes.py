@@ -111,7 +111,7 @@ class Sizes:
     checkpointed: Bytes | None
     """`peak` with activation checkpointing; None for inference, and where the model cannot do it."""
     block_nbytes: int
-    """Weights of the largest block that would be streamed."""
+    """The largest block that would have to be streamed whole."""
     modules: tuple[ModuleSize, ...]
     """Largest first."""
     notes: tuple[str, ...] = ()

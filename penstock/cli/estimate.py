@@ -57,23 +57,22 @@ def estimate(
     rooms = find_rooms(budget, device=device, disk=disk)
 
     def measured(work: Workload, kind: str) -> Sizes:
-        return measure_sizes(checkpoint, workload=work, dtype=kind, trust_remote_code=trust_remote_code)
+        on_cpu = rooms[0].tier == "host"
+        return measure_sizes(checkpoint, workload=work, dtype=kind, on_cpu=on_cpu, trust_remote_code=trust_remote_code)
 
     sizes = measured(workload, dtype)
 
     def alternatives() -> Iterator[Alternative]:
         if sizes.checkpointed is not None:
-            yield Alternative(
-                change="activation checkpointing", peak=sizes.checkpointed, block_nbytes=sizes.block_nbytes
-            )
+            checkpointing = replace(sizes, peak=sizes.checkpointed)
+            yield Alternative(change="activation checkpointing", sizes=checkpointing)
         asked = [("--batch 1", replace(workload, batch=1), dtype)] if workload.batch > 1 else []
         if sizes.dtype == "float32":
             asked.append(("--dtype bfloat16", workload, "bfloat16"))
         if workload.train == "adamw":
             asked.append(("--train lora", replace(workload, train="lora"), dtype))
         for change, work, kind in asked:
-            other = measured(work, kind)
-            yield Alternative(change=change, peak=other.peak, block_nbytes=other.block_nbytes)
+            yield Alternative(change=change, sizes=measured(work, kind))
 
     return Estimate(sizes=sizes, fitting=fitting(sizes, rooms, alternatives()))
 
@@ -144,14 +143,12 @@ def render(found: Estimate, *, top: int) -> list[Text]:
     rows = [
         [
             _NAMES[kind],
-            format_size(getattr(sizes.most, kind)),
-            format_size(getattr(sizes.peak, kind)),
-            *(format_size(getattr(share.held, kind)) for share in placed.shares),
+            *(_size(getattr(each, kind)) for each in (sizes.most, sizes.peak, *(s.held for s in placed.shares))),
         ]
         for kind in KINDS
         if getattr(sizes.most, kind) or getattr(sizes.peak, kind)
     ]
-    totals = [format_size(share.held.total) for share in placed.shares]
+    totals = [_size(share.held.total) for share in placed.shares]
     rows.append(["total", "", format_size(sizes.peak.total), *totals])
     rows.append(["room", "", "", *(format_size(share.room_nbytes) for share in placed.shares)])
     lines += _table([header, *rows])
@@ -163,9 +160,10 @@ _MODULE_HEADER: Final = ["largest modules", "count", "weights", "gradients", "op
 
 
 def _module_rows(sizes: Sizes, top: int) -> Iterator[list[str]]:
-    for each in sizes.modules[:top]:
+    total = sum(each.total for each in sizes.modules)
+    for each in [each for each in sizes.modules if each.total * 10_000 > total][:top]:
         figures = (each.weights, each.gradients, each.optimizer, each.activations, each.kv)
-        yield [each.path, str(each.count), *(format_size(nbytes) if nbytes else "-" for nbytes in figures)]
+        yield [each.path, str(each.count), *(_size(nbytes) for nbytes in figures)]
 
 
 def _title(sizes: Sizes) -> str:
@@ -186,10 +184,7 @@ def _sentences(sizes: Sizes, placed: Fitting) -> Iterator[str]:
         below = ", ".join(f"{format_size(s.held.total)} on the {s.tier}" for s in placed.shares[1:] if s.held.total)
         yield f"fits when streamed: {below}, brought to the {first.tier} when it is used"
     if sizes.checkpointed is not None:
-        yield (
-            f"with activation checkpointing: {format_size(sizes.checkpointed.total)} at the peak, of which "
-            f"{format_size(sizes.checkpointed.activations)} activations"
-        )
+        yield f"with activation checkpointing: {format_size(sizes.checkpointed.total)} at the peak"
     if placed.suggestion is not None and placed.verdict != "too large":
         yield placed.suggestion
     yield "tensors only: interpreter, libraries and kernels' own buffers come on top"
@@ -201,7 +196,7 @@ def _too_large(sizes: Sizes, placed: Fitting) -> DoesNotFitError:
     if placed.needed_nbytes > first.room_nbytes:
         what = f"{format_size(placed.needed_nbytes)} of the {first.tier}, which has {format_size(first.room_nbytes)}"
     else:
-        what = f"{format_size(placed.missing_nbytes)} more than all tiers together have"
+        what = f"{format_size(placed.missing_nbytes)} more than all tiers together can give"
     return DoesNotFitError(
         f"{sizes.model}: does not fit even when streamed: it needs {what}; {placed.suggestion}",
         tier=first.tier,
@@ -209,6 +204,10 @@ def _too_large(sizes: Sizes, placed: Fitting) -> DoesNotFitError:
         available_nbytes=first.room_nbytes,
         resident_nbytes=sizes.peak.total,
     )
+
+
+def _size(nbytes: int) -> str:
+    return format_size(nbytes) if nbytes else "-"
 
 
 def _table(rows: list[list[str]]) -> list[Text]:
