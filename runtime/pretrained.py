@@ -124,7 +124,7 @@ def outline(
         with ExitStack() as stack:
             for context in model_class.get_init_context(wanted, False, False, False):
                 stack.enter_context(context)
-            model = model_class(config)
+            model: PreTrainedModel = model_class(config)
         model.tie_weights()
     except CheckpointError:
         raise
@@ -132,7 +132,8 @@ def outline(
         raise CheckpointError(
             f"{folder}: its config.json does not describe a model that can be built ({_one_line(error)}); correct it"
         ) from error
-    return model.train(False)
+    model.train(False)
+    return model
 
 
 def _one_line(error: BaseException) -> str:

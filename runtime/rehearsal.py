@@ -42,6 +42,8 @@ class Watch(TorchDispatchMode):
         self._on_cpu = on_cpu
         self.unit = ""
         """The module at work, as `units` calls it."""
+        self.asked = False
+        """Whether a yes-or-no question about values came up. The answer is no."""
         self.recording = True
         """Whether what is made goes on the tape at once. What is made meanwhile can be noted later."""
         self._makers: dict[int, str] = {}
@@ -64,6 +66,9 @@ class Watch(TorchDispatchMode):
         self._left_inside -= 1
         if not self._left or (self.unit and not self._left_inside):  # once: what is torn down then must not fail
             raise TooLongError
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            self.asked = True  # a layer that is dropped at random, a mask that may hide nothing
+            return False
         if func is torch.ops.aten._grouped_mm.default:
             result: Any = _grouped_product(*args, **(kwargs or {}))
         else:
@@ -130,7 +135,7 @@ def quietly() -> Iterator[None]:
     fake = logging.getLogger("torch._subclasses.fake_tensor")
     level, verbosity = fake.level, transformers_logging.get_verbosity()
     fake.setLevel(logging.CRITICAL)
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -155,7 +160,7 @@ def rehearsing(model: nn.Module, tape: Tape, *, on_cpu: bool) -> Iterator[Watch]
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: watch.enter(name)))
         hooks.append(module.register_forward_hook(lambda *_: watch.enter(""), always_call=True))
     try:
-        with _mode_of(model), watch:
+        with mode_of(model), watch:
             yield watch
     finally:
         watch.recording = False
@@ -164,7 +169,8 @@ def rehearsing(model: nn.Module, tape: Tape, *, on_cpu: bool) -> Iterator[Watch]
             hook.remove()
 
 
-def _mode_of(model: nn.Module) -> FakeTensorMode:
+def mode_of(model: nn.Module) -> FakeTensorMode:
+    """The mode that a model's fake tensors belong to."""
     return next(model.parameters()).fake_mode  # type: ignore[no-any-return, attr-defined]
 
 

@@ -30,7 +30,7 @@ from ..scheduler.sizes import (
 from ..scheduler.tape import Tape
 from .feeding import UnknownInputError, inputs_of, labels_of, takes, token_ids, with_context
 from .pretrained import outline
-from .rehearsal import TooLongError, Watch, make_fake, pattern, quietly, rehearsing, tensors_in, units
+from .rehearsal import TooLongError, Watch, make_fake, mode_of, pattern, quietly, rehearsing, tensors_in, units
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _add_adapters(model: nn.Module, rank: int) -> None:
         if "*" not in pattern(path) or not isinstance(module, nn.Linear | Conv1D):
             continue
         narrow, wide = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
-        with module.weight.fake_mode:  # type: ignore[union-attr]
+        with mode_of(model):
             down = nn.Parameter(torch.empty(rank, narrow, dtype=module.weight.dtype))
             up = nn.Parameter(torch.empty(wide, rank, dtype=module.weight.dtype))
         module.register_parameter("lora_a", down)
@@ -205,23 +205,33 @@ def _extrapolated(contexts: Sequence[int], found: Sequence[_Rehearsed], context:
         sweep=sweep,
         activations=by_unit([each.activations for each in found]),
         kv=by_unit([each.kv for each in found]),
-        notes=(f"extrapolated from contexts of {', '.join(map(str, contexts))}: this model loops over its tokens",),
+        notes=(
+            f"extrapolated from contexts of {', '.join(map(str, contexts))}: this model loops over its tokens",
+            *found[-1].notes,
+        ),
     )
 
 
 def _rehearse(model: PreTrainedModel, workload: Workload, *, on_cpu: bool) -> _Rehearsed:
-    tape = Tape()
-    with rehearsing(model, tape, on_cpu=on_cpu) as watch:
+    with rehearsing(model, Tape(), on_cpu=on_cpu) as watch:
         if workload.train is not None:
-            return _train(model, watch, workload)
-        with torch.no_grad():
-            if model.can_generate() and (takes(model, "past_key_values") or takes(model, "cache_params")):
-                generate = _translate if model.config.is_encoder_decoder else _continue
-                kv = generate(model, watch, workload)
-                return _Rehearsed(peak=tape.peak(), sweep=tape.peak(before="gradients"), kv=kv)
-            output = model(**inputs_of(model, workload), **_decoder_start(model))
-            del output
-            return _Rehearsed(peak=tape.peak(), sweep=tape.peak())
+            found = _train(model, watch, workload)
+        else:
+            with torch.no_grad():
+                found = _infer(model, watch, workload)
+    if watch.asked:
+        note = f"the forward of {type(model).__name__} asks whether values are so or so: the answer given was no"
+        return replace(found, notes=(*found.notes, note))
+    return found
+
+
+def _infer(model: PreTrainedModel, watch: Watch, workload: Workload) -> _Rehearsed:
+    kv: Mapping[str, int] = {}
+    if model.can_generate() and (takes(model, "past_key_values") or takes(model, "cache_params")):
+        kv = (_translate if model.config.is_encoder_decoder else _continue)(model, watch, workload)
+    else:
+        model(**inputs_of(model, workload), **_decoder_start(model))
+    return _Rehearsed(peak=watch.tape.peak(), sweep=watch.tape.peak(), kv=kv)
 
 
 def _decoder_start(model: PreTrainedModel) -> dict[str, Tensor]:
