@@ -334,7 +334,10 @@ def _options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--force", action="store_true", help="overwrite it")
     parser.add_argument("--worker", choices=names, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.json and arguments.json.exists() and not arguments.force:
+        parser.error(f"{arguments.json} exists; add --force to overwrite it")
+    return arguments
 
 
 def main() -> None:
