@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -74,7 +74,7 @@ def skeleton(
     folder = locate(path, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint.open(folder)
     config = _read_config(folder, trust_remote_code=trust_remote_code)
-    _check_config(config, checkpoint, trust_remote_code=trust_remote_code)
+    _check_config(config, folder, len(checkpoint.tensors), trust_remote_code=trust_remote_code)
     first = {name: symbol(source) for name, source in checkpoint.tensors.items()}
     try:
         model_class = _model_class(config, folder, trust_remote_code=trust_remote_code)
@@ -101,13 +101,48 @@ def skeleton(
     return Skeleton(model=model, checkpoint=checkpoint, sources=sources, dtypes=dtypes, config=model.config)
 
 
+def outline(
+    path: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Build the model that a config describes, all of it on the meta device; no weights are needed, read or fetched.
+
+    Of `path`, a folder or a Hub id, only config.json is looked at. `dtype` "auto" is what the config says, else
+    float32. The model is tied and in eval mode.
+
+    Raises CheckpointError and UsageError as `skeleton` does.
+    """
+    wanted = parse_dtype(dtype)
+    folder = locate(path, trust_remote_code=trust_remote_code, patterns=["config.json"])
+    config = _read_config(folder, trust_remote_code=trust_remote_code)
+    _check_config(config, folder, None, trust_remote_code=trust_remote_code)
+    try:
+        model_class = _model_class(config, folder, trust_remote_code=trust_remote_code)
+        inner = (getattr(each, "dtype", None) for each in _configs(config))
+        stated = next((each for each in inner if each is not None), torch.float32)
+        config, wanted = _get_dtype(wanted or stated, None, config, None, {}, True)
+        config.name_or_path = os.fspath(path)
+        with ExitStack() as stack:
+            for context in model_class.get_init_context(wanted, False, False, False):
+                stack.enter_context(context)
+            model: PreTrainedModel = model_class(config)
+        model.tie_weights()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a config may make any line of a model's code fail, in any way
+        raise CheckpointError(
+            f"{folder}: its config.json does not describe a model that can be built ({_one_line(error)}); correct it"
+        ) from error
+    model.train(False)
+    return model
+
+
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
-def locate(path: str | os.PathLike[str], *, trust_remote_code: bool) -> str:
-    """The folder of a checkpoint, downloaded where `path` is a Hub id."""
+def locate(path: str | os.PathLike[str], *, trust_remote_code: bool, patterns: Sequence[str] = _WANTED) -> str:
+    """The folder of a checkpoint, downloaded where `path` is a Hub id: of it the files that match `patterns`."""
     name = os.fspath(path)
     if os.path.isdir(name):
         return os.path.abspath(name)
@@ -120,9 +155,9 @@ def locate(path: str | os.PathLike[str], *, trust_remote_code: bool) -> str:
         is_hub_id = False
     if not is_hub_id:
         raise CheckpointError(f"{name}: no such folder; give an existing folder or a Hub id such as owner/name")
-    patterns = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
+    wanted = [*patterns, *(["*.py"] if trust_remote_code else [])]
     try:
-        return huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=_UNWANTED)
+        return huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=_UNWANTED)
     except Exception as error:  # what a transport raises is no part of the client's interface
         raise CheckpointError(
             f"{name}: no such folder, and as a Hub id it cannot be fetched ({_one_line(error)}); check the spelling, "
@@ -161,27 +196,31 @@ def _counts_modules(key: str) -> bool:
     return "layer" in key or "depth" in key or (key.startswith(("n_", "num_")) and "expert" in key)
 
 
-def _check_config(config: PreTrainedConfig, checkpoint: Checkpoint, *, trust_remote_code: bool) -> None:
-    """Refuse what cannot be streamed, would run code, or would build modules without end."""
+def _check_config(config: PreTrainedConfig, folder: str, tensors: int | None, *, trust_remote_code: bool) -> None:
+    """Refuse what cannot be streamed, would run code, or would build modules without end.
+
+    `tensors` is how many the checkpoint has; None where its weights are not looked at.
+    """
     for each in _configs(config):
         quantised = getattr(each, "quantization_config", None)
         if quantised is not None:
             settings = quantised if isinstance(quantised, dict) else vars(quantised)
             method = settings.get("quant_method", "unnamed")
             raise CheckpointError(
-                f"{checkpoint.folder}: is quantised ({getattr(method, 'value', method)}), which is not supported; use "
+                f"{folder}: is quantised ({getattr(method, 'value', method)}), which is not supported; use "
                 "the bf16, fp16 or fp32 checkpoint it was made from"
             )
         for key, value in vars(each).items():
-            if _counts_modules(key) and type(value) is int and value > max(1000, len(checkpoint.tensors)):
+            if _counts_modules(key) and type(value) is int and value > max(1000, tensors or 0):
+                against = "which no model has" if tensors is None else f"but the weights are {tensors} tensors"
                 raise CheckpointError(
-                    f"{checkpoint.folder}: its config says {key}={value}, but the weights are "
-                    f"{len(checkpoint.tensors)} tensors; restore the config.json that was saved with these weights"
+                    f"{folder}: its config says {key}={value}, {against}; restore the config.json that was saved with "
+                    "these weights"
                 )
             # "owner/name" as an implementation makes transformers fetch a kernel from the Hub and run it.
             if "_implementation" in key and "/" in str(value) and not trust_remote_code:
                 raise CheckpointError(
-                    f"{checkpoint.folder}: its config asks for the code {str(value)!r} ({key}); remove that line, or "
+                    f"{folder}: its config asks for the code {str(value)!r} ({key}); remove that line, or "
                     "allow it by trust_remote_code=True (--trust-remote-code)"
                 )
 

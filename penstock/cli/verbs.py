@@ -13,12 +13,14 @@ import typer
 
 from .demo import demo
 from .doctor import doctor
+from .plan import plan
 from .prof.verbs import prof
 from .run import run
 
 VERBS: Final[dict[str, Callable[..., int | None]]] = {
     "demo": demo,
     "run": run,
+    "plan": plan,
     "doctor": doctor,
 }
 

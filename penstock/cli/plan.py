@@ -1,0 +1,90 @@
+"""`penstock plan`: what a model will take, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..budget import parse_budget
+from ..memory.errors import UsageError
+from ..scheduler.sizes import DEFAULT_CONTEXT, Training, Workload
+from .output import Output
+
+_WORK = "The work"
+_MACHINE = "Where it runs"
+_TRAINING: tuple[Training, ...] = ("adamw", "lora")
+
+
+def plan(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="Folder with a config.json, or a Hub id. Weights are not needed.")
+    ],
+    sizes: Annotated[
+        bool, typer.Option("--sizes", help="What weights, KV, activations, gradients and optimizer states will take.")
+    ] = False,
+    train: Annotated[
+        str | None,
+        typer.Option(help="adamw (all weights) or lora (adapters). Default: inference.", rich_help_panel=_WORK),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.", metavar="N", rich_help_panel=_WORK)] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Tokens per sequence. Default: 512, or what the model has.", metavar="N", rich_help_panel=_WORK
+        ),
+    ] = None,
+    rank: Annotated[
+        int, typer.Option(min=1, help="Rank of the adapters of lora.", metavar="N", rich_help_panel=_WORK)
+    ] = 16,
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto (as the config says), bfloat16, float16, float32.", rich_help_panel=_WORK),
+    ] = "auto",
+    max_memory: Annotated[
+        str,
+        typer.Option(metavar="BUDGET", help="auto, or for example device=8GiB,host=24GiB.", rich_help_panel=_MACHINE),
+    ] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:N. A device budget needs no GPU.", rich_help_panel=_MACHINE)
+    ] = "auto",
+    disk: Annotated[
+        Path | None,
+        typer.Option(help="Folder for scratch files. Default: the user's cache.", rich_help_panel=_MACHINE),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Show so many modules.", metavar="N")] = 8,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> int | None:
+    """Tell what a model will take of each tier, from its config alone and in seconds.
+
+    The model's own code runs on tensors without values, so that every architecture is measured as it is. Whether the
+    result fits is said for --max-memory, or for what this machine has free; exit code 3 means that it does not, even
+    streamed. Interpreter and libraries (some hundred MiB) come on top.
+
+    Example: penstock plan ./llama --sizes --train adamw --batch 4 --context 2048
+    """
+    if not sizes:
+        raise UsageError("there is nothing to show: add --sizes")
+    chosen = next((each for each in _TRAINING if each == train), None)
+    if train is not None and chosen is None:
+        raise UsageError(f"--train {train!r} is not a way to train: use {' or '.join(_TRAINING)}")
+    asked = Workload(train=chosen, batch=batch, context=context or DEFAULT_CONTEXT, rank=rank)
+    budget = parse_budget(max_memory)
+    output = Output()
+    with output.busy("building the model without its weights"):
+        from .estimate import estimate, show  # torch and transformers take seconds
+
+        found = estimate(
+            checkpoint,
+            workload=asked,
+            dtype=dtype,
+            budget=budget,
+            device=device,
+            disk=disk,
+            trust_remote_code=trust_remote_code,
+        )
+    return show(output, found, top=top, as_json=as_json)
