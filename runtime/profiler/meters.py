@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -62,6 +63,9 @@ def gpu_energy(index: int) -> Reader | None:
 def host_meters() -> list[tuple[Meter, Reader]]:
     """Memory of this process and of its control group."""
     found: list[tuple[Meter, Reader]] = [(Meter.HOST_RSS, _resident), (Meter.HOST_ANONYMOUS, _anonymous)]
+    freed = _freed()
+    if freed is not None:
+        found.append((Meter.HOST_FREED, freed))
     usage = _cgroup_usage()
     if usage is not None:
         found.append((Meter.HOST_CGROUP, usage))
@@ -78,6 +82,27 @@ def _anonymous() -> int:
     with open("/proc/self/statm", "rb") as file:
         fields = file.read().split()
     return (int(fields[1]) - int(fields[2])) * PAGE
+
+
+class _MallocInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc 2.33 and newer."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def _freed() -> Reader | None:
+    """Free chunks of glibc's heaps; other C libraries do not tell."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        return None
+    mallinfo2.restype = _MallocInfo
+    return lambda: int(mallinfo2().fordblks)
 
 
 def _cgroup_usage() -> Callable[[], int] | None:

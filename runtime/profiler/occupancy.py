@@ -131,7 +131,7 @@ def _peak(profile: Profile, tier: Tier, window: Window) -> TierPeak | None:
         named=max(0.0, 1 - abs(unaccounted) / nbytes) if nbytes > 0 else float(not unaccounted),
         capacity_nbytes=profile.header.capacities.get(tier.name),
         budget_nbytes=profile.header.budgets.get(tier.name),
-        fragmentation_nbytes=_fragmentation(profile, instant) if tier is Tier.DEVICE else None,
+        fragmentation_nbytes=_fragmentation(profile, tier, instant),
     )
 
 
@@ -181,13 +181,15 @@ def _thinned(at: Ints, levels: Ints, points: int) -> Ints:
     return np.union1d(at[highest], at[-1:])
 
 
-def _fragmentation(profile: Profile, instant: int) -> int | None:
-    """What the allocator had reserved and not given out, by the last readings before an instant."""
-    found = []
-    for meter in (Meter.DEVICE_RESERVED, Meter.DEVICE_ALLOCATED):
-        gauges = readings(profile, meter)
-        row = int(np.searchsorted(gauges.at, instant, side="right")) - 1
-        if row < 0:
-            return None
-        found.append(int(gauges.value[row]))
-    return found[0] - found[1]
+def _fragmentation(profile: Profile, tier: Tier, instant: int) -> int | None:
+    """What the allocator kept and had not given out, by the last readings before an instant."""
+    if tier is Tier.HOST:
+        return _last(profile, Meter.HOST_FREED, instant)
+    reserved, allocated = (_last(profile, meter, instant) for meter in (Meter.DEVICE_RESERVED, Meter.DEVICE_ALLOCATED))
+    return None if tier is Tier.DISK or reserved is None or allocated is None else reserved - allocated
+
+
+def _last(profile: Profile, meter: Meter, instant: int) -> int | None:
+    gauges = readings(profile, meter)
+    row = int(np.searchsorted(gauges.at, instant, side="right")) - 1
+    return int(gauges.value[row]) if row >= 0 else None

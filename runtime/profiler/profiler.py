@@ -97,6 +97,7 @@ class Profiler:
             clock = _clock()
             self._watch = watch = ModuleWatch(recorder, clock, every=self.level == "full")
             self._tensors = tensors = TensorWatch(recorder, watch)
+            entered.callback(tensors.close)
             self._sampler = Sampler(recorder, all_meters(), also=(clock.poll, self._spend))
             entered.enter_context(self._sampler)
             entered.callback(clock.finish)

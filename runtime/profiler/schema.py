@@ -93,6 +93,8 @@ class Meter(IntEnum):
     """Microjoules since some start (RAPL)."""
     ENERGY_DEVICE = 7
     """Microjoules since some start (NVML)."""
+    HOST_FREED = 8
+    """What the program has given back and the C library keeps for later, resident as before."""
 
 
 class MarkKind(IntEnum):

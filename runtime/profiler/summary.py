@@ -104,7 +104,8 @@ class TierPeak(msgspec.Struct, frozen=True, kw_only=True):
     capacity_nbytes: int | None
     budget_nbytes: int | None
     fragmentation_nbytes: int | None
-    """Reserved − allocated, where an allocator tells."""
+    """Reserved − allocated, where an allocator tells: what it keeps and nobody uses. On the host it is part of what is
+    unaccounted."""
 
 
 class Leak(msgspec.Struct, frozen=True, kw_only=True):

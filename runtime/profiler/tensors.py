@@ -45,6 +45,7 @@ class TensorWatch:
         """Storages of weights and buffers: what autograd saves of them is no activation."""
         self._rows: dict[int, int] = {}
         """By id of a parameter: the row of the module that owns it."""
+        self._handles: list[Any] = []
         self._storages: dict[int, int] = {}
         """By id of a parameter: its storage, where it is accounted for here."""
 
@@ -79,6 +80,8 @@ class TensorWatch:
             self._rows[id(parameter)] = row
             if id(parameter) not in self._elsewhere:
                 self._storages[id(parameter)] = self._take(name, parameter, Category.WEIGHT, row, mine)
+                if parameter.requires_grad:
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._gradient_came))
         for name, buffer in root.named_buffers():
             self._take(name, buffer, Category.BUFFER, rows[name.rpartition(".")[0]], mine)
         self._roots.append(weakref.ref(root, lambda gone: self._root_gone(gone, mine)))
@@ -129,10 +132,16 @@ class TensorWatch:
                         now[key] = parameter.grad, self._rows.get(id(parameter), NONE)
         self._replace(Category.GRADIENT, now)
 
-    def gradient_came(self, parameter: torch.Tensor) -> None:
+    def _gradient_came(self, parameter: torch.Tensor) -> None:
         """A gradient has been accumulated: it is counted when it is first seen."""
-        if parameter.grad is not None:
+        if parameter.grad is not None and self._recorder.alive:
+            self._recorder.hooks += 1
             self._hold(Category.GRADIENT, parameter.grad, self._rows.get(id(parameter), NONE))
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        while self._handles:
+            self._handles.pop().remove()
 
     def look_at_states(self, optimizer: torch.optim.Optimizer) -> None:
         """Account for what an optimizer keeps."""
