@@ -45,8 +45,16 @@ def make_plan(
         link_nbytes_per_sweep=layout.link_nbytes,
         links=links,
         depth=max(layout.front.slots - 1, 0),
-        notes=notes,
+        notes=(*notes, *_seldom(layout)),
     )
+
+
+def _seldom(layout: Layout) -> tuple[str, ...]:
+    """A note on what is read once per answer only, where there is such a thing."""
+    nbytes = sum(block.image.read_nbytes for block in layout.on_disk() if block.id in layout.seldom)
+    if not nbytes:
+        return ()
+    return (f"{nbytes / 2**20:.0f} MiB of what is read belong to parts that run once per answer: tokens read less",)
 
 
 def untouched_plan(device: Device, budgets: Budgets, weights_nbytes: int, note: str) -> Plan:

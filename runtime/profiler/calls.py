@@ -1,7 +1,9 @@
-"""Modules at work: who runs when, in which thread, inside whom; from torch's global forward hooks.
+"""Modules at work: who runs when, in which thread, inside whom; from torch's forward hooks.
 
-Every module of the process is seen, with no wrapping and no change to what it computes. A module that is called while
-none is running is a root: its `named_modules()` give the paths of all modules in it.
+A module that is called while none is running is a root: its `named_modules()` give the paths of all modules in it. Only
+modules that are recorded carry hooks, because a hook costs several microseconds wherever the caches are cold. Roots are
+found by a global hook, which is there only while modules exist that nobody knows yet: they make themselves known when
+they get parameters.
 """
 
 from __future__ import annotations
@@ -82,9 +84,17 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.rows: list[int] = []
         self.begun: list[Any] = []
-        self.calls = 0
-        """Modules under way, recorded or not."""
         self.lane = -1
+
+
+class _Silent:
+    """What a saved model has in the place of the watch that was on it."""
+
+    def _before(self, *call: object) -> None:
+        """Nothing is recorded."""
+
+    def _after(self, *call: object) -> None:
+        """Nothing is recorded."""
 
 
 class ModuleWatch:
@@ -108,21 +118,31 @@ class ModuleWatch:
         self._lock = threading.Lock()
         self._listeners: list[Listener] = []
         self._handles: list[Any] = []
+        self._finder: Any = None
+        self._unknown: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        """Modules that have got parameters since the recording began, and have not been called yet."""
+        self._on = False
 
     def listen(self, listener: Listener) -> None:
         """Tell someone of calls from now on."""
         self._listeners.append(listener)
 
     def __enter__(self) -> ModuleWatch:
-        self._handles = [
-            torch_module.register_module_forward_pre_hook(self._before),
-            torch_module.register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
+        self._on = True
+        self._handles.append(torch_module.register_module_parameter_registration_hook(self._parameter_came))
         return self
 
     def __exit__(self, *failure: object) -> None:
+        self._on = False
+        self._find(False)
         while self._handles:
             self._handles.pop().remove()
+
+    def __deepcopy__(self, memo: object) -> ModuleWatch:
+        return self  # a program may copy its model, and the hooks with it
+
+    def __reduce__(self) -> tuple[type[_Silent], tuple[()]]:
+        return _Silent, ()  # or save it as it is
 
     def current(self) -> int:
         """The innermost recorded module of the calling thread; -1 for none."""
@@ -152,11 +172,21 @@ class ModuleWatch:
         chosen = None if self._every else _layers(root)
         rows: dict[str, int] = {}
         for path, module in root.named_modules():
+            self._unknown.discard(module)
             parent = next((rows[above] for above in _above(path) if above in rows), NONE)
             if chosen is None or path in chosen:
                 rows[path] = self._recorder.module(path=prefix + path, kind=type(module).__name__, parent=parent)
+                self._hook(module)
             self._remember(module, rows.get(path, NONE))
+        if not self._unknown:
+            self._find(False)
         return rows[""]
+
+    def _hook(self, module: nn.Module) -> None:
+        if any(getattr(hook, "__self__", None) is self for hook in module._forward_pre_hooks.values()):
+            return  # part of an earlier root, or a copy of one
+        self._handles.append(module.register_forward_pre_hook(self._before))
+        self._handles.append(module.register_forward_hook(self._after, with_kwargs=True, always_call=True))
 
     def nearest(self, root: nn.Module) -> dict[str, int]:
         """For every module path of a registered root: its own row, or that of the nearest recorded module above."""
@@ -175,20 +205,39 @@ class ModuleWatch:
         self._rows.pop(key, None)
         self._alive.pop(key, None)
 
+    # --- finding roots ----------------------------------------------------------------------------------------------
+
+    def _parameter_came(self, module: nn.Module, name: str, parameter: object) -> None:
+        if id(module) not in self._rows:
+            self._unknown.add(module)
+            self._find(True)
+
+    def _find(self, wanted: bool) -> None:
+        """Look at every call of the process, or no longer."""
+        if wanted and self._finder is None and self._on:
+            self._finder = torch_module.register_module_forward_pre_hook(self._look)
+        elif not wanted and self._finder is not None:
+            finder, self._finder = self._finder, None
+            finder.remove()
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._local.rows or torch.compiler.is_compiling() or not self._recorder.alive:
+            return
+        if self._rows.get(id(module), NONE) < 0:
+            self.register(module)
+            self._before(module, args)  # hooks that it has got by now are not called any more this time
+
+    # --- spans ------------------------------------------------------------------------------------------------------
+
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self._on or torch.compiler.is_compiling():
+            return
+        row = self._rows.get(id(module), NONE)
+        if row < 0 or not self._recorder.alive:
+            return
         local = self._local
-        local.calls += 1
-        row = self._rows.get(id(module))
-        if row is None:
-            if local.calls > 1 or not self._recorder.alive:
-                return  # made while its root runs, or a fork's: its time is its parent's
-            row = self.register(module)
-        if row < 0:
-            if local.calls > 1:
-                return
-            row = self.register(module)  # part of a root, and now called as one
         self._recorder.hooks += 1
-        if local.calls == 1:
+        if not local.rows:
             for listener in self._listeners:
                 listener.root_begins(module)
         local.rows.append(row)
@@ -196,13 +245,9 @@ class ModuleWatch:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         local = self._local
-        if not local.calls:
+        if torch.compiler.is_compiling() or not local.rows or local.rows[-1] != self._rows.get(id(module), NONE):
             return  # it began before the recording
-        local.calls -= 1
-        row = self._rows.get(id(module), NONE)
-        if row < 0 or not local.rows or local.rows[-1] != row:
-            return
-        local.rows.pop()
+        row = local.rows.pop()
         depth, lane = len(local.rows), self.lane()
 
         def done(launched: int, start: int, end: int) -> None:
@@ -222,7 +267,7 @@ class ModuleWatch:
         if result is not None:
             for listener in self._listeners:
                 listener.module_returned(row, depth, args, result)
-        if not local.calls:
+        if not local.rows:
             for listener in self._listeners:
                 listener.root_ends(module, args, kwargs, result)
 

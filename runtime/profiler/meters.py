@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,8 @@ from .schema import Meter
 
 Reader = Callable[[], int]
 PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+SLOWLY_NS: Final = 10**9
+"""Between two looks at what is costly to look at."""
 
 
 def cpu_energy(root: Path = Path("/sys/class/powercap")) -> Reader | None:
@@ -102,7 +105,15 @@ def _freed() -> Reader | None:
     if mallinfo2 is None:
         return None
     mallinfo2.restype = _MallocInfo
-    return lambda: int(mallinfo2().fordblks)
+    latest = [-SLOWLY_NS, 0]
+
+    def read() -> int:  # it walks all free chunks and locks the heaps meanwhile
+        now = time.monotonic_ns()
+        if now - latest[0] >= SLOWLY_NS:
+            latest[:] = now, int(mallinfo2().fordblks)
+        return latest[1]
+
+    return read
 
 
 def _cgroup_usage() -> Callable[[], int] | None:

@@ -30,7 +30,7 @@ from .recorder import Recorder
 from .registry import process_registry
 from .ring import Ring
 from .running import announce
-from .sampling import Sampler
+from .sampling import INTERVAL_S, Sampler
 from .schema import Category, MarkKind, Tier
 from .steps import StepWatch
 from .streamed import StreamedModel
@@ -98,7 +98,8 @@ class Profiler:
             self._watch = watch = ModuleWatch(recorder, clock, every=self.level == "full")
             self._tensors = tensors = TensorWatch(recorder, watch)
             entered.callback(tensors.close)
-            self._sampler = Sampler(recorder, all_meters(), also=(clock.poll, self._spend))
+            interval_s = INTERVAL_S[self.level]
+            self._sampler = Sampler(recorder, all_meters(), also=(clock.poll, self._spend), interval_s=interval_s)
             entered.enter_context(self._sampler)
             entered.callback(clock.finish)
             before_nbytes = _resident_nbytes()
@@ -109,13 +110,13 @@ class Profiler:
             entered.callback(backward.close)
             if self.level == "full":
                 entered.enter_context(ActivationWatch(recorder, watch, tensors))
+            entered.enter_context(watch)
             entered.callback(announce(self.path).close)
             process_registry().begin(self)
             entered.callback(process_registry().end, self)
             tensors.watch_what_is_there()
             # what was there before, less what of it has a name by now
             recorder.memory(max(0, before_nbytes - recorder.live[Tier.HOST]), Tier.HOST, Category.BASELINE)
-            entered.enter_context(watch)
             self._entered = entered.pop_all()
         return self
 

@@ -11,7 +11,8 @@ from .meters import Reader
 from .recorder import Recorder
 from .schema import Gauge, Meter
 
-INTERVAL_S: Final = 0.05
+INTERVAL_S: Final = {"light": 0.2, "full": 0.05}
+"""By level. Each look takes a processor from the program for a moment."""
 
 
 class Sampler:
@@ -28,7 +29,7 @@ class Sampler:
         meters: Sequence[tuple[Meter, Reader]],
         *,
         also: Sequence[Callable[[], None]] = (),
-        interval_s: float = INTERVAL_S,
+        interval_s: float,
     ) -> None:
         self._recorder = recorder
         self._meters = list(meters)

@@ -57,13 +57,16 @@ class TensorWatch:
 
     def watch_what_is_there(self) -> None:
         """Account for modules and optimizers that the program made before the recording: they are no baseline."""
+        gc.collect()  # what is dead already is nobody's
         objects = gc.get_objects()
         modules = [thing for thing in objects if issubclass(type(thing), nn.Module)]  # isinstance would wake proxies
         parts = {id(child) for module in modules for child in module.children()}
-        for module in modules:
-            if id(module) not in parts and any(True for _ in module.parameters()):
-                self._watch.register(module)
-                self.watch(module)
+        roots = [module for module in modules if id(module) not in parts and any(True for _ in module.parameters())]
+        for root in sorted(
+            roots, key=lambda root: -sum(p.nbytes for p in root.parameters())
+        ):  # the largest has no number
+            self._watch.register(root)
+            self.watch(root)
         self.look_at_gradients()
         for thing in objects:
             if issubclass(type(thing), torch.optim.Optimizer):

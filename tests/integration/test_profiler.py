@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -320,3 +321,40 @@ def test_environment_variable(tmp_path: Path) -> None:
 
     reads = read_profile(tmp_path / "run.prof")[Transfer]
     assert 0 < reads.nbytes.sum() <= json.loads(done.stdout)
+
+
+def test_a_recorded_model_can_be_copied_and_saved(tmp_path: Path) -> None:
+    with torch.no_grad(), Profiler(tmp_path / "run.prof") as profiler:
+        net = Net().eval()
+        x = torch.randn(2, 64)
+        expected = net(x)
+        copied = copy.deepcopy(net)
+        assert torch.equal(copied(x), expected)
+        torch.save(net, tmp_path / "net.pt")
+        assert torch.equal(net(x), expected)
+    loaded = torch.load(tmp_path / "net.pt", weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), expected)
+    calls: dict[str, int] = defaultdict(int)
+    profile = profiler.profile()
+    for module in profile[Compute].module.tolist():
+        calls[profile.module_path(module)] += 1
+    assert calls["(root)"] == 2
+    assert calls["2:"] == 1, "the copy is a root of its own"
+    assert not net._forward_hooks
+    assert not net._forward_pre_hooks
+
+
+def test_only_recorded_modules_carry_hooks(tmp_path: Path) -> None:
+    """A hook costs microseconds on every call: a global one is there only while there is something to find."""
+    from torch.nn.modules import module as torch_module
+
+    net = Net().eval()
+    with torch.no_grad(), Profiler(tmp_path / "run.prof"):
+        net(torch.randn(1, 64))
+        assert not torch_module._global_forward_pre_hooks
+        later = Net().eval()
+        assert len(torch_module._global_forward_pre_hooks) == 1
+        later(torch.randn(1, 64))
+        assert not torch_module._global_forward_pre_hooks
+    assert not torch_module._global_forward_hooks
