@@ -222,8 +222,10 @@ class Session:
             binding = self.bindings[block]
             slot = lease.residence.slot
             slot.check_stamp(block)
-            with self.bind_lock:
-                binding.bind(self.arena, slot, flagged=observed and self.flagged())
+            flagged = observed and self.flagged()
+            # setting `.data` is a torch call too: the interception would take it for a use, and lend the block again
+            with self.bind_lock, torch._C.DisableTorchFunction():
+                binding.bind(self.arena, slot, flagged=flagged)
                 for bound in binding.tensors:
                     self.absent.pop(id(bound.parameter), None)
             return lease
@@ -235,7 +237,7 @@ class Session:
         """Leave placeholders and release the block after what the compute stream holds now."""
         binding = self.bindings[lease.block]
         try:
-            with self.bind_lock:
+            with self.bind_lock, torch._C.DisableTorchFunction():
                 if binding.uses == 1:
                     for bound in binding.tensors:
                         self.absent[id(bound.parameter)] = lease.block
@@ -304,8 +306,9 @@ class Session:
         try:
             self.device.compute_waits(lease.residence.event)
             binding = self.bindings[block]
-            view = binding.views(self.arena, lease.residence.slot)[0].detach()
-            view.requires_grad_(binding.tensors[0].parameter.requires_grad)
+            with torch._C.DisableTorchFunction():
+                view = binding.views(self.arena, lease.residence.slot)[0].detach()
+                view.requires_grad_(binding.tensors[0].parameter.requires_grad)
         except BaseException:
             self.executor.release(lease)
             raise
