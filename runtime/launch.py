@@ -54,12 +54,13 @@ def launch(
     )
     for reservation in booked:
         held.callback(reservation.release)
-    machinery = Machinery(device=device, layout=layout, backing=backing, module=module)
-    booked[0].touched = machinery.host.resident_nbytes
+    machinery = Machinery(device=device, layout=layout, backing=backing, module=module, share=booked[0])
     machinery.on_close(held.pop_all().close)
     try:
         if layout.resident:
             machinery.load_all(module)
+            if layout.back is not None:  # the weights only passed through the host
+                booked[0].give_back(layout.back.nbytes)
         else:
             machinery.start(module)
             Exporter(machinery, backing, export_folder).install(module)
