@@ -217,6 +217,7 @@ class ProvidedMemory:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         if self._process.stdout.readline().strip() != "touched":
+            self.release()
             raise OSError(f"no room: {self._nbytes / GIB:.1f} GiB of memory could not be touched")
         return self
 

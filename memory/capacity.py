@@ -32,6 +32,9 @@ class HostCapacity:
     """The smallest control group limit below `total_nbytes`; None where no group limits this process."""
     limit_source: str | None
     """The file that states `limit_nbytes`."""
+    obtainable_nbytes: int
+    """`available_nbytes` if the kernel drops all page cache of the control groups, also what was used more than once:
+    an allocation beyond this fails for sure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +94,7 @@ def host_capacity(proc_root: Path = Path("/proc")) -> HostCapacity:
         available_source=source if room < available else "MemAvailable",
         limit_nbytes=tightest.limit_nbytes if tightest else None,
         limit_source=tightest.source if tightest else None,
+        obtainable_nbytes=min([available, *(limit.obtainable_nbytes for limit in limits)]),
     )
 
 

@@ -31,11 +31,19 @@ class CgroupLimit:
     """Bytes charged to the group: anonymous memory and page cache of everything in it."""
     reclaimable_nbytes: int
     """Page cache in `usage_nbytes` that the kernel drops before it refuses an allocation (the inactive file list)."""
+    active_nbytes: int = 0
+    """Page cache in `usage_nbytes` that was used more than once. The kernel drops it too, after the other."""
 
     @property
     def available_nbytes(self) -> int:
         """Bytes that can still be allocated under this limit."""
         return max(0, self.limit_nbytes - self.usage_nbytes + min(self.reclaimable_nbytes, self.usage_nbytes))
+
+    @property
+    def obtainable_nbytes(self) -> int:
+        """The same with all page cache dropped: more than this, the kernel refuses."""
+        cached = min(self.reclaimable_nbytes + self.active_nbytes, self.usage_nbytes)
+        return max(0, self.limit_nbytes - self.usage_nbytes + cached)
 
 
 def read_cgroup_limits(proc_root: Path = Path("/proc")) -> tuple[CgroupLimit, ...]:
@@ -85,13 +93,17 @@ def _limits_v2(mount: Mount, path: str) -> Iterator[CgroupLimit]:
         usage = _read_number(folder / "memory.current")
         if usage is None:
             continue  # the root group, or one without the memory controller
-        reclaimable = _read_stat(folder / "memory.stat").get("inactive_file", 0)
+        stat = _read_stat(folder / "memory.stat")
         # Above memory.high a process is throttled until it makes no progress: for us that is a limit like max.
         for name in ("memory.max", "memory.high"):
             limit = _read_number(folder / name)
             if limit is not None:
                 yield CgroupLimit(
-                    source=str(folder / name), limit_nbytes=limit, usage_nbytes=usage, reclaimable_nbytes=reclaimable
+                    source=str(folder / name),
+                    limit_nbytes=limit,
+                    usage_nbytes=usage,
+                    reclaimable_nbytes=stat.get("inactive_file", 0),
+                    active_nbytes=stat.get("active_file", 0),
                 )
 
 
@@ -107,6 +119,7 @@ def _limits_v1(mount: Mount, path: str) -> Iterator[CgroupLimit]:
             continue
         stat = _read_stat(folder / "memory.stat")
         reclaimable = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+        active = stat.get("total_active_file", stat.get("active_file", 0))
         limit = _read_number(folder / "memory.limit_in_bytes")
         if limit is not None:
             seen.append(limit)
@@ -115,6 +128,7 @@ def _limits_v1(mount: Mount, path: str) -> Iterator[CgroupLimit]:
                 limit_nbytes=limit,
                 usage_nbytes=usage,
                 reclaimable_nbytes=reclaimable,
+                active_nbytes=active,
             )
         inherited = stat.get("hierarchical_memory_limit", _UNLIMITED_FROM)
         if inherited < _UNLIMITED_FROM:
@@ -123,6 +137,7 @@ def _limits_v1(mount: Mount, path: str) -> Iterator[CgroupLimit]:
                 limit_nbytes=inherited,
                 usage_nbytes=usage,
                 reclaimable_nbytes=reclaimable,
+                active_nbytes=active,
             )
     # The kernel also tells of a tighter limit in a group above the mount point, which we cannot see. Its usage stays
     # unknown; ours is a lower bound.

@@ -38,13 +38,21 @@ class LedgerStatistics:
 class Reservation:
     """A share of a tier, held until `release()` or the end of the `with` block."""
 
-    def __init__(self, ledger: Ledger, owner: str, tier: str, nbytes: int) -> None:
+    def __init__(
+        self, ledger: Ledger, owner: str, tier: str, nbytes: int, touched: Callable[[], int] | None = None
+    ) -> None:
         self._ledger = ledger
         self.owner = owner
         self.tier = tier
         self.nbytes = nbytes
-        self.touched: Callable[[], int] = lambda: nbytes
+        self.touched: Callable[[], int] = touched or (lambda: self.nbytes)
         """Bytes of it that the system has provided already, and so no longer counts as available."""
+
+    def give_back(self, nbytes: int) -> None:
+        """Give a part of the bytes back, and keep the rest."""
+        assert 0 <= nbytes <= self.nbytes, (nbytes, self)
+        with self._ledger._lock:
+            self.nbytes -= nbytes
 
     def release(self) -> None:
         """Give the bytes back. More than once does no harm; in a forked child it does nothing."""
@@ -69,16 +77,25 @@ class Ledger:
         self._forget()
         os.register_at_fork(after_in_child=functools.partial(_forget_in_child, weakref.ref(self)))
 
-    def reserve(self, owner: str, tier: str, nbytes: int, *, limit_nbytes: int | None = None) -> Reservation:
+    def reserve(
+        self,
+        owner: str,
+        tier: str,
+        nbytes: int,
+        *,
+        limit_nbytes: int | None = None,
+        touched: Callable[[], int] | None = None,
+    ) -> Reservation:
         """Book `nbytes` of `tier` for `owner`, a name that a user recognises in an error message.
 
-        `limit_nbytes` is what the tier can give to all models of this process together.
+        `limit_nbytes` is what the tier can give to all models of this process together. `touched` tells how much of the
+        reservation the system has provided so far; all of it where it is left out.
 
         Raises:
             DoesNotFitError: with this reservation the tier would hold more than `limit_nbytes`. Nothing is booked.
         """
         assert nbytes >= 0, nbytes
-        reservation = Reservation(self, owner, tier, nbytes)
+        reservation = Reservation(self, owner, tier, nbytes, touched)
         with self._lock:
             held = self._held(tier)
             if limit_nbytes is not None and held.total() + nbytes > limit_nbytes:

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from ..memory.arena import AnyArena, HostArena, debug_enabled
 from ..memory.disk import CHUNK, THREADS, DiskEngine
 from ..memory.image import DeviceImage, Image
 from ..memory.layout import FileSpan
+from ..memory.ledger import Reservation
 from ..memory.trim import return_free_memory
 from ..scheduler.core import Core
 from ..scheduler.executor import Executor
@@ -36,9 +38,15 @@ OPAQUE = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecod
 
 
 class Machinery:
-    """Everything that runs one streamed module, and its end."""
+    """Everything that runs one streamed module, and its end.
 
-    def __init__(self, *, device: Device, layout: Layout, backing: Backing, module: nn.Module) -> None:
+    Args:
+        share: What the ledger has booked of the host; it is told how much of that the arenas have touched.
+    """
+
+    def __init__(
+        self, *, device: Device, layout: Layout, backing: Backing, module: nn.Module, share: Reservation
+    ) -> None:
         self.device = device
         self.layout = layout
         self.timeline = Timeline()
@@ -48,14 +56,15 @@ class Machinery:
         self._closed = False
         self._on_close: list[Callable[[], None]] = []
         with ExitStack() as made:
-            self._make(layout, backing, module, made)
+            self._make(layout, backing, module, share, made)
             made.pop_all()
 
-    def _make(self, layout: Layout, backing: Backing, module: nn.Module, made: ExitStack) -> None:
+    def _make(self, layout: Layout, backing: Backing, module: nn.Module, share: Reservation, made: ExitStack) -> None:
         device = self.device
-        self.engine = DiskEngine(throttle=device.disk_throttle, staging_nbytes=layout.staging_nbytes)
-        made.callback(self.engine.close)
         self.host, self.front_arena = _arenas(device, layout, made)
+        share.touched = partial(_touched, {self.host, self.front_arena}, layout.own_host_nbytes)
+        self.engine = DiskEngine(throttle=device.disk_throttle, staging_nbytes=layout.staging_nbytes)
+        made.callback(self.engine.close)  # before the arenas: it joins the threads that use them
         droppable = _droppable(layout, backing)
         self.front, self.back = _tiers(layout, self.host, self.front_arena, droppable)
         self.images = _images(layout, backing)
@@ -70,6 +79,7 @@ class Machinery:
             images=self.images,
             device_images={b.id: b.device_image for b in layout.blocks if b.device_image is not None},
         )
+        made.callback(self.mover.close)
         orders = AccessOrders(_guess(module, layout), first=0)
         nbytes = {block.id: block.image.nbytes for block in layout.blocks}
         core = Core(
@@ -84,6 +94,7 @@ class Machinery:
             poison=debug_enabled(),
         )
         self.executor = Executor(core, self.mover)
+        made.callback(self.executor.close)
         self.tables = _tables(self, backing)
         self.session = Session(
             device=device,
@@ -172,6 +183,11 @@ def _arenas(device: Device, layout: Layout, made: ExitStack) -> tuple[HostArena,
     front = device.device_arena(layout.front.nbytes)
     made.callback(front.close)
     return host, front
+
+
+def _touched(arenas: Iterable[AnyArena], own_nbytes: int) -> int:
+    """Bytes of a model's host memory that the system has provided; staging and buffers count from the start."""
+    return own_nbytes + sum(arena.resident_nbytes() for arena in arenas if isinstance(arena, HostArena))
 
 
 def _droppable(layout: Layout, backing: Backing) -> frozenset[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -48,18 +49,21 @@ def launch(
 
     Raises:
         DoesNotFitError: the memory is not there, or other models have reserved it. Nothing was loaded.
+        UsageError: PENSTOCK_PROFILE names a file that is there. Nothing was loaded.
     """
     booked = reserve(
         owner, device, host_nbytes=layout.host_nbytes, device_nbytes=layout.device_nbytes, freed_nbytes=freed_nbytes
     )
     for reservation in booked:
         held.callback(reservation.release)
-    machinery = Machinery(device=device, layout=layout, backing=backing, module=module)
-    booked[0].touched = machinery.host.resident_nbytes
+    start_if_asked()  # here, where a file that is there already costs a built module nothing
+    machinery = Machinery(device=device, layout=layout, backing=backing, module=module, share=booked[0])
     machinery.on_close(held.pop_all().close)
     try:
         if layout.resident:
             machinery.load_all(module)
+            if layout.back is not None:  # the weights only passed through the host
+                booked[0].give_back(layout.back.nbytes)
         else:
             machinery.start(module)
             Exporter(machinery, backing, export_folder).install(module)
@@ -69,7 +73,6 @@ def launch(
                 generation.disable_compile = True
         machinery.plan = plan()
         module.penstock = Handle(module, machinery.plan, machinery)  # type: ignore[assignment]
-        start_if_asked()
         process_registry().add(module, machinery)
     except BaseException:
         machinery.close()
@@ -96,12 +99,15 @@ def check_room(scratches: Sequence[Scratch], needed_nbytes: int, budget: int | N
     Raises:
         DiskError: a filesystem has less than its share free, or all of it is more than the disk budget.
     """
-    folder, free = min(((str(s.path), disk_capacity(s.path).free_nbytes) for s in scratches), key=lambda pair: pair[1])
-    if needed_nbytes > free * len(scratches):
-        raise DiskError(
-            f"{needed_nbytes} bytes of weights go to {folder}, where {free} bytes are free: free space there, or name "
-            f"another folder with disk=… (--disk)"
-        )
+    sharing = Counter(os.stat(scratch.path).st_dev for scratch in scratches)
+    for scratch in scratches:
+        share = -(-needed_nbytes * sharing[os.stat(scratch.path).st_dev] // len(scratches))
+        free = disk_capacity(scratch.path).free_nbytes
+        if share > free:
+            raise DiskError(
+                f"{share} bytes of weights go to {scratch.path}, where {free} bytes are free: free space there, or "
+                f"name another folder with disk=… (--disk)"
+            )
     if budget is not None and needed_nbytes > budget:
         raise DiskError(
             f"{needed_nbytes} bytes of weights go to disk; the disk budget is {budget} bytes: raise it, "

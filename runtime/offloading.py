@@ -64,23 +64,29 @@ def offload(
             needed += sum(parameters[name].nbytes for name in layout.tables)
             check_room(scratches, needed, wanted.disk)
             backing.store_in(scratch_files(scratches, "weights.bin"))
-        buffers_to(module, device.torch_device)
+        where_buffers_were = buffers_to(module, device.torch_device)
 
         def plan() -> Plan:
             disk_rate = disk_read_rate(backing.paths, cache, device) if backing.paths else None
             return make_plan(layout, device, budgets, Links(disk_read=disk_rate, h2d=rate), total)
 
-        launch(
-            module,
-            owner=type(module).__name__,
-            device=device,
-            layout=layout,
-            plan=plan,
-            backing=backing,
-            export_folder=export_folder,
-            held=held,
-            freed_nbytes=sum(parameter.nbytes for parameter in parameters.values() if parameter.device.type == "cpu"),
-        )
+        freed = sum(parameter.nbytes for parameter in parameters.values() if parameter.device.type == "cpu")
+        try:
+            launch(
+                module,
+                owner=type(module).__name__,
+                device=device,
+                layout=layout,
+                plan=plan,
+                backing=backing,
+                export_folder=export_folder,
+                held=held,
+                freed_nbytes=freed,
+            )
+        except BaseException:
+            for child, name, buffer in where_buffers_were:
+                child._buffers[name] = buffer
+            raise
     return module
 
 
@@ -90,12 +96,17 @@ def needs_scratch(layout: Layout) -> bool:
     return bool(layout.tables) or any(block.id not in kept for block in layout.blocks)
 
 
-def buffers_to(module: nn.Module, device: torch.device) -> None:
-    """Move all buffers, which never stream, to the device that computes."""
-    for child in module.modules():
-        for name, buffer in list(child._buffers.items()):
-            if buffer is not None and buffer.device != device:
-                child._buffers[name] = buffer.to(device)
+def buffers_to(module: nn.Module, device: torch.device) -> list[tuple[nn.Module, str, torch.Tensor]]:
+    """Move all buffers, which never stream, to the device that computes. Returns owner, name and old values of each."""
+    found = [
+        (child, name, buffer)
+        for child in module.modules()
+        for name, buffer in child._buffers.items()
+        if buffer is not None and buffer.device != device
+    ]
+    for child, name, buffer in found:
+        child._buffers[name] = buffer.to(device)
+    return found
 
 
 def _check(module: nn.Module) -> None:

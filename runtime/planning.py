@@ -306,6 +306,7 @@ class Planner:
                 nbytes=block.front_nbytes,
                 cost_nbytes=worth.get(block.id, 1.0)
                 * (block.image.data_nbytes if on_device else block.image.read_nbytes),
+                uses=worth.get(block.id, 1.0),
             )
             for block in blocks
         ]
@@ -328,8 +329,9 @@ class Planner:
         self, blocks: list[Draft], budget: int, transit: int, own: int, worth: Mapping[int, float]
     ) -> Residency | None:
         sized = [
-            Sized(id=b.id, nbytes=b.image.nbytes, cost_nbytes=worth.get(b.id, 1.0) * b.image.read_nbytes)
+            Sized(id=b.id, nbytes=b.image.nbytes, cost_nbytes=times * b.image.read_nbytes, uses=times)
             for b in blocks
+            for times in (worth.get(b.id, 1.0),)
         ]
         depth = min(DEPTH, max(0, budget) // 4)
         found = choose_residency(sized, budget, min_slots=2, depth_nbytes=depth, transit_nbytes=transit)

@@ -26,12 +26,14 @@ def resolve_budgets(
     """Fill in what is auto.
 
     `auto` takes what can still be allocated and no other model has reserved, less the headroom of a run (which goes to
-    the tier that computes).
+    the tier that computes) and, of the host, what an emulated device takes of it.
 
     Raises:
         UsageError: a tier has no automatic budget on this device.
     """
-    if device.separate:
+    if lies_in_host(device):
+        on_device, on_host = 0, headroom_nbytes + (wanted.device or 0)
+    elif device.separate:
         on_device, on_host = headroom_nbytes, 96 * 2**20
     else:
         on_device, on_host = 0, headroom_nbytes
@@ -64,6 +66,9 @@ def reserve(
 ) -> list[Reservation]:
     """Book the memory of one model in the process's ledger, the host's first; to be released at its end.
 
+    An emulated device's memory is the host's and is booked there too. The host's share counts as not touched until its
+    `touched` says otherwise: a model that another thread loads meanwhile must not take it.
+
     Args:
         freed_nbytes: Host memory that will be given back while the reservation is filled.
 
@@ -72,14 +77,14 @@ def reserve(
             Nothing is booked.
     """
     ledger = process_ledger()
-    room = _unclaimed_host_nbytes() + freed_nbytes
-    if device.separate and device.torch_device.type == "cpu":
-        room -= device_nbytes  # an emulated device's memory is the host's
-    limit = ledger.reserved("host") + max(0, room)
-    booked = [ledger.reserve(owner, "host", host_nbytes, limit_nbytes=limit)]
+    needed = host_nbytes + (device_nbytes if lies_in_host(device) else 0)
+    held = ledger.reserved("host")  # first: what another thread books from now on counts against the limit
+    # What is not for sure beyond reach is not refused: a checkpoint that was just copied leaves its pages in the cache.
+    room = max(0, host_capacity().obtainable_nbytes - ledger.untouched("host")) + freed_nbytes
+    booked = [ledger.reserve(owner, "host", needed, limit_nbytes=held + room, touched=lambda: 0)]
     if device.separate:
-        available = device.available_nbytes()
         held = ledger.reserved("device")
+        available = device.available_nbytes()
         try:
             limit_or_none = None if available is None else held + available
             booked.append(ledger.reserve(owner, "device", device_nbytes, limit_nbytes=limit_or_none))
@@ -92,6 +97,11 @@ def reserve(
 def _unclaimed_host_nbytes() -> int:
     """What can still be allocated, less what models of this process will touch later."""
     return max(0, host_capacity().available_nbytes - process_ledger().untouched("host"))
+
+
+def lies_in_host(device: Device) -> bool:
+    """Whether the device's own memory is the host's: that of an emulated device."""
+    return device.separate and device.torch_device.type == "cpu"
 
 
 def skewed(device: Device) -> bool:

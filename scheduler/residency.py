@@ -12,10 +12,6 @@ from dataclasses import dataclass
 from typing import Final
 
 MAX_SLOTS: Final = 32
-OFTEN: Final = 1.5
-"""Bytes moved per sweep, in units of a block's size, from which on it is used more than once."""
-SELDOM: Final = 0.5
-"""The same, below which it is not used in every sweep."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +23,9 @@ class Sized:
     """Size of the slot it needs."""
     cost_nbytes: float
     """Bytes moved per sweep when it is not resident."""
+    uses: float = 1.0
+    """Times that it is used per sweep. Not to be told from the bytes: those of a tensor that is read in another dtype
+    than it is computed with are twice or half its size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +117,7 @@ def _with_slot(blocks: Sequence[Sized], budget: int, slot: int, min_slots: int, 
 def _keep(blocks: Sequence[Sized], budget: int) -> frozenset[int]:
     """Blocks that are used several times per sweep first, then a subset of those used once, then of the others."""
     often = sorted(
-        (block for block in blocks if block.cost_nbytes > OFTEN * block.nbytes),
+        (block for block in blocks if block.uses > 1),
         key=lambda block: -block.cost_nbytes / block.nbytes,
     )
     kept: set[int] = set()
@@ -128,9 +127,9 @@ def _keep(blocks: Sequence[Sized], budget: int) -> frozenset[int]:
             budget -= block.nbytes
     rest = [block for block in blocks if block.id not in kept]
     for turn in (False, True):
-        seldom = [block for block in rest if (block.cost_nbytes < SELDOM * block.nbytes) is turn]
-        chosen = interleave(seldom, budget)
-        budget -= sum(block.nbytes for block in seldom if block.id in chosen)
+        alike = [block for block in rest if (block.uses < 1) is turn]
+        chosen = interleave(alike, budget)
+        budget -= sum(block.nbytes for block in alike if block.id in chosen)
         kept |= chosen
     return frozenset(kept)
 

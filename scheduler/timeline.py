@@ -44,8 +44,9 @@ class Timeline:
         if len(self._records) == self._records.maxlen:
             self.dropped += 1
         self._records.append(record)
-        if self.listener is not None:
-            self.listener(record)
+        listener = self.listener  # looked at once: another thread may take it away at any moment
+        if listener is not None:
+            listener(record)
 
     def records(self) -> tuple[Record, ...]:
         """A copy of what is held, oldest first."""

@@ -305,6 +305,7 @@ def test_environment_variable(tmp_path: Path) -> None:
         "net = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8))).eval()\n"
         "penstock.offload(net, max_memory={'host': 2**20}, device='cpu', disk='scratch')\n"
         "with torch.no_grad(): net(torch.randn(1, 256))\n"
+        "penstock.close(net)  # prefetching would read on\n"
         "print(json.dumps(net.penstock.statistics().disk_read_nbytes))\n"
     )
     environment = {**os.environ, "PENSTOCK_PROFILE": str(tmp_path / "run.prof")}

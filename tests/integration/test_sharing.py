@@ -43,6 +43,21 @@ def test_a_second_auto_budget_leaves_what_the_first_has_reserved(tmp_path: Path)
     assert process_ledger().reserved("host") == 0
 
 
+def test_what_weights_only_passed_through_is_not_kept_from_others(tmp_path: Path) -> None:
+    """Everything fits the emulated device, whose memory is the host's: the arena on the way there is gone."""
+    folder = saved("llama", tmp_path / "checkpoint")
+    model = penstock.load(folder, device="emulated", max_memory={"device": "64MiB", "host": "64MiB"})
+    try:
+        plan = model.penstock.plan
+        assert plan.resident
+        reserved = process_ledger().reserved("host")
+        assert plan.device_nbytes <= reserved < plan.device_nbytes + plan.host_nbytes
+        assert process_ledger().untouched("host") < plan.device_nbytes // 4
+    finally:
+        penstock.close(model)
+    assert process_ledger().reserved("host") == process_ledger().reserved("device") == 0
+
+
 def moe_checkpoint(folder: Path) -> None:
     """Experts stored as the published checkpoints store them: transposed against what the model computes with."""
     decoder = {

@@ -83,6 +83,18 @@ def test_v2_limit_minus_usage_plus_inactive_file(tree: Tree) -> None:
     assert capacity.available_nbytes == 1 * GIB + 512 * MIB
 
 
+def test_page_cache_in_use_is_not_available_but_obtainable(tree: Tree) -> None:
+    tree.mounts("v1", "v2")
+    tree.member("0::/job", "4:memory:/old")
+    folder = tree.group_v2("job", 4 * GIB, 4 * GIB, inactive=512 * MIB)
+    (folder / "memory.stat").write_text(f"inactive_file {512 * MIB}\nactive_file {GIB}\n")
+    stat = f"active_file 5\ntotal_inactive_file {256 * MIB}\ntotal_active_file {3 * GIB}\n"
+    tree.group_v1("old", 4 * GIB, 4 * GIB, stat)
+    capacity = host_capacity(tree.proc)
+    assert capacity.available_nbytes == 256 * MIB
+    assert capacity.obtainable_nbytes == GIB + 512 * MIB
+
+
 def test_nested_v2_takes_the_tightest_of_every_level(tree: Tree) -> None:
     # The smallest limit is the leaf's, the least room is in the middle: siblings have used it up.
     tree.mounts("v2")

@@ -31,7 +31,7 @@ GOOD = Machine(
     processor=Processor(model="CPU [64]", physical_cores=8, usable_cores=16, flags=("sse4_2", "avx512_bf16")),
     host=HostCapacity(
         total_nbytes=64 * GIB, available_nbytes=60 * GIB, available_source="MemAvailable", limit_nbytes=None,
-        limit_source=None,
+        limit_source=None, obtainable_nbytes=60 * GIB,
     ),
     memlock_nbytes=None,
     huge_pages="madvise",

@@ -143,3 +143,14 @@ def test_what_is_reserved_and_not_touched_is_still_to_come() -> None:
     assert ledger.untouched("device") == 0
     first.release()
     assert ledger.untouched("host") == 0
+
+
+def test_a_reservation_may_be_filled_later_and_given_back_in_part() -> None:
+    ledger = Ledger()
+    mine = ledger.reserve("a", "host", 10, touched=lambda: 3)
+    assert ledger.untouched("host") == 7
+    mine.give_back(6)
+    assert (ledger.reserved("host"), ledger.untouched("host")) == (4, 1)
+    at_once = ledger.reserve("b", "host", 5)
+    at_once.give_back(1)
+    assert (ledger.reserved("host"), ledger.untouched("host")) == (8, 1)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,6 +35,23 @@ def test_half_of_the_blocks_alternate() -> None:
     kept = sorted(found.resident)
     assert {after - before for before, after in itertools.pairwise(kept)} == {2}
     assert found.streamed_nbytes == 8
+
+
+@pytest.mark.parametrize("factor", [0.45, 2])
+def test_blocks_that_are_converted_on_the_way_alternate_too(factor: float) -> None:
+    """float32 files computed with in bfloat16 move twice a block's size, the other way round half of it."""
+    blocks = [Sized(id=number, nbytes=100, cost_nbytes=100 * (factor + number % 3 / 10)) for number in range(16)]
+    found = choose_residency(blocks, 1000, min_slots=2, depth_nbytes=100)
+    assert found is not None
+    kept = sorted(found.resident)
+    assert {after - before for before, after in itertools.pairwise(kept)} == {2}
+
+
+def test_what_is_used_often_stays_before_what_is_used_once_and_that_before_what_is_used_seldom() -> None:
+    uses = [0.25, 1, 2, 0.25, 1, 2]
+    blocks = [Sized(id=number, nbytes=4, cost_nbytes=4 * times, uses=times) for number, times in enumerate(uses)]
+    kept = [choose_residency(blocks, 8 + 4 * room, min_slots=2, depth_nbytes=4) for room in range(4)]
+    assert [found.resident for found in kept if found] == [set(), {2}, {2, 5}, {1, 2, 5}]
 
 
 def test_a_block_larger_than_the_slots_is_resident() -> None:

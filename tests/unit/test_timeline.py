@@ -1,5 +1,7 @@
 """The timeline's ring: oldest out first, the loss counted."""
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 
@@ -28,3 +30,24 @@ def test_records_survive_a_round_trip_and_cannot_be_changed() -> None:
         one.block = 4  # type: ignore[misc]
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(b'{"type":"record","kind":"other","block":1,"start_ns":0,"end_ns":1}', type=Record)
+
+
+def test_a_listener_may_leave_at_any_moment() -> None:
+    class Leaving(Timeline):
+        """Its listener is gone when it is looked at for the second time, as if another thread had taken it away."""
+
+        looked = 0
+
+        @property
+        def listener(self) -> Callable[[Record], None] | None:  # type: ignore[override]
+            self.looked += 1
+            return heard.append if self.looked == 1 else None
+
+        @listener.setter
+        def listener(self, value: Callable[[Record], None] | None) -> None:
+            pass
+
+    heard: list[Record] = []
+    timeline = Leaving()
+    timeline.add(record(1))
+    assert [r.block for r in heard] == [1]
