@@ -17,7 +17,7 @@ from ..memory.errors import ClosedError, DoesNotFitError
 from .exchange import exchanges
 from .lease import Lease, Wish
 from .mover import Event, Mover
-from .order import AccessOrders, Order
+from .order import AccessOrders
 from .prefetch import first_unloaded, next_fetch, victim_for_demand
 from .residence import Residence, Tier
 from .tally import ExecutorStatistics, Tally, who_waits
@@ -25,6 +25,9 @@ from .timeline import Kind, Timeline
 
 logger = logging.getLogger(__name__)
 
+REPEATS: Final = 3
+"""Calls of one steady order before what stays is chosen anew: parts that run a few times each in turn must not push
+each other out."""
 HORIZON: Final = 1024
 """Predicted accesses that a decision looks at."""
 
@@ -63,8 +66,11 @@ class Core:
         self._clock = clock
         self._inflight_limit = inflight_nbytes
         self._poison = poison
-        self._adapted: Order = ()
-        """The repeating order for which what stays was chosen last."""
+        self._steady: frozenset[int] = frozenset()
+        self._repeats = 0
+        """How many calls in a row ended a steady order of these blocks."""
+        self._adapted: frozenset[int] = frozenset()
+        """The blocks of the order for which what stays was chosen last."""
         self._wishes: list[Wish] = []
         self._failed: dict[int, Exception] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -149,10 +155,13 @@ class Core:
 
     def _adapt(self) -> None:
         """Once the same call repeats: let blocks that it uses stay, in the place of those that it does not."""
-        order = self.orders.steady()
-        if order is None or order == self._adapted:
+        order = self.orders.steady() or ()
+        used = frozenset(order)  # of a cycle of calls each one ends with another rotation of the order
+        self._repeats = self._repeats + 1 if used == self._steady else 1
+        self._steady = used
+        if not used or used == self._adapted or self._repeats < REPEATS:
             return
-        self._adapted = order
+        self._adapted = used
         for tier in (self.front, self.back):
             if tier is None:
                 continue

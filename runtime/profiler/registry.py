@@ -24,7 +24,7 @@ class Registry:
     """Pairs of a model and its machinery, and the recordings that want to know of them. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection inside may close a dead model, which comes back here
         self._models: list[tuple[weakref.ref[nn.Module], Machinery]] = []
         self._recordings: list[Recording] = []
 

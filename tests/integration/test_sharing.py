@@ -122,10 +122,10 @@ def test_a_part_that_runs_again_and_again_takes_the_places_of_the_others(tmp_pat
         model = place(folder, budget, DEVICES[device])
         try:
             with torch.no_grad():
-                for _ in range(4):
+                for _ in range(6):
                     assert differences(_plain(texts), _plain(model.get_text_features(**text))) == []
                 assert differences(_plain(both), _plain(model(**inputs))) == []
-                for _ in range(4):
+                for _ in range(6):
                     assert differences(_plain(images), _plain(model.get_image_features(**image))) == []
             kinds = [record.kind for record in model.penstock.timeline.records()]
             assert kinds.count("exchange") == model.penstock.statistics().executor.exchanged
