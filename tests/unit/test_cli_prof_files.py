@@ -41,6 +41,7 @@ def test_report_is_written_once_unless_forced(
     assert target.stat().st_mode & 0o777 == 0o666 & ~umask()
     assert recordings.reports[0]["title"] == "run.prof"
     assert [number for number, _ in recordings.reports[0]["idle_steps"]] == [0]
+    assert recordings.reports[0]["other"] is None
     target.write_text("mine")
     assert main(["prof", "report", run]) == 2
     assert capsys.readouterr() == (
@@ -51,6 +52,23 @@ def test_report_is_written_once_unless_forced(
     assert main(["prof", "report", run, "-f"]) == 0
     assert target.read_text().startswith("<p>")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.html"]
+
+
+def test_report_draws_another_run_over_it(
+    recordings: Recordings, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = streamed(), summary(verdict="held up by the host")
+    other = recordings.add(tmp_path / "before.prof", *before)
+    assert main(["prof", "report", run, "--against", other]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'run.html'}\n"
+    assert recordings.reports[0]["other"] == before
+    assert recordings.reports[0]["title"] == "run.prof against before.prof"
+
+
+def test_report_against_no_profile_writes_nothing(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prof", "report", run, "--against", str(tmp_path / "missing.prof")]) == 1
+    assert capsys.readouterr() == ("", f"error: {tmp_path / 'missing.prof'} is no profile\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_report_opens_a_browser_when_asked(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
