@@ -71,9 +71,10 @@ class BackwardWatch:
         span = _Span(row, depth, len(before))
         for node in made:
             # One list per node, in the node: what returns later is around what returned before, and begins first.
-            spans = node.metadata.get(self)
+            metadata: Any = node.metadata  # a dict, whatever its type says
+            spans = metadata.get(self)
             if spans is None:
-                spans = node.metadata[self] = []
+                spans = metadata[self] = []
                 node.register_prehook(lambda _, spans=spans: self._begin(spans))
             spans.append(span)
         for node in before:

@@ -142,7 +142,8 @@ class ModuleWatch:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        warnings.filters[:] = [f for f in warnings.filters if getattr(f[1], "pattern", "") != _OF_GLOBAL_HOOKS]
+        filters: Any = warnings.filters  # a list, whatever its type says
+        filters[:] = [f for f in filters if getattr(f[1], "pattern", "") != _OF_GLOBAL_HOOKS]
         while self._handles:
             self._handles.pop().remove()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -136,7 +137,7 @@ class TensorWatch:
         for name, buffer in root.named_buffers():
             key = self._take(name, buffer, Category.BUFFER, rows[name.rpartition(".")[0]])
             if key:
-                self._buffers[key] = weakref.ref(buffer, lambda _, key=key: self._buffer_gone(key))
+                self._buffers[key] = weakref.ref(buffer, functools.partial(self._buffer_gone, key))
         self._roots.append(weakref.ref(root, self._root_gone))
 
     def _watch_parameter(self, name: str, parameter: torch.Tensor, row: int) -> None:
@@ -147,7 +148,8 @@ class TensorWatch:
             return
         known.key = self._take(name, parameter, Category.WEIGHT, row)
         if parameter.requires_grad and parameter.is_leaf:
-            known.hook = parameter.register_post_accumulate_grad_hook(self._gradient_came)
+            hookable: Any = parameter  # torch leaves some of it untyped
+            known.hook = hookable.register_post_accumulate_grad_hook(self._gradient_came)
 
     def _take(self, name: str, tensor: torch.Tensor, category: Category, row: int) -> int:
         """Count a tensor; its storage, or 0 where that is counted already or has no bytes."""
@@ -186,7 +188,7 @@ class TensorWatch:
     def _parameter_gone(self, number: int) -> None:
         self._drop(Category.WEIGHT, self._parameters.pop(number).key)
 
-    def _buffer_gone(self, key: int) -> None:
+    def _buffer_gone(self, key: int, _: object) -> None:
         self._buffers.pop(key, None)
         self._drop(Category.BUFFER, key)
 
