@@ -169,7 +169,10 @@ def test_a_model_loaded_during_the_recording_is_found(tmp_path: Path) -> None:
         penstock.offload(net, max_memory={"host": total // 2}, device="cpu", disk=tmp_path / "scratch")
         net(torch.randn(2, 256))
         penstock.close(net)
-    assert len(profiler.profile()[Transfer]) > 0
+    profile = profiler.profile()
+    assert len(profile[Transfer]) > 0
+    assert live(profile, Category.ARENA) == {}, "given back when the model was closed"
+    assert live(profile, Category.WEIGHT) == {}
 
 
 def test_steps_that_the_program_tells(tmp_path: Path) -> None:
