@@ -1,73 +1,147 @@
 """What autograd saves between forward and backward, by module, from saved-tensor hooks.
 
 The hooks hand out what they were given: nothing is copied or moved. torch applies only the innermost pair of hooks, so
-what a program's own hooks save (checkpointing, save_on_cpu) is theirs, and not seen here.
+what a program's own hooks save (checkpointing, save_on_cpu) is theirs, and not seen here; nor is what threads save that
+run beside the one that records. A parameter that a custom autograd function saves comes back as a tensor without the
+attributes that a program may have put on it: torch makes it anew where there are hooks.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
 
 import torch
 
 from .calls import ModuleWatch
 from .recorder import Recorder
-from .schema import Category
+from .schema import Category, Tier
 from .tensors import TensorWatch, storage_key, tier_of
+
+_autograd: Final[Any] = torch._C._autograd  # torch leaves some of it untyped
+
+
+class _Held:
+    """A storage that autograd holds: counted for as long as a saved tensor refers to this."""
+
+    __slots__ = ("__weakref__", "_nbytes", "_recorder", "_row", "_tier")
+
+    def __init__(self, recorder: Recorder, tier: Tier, nbytes: int, row: int) -> None:
+        self._recorder, self._tier, self._nbytes, self._row = recorder, tier, nbytes, row
+        recorder.memory(nbytes, tier, Category.ACTIVATION, module=row)
+
+    def __del__(self) -> None:
+        self._recorder.memory(-self._nbytes, self._tier, Category.ACTIVATION, module=self._row)
 
 
 class _Saved:
-    """A saved tensor, and the count of its storage for as long as the graph holds it."""
+    """A saved tensor."""
 
-    __slots__ = ("_key", "_watch", "tensor")
+    __slots__ = ("_held", "tensor", "version")
 
-    def __init__(self, watch: ActivationWatch, key: int, tensor: torch.Tensor) -> None:
-        self._watch, self._key, self.tensor = watch, key, tensor
+    def __init__(self, tensor: torch.Tensor) -> None:
+        # The graph owns this: without detaching, a node that saves its output would own itself, and never be freed.
+        self.tensor = tensor if tensor.is_leaf else tensor.detach()
+        self.version = tensor._version
+        self._held: _Held | None = None
 
-    def __del__(self) -> None:
-        self._watch._release(self._key)
+    def hold(self, held: _Held) -> None:
+        """Keep the count of its storage."""
+        self._held = held
 
 
 class ActivationWatch:
-    """Counts saved tensors while it is entered."""
+    """Counts the tensors that the entering thread saves while it is entered."""
 
     def __init__(self, recorder: Recorder, watch: ModuleWatch, tensors: TensorWatch) -> None:
         self._recorder = recorder
         self._watch = watch
         self._tensors = tensors
-        self._live: dict[int, list[Any]] = {}
-        """By storage: how many saved tensors share it, its tier, bytes and module."""
-        self._hooks: Any = None
+        self._live: weakref.WeakValueDictionary[int, _Held] = weakref.WeakValueDictionary()
+        """By storage."""
+        self._closed = False
+        self._entered = ExitStack()
 
     def __enter__(self) -> ActivationWatch:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
-        self._hooks.__enter__()
+        with ExitStack() as entered:
+            self._push()
+            entered.callback(self._pop)
+            entered.enter_context(self._out_of_the_way())
+            self._entered = entered.pop_all()
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._hooks.__exit__(None, None, None)
+        self._closed = True
+        self._entered.close()
+
+    def _push(self) -> None:
+        _autograd._push_saved_tensors_default_hooks(self._pack, _unpack)
+
+    def _pop(self) -> bool:
+        """Whether our hooks were the innermost ones of this thread: others are not ours to take off."""
+        top = _autograd._top_saved_tensors_default_hooks(True)
+        if top is None or top[0] != self._pack:
+            return False
+        _autograd._pop_saved_tensors_default_hooks()
+        return True
+
+    @contextmanager
+    def _out_of_the_way(self) -> Iterator[None]:
+        """Take our hooks off where somebody switches hooks off: torch.func does, and raises where there are any."""
+        graph = torch.autograd.graph
+        switch_off = graph.disable_saved_tensors_hooks
+
+        @contextmanager
+        def without_ours(error_message: str) -> Iterator[None]:
+            mine = not torch.compiler.is_compiling() and self._pop()
+            try:
+                with switch_off(error_message):
+                    yield
+            finally:
+                if mine:
+                    self._push()
+
+        graph.disable_saved_tensors_hooks = without_ours
+        try:
+            yield
+        finally:
+            if graph.disable_saved_tensors_hooks is without_ours:
+                graph.disable_saved_tensors_hooks = switch_off
 
     def _pack(self, tensor: torch.Tensor) -> Any:
+        saved = _Saved(tensor)
+        if not self._closed:
+            try:
+                self._count(tensor, saved)
+            except Exception as error:  # autograd wants its answer all the same
+                self._recorder.failed(error)
+        return saved
+
+    def _count(self, tensor: torch.Tensor, saved: _Saved) -> None:
         key = storage_key(tensor)
         if not key or key in self._tensors.known:
-            return tensor
+            return
         self._recorder.hooks += 1
         held = self._live.get(key)
         if held is None:
-            row, tier, nbytes = self._watch.current(), tier_of(tensor), tensor.untyped_storage().nbytes()
-            self._live[key] = [1, tier, nbytes, row]
-            self._recorder.memory(nbytes, tier, Category.ACTIVATION, module=row)
-        else:
-            held[0] += 1
-        return _Saved(self, key, tensor)
-
-    def _release(self, key: int) -> None:
-        held = self._live[key]
-        held[0] -= 1
-        if not held[0]:
-            del self._live[key]
-            self._recorder.memory(-held[2], held[1], Category.ACTIVATION, module=held[3])
+            nbytes = tensor.untyped_storage().nbytes()
+            held = self._live[key] = _Held(self._recorder, tier_of(tensor), nbytes, self._watch.current())
+        saved.hold(held)
 
 
-def _unpack(saved: Any) -> torch.Tensor:
-    return saved.tensor if isinstance(saved, _Saved) else saved
+def _unpack(saved: _Saved) -> torch.Tensor:
+    """What was saved.
+
+    Raises:
+        RuntimeError: it has been changed since. torch leaves this to us where there are hooks.
+    """
+    tensor = saved.tensor
+    if tensor._version != saved.version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; "
+            f"expected version {saved.version} instead."
+        )
+    return tensor

@@ -1,7 +1,8 @@
 """Modules at work in backward, seen from nodes of the autograd graph: nothing is wrapped, no gradient changes.
 
 The backward of a module starts when the node that made its output is about to run, and ends when the nodes that made
-its inputs are, or else with the whole backward pass.
+its inputs are, or when the backward of a module beside it starts, or else with the whole backward pass. A graph that is
+run again, as `retain_graph` allows, is recorded again.
 """
 
 from __future__ import annotations
@@ -10,20 +11,27 @@ from typing import Any
 
 import torch
 
-from .calls import Clock, ModuleWatch, tensors_in
+from .calls import ModuleWatch, tensors_in
+from .clocks import Clock
+from .guard import harmless
 from .recorder import Recorder
-from .schema import Compute, Phase
+from .schema import NONE, Compute, Phase
 
 
 class _Span:
     """The backward of one call of one module."""
 
-    __slots__ = ("begun", "depth", "ended", "row")
+    __slots__ = ("begun", "depth", "inputs", "lane", "left", "row", "task")
 
-    def __init__(self, row: int, depth: int) -> None:
-        self.row, self.depth = row, depth
+    def __init__(self, row: int, depth: int, inputs: int) -> None:
+        self.row, self.depth, self.inputs = row, depth, inputs
+        self.left = inputs
+        """Nodes of inputs that have not been reached in the pass under way."""
+        self.task = NONE
+        """The backward pass that it was seen in last."""
         self.begun: Any = None
-        self.ended = False
+        """None while it is not under way."""
+        self.lane = 0
 
 
 class BackwardWatch:
@@ -33,73 +41,107 @@ class BackwardWatch:
         self._recorder = recorder
         self._watch = watch
         self._clock = clock
-        self._under_way: list[_Span] = []
-        self._queued = False
+        self._passes: dict[int, list[_Span]] = {}
+        """By number of a backward pass: the spans under way, outermost first. A pass runs in one thread per device."""
         self._closed = False
 
     def close(self) -> None:
         """Record no more. Hooks stay in graphs that outlive the recording, and do nothing."""
         self._closed = True
 
+    @harmless
     def root_begins(self, module: torch.nn.Module) -> None:
-        """Nothing yet."""
+        """Forget passes that raised: torch calls nobody at their end. (In this thread no backward runs now.)"""
+        lane = self._watch.lane()
+        for task, spans in list(self._passes.items()):
+            if all(span.lane == lane for span in spans):
+                self._passes.pop(task, None)
 
     def root_ends(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Nothing more."""
 
-    def module_returned(self, row: int, depth: int, args: tuple[Any, ...], result: Any) -> None:
+    @harmless
+    def module_returned(self, row: int, depth: int, inputs: Any, result: Any) -> None:
         """Put hooks on the nodes that made the output and the inputs."""
         if not torch.is_grad_enabled():
             return
-        made = {node for tensor in tensors_in(result) if (node := tensor.grad_fn) is not None}
-        before = {node for tensor in tensors_in(args) if (node := tensor.grad_fn) is not None}
-        if not made or made & before:
+        before = {node for tensor in tensors_in(inputs) if (node := tensor.grad_fn) is not None}
+        made = {node for tensor in tensors_in(result) if (node := tensor.grad_fn) is not None} - before
+        if not made:
             return
-        span = _Span(row, depth)
+        span = _Span(row, depth, len(before))
         for node in made:
-            node.register_prehook(lambda _, span=span: self._begin(span))
-        left = [len(before)]
+            # One list per node, in the node: what returns later is around what returned before, and begins first.
+            metadata: Any = node.metadata  # a dict, whatever its type says
+            spans = metadata.get(self)
+            if spans is None:
+                spans = metadata[self] = []
+                node.register_prehook(lambda _, spans=spans: self._begin(spans))
+            spans.append(span)
         for node in before:
-            node.register_prehook(lambda _, span=span, left=left: self._input_done(span, left))
+            node.register_prehook(lambda _, span=span: self._input_reached(span))
 
-    def _begin(self, span: _Span) -> None:
-        if span.begun is not None or self._closed or not self._recorder.alive:
+    @harmless
+    def _begin(self, spans: list[_Span]) -> None:
+        if self._closed or torch.compiler.is_compiling() or not self._recorder.alive:
             return
-        self._recorder.hooks += 1
-        span.begun = self._clock.begin()
-        self._under_way.append(span)
-        if not self._queued:  # the end of this backward pass ends what no input ends
-            self._queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._pass_done)
+        task = torch._C._current_graph_task_id()
+        for span in reversed(spans):
+            if span.task != task:
+                self._begin_span(span, task)
 
-    def _input_done(self, span: _Span, left: list[int]) -> None:
-        left[0] -= 1
-        if not left[0]:
+    def _begin_span(self, span: _Span, task: int) -> None:
+        self._recorder.hooks += 1
+        under_way = self._passes.get(task)
+        if under_way is None:
+            under_way = self._passes[task] = []
+            # The end of this pass ends what nothing else does.
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._pass_done(task))
+        span.lane = lane = self._watch.lane()
+        for other in reversed(under_way[:]):
+            if other.lane == lane and other.depth >= span.depth:
+                self._end(other)
+        span.task, span.left = task, span.inputs
+        span.begun = self._clock.begin()
+        under_way.append(span)
+
+    @harmless
+    def _input_reached(self, span: _Span) -> None:
+        if span.task != torch._C._current_graph_task_id():
+            return
+        span.left -= 1
+        if not span.left:
             self._end(span)
 
-    def _pass_done(self) -> None:
-        self._queued = False
-        for span in list(reversed(self._under_way)):
+    @harmless
+    def _pass_done(self, task: int) -> None:
+        for span in reversed(self._passes.pop(task, [])):
             self._end(span)
 
     def _end(self, span: _Span) -> None:
-        if span.begun is None or span.ended or self._closed:
+        begun, span.begun = span.begun, None
+        if begun is None or self._closed:
             return
-        span.ended = True
-        self._under_way.remove(span)
-        lane = self._watch.lane()
+        under_way = self._passes.get(span.task, [])
+        for inner in reversed(under_way[:]):  # what is inside cannot outlive it
+            if inner is span:
+                under_way.remove(span)
+                break
+            if inner.lane == span.lane and inner.depth > span.depth:
+                self._end(inner)
+        row, depth, lane = span.row, span.depth, span.lane
 
         def done(launched: int, start: int, end: int) -> None:
             self._recorder.add(
                 Compute(
-                    module=span.row,
+                    module=row,
                     phase=Phase.BACKWARD,
                     start=start,
                     end=end,
                     lane=lane,
                     launched=launched,
-                    depth=span.depth,
+                    depth=depth,
                 )
             )
 
-        self._clock.end(span.begun, done)
+        self._clock.end(begun, done)

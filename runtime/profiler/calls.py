@@ -2,64 +2,32 @@
 
 A module that is called while none is running is a root: its `named_modules()` give the paths of all modules in it. Only
 modules that are recorded carry hooks, because a hook costs several microseconds wherever the caches are cold. Roots are
-found by a global hook, which is there only while modules exist that nobody knows yet: they make themselves known when
-they get parameters.
+found by a global hook. Where only layers are recorded it is there only while modules exist that nobody knows yet: they
+make themselves known when they get parameters.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
+import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from .clocks import Clock
+from .guard import harmless
 from .recorder import Recorder
 from .schema import NONE, Compute, Phase
 
-
-class Clock(Protocol):
-    """Where the times of a span come from."""
-
-    def begin(self) -> Any:
-        """A span starts in the calling thread."""
-        ...
-
-    def end(self, begun: Any, done: Callable[[int, int, int], None]) -> None:
-        """It ends; `done(launched, start, end)` is called once its times are known, perhaps much later."""
-        ...
-
-    def poll(self) -> None:
-        """Tell the times that have become known."""
-        ...
-
-    def finish(self) -> None:
-        """Wait for the times that are not known yet, and tell them."""
-        ...
-
-
-class HostClock:
-    """Spans of the host itself: what a CPU computes."""
-
-    def __init__(self, clock: Callable[[], int]) -> None:
-        self._clock = clock
-
-    def begin(self) -> int:
-        """Now."""
-        return self._clock()
-
-    def end(self, begun: int, done: Callable[[int, int, int], None]) -> None:
-        """Known at once."""
-        done(NONE, begun, self._clock())
-
-    def poll(self) -> None:
-        """Nothing is left to tell."""
-
-    def finish(self) -> None:
-        """Nothing is left to tell."""
+_CALL: Final = nn.Module._call_impl.__code__
+"""What calls hooks: it is on the stack once for every module under way."""
+_OF_GLOBAL_HOOKS: Final = r"Using `torch\.compile\(module\)` when there are global hooks"
 
 
 class Listener(Protocol):
@@ -73,17 +41,26 @@ class Listener(Protocol):
         """An outermost call returned; `result` is None where it raised."""
         ...
 
-    def module_returned(self, row: int, depth: int, args: tuple[Any, ...], result: Any) -> None:
-        """A recorded module returned `result` for `args`; `depth` recorded modules are around it."""
+    def module_returned(self, row: int, depth: int, inputs: Any, result: Any) -> None:
+        """A recorded module returned `result` for `inputs`; `depth` recorded modules are around it."""
         ...
 
 
+class _Call(NamedTuple):
+    """A recorded module under way."""
+
+    module: int
+    """Its id."""
+    row: int
+    begun: Any
+    root: bool
+
+
 class _Thread(threading.local):
-    """What runs in one thread: rows of the recorded modules under way, outermost first, and when they started."""
+    """What runs in one thread: the recorded calls under way, outermost first."""
 
     def __init__(self) -> None:
-        self.rows: list[int] = []
-        self.begun: list[Any] = []
+        self.stack: list[_Call] = []
         self.lane = -1
 
 
@@ -113,11 +90,16 @@ class ModuleWatch:
         """By id of a module: its row, or -1 where it is not recorded."""
         self._alive: dict[int, weakref.ref[nn.Module]] = {}
         self._roots = 0
+        self._root_rows: set[int] = set()
         self._lanes = 0
         self._local = _Thread()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._bare: dict[str, int] = {}
+        """By class of a root that holds nothing (a loss, an activation): its row."""
         self._listeners: list[Listener] = []
-        self._handles: list[Any] = []
+        self._hooks: dict[int, tuple[Any, Any]] = {}
+        """By id of a recorded module: the handles of its hooks."""
+        self._registration: Any = None
         self._finder: Any = None
         self._unknown: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         """Modules that have got parameters since the recording began, and have not been called yet."""
@@ -128,15 +110,27 @@ class ModuleWatch:
         self._listeners.append(listener)
 
     def __enter__(self) -> ModuleWatch:
+        # What torch says of global hooks where it compiles is no news to us, and none of the program's business.
+        warnings.filterwarnings("ignore", message=_OF_GLOBAL_HOOKS, category=UserWarning)
         self._on = True
-        self._handles.append(torch_module.register_module_parameter_registration_hook(self._parameter_came))
+        self._registration = torch_module.register_module_parameter_registration_hook(self._parameter_came)
+        self._script, torch.jit.script = torch.jit.script, self._scripted
+        self._find(self._every)
         return self
 
     def __exit__(self, *failure: object) -> None:
+        filters: Any = warnings.filters  # a list, whatever its type says
+        filters[:] = [f for f in filters if getattr(f[1], "pattern", "") != _OF_GLOBAL_HOOKS]
         self._on = False
-        self._find(False)
-        while self._handles:
-            self._handles.pop().remove()
+        self._registration.remove()
+        if torch.jit.script == self._scripted:
+            torch.jit.script = self._script
+        if self._finder is not None:
+            self._finder.remove()
+        for handles in self._hooks.values():
+            for handle in handles:
+                handle.remove()
+        self._hooks.clear()
 
     def __deepcopy__(self, memo: object) -> ModuleWatch:
         return self  # a program may copy its model, and the hooks with it
@@ -146,8 +140,8 @@ class ModuleWatch:
 
     def current(self) -> int:
         """The innermost recorded module of the calling thread; -1 for none."""
-        rows = self._local.rows
-        return rows[-1] if rows else NONE
+        stack = self._local.stack
+        return stack[-1].row if stack else NONE
 
     def lane(self) -> int:
         """A small number for the calling thread."""
@@ -163,12 +157,29 @@ class ModuleWatch:
 
     def register(self, root: nn.Module) -> int:
         """Give all modules of a root their rows, once; the root's row."""
-        known = self._rows.get(id(root))
-        if known is not None and known >= 0:
-            return known
         with self._lock:
-            self._roots += 1
-            prefix = "" if self._roots == 1 else f"{self._roots}:"
+            known = self._rows.get(id(root))
+            if known is not None and known >= 0:
+                return known
+            row = self._register_bare(root) if is_bare(root) else self._register_all(root)
+            self._root_rows.add(row)
+            if not self._unknown:
+                self._find(self._every)
+        return row
+
+    def _register_bare(self, root: nn.Module) -> int:
+        # Programs make these anew for every call: all of a class share a row, or the table would grow with the run.
+        kind = type(root).__name__
+        row = self._bare.get(kind)
+        if row is None:
+            row = self._bare[kind] = self._recorder.module(path=f"({kind})", kind=kind)
+        self._remember(root, row)
+        self._hook(root)
+        return row
+
+    def _register_all(self, root: nn.Module) -> int:
+        self._roots += 1
+        prefix = "" if self._roots == 1 else f"{self._roots}:"
         chosen = None if self._every else _layers(root)
         rows: dict[str, int] = {}
         for path, module in root.named_modules():
@@ -178,15 +189,16 @@ class ModuleWatch:
                 rows[path] = self._recorder.module(path=prefix + path, kind=type(module).__name__, parent=parent)
                 self._hook(module)
             self._remember(module, rows.get(path, NONE))
-        if not self._unknown:
-            self._find(False)
         return rows[""]
 
     def _hook(self, module: nn.Module) -> None:
-        if any(getattr(hook, "__self__", None) is self for hook in module._forward_pre_hooks.values()):
-            return  # part of an earlier root, or a copy of one
-        self._handles.append(module.register_forward_pre_hook(self._before))
-        self._handles.append(module.register_forward_hook(self._after, with_kwargs=True, always_call=True))
+        if not self._is_hooked(module):  # it is where it is part of an earlier root, or a copy of such a part
+            before = module.register_forward_pre_hook(self._before)
+            after = module.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+            self._hooks[id(module)] = before, after
+
+    def _is_hooked(self, module: nn.Module) -> bool:
+        return any(getattr(hook, "__self__", None) is self for hook in module._forward_pre_hooks.values())
 
     def nearest(self, root: nn.Module) -> dict[str, int]:
         """For every module path of a registered root: its own row, or that of the nearest recorded module above."""
@@ -204,9 +216,24 @@ class ModuleWatch:
     def _forget(self, key: int) -> None:
         self._rows.pop(key, None)
         self._alive.pop(key, None)
+        self._hooks.pop(key, None)
+
+    def _scripted(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """`torch.jit.script`, which would compile our hooks with a module."""
+        taken = [module for module in obj.modules() if self._is_hooked(module)] if isinstance(obj, nn.Module) else []
+        for module in taken:
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for number in [n for n, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                    del hooks[number]
+        try:
+            return self._script(obj, *args, **kwargs)
+        finally:
+            for module in taken:
+                self._hook(module)
 
     # --- finding roots ----------------------------------------------------------------------------------------------
 
+    @harmless
     def _parameter_came(self, module: nn.Module, name: str, parameter: object) -> None:
         if id(module) not in self._rows:
             self._unknown.add(module)
@@ -220,35 +247,50 @@ class ModuleWatch:
             finder, self._finder = self._finder, None
             finder.remove()
 
+    @harmless
     def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._local.rows or torch.compiler.is_compiling() or not self._recorder.alive:
+        row = self._rows.get(id(module))
+        if (row is not None and row >= 0) or torch.compiler.is_compiling() or not self._recorder.alive:
             return
-        if self._rows.get(id(module), NONE) < 0:
-            self.register(module)
-            self._before(module, args)  # hooks that it has got by now are not called any more this time
+        if self._local.stack:
+            self._forget_what_was_interrupted(module)
+        if self._local.stack or torch._C._current_graph_task_id() >= 0 or "_is_replica" in module.__dict__:
+            return  # made while its root runs, or DataParallel's, or recomputed by a backward pass
+        hooked = self._is_hooked(module)
+        self.register(module)
+        if not hooked:
+            self._before(module, args)  # hooks that it has only now are not called any more this time
 
     # --- spans ------------------------------------------------------------------------------------------------------
 
+    @harmless
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self._on or torch.compiler.is_compiling():
+        if not self._on or torch.compiler.is_compiling() or not self._recorder.alive:
+            return  # what is compiled is not called module by module; the compiled module is a root of its own
+        stack = self._local.stack
+        row = self._rows.get(id(module))
+        if stack and (row is None or row in self._root_rows):
+            self._forget_what_was_interrupted(module)
+        inside = bool(stack) or torch._C._current_graph_task_id() >= 0  # recomputed by a backward pass
+        if row is None and not inside:
+            row = self.register(module)  # a copy of a recorded module, with its hooks
+        if row is None or row < 0:
             return
-        row = self._rows.get(id(module), NONE)
-        if row < 0 or not self._recorder.alive:
-            return
-        local = self._local
         self._recorder.hooks += 1
-        if not local.rows:
+        if not inside:
             for listener in self._listeners:
                 listener.root_begins(module)
-        local.rows.append(row)
-        local.begun.append(self._clock.begin())
+        stack.append(_Call(id(module), row, self._clock.begin(), not inside))
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        local = self._local
-        if torch.compiler.is_compiling() or not local.rows or local.rows[-1] != self._rows.get(id(module), NONE):
+    @harmless
+    def _after(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        stack, key = self._local.stack, id(module)
+        if torch.compiler.is_compiling() or all(call.module != key for call in reversed(stack)):
             return  # it began before the recording
-        row = local.rows.pop()
-        depth, lane = len(local.rows), self.lane()
+        while stack[-1].module != key:
+            stack.pop()
+        call = stack.pop()
+        row, depth, lane = call.row, len(stack), self.lane()
 
         def done(launched: int, start: int, end: int) -> None:
             self._recorder.add(
@@ -263,13 +305,33 @@ class ModuleWatch:
                 )
             )
 
-        self._clock.end(local.begun.pop(), done)
+        self._clock.end(call.begun, done)
+        # Where forward raised, torch leaves the keyword arguments out.
+        kwargs, result = rest if len(rest) == 2 else ({}, None)
         if result is not None:
             for listener in self._listeners:
-                listener.module_returned(row, depth, args, result)
-        if not local.rows:
+                listener.module_returned(row, depth, (args, kwargs), result)
+        if call.root:
             for listener in self._listeners:
                 listener.root_ends(module, args, kwargs, result)
+
+    def _forget_what_was_interrupted(self, calling: nn.Module) -> None:
+        """Drop calls that never came back: torch calls no hook where KeyboardInterrupt or SystemExit leaves one."""
+        there: Counter[int] = Counter()
+        frame = sys._getframe(1).f_back
+        while frame is not None:
+            if frame.f_code is _CALL:
+                there[id(frame.f_locals["self"])] += 1
+            frame = frame.f_back
+        there[id(calling)] -= 1  # this call is not on the stack yet
+        stack = self._local.stack
+        while stack and sum(call.module == stack[-1].module for call in stack) > there[stack[-1].module]:
+            stack.pop()
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a module holds no tensor and no other module."""
+    return not (module._parameters or module._buffers or module._modules)
 
 
 def _layers(root: nn.Module) -> set[str]:
@@ -293,13 +355,16 @@ def _above(path: str) -> Iterator[str]:
         yield path
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a call's arguments or result, also inside tuples, lists and dicts."""
+def tensors_in(value: Any, nesting: int = 8) -> Iterator[torch.Tensor]:
+    """The tensors of a call's arguments or result, also inside tuples, lists and dicts.
+
+    Other collections are not looked into: reading them may be work, or change them. Neither are long ones of numbers.
+    """
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
+    elif isinstance(value, tuple | list | dict) and nesting:
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, torch.Tensor):
+                yield item
+            elif isinstance(item, tuple | list | dict):
+                yield from tensors_in(item, nesting - 1)

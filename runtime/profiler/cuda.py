@@ -9,6 +9,7 @@ before it, and distances stay below a second or two.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 _cuda: Final[Any] = torch.cuda
 REANCHOR_MS: Final = 1000.0
@@ -45,21 +48,31 @@ class CudaClock:
         self._pending: deque[_Pending] = deque()
         self._spare: list[Any] = []
         self._lock = threading.Lock()
-        with torch.cuda.device(self._device):
+        self._polling = threading.Lock()
+        """Two threads poll at the end; the anchor and its time change together."""
+        self._failed = False
+        with _cuda.device(self._device):
             self._anchor = self._event()
             _cuda.synchronize(self._device)  # once, before anything is recorded
             self._anchor.record()
             self._anchor.synchronize()
         self._anchor_ns = time.monotonic_ns()
 
-    def begin(self) -> _Begun:
-        """A span starts after what the current stream holds now."""
+    def begin(self) -> _Begun | None:
+        """A span starts after what the current stream holds now; None while a CUDA graph is captured.
+
+        An event that is recorded then becomes part of the graph, has no time, and fails when it is asked for one.
+        """
+        if self._failed or _cuda.is_current_stream_capturing():
+            return None
         event = self._event()
         event.record(_cuda.current_stream(self._device))
         return _Begun(launched=time.monotonic_ns(), event=event)
 
-    def end(self, begun: _Begun, done: Callable[[int, int, int], None]) -> None:
+    def end(self, begun: _Begun | None, done: Callable[[int, int, int], None]) -> None:
         """It ends after what the current stream holds now; `done` is called by a later `poll`."""
+        if begun is None or self._failed or _cuda.is_current_stream_capturing():
+            return
         event = self._event()
         event.record(_cuda.current_stream(self._device))
         with self._lock:
@@ -67,6 +80,13 @@ class CudaClock:
 
     def poll(self) -> None:
         """Tell the times of all spans that have completed (called by the sampling thread)."""
+        with self._polling:
+            try:
+                self._poll()
+            except RuntimeError as error:
+                self._fail(error)
+
+    def _poll(self) -> None:
         while True:
             with self._lock:
                 if not self._pending or not self._pending[0].end.query():
@@ -79,8 +99,18 @@ class CudaClock:
 
     def finish(self) -> None:
         """Wait for what is under way, at the end of a recording, and tell it."""
-        _cuda.synchronize(self._device)
+        try:
+            _cuda.synchronize(self._device)
+        except RuntimeError as error:
+            self._fail(error)
         self.poll()
+
+    def _fail(self, error: RuntimeError) -> None:
+        """After an error on the device every call fails: it is the program's to raise, and not ours a second time."""
+        self._failed = True
+        with self._lock:
+            self._pending.clear()
+        logger.warning("spans on %s are lost from here on: %s", self._device, error)
 
     def _place(self, event: Any) -> int:
         distance_ms = float(self._anchor.elapsed_time(event))

@@ -15,9 +15,11 @@ def start_if_asked() -> None:
         UsageError: the file is there already.
     """
     path = os.environ.get("PENSTOCK_PROFILE", "")
-    if not path or process_registry().recording:
+    if not path:
         return
     del os.environ["PENSTOCK_PROFILE"]  # not for the processes that this one starts: they would fight for the file
+    if process_registry().recording:
+        return
     from .profiler import Profiler  # everything that reads and writes profiles: not for runs that want none
 
     profiler = Profiler(path)

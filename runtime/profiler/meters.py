@@ -60,7 +60,14 @@ def gpu_energy(index: int) -> Reader | None:
         nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except Exception:  # no package, no driver, no such counter: NVML has an exception class for each
         return None
-    return lambda: int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) * 1000
+
+    def read() -> int:
+        try:
+            return int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) * 1000
+        except nvml.NVMLError as error:
+            raise RuntimeError(f"NVML: {error}") from error  # what the sampler knows to leave a meter out for
+
+    return read
 
 
 def host_meters() -> list[tuple[Meter, Reader]]:

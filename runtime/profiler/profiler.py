@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 import msgspec
 import torch
@@ -20,7 +18,9 @@ from ...memory.errors import UsageError
 from ..build import Machinery
 from .activations import ActivationWatch
 from .backward import BackwardWatch
-from .calls import Clock, HostClock, ModuleWatch
+from .calls import ModuleWatch
+from .clocks import Clock, HostClock
+from .decorating import Function, recorded
 from .facts import header
 from .meters import all_meters
 from .metrics import summarise
@@ -41,7 +41,6 @@ from .writer import ProfileWriter
 logger = logging.getLogger(__name__)
 
 Level = Literal["light", "full"]
-Function = TypeVar("Function", bound=Callable[..., Any])
 HOOK_NS: Final = 1500
 """CPU time of one interruption of the program, as measured (benchmarks/profiler_overhead.py); it goes into the file."""
 
@@ -78,7 +77,7 @@ class Profiler:
     ) -> None:
         if level not in ("light", "full"):
             raise UsageError(f"there is no profiler level {level!r}: use 'light' or 'full'")
-        self.path = Path(path)
+        self.path = Path(os.path.abspath(path))  # the program may go to another folder
         self.level: Level = level
         self._force = force
         self._ring_nbytes = ring_nbytes
@@ -89,6 +88,17 @@ class Profiler:
     def __enter__(self) -> Profiler:
         if self._entered is not None:
             raise UsageError("this profiler is recording already")
+        self._spent_ns = 0
+        with ExitStack() as claimed:
+            process_registry().claim(self)
+            claimed.callback(process_registry().end, self)
+            self._enter()
+            assert self._entered is not None
+            claimed.push(self._entered.pop_all())
+            self._entered = claimed.pop_all()
+        return self
+
+    def _enter(self) -> None:
         ring = Ring(capacity_nbytes=self._ring_nbytes)
         self._recorder = recorder = Recorder(ring)
         self._writer = ProfileWriter(self.path, header(self.level), ring, recorder.tables, force=self._force)
@@ -103,7 +113,7 @@ class Profiler:
             entered.enter_context(self._sampler)
             entered.callback(clock.finish)
             before_nbytes = _resident_nbytes()
-            self._steps = entered.enter_context(StepWatch(recorder, tensors, clock))
+            self._steps = entered.enter_context(StepWatch(recorder, watch, tensors, clock))
             watch.listen(self._steps)
             backward = BackwardWatch(recorder, watch, clock)
             watch.listen(backward)
@@ -113,12 +123,10 @@ class Profiler:
             entered.enter_context(watch)
             entered.callback(announce(self.path).close)
             process_registry().begin(self)
-            entered.callback(process_registry().end, self)
             tensors.watch_what_is_there()
             # what was there before, less what of it has a name by now
             recorder.memory(max(0, before_nbytes - recorder.live[Tier.HOST]), Tier.HOST, Category.BASELINE)
             self._entered = entered.pop_all()
-        return self
 
     def _spend(self) -> None:
         """Tell the file what recording has cost so far."""
@@ -144,31 +152,44 @@ class Profiler:
         failure = "" if error is None or isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             self._recorder.mark(MarkKind.OOM, failure)
+        self._recorder.close()
         self._writer.close(failure)
 
     def __call__(self, function: Function) -> Function:
-        """As a decorator: every call of the function is one recording (the file is overwritten by the next)."""
+        """As a decorator: every call of the function is one recording, of which the file keeps the last.
 
-        @functools.wraps(function)
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            with Profiler(self.path, self.level, force=self._force, ring_nbytes=self._ring_nbytes):
-                return function(*args, **kwargs)
+        A call within a call, or beside one, is part of that one's. Coroutine functions and generator functions are
+        recorded from their first step to their last.
 
-        return recorded  # type: ignore[return-value]
+        Raises:
+            UsageError: the function is an asynchronous generator.
+        """
+        return recorded(self._another, function)
+
+    def _another(self, again: bool) -> Profiler:
+        return Profiler(self.path, self.level, force=self._force or again, ring_nbytes=self._ring_nbytes)
 
     def step(self, phase: str = "step", tokens: int = -1) -> None:
         """A step begins now, and the one before it ends. Without any call steps are found: tokens, optimizer steps."""
         if self._entered is None:
             raise UsageError("step() was called while nothing is recorded: enter the profiler first")
-        self._steps.said = True
+        self._steps.say()
         self._recorder.begin_step(phase, tokens)
 
     def attach(self, module: nn.Module, machinery: Machinery) -> None:
         """Record a streamed model (called by the registry)."""
         model = StreamedModel(self._recorder, self._watch, module, machinery)
-        self._tensors.leave_out(model.parameters)
+        left_out = model.parameters
+        self._tensors.leave_out(left_out)
         self._streamed.append(model)
+        machinery.on_close(lambda: self._detach(model, left_out))
         self._writer.header = _with_model(self._writer.header, machinery)
+
+    def _detach(self, model: StreamedModel, left_out: set[int]) -> None:
+        if model in self._streamed:
+            self._streamed.remove(model)
+            model.gone()
+            self._tensors.leave_out_no_more(left_out)
 
     def profile(self) -> Profile:
         """What was recorded, read back from the file. After the recording."""

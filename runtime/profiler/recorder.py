@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 from .ring import Ring
-from .schema import NONE, Block, Category, Mark, MarkKind, Memory, Module, Step, Storage, Tables, Tier
+from .schema import NONE, Block, Category, Mark, MarkKind, Memory, Module, Record, Step, Storage, Tables, Tier
+
+logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -23,7 +28,7 @@ class Recorder:
     def __init__(self, ring: Ring, *, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self.clock = clock
         self.tables: Tables = {"modules": {}, "blocks": {}, "storages": {}, "strings": {}}
-        self.add = ring.append
+        self.add: Callable[[Record], None] = ring.append
         """Record something."""
         self.hooks = 0
         """How often the program was interrupted to record; times the cost of one, it is what the recording costs."""
@@ -37,6 +42,21 @@ class Recorder:
         self._steps = 0
         self._open: tuple[int, int, int] | None = None
         """The step under way: index of its phase, start, tokens."""
+        self._failed = False
+        os.register_at_fork(after_in_child=functools.partial(_close_in_child, weakref.ref(self)))
+
+    def close(self) -> None:
+        """Record no more. Hooks that stay in graphs, and what is given back later, find nobody who listens."""
+        self.add = _nothing
+
+    def failed(self, error: Exception) -> None:
+        """A hook went wrong, and the program goes on: said once, in the log and in the recording."""
+        if self._failed:
+            return
+        self._failed = True
+        logger.warning("the recording is incomplete: a hook failed with %s: %s", type(error).__name__, error)
+        logger.debug("where it failed", exc_info=error)
+        self.mark(MarkKind.ERROR, f"recorder: {type(error).__name__}: {error}")
 
     @property
     def alive(self) -> bool:
@@ -123,3 +143,13 @@ class Recorder:
     def lost(self) -> int:
         """Records dropped so far."""
         return self._ring.statistics().dropped
+
+
+def _nothing(record: Record) -> None:
+    """Where records go after the end."""
+
+
+def _close_in_child(recorder: weakref.ref[Recorder]) -> None:
+    known = recorder()
+    if known is not None:
+        known.close()  # nobody would fetch what it records

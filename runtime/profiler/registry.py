@@ -5,15 +5,20 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from pathlib import Path
 from typing import Protocol
 
 from torch import nn
 
+from ...memory.errors import UsageError
 from ..build import Machinery
 
 
 class Recording(Protocol):
     """A recording under way."""
+
+    path: Path
+    """Its file."""
 
     def attach(self, module: nn.Module, machinery: Machinery) -> None:
         """Record this streamed model too."""
@@ -26,16 +31,18 @@ class Registry:
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a collection inside may close a dead model, which comes back here
         self._models: list[tuple[weakref.ref[nn.Module], Machinery]] = []
-        self._recordings: list[Recording] = []
+        self._recording: Recording | None = None
+        self._attaching = False
+        """Whether the recording is ready to be told of models."""
 
     def add(self, module: nn.Module, machinery: Machinery) -> None:
         """A model starts to stream; it is forgotten when its machinery closes."""
         pair = (weakref.ref(module), machinery)
         with self._lock:
             self._models.append(pair)
-            recordings = list(self._recordings)
+            recording = self._recording if self._attaching else None
         machinery.on_close(lambda: self._remove(pair))
-        for recording in recordings:
+        if recording is not None:
             recording.attach(module, machinery)
 
     def _remove(self, pair: tuple[weakref.ref[nn.Module], Machinery]) -> None:
@@ -43,10 +50,24 @@ class Registry:
             if pair in self._models:
                 self._models.remove(pair)
 
-    def begin(self, recording: Recording) -> None:
-        """A recording starts: it is told of all models, those that are there and those to come."""
+    def claim(self, recording: Recording) -> None:
+        """A recording wants to start. There is one at a time: torch applies the hooks of one only.
+
+        Raises:
+            UsageError: another one is under way in this process.
+        """
         with self._lock:
-            self._recordings.append(recording)
+            if self._recording is not None:
+                raise UsageError(
+                    f"this process is being recorded already, to {self._recording.path}: one recording at a time. "
+                    "End that one first, or leave this one out."
+                )
+            self._recording = recording
+
+    def begin(self, recording: Recording) -> None:
+        """The recording is told of all models, those that are there and those to come."""
+        with self._lock:
+            self._attaching = True
             models = list(self._models)
         for known, machinery in models:
             module = known()
@@ -54,15 +75,15 @@ class Registry:
                 recording.attach(module, machinery)
 
     def end(self, recording: Recording) -> None:
-        """A recording ends."""
+        """The recording ends."""
         with self._lock:
-            if recording in self._recordings:
-                self._recordings.remove(recording)
+            if self._recording is recording:
+                self._recording, self._attaching = None, False
 
     @property
     def recording(self) -> bool:
         """Whether anything is being recorded."""
-        return bool(self._recordings)
+        return self._recording is not None
 
 
 @functools.cache

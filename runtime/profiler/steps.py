@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .calls import Clock
+from .caches import CacheWatch
+from .calls import ModuleWatch
+from .clocks import Clock, is_bare
+from .guard import harmless
 from .recorder import Recorder
-from .schema import NONE, Category, Compute, Phase
-from .tensors import TensorWatch, kv_tensors, tier_of
+from .schema import NONE, Compute, Phase
+from .tensors import TensorWatch
+
+
+class _Thread(threading.local):
+    """Optimizers that step in one thread, outermost first: some step others, or run the model again."""
+
+    def __init__(self) -> None:
+        self.under_way: list[tuple[int, Any]] = []
+        """Id of each, and when it began."""
 
 
 class StepWatch:
     """A listener of `ModuleWatch`, and of all optimizers while it is entered.
 
     A step lasts until the next outermost call, so that what happens between (sampling, a tokenizer) is in it; once an
-    optimizer has stepped, until one steps again. `said` switches both off: the program tells.
+    optimizer has stepped, until one steps again and, where several do, the last one has. A call of a module that holds
+    nothing, such as a loss, begins none. `said` switches all this off: the program tells.
     """
 
-    def __init__(self, recorder: Recorder, tensors: TensorWatch, clock: Clock) -> None:
+    def __init__(self, recorder: Recorder, watch: ModuleWatch, tensors: TensorWatch, clock: Clock) -> None:
         self._recorder = recorder
+        self._watch = watch
+        self._caches = CacheWatch(recorder)
         self._tensors = tensors
         self._clock = clock
         self.said = False
         """Whether the program says itself when steps begin."""
-        self._optimizers: dict[int, int] = {}
-        self._begun: Any = None
-        self._kv_nbytes = 0
+        self._optimizers: dict[str, int] = {}
+        """By class: its row."""
+        self._local = _Thread()
+        self._over: int | None = None
+        """When the last optimizer of the step under way had stepped; the step goes on if another one steps."""
         self._trains = False
         """Whether an optimizer has stepped: steps last from one to the next from then on."""
         self._tokens = NONE
@@ -45,17 +62,34 @@ class StepWatch:
     def __exit__(self, *failure: object) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self._end_what_is_over()
 
+    def say(self) -> None:
+        """The program tells steps itself from now on."""
+        self._end_what_is_over()
+        self.said = True
+
+    def _end_what_is_over(self) -> None:
+        over, self._over = self._over, None
+        if over is not None and not self.said:
+            self._recorder.end_step(over)
+
+    @harmless
     def root_begins(self, module: nn.Module) -> None:
         """A step may end here, and the next one begin."""
         self._tensors.watch(module)
+        if is_bare(module):
+            return
         if torch.is_grad_enabled():
             self._tensors.look_at_gradients()
-        if self.said:
+        if self.said or self._local.under_way:  # an optimizer that runs the model again is in the midst of a step
             return
+        self._end_what_is_over()
         if not self._recorder.in_step or not self._trains:
+            self._tokens = NONE
             self._recorder.begin_step("train" if self._trains else "forward")
 
+    @harmless
     def root_ends(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """What kind of step it was shows when its arguments are known."""
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -64,39 +98,53 @@ class StepWatch:
                 self._tokens = max(self._tokens, 0) + ids.numel()
             elif kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
                 self._recorder.retitle("prefill" if ids.shape[1] > 1 else "decode", ids.shape[0])
-        nbytes = 0
-        for tensor in kv_tensors(result):
-            nbytes += tensor.nbytes
-            tier = tier_of(tensor)
-        if nbytes != self._kv_nbytes and nbytes:
-            self._recorder.memory(nbytes - self._kv_nbytes, tier, Category.KV)
-            self._kv_nbytes = nbytes
+        self._caches.look(result, self._watch.row(module))
 
-    def module_returned(self, row: int, depth: int, args: tuple[Any, ...], result: Any) -> None:
+    def module_returned(self, row: int, depth: int, inputs: Any, result: Any) -> None:
         """Nothing."""
 
+    @harmless
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, *rest: object) -> None:
         if not self._recorder.alive:
             return
         self._recorder.hooks += 1
         self._tensors.look_at_gradients()
-        self._begun = self._clock.begin()
+        under_way = self._local.under_way
+        for place, (known, _) in enumerate(under_way):
+            if known == id(optimizer):
+                del under_way[place:]  # they raised, and torch told nobody
+                break
+        under_way.append((id(optimizer), self._clock.begin()))
 
+    @harmless
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, *rest: object) -> None:
-        if self._begun is None or not self._recorder.alive:
+        under_way = self._local.under_way
+        while under_way and under_way[-1][0] != id(optimizer):
+            under_way.pop()
+        if not under_way or not self._recorder.alive:
             return
-        row = self._optimizers.get(id(optimizer))
+        kind = type(optimizer).__name__
+        row = self._optimizers.get(kind)
         if row is None:
-            row = self._recorder.module(path="(optimizer)", kind=type(optimizer).__name__)
-            self._optimizers[id(optimizer)] = row
+            row = self._optimizers[kind] = self._recorder.module(path="(optimizer)", kind=kind)
+        lane, depth = self._watch.lane(), len(under_way) - 1
 
         def done(launched: int, start: int, end: int) -> None:
-            self._recorder.add(Compute(module=row, phase=Phase.OPTIMIZER, start=start, end=end, launched=launched))
+            self._recorder.add(
+                Compute(
+                    module=row,
+                    phase=Phase.OPTIMIZER,
+                    start=start,
+                    end=end,
+                    lane=lane,
+                    launched=launched,
+                    depth=depth,
+                )
+            )
 
-        self._clock.end(self._begun, done)
-        self._begun = None
+        self._clock.end(under_way.pop()[1], done)
         self._tensors.look_at_states(optimizer)
-        if not self.said:
+        if not self.said and not under_way:
             self._recorder.retitle("train", self._tokens)
-            self._recorder.end_step()
-            self._trains, self._tokens = True, NONE
+            self._over = self._recorder.clock()
+            self._trains = True

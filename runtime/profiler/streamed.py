@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from typing import Final
 
@@ -37,8 +38,11 @@ class StreamedModel:
         """By block: the transfer that read it last, as parent of its copy."""
         self._charged: dict[tuple[Tier, int], list[tuple[int, int]]] = {}
         """What the blocks that stay are charged with: module and bytes, by tier and block."""
+        self._arenas: list[tuple[Tier, int]] = []
+        """Bytes that blocks pass through, by tier."""
+        self._lock = threading.Lock()
+        machinery.timeline.listener = self._hear  # first, so that no block can come between looking and listening
         self._charge_what_is_there()
-        machinery.timeline.listener = self._hear
 
     @property
     def parameters(self) -> set[int]:
@@ -49,6 +53,19 @@ class StreamedModel:
     def close(self) -> None:
         """Listen no more."""
         self._machinery.timeline.listener = None
+
+    def gone(self) -> None:
+        """The model has been closed, and has given its memory back."""
+        self.close()
+        for tier, nbytes in self._arenas:
+            self._recorder.memory(-nbytes, tier, Category.ARENA)
+        self._arenas.clear()
+        with self._lock:
+            charged = [(tier, shares) for (tier, _), shares in self._charged.items()]
+            self._charged.clear()
+        for tier, shares in charged:
+            for row, nbytes in shares:
+                self._recorder.memory(-nbytes, tier, Category.WEIGHT, module=row)
 
     def _blocks(self, watch: ModuleWatch, module: nn.Module) -> dict[int, int]:
         layout = self._machinery.layout
@@ -80,7 +97,7 @@ class StreamedModel:
         return [(Tier.DEVICE, machinery.front), (Tier.HOST, machinery.back)]
 
     def _charge_what_is_there(self) -> None:
-        machinery, recorder = self._machinery, self._recorder
+        machinery = self._machinery
         with machinery.executor.core.lock:
             there = [(tier, b) for tier, s in self._tiers() for b, h in s.holding.items() if h.permanent and h.ready]
         for tier, block in there:
@@ -91,15 +108,18 @@ class StreamedModel:
             (Tier.HOST, layout.back or layout.front),
         ):
             if residency is not None:
-                recorder.memory(residency.slots * residency.slot_nbytes, tier, Category.ARENA)
-        recorder.memory(DiskEngine.own_nbytes(layout.staging_nbytes), Tier.HOST, Category.ARENA)
+                self._arenas.append((tier, residency.slots * residency.slot_nbytes))
+        self._arenas.append((Tier.HOST, DiskEngine.own_nbytes(layout.staging_nbytes)))
         if machinery.device.separate and machinery.device.torch_device.type == "cpu":
-            recorder.memory(layout.front.nbytes, Tier.HOST, Category.ARENA)  # an emulated device's memory is the host's
+            self._arenas.append((Tier.HOST, layout.front.nbytes))  # an emulated device's memory is the host's
+        for tier, nbytes in self._arenas:
+            self._recorder.memory(nbytes, tier, Category.ARENA)
 
     def _charge(self, tier: Tier, block: int) -> None:
-        if (tier, block) in self._charged:
-            return
-        self._charged[tier, block] = self._owners[block]
+        with self._lock:
+            if (tier, block) in self._charged:
+                return
+            self._charged[tier, block] = self._owners[block]
         for row, nbytes in self._owners[block]:
             self._recorder.memory(nbytes, tier, Category.WEIGHT, module=row)
 
@@ -107,7 +127,9 @@ class StreamedModel:
         for tier, slots in self._tiers():
             for charged, block in list(self._charged):
                 if charged is tier and block not in slots.permanent:
-                    for row, nbytes in self._charged.pop((tier, block)):
+                    with self._lock:
+                        shares = self._charged.pop((tier, block), [])
+                    for row, nbytes in shares:
                         self._recorder.memory(-nbytes, tier, Category.WEIGHT, module=row)
 
     # --- the timeline -----------------------------------------------------------------------------------------------

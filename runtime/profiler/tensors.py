@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .calls import ModuleWatch
+from .calls import ModuleWatch, is_bare, tensors_in
+from .guard import harmless
 from .recorder import Recorder
 from .schema import NONE, Category, Storage, Tier
 
@@ -21,13 +26,52 @@ def tier_of(tensor: torch.Tensor) -> Tier:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """A number that all views of one storage share; 0 for tensors that have no memory."""
+    """A number that all views of one storage share; 0 for tensors that have no memory of their own."""
     if tensor.device.type == "meta" or tensor.layout is not torch.strided:
         return 0
     try:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):  # subclasses without a storage of their own
         return 0
+
+
+def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors whose storages hold a tensor: itself, but for sparse ones and for subclasses that wrap others."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from parts_of(getattr(tensor, name))
+    elif tensor.layout is torch.sparse_coo:
+        yield tensor._indices()
+        yield tensor._values()
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    else:
+        yield tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Held:
+    """A storage that is accounted for."""
+
+    tier: Tier
+    nbytes: int
+    module: int
+    right: Callable[[], bool]
+    """Whether it still is what it was counted as: another storage may have come to lie where it was."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Parameter:
+    """A parameter of a root that was seen, until it is gone."""
+
+    reference: weakref.ref[torch.Tensor]
+    name: str
+    row: int
+    key: int
+    """Where its bytes were when they were counted; 0 where they are not counted here."""
+    hook: Any = None
 
 
 class TensorWatch:
@@ -39,27 +83,36 @@ class TensorWatch:
         self._roots: list[weakref.ref[nn.Module]] = []
         self._elsewhere: set[int] = set()
         """Ids of parameters whose bytes somebody else accounts for."""
-        self._held: dict[tuple[Category, int], tuple[Tier, int, int]] = {}
-        """By category and storage: tier, bytes, module."""
+        self._held: dict[tuple[Category, int], _Held] = {}
+        """By category and storage."""
         self.known: set[int] = set()
         """Storages of weights and buffers: what autograd saves of them is no activation."""
-        self._rows: dict[int, int] = {}
-        """By id of a parameter: the row of the module that owns it."""
-        self._handles: list[Any] = []
-        self._storages: dict[int, int] = {}
-        """By id of a parameter: its storage, where it is accounted for here."""
+        self._parameters: dict[int, _Parameter] = {}
+        """By id."""
+        self._buffers: dict[int, weakref.ref[torch.Tensor]] = {}
+        """By storage."""
+        self._states: dict[int, tuple[weakref.ref[torch.optim.Optimizer], set[int]]] = {}
+        """By id of an optimizer: itself, and the storages of what it keeps."""
 
     def leave_out(self, parameters: set[int]) -> None:
         """Parameters, by id, whose bytes are somebody else's to account for, from now on."""
         self._elsewhere |= parameters
-        for parameter in parameters & self._storages.keys():
-            self._give_back(self._storages.pop(parameter))
+        for number in parameters & self._parameters.keys():
+            known = self._parameters[number]
+            self._drop(Category.WEIGHT, known.key)
+            known.key = 0
 
+    def leave_out_no_more(self, parameters: set[int]) -> None:
+        """They are gone, and other parameters may get their ids."""
+        self._elsewhere -= parameters
+
+    @harmless
     def watch_what_is_there(self) -> None:
         """Account for modules and optimizers that the program made before the recording: they are no baseline."""
         gc.collect()  # what is dead already is nobody's
         objects = gc.get_objects()
-        modules = [thing for thing in objects if issubclass(type(thing), nn.Module)]  # isinstance would wake proxies
+        # isinstance would wake proxies; a module whose __init__ is under way has no parts yet
+        modules = [o for o in objects if issubclass(type(o), nn.Module) and getattr(o, "_modules", None) is not None]
         parts = {id(child) for module in modules for child in module.children()}
         roots = [module for module in modules if id(module) not in parts and any(True for _ in module.parameters())]
         for root in sorted(
@@ -72,30 +125,43 @@ class TensorWatch:
             if issubclass(type(thing), torch.optim.Optimizer):
                 self.look_at_states(thing)
 
+    @harmless
     def watch(self, root: nn.Module) -> None:
-        """Account for a root's weights and buffers from now on, until it is gone."""
-        if any(known() is root for known in self._roots):
+        """Account for a root's weights and buffers from now on, until they are gone."""
+        if is_bare(root) or any(known() is root for known in self._roots):
             return
+        named = list(root.named_parameters())
+        if any(not isinstance(parameter, nn.Parameter) or is_lazy(parameter) for _, parameter in named):
+            return  # not made yet, or others stand in for them during this call (torch.func): the next one may tell
         rows = self._watch.nearest(root)
-        mine: set[int] = set()
-        for name, parameter in root.named_parameters():
-            row = rows[name.rpartition(".")[0]]
-            self._rows[id(parameter)] = row
-            if id(parameter) not in self._elsewhere:
-                self._storages[id(parameter)] = self._take(name, parameter, Category.WEIGHT, row, mine)
-                if parameter.requires_grad:
-                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._gradient_came))
+        for name, parameter in named:
+            if id(parameter) not in self._parameters:
+                self._watch_parameter(name, parameter, rows[name.rpartition(".")[0]])
         for name, buffer in root.named_buffers():
-            self._take(name, buffer, Category.BUFFER, rows[name.rpartition(".")[0]], mine)
-        self._roots.append(weakref.ref(root, lambda gone: self._root_gone(gone, mine)))
+            key = self._take(name, buffer, Category.BUFFER, rows[name.rpartition(".")[0]])
+            if key:
+                self._buffers[key] = weakref.ref(buffer, functools.partial(self._buffer_gone, key))
+        self._roots.append(weakref.ref(root, self._root_gone))
 
-    def _take(self, name: str, tensor: torch.Tensor, category: Category, row: int, mine: set[int]) -> int:
-        key = storage_key(tensor)
-        if not key or key in self.known:
-            return key
+    def _watch_parameter(self, name: str, parameter: torch.Tensor, row: int) -> None:
+        number = id(parameter)
+        reference = weakref.ref(parameter, lambda _: self._parameter_gone(number))
+        known = self._parameters[number] = _Parameter(reference=reference, name=name, row=row, key=0)
+        if number in self._elsewhere:
+            return
+        known.key = self._take(name, parameter, Category.WEIGHT, row)
+        if parameter.requires_grad and parameter.is_leaf:
+            hookable: Any = parameter  # torch leaves some of it untyped
+            known.hook = hookable.register_post_accumulate_grad_hook(self._gradient_came)
+
+    def _take(self, name: str, tensor: torch.Tensor, category: Category, row: int) -> int:
+        """Count a tensor; its storage, or 0 where that is counted already or has no bytes."""
+        parts = [part for part in parts_of(tensor) if storage_key(part)]
+        if not parts or storage_key(parts[0]) in self.known:
+            return 0
+        key, tier = storage_key(parts[0]), tier_of(parts[0])
+        nbytes = sum({storage_key(part): part.untyped_storage().nbytes() for part in parts}.values())
         self.known.add(key)
-        mine.add(key)
-        nbytes, tier = tensor.untyped_storage().nbytes(), tier_of(tensor)
         number = self._recorder.storage(
             Storage(
                 names=(name,),
@@ -107,80 +173,105 @@ class TensorWatch:
                 module=row,
             )
         )
-        self._held[category, key] = tier, nbytes, row
+        self._held[category, key] = _Held(tier=tier, nbytes=nbytes, module=row, right=lambda: True)
         self._recorder.memory(nbytes, tier, category, module=row, storage=number)
         return key
 
-    def _give_back(self, key: int) -> None:
-        self.known.discard(key)
-        for category in (Category.WEIGHT, Category.BUFFER):
-            held = self._held.pop((category, key), None)
-            if held is not None:
-                self._recorder.memory(-held[1], held[0], category, module=held[2])
+    def _drop(self, category: Category, key: int) -> None:
+        """A storage is no longer what it was counted as."""
+        held = self._held.pop((category, key), None)
+        if held is not None:
+            if category in (Category.WEIGHT, Category.BUFFER):
+                self.known.discard(key)
+            self._recorder.memory(-held.nbytes, held.tier, category, module=held.module)
 
-    def _root_gone(self, root: weakref.ref[nn.Module], storages: set[int]) -> None:
-        if root in self._roots:
-            self._roots.remove(root)
-        for key in storages & self.known:
-            self._give_back(key)
+    def _root_gone(self, root: weakref.ref[nn.Module]) -> None:
+        self._roots = [known for known in self._roots if known is not root]
 
+    def _parameter_gone(self, number: int) -> None:
+        self._drop(Category.WEIGHT, self._parameters.pop(number).key)
+
+    def _buffer_gone(self, key: int, _: object) -> None:
+        self._buffers.pop(key, None)
+        self._drop(Category.BUFFER, key)
+
+    @harmless
     def look_at_gradients(self) -> None:
-        """Compare the gradients that are there with those that were there."""
-        now: dict[int, tuple[torch.Tensor, int]] = {}
-        for root in self._live_roots():
-            for parameter in root.parameters():
-                if parameter.grad is not None and id(parameter) not in self._elsewhere:
-                    key = storage_key(parameter.grad)
-                    if key:
-                        now[key] = parameter.grad, self._rows.get(id(parameter), NONE)
-        self._replace(Category.GRADIENT, now)
+        """Compare the gradients that are there with those that were there, and weights with where they were."""
+        now: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        for number, known in list(self._parameters.items()):
+            parameter = known.reference()
+            if parameter is None or number in self._elsewhere:
+                continue
+            if known.key and known.key != storage_key(parameter) and not is_traceable_wrapper_subclass(parameter):
+                self._drop(Category.WEIGHT, known.key)  # it has been converted, or has gone to another device
+                known.key = self._take(known.name, parameter, Category.WEIGHT, known.row)
+            if parameter.grad is not None:
+                for part in parts_of(parameter.grad):
+                    now.setdefault(storage_key(part), (parameter, part, known.row))
+        now.pop(0, None)
+        for category, key in [held for held in self._held if held[0] is Category.GRADIENT and held[1] not in now]:
+            self._drop(category, key)
+        for parameter, part, row in now.values():
+            self._hold_gradient(parameter, part, row)
 
+    @harmless
     def _gradient_came(self, parameter: torch.Tensor) -> None:
         """A gradient has been accumulated: it is counted when it is first seen."""
-        if parameter.grad is not None and self._recorder.alive:
+        known = self._parameters.get(id(parameter))
+        if known is not None and parameter.grad is not None and self._recorder.alive:
             self._recorder.hooks += 1
-            self._hold(Category.GRADIENT, parameter.grad, self._rows.get(id(parameter), NONE))
+            for part in parts_of(parameter.grad):
+                self._hold_gradient(parameter, part, known.row)
+
+    def _hold_gradient(self, parameter: torch.Tensor, part: torch.Tensor, row: int) -> None:
+        reference = weakref.ref(parameter)
+
+        def right() -> bool:
+            owner = reference()
+            return owner is not None and owner.grad is not None and part_key in map(storage_key, parts_of(owner.grad))
+
+        part_key = storage_key(part)
+        held = self._held.get((Category.GRADIENT, part_key))
+        if held is not None and held.module == row and held.nbytes == part.untyped_storage().nbytes():
+            return
+        self._hold(Category.GRADIENT, part, row, right)
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
-        while self._handles:
-            self._handles.pop().remove()
+        for known in self._parameters.values():
+            if known.hook is not None:
+                known.hook.remove()
 
+    @harmless
     def look_at_states(self, optimizer: torch.optim.Optimizer) -> None:
         """Account for what an optimizer keeps."""
-        for parameter, state in optimizer.state.items():
-            row = self._rows.get(id(parameter), NONE)
-            for value in state.values() if isinstance(state, dict) else ():
-                if isinstance(value, torch.Tensor) and value.numel() > 1:
-                    self._hold(Category.OPTIMIZER, value, row)
+        number = id(optimizer)
+        if number not in self._states:
+            self._states[number] = weakref.ref(optimizer, lambda _: self._optimizer_gone(number)), set()
+        before = self._states[number][1]
+        now: set[int] = set()
+        for parameter, state in list(optimizer.state.items()):
+            known = self._parameters.get(id(parameter))
+            for value in tensors_in(state):
+                if value.numel() > 1:
+                    for part in parts_of(value):
+                        self._hold(Category.OPTIMIZER, part, known.row if known else NONE, lambda: True)
+                        now.add(storage_key(part))
+        for key in before - now:
+            self._drop(Category.OPTIMIZER, key)
+        self._states[number] = self._states[number][0], now
 
-    def _hold(self, category: Category, tensor: torch.Tensor, row: int) -> None:
+    def _optimizer_gone(self, number: int) -> None:
+        for key in self._states.pop(number)[1]:
+            self._drop(Category.OPTIMIZER, key)
+
+    def _hold(self, category: Category, tensor: torch.Tensor, row: int, right: Callable[[], bool]) -> None:
         key = storage_key(tensor)
-        if not key or (category, key) in self._held:
+        held = self._held.get((category, key))
+        if not key or (held is not None and held.right()):
             return
+        self._drop(category, key)
         nbytes, tier = tensor.untyped_storage().nbytes(), tier_of(tensor)
-        self._held[category, key] = tier, nbytes, row
+        self._held[category, key] = _Held(tier=tier, nbytes=nbytes, module=row, right=right)
         self._recorder.memory(nbytes, tier, category, module=row)
-
-    def _replace(self, category: Category, now: dict[int, tuple[torch.Tensor, int]]) -> None:
-        for kind, key in [held for held in self._held if held[0] is category and held[1] not in now]:
-            tier, nbytes, row = self._held.pop((kind, key))
-            self._recorder.memory(-nbytes, tier, category, module=row)
-        for tensor, row in now.values():
-            self._hold(category, tensor, row)
-
-    def _live_roots(self) -> Iterator[nn.Module]:
-        return (root for known in self._roots if (root := known()) is not None)
-
-
-def kv_tensors(result: Any) -> Iterator[torch.Tensor]:
-    """The tensors of the KV cache that a transformers model returned, if it did."""
-    cache = getattr(result, "past_key_values", None)
-    layers = getattr(cache, "layers", None)
-    if layers is None and cache is not None:  # an encoder–decoder's: two caches
-        parts = (getattr(cache, "self_attention_cache", None), getattr(cache, "cross_attention_cache", None))
-        layers = [layer for part in parts for layer in getattr(part, "layers", ())]
-    for layer in layers or ():
-        for value in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if isinstance(value, torch.Tensor):
-                yield value

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import os
 import runpy
 import sys
-import traceback
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...memory.errors import UsageError
+from ...memory.errors import PenstockError, UsageError
 
 if TYPE_CHECKING:
     from ...runtime.profiler.profiler import Profiler
@@ -49,25 +50,30 @@ def run(
     code = _run(profiler, target, command, module)
     if os.getpid() != pid:
         return code  # a child that the script forked and let return: the file is its parent's
-    summary = profiler.summary()
+    try:
+        summary = profiler.summary()
+    except PenstockError as error:  # a full disk, a script that cleans up too well: the exit code stays the program's
+        print(f"error: {error}", file=sys.stderr)
+        return code
     print(f"{summary.verdict}", file=sys.stderr)
     print(f"wrote {path}: {summary.recorded} records. Next: penstock prof report {path}", file=sys.stderr)
     return code
 
 
 def _run(profiler: Profiler, target: str, command: list[str], module: bool) -> int:
-    before = sys.argv, list(sys.path)
+    before = sys.argv, list(sys.path), sys.modules.get("__mp_main__")
     with ExitStack() as recording:
         recording.enter_context(profiler)
         try:
             with recording.pop_all():  # inside, so that the recording knows how the program ended
                 sys.argv = list(command)
+                sys.modules["__mp_main__"] = _Main("__mp_main__")
+                if not sys.flags.safe_path:  # in place of our own entry: imports find what they would without us
+                    sys.path[:1] = [os.getcwd() if module else str(Path(target).resolve().parent)]
                 if module:
-                    sys.path.insert(0, os.getcwd())
                     runpy.run_module(target, run_name="__main__", alter_sys=True)
                 else:
-                    sys.path.insert(0, str(Path(target).resolve().parent))
-                    runpy.run_path(target, run_name="__main__")
+                    _run_file(target)
         except SystemExit as end:
             if end.code is None or isinstance(end.code, int):
                 return end.code or 0
@@ -77,16 +83,40 @@ def _run(profiler: Profiler, target: str, command: list[str], module: bool) -> i
             print("interrupted", file=sys.stderr)
             return 130
         except Exception as error:  # the program's own: shown as Python would, from the program's first frame on
-            traceback.print_exception(type(error), error, _program_frames(error.__traceback__, target))
+            shown = error.with_traceback(_program_frames(error.__traceback__))
+            sys.excepthook(type(error), shown, shown.__traceback__)
             return 1
         finally:
             sys.argv, sys.path[:] = before[0], before[1]
+            if before[2] is not None:
+                sys.modules["__mp_main__"] = before[2]
     return 0
 
 
-def _program_frames(frames: TracebackType | None, target: str) -> TracebackType | None:
-    """A traceback without what leads up to the program's own first frame."""
-    found = frames
-    while found is not None and found.tb_frame.f_code.co_filename != target:
-        found = found.tb_next
-    return found or frames
+def _run_file(target: str) -> None:
+    # Not runpy.run_path: it writes the path that it is given into sys.argv too. `__file__` is absolute, as Python makes
+    # it, because the script may go to another folder and processes that it spawns import it; argv is as it was typed.
+    path, before = os.path.abspath(target), sys.modules["__main__"]
+    main = ModuleType("__main__")
+    main.__dict__.update(__file__=path, __builtins__=builtins, __cached__=None)
+    with io.open_code(path) as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
+    sys.modules["__main__"] = main
+    try:
+        exec(code, main.__dict__)
+    finally:
+        sys.modules["__main__"] = before
+
+
+class _Main(ModuleType):
+    """What processes that a script spawns call its main module: multiprocessing has tied that name to ours."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.modules["__main__"], name)
+
+
+def _program_frames(frames: TracebackType | None) -> TracebackType | None:
+    """A traceback without what leads up to the program's own first frame; None where it has none (a syntax error)."""
+    while frames is not None and frames.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+        frames = frames.tb_next
+    return frames

@@ -1,0 +1,55 @@
+"""Bytes of KV caches: each counted from the first call that returns it until it is gone."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .recorder import Recorder
+from .schema import Category, Tier
+from .tensors import tier_of
+
+
+class CacheWatch:
+    """Looks at what calls return. A cache has its own count: models may run in turn, each with its own."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._held: dict[int, tuple[weakref.ref[Any], Tier, int, int]] = {}
+        """By id of a cache: itself, tier, bytes, module."""
+
+    def look(self, result: Any, row: int) -> None:
+        """Account for the cache that a call of a root returned, if it did."""
+        cache = getattr(result, "past_key_values", None)
+        tensors = list(kv_tensors(cache))
+        if not tensors:
+            return
+        key = id(cache)
+        known = self._held.get(key)
+        if known is None:
+            tier = tier_of(tensors[0])
+            known = weakref.ref(cache, lambda _: self._gone(key)), tier, 0, row
+        reference, tier, before, row = known
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        if nbytes != before:
+            self._held[key] = reference, tier, nbytes, row
+            self._recorder.memory(nbytes - before, tier, Category.KV, module=row)
+
+    def _gone(self, key: int) -> None:
+        _, tier, nbytes, row = self._held.pop(key)
+        self._recorder.memory(-nbytes, tier, Category.KV, module=row)
+
+
+def kv_tensors(cache: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a transformers cache; none of anything else."""
+    layers = getattr(cache, "layers", None)
+    if layers is None and cache is not None:  # an encoder–decoder's: two caches
+        parts = (getattr(cache, "self_attention_cache", None), getattr(cache, "cross_attention_cache", None))
+        layers = [layer for part in parts for layer in getattr(part, "layers", ())]
+    for layer in layers or ():
+        for value in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(value, torch.Tensor):
+                yield value
