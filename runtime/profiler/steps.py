@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .caches import CacheWatch
-from .calls import ModuleWatch
-from .clocks import Clock, is_bare
+from .calls import ModuleWatch, is_bare
+from .clocks import Clock
 from .guard import harmless
 from .recorder import Recorder
 from .schema import NONE, Compute, Phase
