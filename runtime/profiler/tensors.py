@@ -74,6 +74,12 @@ class _Parameter:
     hook: Any = None
 
 
+def objects_alive() -> list[Any]:
+    """What the collector knows of, without what is dead already."""
+    gc.collect()
+    return gc.get_objects()
+
+
 class TensorWatch:
     """Keeps the records of tensors that outlive a step up to date, when it is told to look."""
 
@@ -109,8 +115,7 @@ class TensorWatch:
     @harmless
     def watch_what_is_there(self) -> None:
         """Account for modules and optimizers that the program made before the recording: they are no baseline."""
-        gc.collect()  # what is dead already is nobody's
-        objects = gc.get_objects()
+        objects = objects_alive()
         # isinstance would wake proxies; a module whose __init__ is under way has no parts yet
         modules = [o for o in objects if issubclass(type(o), nn.Module) and getattr(o, "_modules", None) is not None]
         parts = {id(child) for module in modules for child in module.children()}

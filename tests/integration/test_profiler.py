@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import os
 import subprocess
@@ -33,11 +32,7 @@ from penstock.runtime.profiler.schema import (
     Wait,
 )
 
-
-@pytest.fixture(autouse=True)
-def nothing_left() -> None:
-    """Models of other tests that nobody has collected yet would be on record too: they do take memory."""
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 class Net(nn.Module):

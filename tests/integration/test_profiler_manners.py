@@ -35,9 +35,7 @@ class Net(nn.Module):
         return x
 
 
-@pytest.fixture(autouse=True)
-def nothing_left() -> None:
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture
