@@ -41,8 +41,8 @@ from .writer import ProfileWriter
 logger = logging.getLogger(__name__)
 
 Level = Literal["light", "full"]
-HOOK_NS: Final = 1500
-"""CPU time of one interruption of the program, as measured (benchmarks/profiler_overhead.py); it goes into the file."""
+TRIALS: Final = 200
+"""Calls of a module that tell what a recorded one costs here."""
 
 
 class Profiler:
@@ -105,6 +105,7 @@ class Profiler:
         with ExitStack() as entered:
             entered.push(self._end)
             clock = _clock()
+            self._hook_ns = _hook_ns()
             self._watch = watch = ModuleWatch(recorder, clock, every=self.level == "full")
             self._tensors = tensors = TensorWatch(recorder, watch)
             entered.callback(tensors.close)
@@ -130,7 +131,7 @@ class Profiler:
 
     def _spend(self) -> None:
         """Tell the file what recording has cost so far."""
-        own_ns = self._sampler.own_ns + self._recorder.hooks * HOOK_NS
+        own_ns = self._sampler.own_ns + self._recorder.hooks * self._hook_ns
         self._writer.add_own_ns(own_ns - self._spent_ns)
         self._spent_ns = own_ns
 
@@ -198,6 +199,23 @@ class Profiler:
     def summary(self) -> Summary:
         """The figures. After the recording."""
         return summarise(self.profile())
+
+
+def _hook_ns() -> int:
+    """What recording one call of a module takes on this machine: measured, with warm caches, so a lower bound."""
+    module, recorder = nn.Identity(), Recorder(Ring(capacity_nbytes=2**20))
+
+    def trial() -> int:
+        start = time.perf_counter_ns()
+        for _ in range(TRIALS):
+            module(None)
+        return time.perf_counter_ns() - start
+
+    plain = min(trial(), trial())
+    with ModuleWatch(recorder, HostClock(time.monotonic_ns), every=False) as watch:
+        watch.register(module)
+        recorded_ns = min(trial(), trial())
+    return max(0, recorded_ns - plain) // TRIALS
 
 
 def _clock() -> Clock:
