@@ -84,9 +84,15 @@ class Binding:
 
     def bind(self, arena: torch.Tensor, slot: Slot, *, flagged: bool = False) -> None:
         """Lend the slot to the parameters; `flagged` sets their `requires_grad` for as long (see `Session.flagged`)."""
+        if self.uses == 0:
+            try:
+                self._lend(arena, slot, flagged)
+            except BaseException:  # an interrupt must not leave some of them lent
+                self._take_back()
+                raise
         self.uses += 1
-        if self.uses > 1:
-            return
+
+    def _lend(self, arena: torch.Tensor, slot: Slot, flagged: bool) -> None:
         self.slot = slot
         for bound, view in zip(self.tensors, self.views(arena, slot), strict=True):
             bound.parameter.data = view
@@ -104,24 +110,25 @@ class Binding:
         self.uses -= 1
         if self.uses:
             return
-        self.slot = None
-        changed = ""
-        for bound, version in zip(self.tensors, self._versions, strict=True):
-            if _version(bound.parameter) != version:
-                changed = bound.name
-            bound.parameter.data = bound.empty
-        while self._flagged:
-            self._flagged.pop().requires_grad_(False)
-        if changed:
+        held = zip(self.tensors, self._versions, strict=True)
+        changed = next((bound.name for bound, version in held if _version(bound.parameter) != version), None)
+        self._take_back()
+        if changed is not None:
             raise ReadOnlyWeightError(
                 f"parameter {changed} was changed in place while it was only lent for reading; streamed weights are "
                 f"read from their file again, so the change would be lost. Change it before offloading, or train with "
                 f"penstock.prepare"
             )
 
-    def restore(self) -> None:
-        """Leave placeholders behind, whatever was bound."""
-        self.uses, self.slot = 0, None
-        self._views.clear()
+    def _take_back(self) -> None:
+        self.slot = None
         for bound in self.tensors:
             bound.parameter.data = bound.empty
+        while self._flagged:
+            self._flagged.pop().requires_grad_(False)
+
+    def restore(self) -> None:
+        """Leave placeholders behind, whatever was bound."""
+        self.uses = 0
+        self._views.clear()
+        self._take_back()

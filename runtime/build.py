@@ -34,7 +34,7 @@ from .session import Session
 from .tables import Piece, Table
 
 OPAQUE = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
-"""Modules that choose their kernel by whether a function mode is active."""
+"""Modules that choose their kernel by whether a weight, absent ones too, has a `__torch_function__` of its own."""
 
 
 class Machinery:
@@ -127,7 +127,6 @@ class Machinery:
         self.executor.start()
         for block in self.layout.blocks:
             self.session.lend(block.id, observed=False)
-        self.session.absent.clear()
         self.device.wait(self.device.copied())  # a lease is granted as soon as its copy has been enqueued
         self.executor.close()
         self.mover.close()

@@ -28,7 +28,8 @@ def gathered(machinery: Machinery, module: nn.Module) -> Iterator[nn.Module]:
     try:
         for key in wanted & set(machinery.tables):
             table = machinery.tables[key]
-            lent.append((table.parameter, table.parameter.data, None, -1))
+            with torch._C.DisableTorchFunctionSubclass():
+                lent.append((table.parameter, table.parameter.data, None, -1))
             table.parameter.data = table.whole()
         for binding in machinery.bindings.values():
             indices = [i for i, bound in enumerate(binding.tensors) if id(bound.parameter) in wanted]

@@ -1,8 +1,7 @@
 """A streamed model while it runs: leases around forwards, one root call at a time.
 
 The top of the data path, per call of a module that anchors blocks: acquire and bind its blocks, run its own forward,
-unbind and release. The outermost such call is the root call: it takes the model's lock, tells the executor, and
-switches the interception of stray uses on.
+unbind and release. The outermost such call is the root call: it takes the model's lock and tells the executor.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ..scheduler.executor import WATCH_S, Executor
 from ..scheduler.lease import Lease
 from .binding import Binding
 from .devices.base import Device
-from .intercept import Intercept, is_linear, rows_wanted
+from .intercept import absent_class, is_linear, rows_wanted
 from .saved import SavedTensors
 from .tables import Table
 
@@ -70,12 +69,17 @@ class Session:
         self.executor = executor
         self.bindings = bindings
         self.tables = tables
-        self.absent: dict[int, int | Table] = {id(table.parameter): table for table in tables.values()}
-        """By id of each parameter that is a placeholder now: its block, or the table that serves it."""
+        self._homes: dict[int, int | Table] = {id(table.parameter): table for table in tables.values()}
+        """By id of each parameter: its block, or the table that serves it."""
         self.arena = device.tensor(front)
+        self._base = _storage_address(self.arena)
+        self._absent_class = absent_class(self)
         for binding in bindings.values():
             for bound in binding.tensors:
-                self.absent.setdefault(id(bound.parameter), binding.block)  # pieces of a table stay the table's
+                self._homes.setdefault(id(bound.parameter), binding.block)  # pieces of a table stay the table's
+                bound.parameter.__class__ = self._absent_class
+        for table in tables.values():
+            table.parameter.__class__ = self._absent_class
         self._saved = SavedTensors(self)
         self._frames: list[_Frame] = []
         self._root = threading.RLock()
@@ -90,7 +94,7 @@ class Session:
     def wrap(self, module: nn.Module, key: int, blocks: tuple[int, ...], *, opaque: bool) -> None:
         """Lease `blocks` around every call of the module's forward.
 
-        `opaque` modules test for function modes and choose another kernel when there is one: none is active inside.
+        `opaque` modules choose another kernel for weights with a `__torch_function__`: it is switched off inside.
         """
         inner = module.forward
 
@@ -113,7 +117,7 @@ class Session:
         module.__dict__["forward"] = forward  # a module may refuse attributes it does not know
 
     def _enter(self, key: int, blocks: tuple[int, ...]) -> _Frame:
-        if self._owner != threading.get_ident():
+        if not self.running_here():
             self._begin(key)
         elif torch.is_grad_enabled():
             self._refuse_other_hooks()
@@ -188,7 +192,6 @@ class Session:
             )
 
     def _root_contexts(self) -> Iterator[AbstractContextManager[Any]]:
-        yield Intercept(self)
         if torch.is_grad_enabled():
             yield self._saved.hooks()
 
@@ -203,6 +206,10 @@ class Session:
         finally:
             self._owner = None
             self._root.release()
+
+    def running_here(self) -> bool:
+        """Whether the calling thread is inside a root call."""
+        return self._owner == threading.get_ident()
 
     def flagged(self) -> bool:
         """Whether lent weights are to want a gradient, as those of `from_pretrained` do, where none is recorded.
@@ -223,11 +230,14 @@ class Session:
             slot = lease.residence.slot
             slot.check_stamp(block)
             flagged = observed and self.flagged()
-            # setting `.data` is a torch call too: the interception would take it for a use, and lend the block again
-            with self.bind_lock, torch._C.DisableTorchFunction():
-                binding.bind(self.arena, slot, flagged=flagged)
-                for bound in binding.tensors:
-                    self.absent.pop(id(bound.parameter), None)
+            with self.bind_lock:
+                try:
+                    for bound in binding.tensors:
+                        bound.parameter.__class__ = nn.Parameter
+                    binding.bind(self.arena, slot, flagged=flagged)
+                except BaseException:
+                    self._mark_absent(binding)
+                    raise
             return lease
         except BaseException:  # an interrupt while the copy was waited for must not cost a slot
             self.executor.release(lease)
@@ -237,13 +247,18 @@ class Session:
         """Leave placeholders and release the block after what the compute stream holds now."""
         binding = self.bindings[lease.block]
         try:
-            with self.bind_lock, torch._C.DisableTorchFunction():
-                if binding.uses == 1:
-                    for bound in binding.tensors:
-                        self.absent[id(bound.parameter)] = lease.block
-                binding.unbind()
+            with self.bind_lock:
+                try:
+                    binding.unbind()
+                finally:
+                    self._mark_absent(binding)
         finally:
             self.executor.release(lease, self.device.computed())
+
+    def _mark_absent(self, binding: Binding) -> None:
+        if not binding.uses:
+            for bound in binding.tensors:
+                bound.parameter.__class__ = self._absent_class
 
     # --- stray uses -------------------------------------------------------------------------------------------------
 
@@ -252,12 +267,12 @@ class Session:
     ) -> Any:
         """Run a torch call that uses parameters which are not there (called by the interception)."""
         for parameter in missing:
-            home = self.absent.get(id(parameter))
+            home = self._homes.get(id(parameter))
             if isinstance(home, Table):
                 return self._call_table(home, func, args, kwargs)
         leases: list[Lease] = []
         try:
-            for block in dict.fromkeys(h for p in missing if isinstance(h := self.absent.get(id(p)), int)):
+            for block in dict.fromkeys(h for p in missing if isinstance(h := self._homes.get(id(p)), int)):
                 leases.append(self.lend(block))
             result = func(*args, **kwargs)
             if self._aliases(result):  # a view was taken: it must stay valid until the module that took it returns
@@ -285,15 +300,14 @@ class Session:
             x = args[0] if args else kwargs["input"]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if weight is table.parameter and (bias is None or id(bias) not in self.absent):
+            if weight is table.parameter and not isinstance(bias, self._absent_class):
                 whole_x, x = x, self._folded(x, table.parameter)
                 if table.splits(x):
                     return _unfolded(table.product(x, bias if x is whole_x else None, self._lend_piece), whole_x, bias)
         whole = table.whole()
         swapped = [_swap(value, {id(table.parameter): whole}) for value in args]
         named = {name: _swap(value, {id(table.parameter): whole}) for name, value in kwargs.items()}
-        with Intercept(self):  # another table may be among the arguments
-            return func(*swapped, **named)
+        return func(*swapped, **named)  # another table may be among the arguments: torch finds it
 
     def _folded(self, x: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
         """A strided operand as a matrix, as torch folds it when the weight wants a gradient (see `flagged`)."""
@@ -306,9 +320,8 @@ class Session:
         try:
             self.device.compute_waits(lease.residence.event)
             binding = self.bindings[block]
-            with torch._C.DisableTorchFunction():
-                view = binding.views(self.arena, lease.residence.slot)[0].detach()
-                view.requires_grad_(binding.tensors[0].parameter.requires_grad)
+            view = binding.views(self.arena, lease.residence.slot)[0].detach()
+            view.requires_grad_(binding.tensors[0].parameter.requires_grad)
         except BaseException:
             self.executor.release(lease)
             raise
@@ -334,8 +347,7 @@ class Session:
     def _aliases(self, result: Any) -> bool:
         """Whether a result shares the arena's memory."""
         values = result if isinstance(result, tuple | list) else (result,)
-        base = self.arena.untyped_storage().data_ptr()
-        return any(isinstance(v, torch.Tensor) and _storage_address(v) == base for v in values)
+        return any(isinstance(v, torch.Tensor) and _storage_address(v) == self._base for v in values)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -345,7 +357,11 @@ class Session:
             self.closed = True
             for binding in self.bindings.values():
                 binding.restore()
-            self.arena = torch.empty(0)
+                for bound in binding.tensors:
+                    bound.parameter.__class__ = nn.Parameter
+            for table in self.tables.values():
+                table.parameter.__class__ = nn.Parameter
+            self.arena, self._base = torch.empty(0), -1
 
 
 def _swap(value: Any, others: Mapping[int, torch.Tensor]) -> Any:
