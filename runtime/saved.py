@@ -28,6 +28,30 @@ class _Reference:
     stride: tuple[int, ...]
 
 
+class SavedTensor:
+    """A tensor that a graph owns: never the graph's own result, or the graph would own itself and never be freed."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor if tensor.is_leaf else tensor.detach()
+        self._version = tensor._version
+
+    def unpack(self) -> torch.Tensor:
+        """What was saved.
+
+        Raises:
+            RuntimeError: it has been changed since. torch leaves this to us where there are hooks.
+        """
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"[{self._tensor.type()} {list(self._tensor.shape)}] is at version {self._tensor._version}; "
+                f"expected version {self._version} instead."
+            )
+        return self._tensor
+
+
 class SavedTensors:
     """Packs and unpacks what autograd saves during a root call."""
 
@@ -39,9 +63,9 @@ class SavedTensors:
         """The context in which saved tensors are packed."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Reference:
+    def _pack(self, tensor: torch.Tensor) -> SavedTensor | _Reference:
         if tensor.layout is not torch.strided or tensor.untyped_storage().data_ptr() != self._base:
-            return tensor
+            return SavedTensor(tensor)
         at = tensor.storage_offset() * tensor.element_size()
         for binding in self._session.bindings.values():
             slot = binding.slot
@@ -53,11 +77,11 @@ class SavedTensors:
                     shape=tuple(tensor.shape),
                     stride=tuple(tensor.stride()),
                 )
-        return tensor.clone()  # a piece of a table: leased without a binding
+        return SavedTensor(tensor.detach().clone())  # a piece of a table: leased without a binding
 
-    def _unpack(self, saved: torch.Tensor | _Reference) -> torch.Tensor:
-        if isinstance(saved, torch.Tensor):
-            return saved
+    def _unpack(self, saved: SavedTensor | _Reference) -> torch.Tensor:
+        if isinstance(saved, SavedTensor):
+            return saved.unpack()
         session = self._session
         lease = session.executor.acquire(saved.block, observed=False)
         try:

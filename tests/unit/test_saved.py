@@ -1,5 +1,6 @@
 """What autograd saves of lent weights: references, fetched again when backward asks."""
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,11 +87,37 @@ def test_other_tensors_are_left_alone() -> None:
     session = Lending()
     saved = SavedTensors(session)  # type: ignore[arg-type]
     own = torch.randn(3)
-    assert saved._pack(own) is own
-    assert saved._unpack(own) is own
+    assert saved._unpack(saved._pack(own)) is own
     sparse = torch.eye(3).to_sparse()
-    assert saved._pack(sparse) is sparse
+    assert saved._unpack(saved._pack(sparse)) is sparse
     stray = session.arena[session.slots[1].offset :][:8].view(torch.float32)  # leased without a binding
-    packed = saved._pack(stray)
-    assert isinstance(packed, torch.Tensor)
-    assert packed.data_ptr() != stray.data_ptr()
+    back = saved._unpack(saved._pack(stray))
+    assert torch.equal(back, stray)
+    assert back.data_ptr() != stray.data_ptr()
+
+
+class Token:
+    """Something that a node of a graph can own."""
+
+
+def test_a_graph_that_is_dropped_without_backward_frees_what_it_kept() -> None:
+    session = Lending()
+    x = torch.randn(64, requires_grad=True)
+    with SavedTensors(session).hooks():  # type: ignore[arg-type]
+        result = x.exp().exp()  # exp keeps its own result
+    token = Token()
+    result.grad_fn.metadata["token"] = token  # type: ignore[union-attr]
+    seen = weakref.ref(token)
+    del result, token
+    assert seen() is None  # a cycle through C++, which no collector finds, would keep the node
+
+
+def test_a_change_in_place_is_refused_in_backward_as_without_hooks() -> None:
+    session = Lending()
+    x = torch.randn(3, requires_grad=True)
+    with SavedTensors(session).hooks():  # type: ignore[arg-type]
+        result = x.exp()
+    with torch.no_grad():
+        result.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
