@@ -7,7 +7,7 @@ block, so the cut is by size: the largest subtrees that stay below a limit. Para
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -49,8 +49,10 @@ def callable_module(module: nn.Module) -> bool:
 
 
 class _Cutter:
-    def __init__(self, sizes: Mapping[str, int], names: Mapping[int, str], limit: int, tables: set[str]) -> None:
-        self.sizes, self.names, self.limit, self.tables = sizes, names, limit, tables
+    def __init__(
+        self, sizes: Mapping[str, int], names: Mapping[int, str], limit: int, tables: set[str], apart: Set[str]
+    ) -> None:
+        self.sizes, self.names, self.limit, self.tables, self.apart = sizes, names, limit, tables, apart
         self.taken: set[str] = set()
         self.groups: list[Group] = []
         self.uses: dict[str, list[str]] = {}
@@ -64,6 +66,17 @@ class _Cutter:
     def subtree(self, module: nn.Module) -> list[str]:
         found = dict.fromkeys(name for child in module.modules() for name in self.own(child))
         return list(found)
+
+    def mixed(self, module: nn.Module, path: str) -> bool:
+        """Whether a subtree holds parameters of both kinds: of modules that are to lie apart, and of others."""
+        if not self.apart:
+            return False
+        owners = (
+            f"{path}.{below}" if path and below else path or below
+            for below, child in module.named_modules()
+            if any(True for _ in self.own(child))
+        )
+        return len({owner in self.apart for owner in owners}) > 1
 
     def take(self, anchor: str | None, names: list[str]) -> None:
         if anchor is not None:
@@ -80,7 +93,7 @@ class _Cutter:
             anchor = path
             subtree = self.subtree(module)
             total = sum(self.sizes[name] for name in subtree if name not in self.tables and name not in self.taken)
-            if total <= self.limit or isinstance(module, ATOMIC):
+            if (total <= self.limit and not self.mixed(module, path)) or isinstance(module, ATOMIC):
                 self.take(anchor, subtree)
                 return
         own = list(self.own(module))
@@ -133,7 +146,9 @@ def embedding_only(module: nn.Module) -> set[str]:
     return {names[key] for key in looked_up - other if key in names}
 
 
-def cut(module: nn.Module, sizes: Mapping[str, int], *, limit: int, tables: set[str]) -> Partition:
+def cut(
+    module: nn.Module, sizes: Mapping[str, int], *, limit: int, tables: set[str], apart: Set[str] = frozenset()
+) -> Partition:
     """Cut `module` into blocks of at most `limit` bytes where its structure allows it.
 
     Args:
@@ -141,9 +156,10 @@ def cut(module: nn.Module, sizes: Mapping[str, int], *, limit: int, tables: set[
         sizes: Bytes of each parameter to be streamed, by first qualified name.
         limit: Bytes per block.
         tables: Parameters that are served by rows instead.
+        apart: Paths of modules that share no block with other modules: they are used at other times.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters() if name in sizes}
-    cutter = _Cutter(sizes, names, limit, tables)
+    cutter = _Cutter(sizes, names, limit, tables, apart)
     cutter.visit(module, "", "")
     total = sum(sizes.values())
     small = Group(anchor="")

@@ -23,8 +23,10 @@ from .partition import cut, embedding_only, limits, streamable, table_candidates
 from .phases import ONCE, once_per_answer
 
 DEPTH = 96 * 2**20
-"""Bytes of ring that keep a drive busy: 8 requests of 4 MiB under way, as much ready, one block in use."""
+"""Bytes of ring, besides the block in use, that keep a drive busy: 8 requests of 4 MiB under way, the rest ready."""
 BLOCK_OVERHEAD_S = 1e-4
+SHALLOWER = (1, 2, 4)
+"""Parts of DEPTH that are tried: where little is streamed, blocks that stay are worth more than a deep ring."""
 SHALLOW_COST = 0.15
 """What a sweep loses, at most, to a ring too short to keep the link busy; an estimate that only ranks drafts."""
 
@@ -178,7 +180,7 @@ class Planner:
         return self._try(limit, tables)
 
     def _try(self, limit: int, tables: set[str]) -> Layout | None:
-        partition = cut(self.module, self.sizes, limit=limit, tables=tables)
+        partition = cut(self.module, self.sizes, limit=limit, tables=tables, apart=self._once)
         blocks: list[Draft] = [self._draft(0, "small tensors", [Portion(name=n) for n in partition.small.names])]
         home: dict[str, int] = {}
         for group in partition.groups:
@@ -197,7 +199,8 @@ class Planner:
                 blocks.append(self._draft(len(blocks), f"{name}[{rows[0]}:{rows[1]}]", [Portion(name=name, rows=rows)]))
             pieces[name] = tuple(ids)
         leases, expected = self._uses(partition.uses, home, pieces)
-        return self._place(blocks, leases, expected, pieces)
+        placed = [self._place(blocks, leases, expected, pieces, DEPTH // part) for part in SHALLOWER]
+        return min((layout for layout in placed if layout is not None), key=self._seconds, default=None)
 
     def _draft(self, number: int, name: str, portions: list[Portion]) -> Draft:
         image = self.backing.image(portions, move=self.budgets.device is None)
@@ -248,6 +251,7 @@ class Planner:
         leases: dict[str, tuple[int, ...]],
         expected: dict[str, tuple[int, ...]],
         pieces: dict[str, tuple[int, ...]],
+        depth: int,
     ) -> Layout | None:
         min_slots = self._nesting(leases) + 1
         staging = self._staging(blocks, pieces)
@@ -259,7 +263,7 @@ class Planner:
         worth = {block: uses.get(block, 1) * (ONCE if block in seldom else 1.0) for block in counts}
         small = blocks[0]
         front_budget = self.budgets.host - own if self.budgets.device is None else self.budgets.device
-        front = self._front(blocks[1:], small, front_budget, min_slots, own, worth)
+        front = self._front(blocks[1:], small, front_budget, min_slots, own, worth, depth)
         back: Residency | None = None
         if self.budgets.device is not None:
             if front is None:
@@ -267,7 +271,7 @@ class Planner:
             passing = [block for block in blocks if block.id in front.resident]
             streamed = [block for block in blocks if block.id not in front.resident]
             transit = max((block.image.nbytes for block in passing), default=0)
-            back = self._back(streamed, self.budgets.host - own, transit, own, worth)
+            back = self._back(streamed, self.budgets.host - own, transit, own, worth, depth)
             if back is None:
                 return None
         elif front is None:
@@ -297,7 +301,14 @@ class Planner:
         return self.buffers_nbytes + (DiskEngine.own_nbytes(staging) if staging else 0)
 
     def _front(
-        self, blocks: list[Draft], small: Draft, budget: int, min_slots: int, own: int, worth: Mapping[int, float]
+        self,
+        blocks: list[Draft],
+        small: Draft,
+        budget: int,
+        min_slots: int,
+        own: int,
+        worth: Mapping[int, float],
+        depth: int,
     ) -> Residency | None:
         on_device = self.budgets.device is not None
         sized = [
@@ -311,8 +322,7 @@ class Planner:
             for block in blocks
         ]
         room = budget - small.front_nbytes
-        depth = min(DEPTH, max(0, room) // 8)
-        found = choose_residency(sized, room, min_slots=min_slots, depth_nbytes=depth)
+        found = choose_residency(sized, room, min_slots=min_slots, depth_nbytes=min(depth, max(0, room) // 8))
         if found is None:
             needed = smallest_budget(sized, min_slots=min_slots) + small.front_nbytes
             self._needs["device" if on_device else "host"].append(needed if on_device else needed + own)
@@ -326,14 +336,14 @@ class Planner:
         )
 
     def _back(
-        self, blocks: list[Draft], budget: int, transit: int, own: int, worth: Mapping[int, float]
+        self, blocks: list[Draft], budget: int, transit: int, own: int, worth: Mapping[int, float], depth: int
     ) -> Residency | None:
         sized = [
             Sized(id=b.id, nbytes=b.image.nbytes, cost_nbytes=times * b.image.read_nbytes, uses=times)
             for b in blocks
             for times in (worth.get(b.id, 1.0),)
         ]
-        depth = min(DEPTH, max(0, budget) // 4)
+        depth = min(depth, max(0, budget) // 4)
         found = choose_residency(sized, budget, min_slots=2, depth_nbytes=depth, transit_nbytes=transit)
         if found is None:
             self._needs["host"].append(smallest_budget(sized, min_slots=2, transit_nbytes=transit) + own)
@@ -345,7 +355,7 @@ class Planner:
         copied = sum(layout.per_token(b) * b.image.data_nbytes for b in layout.streamed()) if layout.back else 0
         link = copied / self.budgets.link_rate
         shallow = sum(
-            max(0.0, 1 - tier.slots * tier.slot_nbytes / min(DEPTH, budget // 8))
+            max(0.0, 1 - (tier.slots - 1) * tier.slot_nbytes / min(DEPTH, budget // 8))  # one is in use
             for tier, budget in ((layout.front, self.budgets.device or self.budgets.host),)
             if tier.slots and budget >= 8
         )

@@ -14,10 +14,12 @@ def sizes(module: nn.Module) -> dict[str, int]:
     return {name: parameter.nbytes for name, parameter in streamable(module).items()}
 
 
-def parts(module: nn.Module, limit: int, tables: set[str] | None = None) -> Partition:
+def parts(
+    module: nn.Module, limit: int, tables: set[str] | None = None, apart: frozenset[str] = frozenset()
+) -> Partition:
     """Cut, and check what holds of every cut: each parameter in one place, and every use of it known."""
     every = sizes(module)
-    made = cut(module, every, limit=limit, tables=tables or set())
+    made = cut(module, every, limit=limit, tables=tables or set(), apart=apart)
     placed = [name for group in [*made.groups, made.small] for name in group.names]
     assert sorted(placed) == sorted(set(every) - (tables or set()))
     for group in [*made.groups, made.small]:
@@ -198,3 +200,18 @@ def test_limits_are_ascending_and_few(module: nn.Module, count: int) -> None:
     assert found == sorted(found)
     assert 1 <= len(found) <= count
     assert all(value > 0 for value in found)
+
+
+def test_modules_used_at_other_times_share_no_block_with_the_rest() -> None:
+    module = nn.Sequential(Block(64), Block(64), Block(64))
+    whole = 2 * 64 * 64 * 4
+    names = ["up.weight", "down.weight"]
+    assert anchors(parts(module, whole)) == [(str(i), [f"{i}.{n}" for n in names]) for i in range(3)]
+    assert anchors(parts(module, whole, apart=frozenset({"1.down"}))) == [
+        ("0", ["0.up.weight", "0.down.weight"]),
+        ("1.up", ["1.up.weight"]),
+        ("1.down", ["1.down.weight"]),
+        ("2", ["2.up.weight", "2.down.weight"]),
+    ]
+    all_of_one = frozenset({"1", "1.up", "1.down"})
+    assert anchors(parts(module, whole, apart=all_of_one)) == anchors(parts(module, whole))

@@ -1,6 +1,10 @@
 """Which parts run once per answer, and what that means for what stays."""
 
+import re
+from collections import Counter
+
 import pytest
+import torch
 from torch import nn
 from zoo import ZOO
 
@@ -15,13 +19,23 @@ def layout_of(module: nn.Module, host: int) -> Layout:
     return Planner(module, ModuleBacking(streamable(module)), budgets, buffers_nbytes=0, keep_skew=True).best()
 
 
-@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
-def test_the_encoder_runs_once(name: str) -> None:
-    module = ZOO[name].make()
+@pytest.mark.parametrize("name", ["t5", "t5-gated-bf16", "bart", "whisper"])
+def test_what_runs_once_is_what_generate_calls_once(name: str) -> None:
+    entry = ZOO[name]
+    module = entry.make().eval()
+    calls: Counter[str] = Counter()
+    for path, child in module.named_modules():
+        if any(True for _ in child.parameters(recurse=False)):
+            child.register_forward_pre_hook(lambda *_, path=path: calls.update([path]))
+    assert entry.generate is not None
+    with torch.no_grad():
+        entry.generate(module, entry.inputs())
     once = once_per_answer(module)
-    encoder = next(path for path, child in module.named_modules() if child is module.get_encoder())
-    below = {path for path, _ in module.named_modules() if path == encoder or path.startswith(f"{encoder}.")}
-    assert once == below
+    assert {path for path, count in calls.items() if count == 1} == once & calls.keys()
+    assert set(calls.values()) == {1, max(calls.values())}
+    assert max(calls.values()) >= 4
+    kept = [path for path in once & calls.keys() if ".decoder." in f".{path}"]
+    assert len(kept) == 2 * 3, kept  # keys and values of three layers
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "clip", "u-net"])
@@ -45,5 +59,9 @@ def test_the_decoder_stays_before_the_encoder(share: float) -> None:
     assert any(name.startswith("model.encoder.layers") for name in streamed)
     if any(name.startswith("model.decoder.layers") for name in streamed):
         assert not any(name.startswith("model.encoder.layers") for name in kept)
-    only_encoder = {number for number, held in names.items() if all(n.startswith("model.encoder.") for n in held)}
-    assert layout.seldom == only_encoder - {0}
+    for number in names.keys() - {0}:
+        seldom = {
+            n.startswith("model.encoder.") or re.search(r"encoder_attn\.[kv]_proj", n) is not None
+            for n in names[number]
+        }
+        assert seldom == {number in layout.seldom}  # no block is of both kinds
