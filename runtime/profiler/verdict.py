@@ -32,7 +32,7 @@ def verdict(profile: Profile, summary: Summary, bubble: Bubble, waste: Waste) ->
     """
     finding, advice = _finding(profile, summary, bubble)
     wasted = _of_waste(profile, summary, waste)
-    if wasted and summary.compute_ns and _about_moving(summary):
+    if wasted and _about_moving(summary):
         advice = ""  # more memory, slots or larger reads would serve what nobody needs
     parts = [part for part in (finding, wasted, advice) if part]
     if profile.header.emulated:
@@ -128,7 +128,7 @@ def _moving(profile: Profile, summary: Summary, cause: int, share: str, blocks: 
 def _of_waste(profile: Profile, summary: Summary, waste: Waste) -> str:
     """How much was brought for nothing, why, and what to do; "" where it is little."""
     share = waste.share or 0.0
-    if share <= WASTEFUL:
+    if share <= WASTEFUL or not summary.prefetch.uses:  # without any use there was no call to bring blocks for
         return ""
     steps = max(summary.steps, 1)
     moved = " and ".join(f"{_size(nbytes / steps)} {_BROUGHT[link]}" for link, nbytes in waste.unused_nbytes.items())

@@ -217,8 +217,10 @@ def test_waste_without_a_broken_order_is_not_blamed_on_the_order() -> None:
         "50 % of what is brought is for nothing (10 MiB read per step, for layer 3), though no block came out of the "
         "predicted order: it made room for others, or was for calls that never came; record more steps to tell which"
     )
-    without_steps = profile_of([move(3, 0, 5), Compute(module=1, phase=Phase.FORWARD, start=0, end=10)])
-    assert "100 % of what is brought is for nothing (10 MiB read in all, for layer 3), though" in said(without_steps)
+    span = Compute(module=1, phase=Phase.FORWARD, start=0, end=10)
+    without_steps = said(profile_of([move(3, 0, 5), Use(block=0, at=0, ready=-1, issued=-1), span]))
+    assert "100 % of what is brought is for nothing (10 MiB read in all, for layer 3), though" in without_steps
+    assert "for nothing" not in said(profile_of([move(3, 0, 5), span])), "there was no call to bring it for"
 
 
 def test_a_little_waste_is_not_worth_a_word() -> None:
@@ -252,7 +254,7 @@ def test_waste_of_many_modules_alike_is_counted_not_listed() -> None:
     moves = [move(block, 10 * block, 10 * block + 5) for block in range(16)]
     modules = {n: Module(path=f"layers.{n}", kind="Layer", parent=-1) for n in range(8)}
     blocks = {n: Block(name=f"layers.{n // 2}.{n}", nbytes=1, home=Tier.DISK, module=n // 2) for n in range(16)}
-    spans = [Compute(module=0, phase=Phase.FORWARD, start=0, end=200)]
+    spans = [Compute(module=0, phase=Phase.FORWARD, start=0, end=200), Use(block=20, at=0, ready=-1, issued=-1)]
     assert ", for 8 modules alike)" in said(profile_of([*moves, *spans], modules=modules, blocks=blocks))
     assert ", for layers 0, 1, 2)" in said(profile_of([*moves[:6], *spans], modules=modules, blocks=blocks))
     blocks[0] = Block(name="a table", nbytes=1, home=Tier.DISK, module=-1)
