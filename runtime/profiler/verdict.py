@@ -10,14 +10,12 @@ from .bubble import CAUSES, DISK, HOST, LINK, OTHER, SPACE, Bubble
 from .profile import Profile
 from .schema import Link, Use
 from .summary import Leak, Summary
-from .waste import Waste
+from .waste import WASTEFUL, Waste
 
 BUSY: Final = 0.9
 """From this share of computing on, nothing is worth changing for the sake of overlap."""
 LOST: Final = 0.01
 """From this share of lost records on, the sentence says so."""
-WASTEFUL: Final = 0.2
-"""Above this share of bytes brought for nothing, the sentence says so."""
 _FAST: Final = 0.7
 """A link that reaches this share of its peak is about as fast as can be hoped for."""
 _NAMES: Final = 3
@@ -139,13 +137,12 @@ def _of_waste(profile: Profile, summary: Summary, waste: Waste) -> str:
     )
     if not waste.strays:
         return (
-            f"{found}, though no block came out of the predicted order: it made room for others, or was for calls that "
-            "never came; record more steps to tell which"
+            f"{found}, though in the predicted order: it made room for others, or was for calls that never came; "
+            "recording more steps would tell which"
         )
-    times = "once" if waste.strays == 1 else f"{waste.strays} times"
     return (
-        f"{found}, as blocks come in another order than predicted ({times}); running the layers in the same order in "
-        "every call would help most; where it must change, more memory leaves less to predict"
+        f"{found}, as blocks come in another order than predicted; running the layers in the same order in every call "
+        "would help most"
     )
 
 

@@ -14,6 +14,8 @@ from .window import Window
 
 LINKS: Final = (Link.DISK_READ, Link.H2D)
 """Those that bring."""
+WASTEFUL: Final = 0.2
+"""Above this share of bytes brought for nothing, that is what to see to first."""
 
 
 @dataclass(frozen=True, kw_only=True)
