@@ -117,8 +117,8 @@ def _moving(profile: Profile, summary: Summary, cause: int, share: str, blocks: 
         )
     if summary.binds == "compute":
         return (
-            f"late {what}: {waits}, which computing could hide",
-            "more slots to bring blocks ahead would help most",
+            f"late {what}: {waits}",
+            "computing could hide them: more slots to bring blocks ahead would help most",
         )
     return f"{bound}: {waits}", _more_memory(profile, tier)
 
@@ -140,10 +140,7 @@ def _of_waste(profile: Profile, summary: Summary, waste: Waste) -> str:
             f"{found}, though in the predicted order: it made room for others, or was for calls that never came; "
             "recording more steps would tell which"
         )
-    return (
-        f"{found}, as blocks come in another order than predicted; running the layers in the same order in every call "
-        "would help most"
-    )
+    return f"{found}, as blocks come in another order than predicted; the same order in every call would help most"
 
 
 def _more_memory(profile: Profile, tier: str) -> str:

@@ -96,7 +96,7 @@ def test_a_slow_disk_and_late_reads_are_told_apart() -> None:
     assert "reads reach 10 % of the measured peak; larger ones or more at once would help most" in said(slow)
     late = one_wait(read, peaks={"DISK_READ": 6e8})
     assert said(late) == (
-        "late reads: 100 % of idle time waits on reads of layer 0, which computing could hide; "
+        "late reads: 100 % of idle time waits on reads of layer 0; computing could hide them: "
         "more slots to bring blocks ahead would help most"
     )
 
@@ -193,7 +193,7 @@ def shuffled(
     return profile_of(records, budgets={}, peaks={})
 
 
-ORDER = "running the layers in the same order in every call would help most"
+ORDER = "the same order in every call would help most"
 
 
 def test_reads_for_nothing_are_named_with_their_modules_and_take_the_place_of_other_advice() -> None:
