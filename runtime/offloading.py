@@ -23,6 +23,7 @@ from .links import LinkCache, disk_read_rate, link_rate
 from .partition import streamable
 from .planned import make_plan, untouched_plan
 from .planning import Layout, Planner
+from .profiler.registry import process_registry
 from .tiers import Wanted, resolve_budgets, skewed
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def offload(
     with ExitStack() as held:
         held.callback(device.close)
         _check(module)
+        process_registry().introduce(module)
         parameters = streamable(module)
         total = sum(parameter.nbytes for parameter in parameters.values())
         config = getattr(module, "config", None)

@@ -16,6 +16,7 @@ from ..sizes import format_size
 from .findings import Finding, find_missing
 from .links import measure_links
 from .machine import Machine, examine
+from .options import Json
 from .output import Output
 
 
@@ -33,7 +34,7 @@ def doctor(
     disk: Annotated[
         Path | None, typer.Option("--disk", help="Folder to examine for scratch files. Default: the user's cache.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Tell what this machine has, what is missing, what each tier can give and how fast each link is.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,10 +9,10 @@ import typer
 from ..budget import parse_budget
 from ..memory.errors import UsageError
 from ..scheduler.sizes import DEFAULT_CONTEXT, Training, Workload
+from .options import MACHINE, Disk, Dtype, Json, MaxMemory, TrustRemoteCode
 from .output import Output
 
 _WORK = "The work"
-_MACHINE = "Where it runs"
 _TRAINING: tuple[Training, ...] = ("adamw", "lora")
 
 
@@ -38,26 +37,15 @@ def plan(
     rank: Annotated[
         int, typer.Option(min=1, help="Rank of the adapters of lora.", metavar="N", rich_help_panel=_WORK)
     ] = 16,
-    dtype: Annotated[
-        str,
-        typer.Option(help="auto (as the config says), bfloat16, float16, float32.", rich_help_panel=_WORK),
-    ] = "auto",
-    max_memory: Annotated[
-        str,
-        typer.Option(metavar="BUDGET", help="auto, or for example device=8GiB,host=24GiB.", rich_help_panel=_MACHINE),
-    ] = "auto",
+    dtype: Dtype = "auto",
+    max_memory: MaxMemory = "auto",
     device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:N. A device budget needs no GPU.", rich_help_panel=_MACHINE)
+        str, typer.Option(help="auto, cpu, cuda, cuda:N. A device budget needs no GPU.", rich_help_panel=MACHINE)
     ] = "auto",
-    disk: Annotated[
-        Path | None,
-        typer.Option(help="Folder for scratch files. Default: the user's cache.", rich_help_panel=_MACHINE),
-    ] = None,
+    disk: Disk = None,
     top: Annotated[int, typer.Option(min=1, help="Show so many modules.", metavar="N")] = 8,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
 ) -> int | None:
     """Tell what a model will take of each tier, from its config alone and in seconds.
 

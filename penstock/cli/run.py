@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
+from .options import MACHINE, Disk, Dtype, MaxMemory, TrustRemoteCode
 from .output import Output
 from .request import Request, Sampling, read_prompt
 
 _PROMPT = "Prompt (one of three)"
 _CHOICE = "Choice of tokens"
-_MACHINE = "Where it runs"
 
 
 def run(
@@ -40,24 +40,13 @@ def run(
         int | None, typer.Option(min=1, help="Sample from so many tokens.", rich_help_panel=_CHOICE)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Make sampling repeatable.", rich_help_panel=_CHOICE)] = None,
-    max_memory: Annotated[
-        str,
-        typer.Option(metavar="BUDGET", help="auto, or for example device=8GiB,host=24GiB.", rich_help_panel=_MACHINE),
-    ] = "auto",
+    max_memory: MaxMemory = "auto",
     device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:N, or emulated:h2d=1GiB/s.", rich_help_panel=_MACHINE)
+        str, typer.Option(help="auto, cpu, cuda, cuda:N, or emulated:h2d=1GiB/s.", rich_help_panel=MACHINE)
     ] = "auto",
-    disk: Annotated[
-        Path | None,
-        typer.Option(help="Folder for scratch files. Default: the user's cache.", rich_help_panel=_MACHINE),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(help="auto (as the checkpoint says), bfloat16, float16, float32.", rich_help_panel=_MACHINE),
-    ] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False,
+    disk: Disk = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
 ) -> None:
     """Continue a prompt with a checkpoint that may be larger than memory.

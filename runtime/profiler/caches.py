@@ -38,6 +38,13 @@ class CacheWatch:
             self._held[key] = reference, tier, nbytes, row
             self._recorder.memory(nbytes - before, tier, Category.KV, module=row)
 
+    def held_before(self, cache: Any, tokens: int) -> bool:
+        """Whether a cache held any tokens before a call that has just given it so many."""
+        length = getattr(cache, "get_seq_length", int)()
+        if isinstance(length, int):
+            return length > tokens
+        return id(cache) in self._held  # a tensor, which is not worth waiting for a device: was it there before?
+
     def _gone(self, key: int) -> None:
         _, tier, nbytes, row = self._held.pop(key)
         self._recorder.memory(-nbytes, tier, Category.KV, module=row)

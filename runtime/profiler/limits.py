@@ -11,7 +11,8 @@ from ...memory.errors import UsageError
 from . import units
 from .comparison import Change, compare, text
 from .schema import Link, Tier
-from .summary import Idle, Leak, LinkUse, Summary, TierPeak
+from .summary import Leak, LinkUse, Summary, TierPeak
+from .waste import WASTEFUL
 
 _LEAST_STEPS: Final = 3
 """Fewer say nothing about growth."""
@@ -23,6 +24,8 @@ _REMEDIES: Final = {
     "other": "no block was needed: leave start and end out by recording steps only",
 }
 """By cause of idle time: what it means and what helps."""
+_MOVING: Final = ("disk", "link", "space")
+"""Causes that moving less for nothing makes smaller."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,13 +143,18 @@ def _bubble(summary: Summary, limit: float) -> Judgement:
     measured, most = units.share(summary.bubble), units.share(limit)
     if summary.bubble <= limit:
         return _kept("bubble", measured, f"at most {most}")
-    cause, part = _main_cause(summary.idle)
+    cause, part = _main_cause(summary)
     return _broken(f"bubble {measured} is over the limit of {most}: {units.share(part)} of it is {cause}")
 
 
-def _main_cause(idle: Idle) -> tuple[str, float]:
+def _main_cause(summary: Summary) -> tuple[str, float]:
+    idle, wasted = summary.idle, summary.prefetch.wasted or 0.0
     cause = max(_REMEDIES, key=lambda name: getattr(idle, name))
-    return f"{cause}, where {_REMEDIES[cause]}", getattr(idle, cause) / max(idle.total, 1)
+    remedy = _REMEDIES[cause]
+    if wasted > WASTEFUL and cause in _MOVING:
+        meaning = remedy.partition(":")[0]
+        remedy = f"{meaning}: {units.share(wasted)} of what was brought is never used, and the verdict tells why"
+    return f"{cause}, where {remedy}", getattr(idle, cause) / max(idle.total, 1)
 
 
 def _distance(summary: Summary, limit: float) -> Judgement:
@@ -158,7 +166,7 @@ def _distance(summary: Summary, limit: float) -> Judgement:
     measured, most = f"{summary.distance:.2f}", f"{limit:.2f}"
     if summary.distance <= limit:
         return _kept("distance", measured, f"at most {most}")
-    cause, part = _main_cause(summary.idle)
+    cause, part = _main_cause(summary)
     return _broken(
         f"distance {measured} is over the limit of {most}: it took {measured} times what {summary.binds.lower()} "
         f"allows; {units.share(part)} of the idle time is {cause}"

@@ -16,6 +16,7 @@ from .profile import Profile
 from .schema import Compute
 from .summary import Summary
 from .verdict import verdict
+from .waste import Waste
 from .window import Window
 
 
@@ -35,7 +36,7 @@ def summarise(profile: Profile, *, window: tuple[int, int] | None = None) -> Sum
     assert idle.total == chosen.length - compute_ns, (idle, chosen, compute_ns)
     links = link_uses(profile, chosen, busy)
     bound = Bound.of(compute_ns, links)
-    prefetch = prefetch_use(profile, chosen)
+    waste = Waste.of(profile, chosen)
     steps = chosen.steps(profile)
     tokens = int(np.maximum(steps.tokens, 0).sum())
     memory_window = whole if window is None else chosen
@@ -52,7 +53,7 @@ def summarise(profile: Profile, *, window: tuple[int, int] | None = None) -> Sum
         bound_ns=bound.ns,
         distance=chosen.length / bound.ns if bound.ns else None,
         binds=bound.binds,
-        prefetch=prefetch,
+        prefetch=prefetch_use(profile, chosen, waste),
         peaks=peaks(profile, memory_window),
         leaks=leaks(profile, chosen),
         modules=module_uses(profile, chosen, memory_window),
@@ -63,7 +64,7 @@ def summarise(profile: Profile, *, window: tuple[int, int] | None = None) -> Sum
         tklqt_ns=_queued(profile, chosen),
         verdict="",
     )
-    return msgspec.structs.replace(summary, verdict=verdict(profile, summary, bubble))
+    return msgspec.structs.replace(summary, verdict=verdict(profile, summary, bubble, waste))
 
 
 def _queued(profile: Profile, window: Window) -> int | None:

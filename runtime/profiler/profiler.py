@@ -110,7 +110,9 @@ class Profiler:
             self._tensors = tensors = TensorWatch(recorder, watch)
             entered.callback(tensors.close)
             interval_s = INTERVAL_S[self.level]
-            self._sampler = Sampler(recorder, all_meters(), also=(clock.poll, self._spend), interval_s=interval_s)
+            self._sampler = Sampler(
+                recorder, all_meters(), also=(clock.poll, tensors.look_again, self._spend), interval_s=interval_s
+            )
             entered.enter_context(self._sampler)
             entered.callback(clock.finish)
             before_nbytes = _resident_nbytes()
@@ -185,6 +187,11 @@ class Profiler:
         self._streamed.append(model)
         machinery.on_close(lambda: self._detach(model, left_out))
         self._writer.header = _with_model(self._writer.header, machinery)
+
+    def introduce(self, module: nn.Module) -> None:
+        """Name the weights of a module that has not been called (called by the registry)."""
+        self._watch.register(module)
+        self._tensors.watch(module)
 
     def _detach(self, model: StreamedModel, left_out: set[int]) -> None:
         if model in self._streamed:

@@ -24,6 +24,10 @@ class Recording(Protocol):
         """Record this streamed model too."""
         ...
 
+    def introduce(self, module: nn.Module) -> None:
+        """This module is a model, and its weights have its modules' names from now on."""
+        ...
+
 
 class Registry:
     """Pairs of a model and its machinery, and the recordings that want to know of them. Thread-safe."""
@@ -44,6 +48,13 @@ class Registry:
         machinery.on_close(lambda: self._remove(pair))
         if recording is not None:
             recording.attach(module, machinery)
+
+    def introduce(self, module: nn.Module) -> None:
+        """A built module is about to be planned: it is a model whether or not it is called, or streams in the end."""
+        with self._lock:
+            recording = self._recording if self._attaching else None
+        if recording is not None:
+            recording.introduce(module)
 
     def _remove(self, pair: tuple[weakref.ref[nn.Module], Machinery]) -> None:
         with self._lock:

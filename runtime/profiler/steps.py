@@ -97,8 +97,21 @@ class StepWatch:
             if torch.is_grad_enabled():
                 self._tokens = max(self._tokens, 0) + ids.numel()
             elif kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
-                self._recorder.retitle("prefill" if ids.shape[1] > 1 else "decode", ids.shape[0])
+                self._recorder.retitle(self._phase(ids.shape[1], kwargs), ids.shape[0])
         self._caches.look(result, self._watch.row(module))
+
+    def _phase(self, tokens: int, kwargs: dict[str, Any]) -> str:
+        """What a call of a generation did with so many new tokens per sequence.
+
+        Where a cache held the tokens before them, they are a guess that the call verifies, unless only the logits of
+        the last one were wanted: then the call read on in a prompt.
+        """
+        if tokens == 1:
+            return "decode"
+        wanted = kwargs.get("logits_to_keep")
+        if isinstance(wanted, int) and wanted == 1:
+            return "prefill"
+        return "verify" if self._caches.held_before(kwargs.get("past_key_values"), tokens) else "prefill"
 
     def module_returned(self, row: int, depth: int, inputs: Any, result: Any) -> None:
         """Nothing."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -60,6 +62,8 @@ class _Held:
     module: int
     right: Callable[[], bool]
     """Whether it still is what it was counted as: another storage may have come to lie where it was."""
+    storage: weakref.ref[Any] | None = None
+    """Tells when a weight's memory is gone, which may be before its parameter is."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,6 +75,8 @@ class _Parameter:
     row: int
     key: int
     """Where its bytes were when they were counted; 0 where they are not counted here."""
+    placed: bool = True
+    """Whether its place in a model is known: it is not before the model is called or streamed."""
     hook: Any = None
 
 
@@ -97,6 +103,11 @@ class TensorWatch:
         """By id."""
         self._buffers: dict[int, weakref.ref[torch.Tensor]] = {}
         """By storage."""
+        self._newcomers: dict[str, int] = {}
+        """By class of a module that no known model contains yet: its row."""
+        self._moved: deque[int] = deque()
+        """Ids of parameters whose memory is gone; they may have got another."""
+        self._registration: Any = register_module_parameter_registration_hook(self._parameter_came)
         self._states: dict[int, tuple[weakref.ref[torch.optim.Optimizer], set[int]]] = {}
         """By id of an optimizer: itself, and the storages of what it keeps."""
 
@@ -104,9 +115,7 @@ class TensorWatch:
         """Parameters, by id, whose bytes are somebody else's to account for, from now on."""
         self._elsewhere |= parameters
         for number in parameters & self._parameters.keys():
-            known = self._parameters[number]
-            self._drop(Category.WEIGHT, known.key)
-            known.key = 0
+            self._drop_weight(self._parameters[number])
 
     def leave_out_no_more(self, parameters: set[int]) -> None:
         """They are gone, and other parameters may get their ids."""
@@ -139,8 +148,12 @@ class TensorWatch:
         if any(not isinstance(parameter, nn.Parameter) or is_lazy(parameter) for _, parameter in named):
             return  # not made yet, or others stand in for them during this call (torch.func): the next one may tell
         rows = self._watch.nearest(root)
+        self.look_again()
         for name, parameter in named:
-            if id(parameter) not in self._parameters:
+            known = self._parameters.get(id(parameter))
+            if known is None or not known.placed:
+                if known is not None:
+                    self._drop_weight(known)
                 self._watch_parameter(name, parameter, rows[name.rpartition(".")[0]])
         for name, buffer in root.named_buffers():
             key = self._take(name, buffer, Category.BUFFER, rows[name.rpartition(".")[0]])
@@ -148,19 +161,52 @@ class TensorWatch:
                 self._buffers[key] = weakref.ref(buffer, functools.partial(self._buffer_gone, key))
         self._roots.append(weakref.ref(root, self._root_gone))
 
-    def _watch_parameter(self, name: str, parameter: torch.Tensor, row: int) -> None:
+    @harmless
+    def _parameter_came(self, module: nn.Module, name: str, parameter: object) -> None:
+        """A module gets a parameter: it is counted by the module's class until it is known what model they are of."""
+        if type(parameter) is not nn.Parameter or torch.compiler.is_compiling() or not self._recorder.alive:
+            return  # other classes need not have memory of their own
+        if id(parameter) in self._parameters or not storage_key(parameter):
+            return
+        self._recorder.hooks += 1
+        kind = type(module).__name__
+        row = self._newcomers.get(kind)
+        if row is None:
+            row = self._newcomers[kind] = self._recorder.module(path=f"({kind}, not called yet)", kind=kind)
+        self._watch_parameter(name, parameter, row, placed=False)
+
+    def _watch_parameter(self, name: str, parameter: torch.Tensor, row: int, *, placed: bool = True) -> None:
         number = id(parameter)
         reference = weakref.ref(parameter, lambda _: self._parameter_gone(number))
-        known = self._parameters[number] = _Parameter(reference=reference, name=name, row=row, key=0)
+        known = _Parameter(reference=reference, name=name, row=row, key=0, placed=placed)
+        self._parameters[number] = known
         if number in self._elsewhere:
             return
-        known.key = self._take(name, parameter, Category.WEIGHT, row)
-        if parameter.requires_grad and parameter.is_leaf:
+        known.key = self._take(name, parameter, Category.WEIGHT, row, of=number)
+        if placed and parameter.requires_grad and parameter.is_leaf:
             hookable: Any = parameter  # torch leaves some of it untyped
             known.hook = hookable.register_post_accumulate_grad_hook(self._gradient_came)
 
-    def _take(self, name: str, tensor: torch.Tensor, category: Category, row: int) -> int:
-        """Count a tensor; its storage, or 0 where that is counted already or has no bytes."""
+    @harmless
+    def look_again(self) -> None:
+        """Count what took the place of weights whose memory is gone: they were converted, or went to a device."""
+        while True:
+            try:
+                number = self._moved.popleft()
+            except IndexError:  # asked for before, it may be gone by now: the sampler looks too
+                return
+            known = self._parameters.get(number)
+            parameter = None if known is None else known.reference()
+            if known is None or parameter is None or known.key or number in self._elsewhere:
+                continue
+            if parameter.untyped_storage().nbytes() == parameter.nbytes:  # not a piece of something larger
+                known.key = self._take(known.name, parameter, Category.WEIGHT, known.row, of=number)
+
+    def _take(self, name: str, tensor: torch.Tensor, category: Category, row: int, *, of: int = 0) -> int:
+        """Count a tensor; its storage, or 0 where that is counted already or has no bytes.
+
+        `of` is the id of the parameter, if it is one's.
+        """
         parts = [part for part in parts_of(tensor) if storage_key(part)]
         if not parts or storage_key(parts[0]) in self.known:
             return 0
@@ -178,7 +224,10 @@ class TensorWatch:
                 module=row,
             )
         )
-        self._held[category, key] = _Held(tier=tier, nbytes=nbytes, module=row, right=lambda: True)
+        storage = (
+            weakref.ref(parts[0].untyped_storage(), lambda gone: self._storage_gone(of, key, gone)) if of else None
+        )
+        self._held[category, key] = _Held(tier=tier, nbytes=nbytes, module=row, right=lambda: True, storage=storage)
         self._recorder.memory(nbytes, tier, category, module=row, storage=number)
         return key
 
@@ -190,11 +239,27 @@ class TensorWatch:
                 self.known.discard(key)
             self._recorder.memory(-held.nbytes, held.tier, category, module=held.module)
 
+    def _drop_weight(self, known: _Parameter) -> None:
+        """A parameter's bytes are no longer counted here."""
+        key, known.key = known.key, 0
+        if key:
+            self._drop(Category.WEIGHT, key)
+
+    def _storage_gone(self, number: int, key: int, storage: weakref.ref[Any]) -> None:
+        held = self._held.get((Category.WEIGHT, key))
+        if held is None or held.storage is not storage:
+            return
+        self._drop(Category.WEIGHT, key)
+        known = self._parameters.get(number)
+        if known is not None and known.key == key:
+            known.key = 0
+            self._moved.append(number)
+
     def _root_gone(self, root: weakref.ref[nn.Module]) -> None:
         self._roots = [known for known in self._roots if known is not root]
 
     def _parameter_gone(self, number: int) -> None:
-        self._drop(Category.WEIGHT, self._parameters.pop(number).key)
+        self._drop_weight(self._parameters.pop(number))
 
     def _buffer_gone(self, key: int, _: object) -> None:
         self._buffers.pop(key, None)
@@ -203,14 +268,15 @@ class TensorWatch:
     @harmless
     def look_at_gradients(self) -> None:
         """Compare the gradients that are there with those that were there, and weights with where they were."""
+        self.look_again()
         now: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
         for number, known in list(self._parameters.items()):
             parameter = known.reference()
             if parameter is None or number in self._elsewhere:
                 continue
             if known.key and known.key != storage_key(parameter) and not is_traceable_wrapper_subclass(parameter):
-                self._drop(Category.WEIGHT, known.key)  # it has been converted, or has gone to another device
-                known.key = self._take(known.name, parameter, Category.WEIGHT, known.row)
+                self._drop_weight(known)  # it has been given other memory, and somebody keeps the old
+                known.key = self._take(known.name, parameter, Category.WEIGHT, known.row, of=number)
             if parameter.grad is not None:
                 for part in parts_of(parameter.grad):
                     now.setdefault(storage_key(part), (parameter, part, known.row))
@@ -243,7 +309,8 @@ class TensorWatch:
         self._hold(Category.GRADIENT, part, row, right)
 
     def close(self) -> None:
-        """Take the hooks off the parameters."""
+        """Take the hooks off."""
+        self._registration.remove()
         for known in self._parameters.values():
             if known.hook is not None:
                 known.hook.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ from penstock.runtime.profiler.schema import (
     Meter,
     Phase,
     Step,
+    Tier,
     Transfer,
     Use,
     Wait,
@@ -169,6 +171,56 @@ def test_a_model_loaded_during_the_recording_is_found(tmp_path: Path) -> None:
     assert len(profile[Transfer]) > 0
     assert live(profile, Category.ARENA) == {}, "given back when the model was closed"
     assert live(profile, Category.WEIGHT) == {}
+
+
+def test_weights_have_a_name_from_when_they_are_made(tmp_path: Path) -> None:
+    with torch.no_grad(), Profiler(tmp_path / "run.prof", level="full") as profiler:
+        held = profiler._recorder.live
+        before = held[Tier.HOST]
+        net = Net(width=256).eval()
+        net.head.weight = nn.Parameter(net.layers[0][0].weight[:10].detach())  # a view: counted once, with its storage
+        head = 256 * 10 * 4
+        total = sum(p.nbytes for p in net.parameters()) - head
+        assert held[Tier.HOST] - before == total
+        net.half()
+        profiler._tensors.look_again()  # as the sampler does
+        assert held[Tier.HOST] - before == total // 2
+        net(torch.randn(2, 256, dtype=torch.float16))
+        assert held[Tier.HOST] - before == total // 2 + head // 2, "what is no view any more is counted by itself"
+        profiler.step("called")
+        nn.functional.linear(torch.ones(2, 256), nn.Linear(256, 8).weight)  # never called, and gone
+        del net
+        gc.collect()
+        assert held[Tier.HOST] - before == 0
+    profile = profiler.profile()
+    rows = profile[Memory]
+    rows = rows.where(rows.category == Category.WEIGHT)
+    made = {profile.module_path(number) for number in rows.module[rows.nbytes > 0].tolist()}
+    assert made == {"(Linear, not called yet)", "layers.0.0", "layers.1.0", "layers.2.0", "head"}
+    assert live(profile, Category.WEIGHT) == {}
+    assert live(profile, Category.ACTIVATION) == {}
+
+
+def test_a_model_that_fits_has_its_names_before_its_first_call(tmp_path: Path) -> None:
+    with Profiler(tmp_path / "run.prof") as profiler:
+        net = Net().eval()
+        penstock.offload(net, max_memory={"host": "1GiB"}, device="cpu", disk=tmp_path / "scratch")
+    weights = live(profiler.profile(), Category.WEIGHT)
+    assert set(weights) == {"layers.0.0", "layers.1.0", "layers.2.0", "head"}
+    assert sum(weights.values()) == sum(p.nbytes for p in net.parameters())
+
+
+def test_a_streamed_model_holds_what_is_planned_before_its_first_call(tmp_path: Path) -> None:
+    with Profiler(tmp_path / "run.prof") as profiler:
+        net = Net(width=256, layers=8).eval()
+        total = sum(p.nbytes for p in net.parameters())
+        penstock.offload(net, max_memory={"host": total // 2}, device="cpu", disk=tmp_path / "scratch")
+        profiler._tensors.look_again()
+        plan = net.penstock.plan
+    profile = profiler.profile()
+    assert sum(live(profile, Category.WEIGHT).values()) == sum(b.nbytes for b in plan.blocks if b.home == "host")
+    assert sum(live(profile, Category.ARENA).values()) > 0
+    penstock.close(net)
 
 
 def test_steps_that_the_program_tells(tmp_path: Path) -> None:

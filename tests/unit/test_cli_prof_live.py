@@ -10,7 +10,7 @@ from summaries import Recordings
 
 from penstock.cli import main
 from penstock.cli.prof.watch import WINDOW_NS, Watch
-from penstock.runtime.profiler.profile import Profile
+from penstock.runtime.profiler.profile import Columns, Profile
 from penstock.runtime.profiler.running import announce
 from penstock.runtime.profiler.schema import (
     Category,
@@ -96,6 +96,40 @@ def test_a_watch_adds_parts_up_and_forgets_what_is_past() -> None:
     assert now.stall == pytest.approx(0.5)
     assert now.links[0].rate == pytest.approx(100 * MIB)
     assert all(len(columns) <= 2 * WINDOW_NS // S + 1 for columns in watch._recent.values())
+
+
+def test_a_budget_bounds_what_came_on_top_of_what_was_there_before() -> None:
+    # GIVEN a process of 200 MiB that holds 180 MiB since before the recording, under a budget of 512 MiB
+    before = profile_of([Memory(at=0, tier=Tier.HOST, category=Category.BASELINE, nbytes=180 * MIB)])
+    watch = Watch()
+    watch.add(before)
+    watch.add(part(0))
+    now = watch.now()
+    assert now is not None
+    host = now.tiers[0]
+    assert (host.nbytes, host.before_nbytes, host.counted_nbytes) == (200 * MIB, 180 * MIB, 20 * MIB)
+    # WHEN the process gives back memory that it held before
+    shrunk = part(1)
+    shrunk.columns[Gauge] = Columns.of(Gauge, [Gauge(at=2 * S, meter=Meter.HOST_RSS, value=150 * MIB)])
+    watch.add(shrunk)
+    now = watch.now()
+    assert now is not None
+    assert now.tiers[0].counted_nbytes == 0
+    # WHEN there is no budget, THEN the capacity holds all of it
+    watch.add(part(2, budgets={}))
+    now = watch.now()
+    assert now is not None
+    assert (now.tiers[0].before_nbytes, now.tiers[0].counted_nbytes) == (0, 202 * MIB)
+
+
+def test_what_was_there_before_is_said_beside_the_bar(
+    recordings: Recordings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recordings.parts = [streamed()]
+    assert main(["prof", "live", "run.prof", "--once"]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1].endswith("20.00 MiB of 512.00 MiB (3.9%)")
+    assert lines[2].strip() == "on top of 200.00 MiB from before"
 
 
 def test_a_part_of_another_run_starts_anew() -> None:

@@ -67,6 +67,17 @@ def test_a_limit_that_is_not_kept_says_measured_limit_and_remedy(limits: Mapping
     assert sentences(summary(), **limits) == [(False, sentence)]
 
 
+def test_more_memory_is_no_remedy_where_half_of_what_is_brought_is_for_nothing() -> None:
+    prefetch = msgspec.structs.replace(summary().prefetch, wasted=0.5)
+    (found,) = sentences(summary(prefetch=prefetch), max_bubble=0.2)
+    assert found[1].endswith(
+        "75.0% of it is disk, where blocks were still being read: 50.0% of what was brought is never used, and the "
+        "verdict tells why"
+    )
+    by_the_host = summary(prefetch=prefetch, idle=Idle(disk=20 * MS, host=60 * MS))
+    assert sentences(by_the_host, max_bubble=0.2)[0][1].endswith("larger batches, or less Python between layers")
+
+
 def test_each_leak_is_a_line() -> None:
     leaks = (
         Leak(tier="HOST", nbytes_per_step=MIB, steps=20, module="layers.3"),

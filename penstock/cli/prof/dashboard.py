@@ -38,8 +38,10 @@ def draw(now: Now | None, title: str) -> RenderableType:
 def _tier(tier: TierNow) -> tuple[RenderableType, ...]:
     if not tier.limit_nbytes:
         return Text(tier.name, style="cyan"), Text(), Text(units.size(tier.nbytes))
-    part = tier.nbytes / tier.limit_nbytes
-    said = f"{units.size(tier.nbytes)} of {units.size(tier.limit_nbytes)} ({units.share(part)})"
+    part = tier.counted_nbytes / tier.limit_nbytes
+    said = f"{units.size(tier.counted_nbytes)} of {units.size(tier.limit_nbytes)} ({units.share(part)})"
+    if tier.before_nbytes:
+        said += f"\non top of {units.size(tier.before_nbytes)} from before"
     return Text(tier.name, style="cyan"), _bar(part, "red" if part > _TIGHT else "green"), Text(said)
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...shares import parse_share
+from ..options import Json
 from ..output import Output
-from .inputs import THRESHOLD_FAILED, Json, read
+from .inputs import THRESHOLD_FAILED, read
 from .tables import change_table, has_room, module_change_table, widen
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ THRESHOLD_FAILED: Final = 4
 """Exit code where a run does not keep its limits."""
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A profile.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output if it is there.")]
 
 

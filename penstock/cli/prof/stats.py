@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..options import Json
 from ..output import Output
-from .inputs import File, Json, read
+from .inputs import File, read
 from .overview import overview
 from .tables import category_tables, has_room, link_table, module_table, widen
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...runtime.profiler.profile import Column, Columns
 from ...runtime.profiler.schema import (
+    Category,
     Compute,
     Footer,
     Gauge,
@@ -43,8 +44,17 @@ class TierNow:
 
     name: str
     nbytes: int
+    """All that is held of it."""
     limit_nbytes: int | None
     """The budget; where there is none, the capacity."""
+    before_nbytes: int = 0
+    """What of it the process held before the recording, where the limit is a budget: that bounds only what came on
+    top."""
+
+    @property
+    def counted_nbytes(self) -> int:
+        """What the limit bounds."""
+        return max(0, self.nbytes - self.before_nbytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +100,8 @@ class Watch:
         self._footer: Footer | None = None
         self._recent: dict[type[Record], Columns] = {}
         self._live: Counter[Tier] = Counter()
+        self._before: Counter[Tier] = Counter()
+        """What there was before the recording."""
         self._gauges: dict[Meter, int] = {}
         self._module, self._phase = "", ""
         self._steps = self._newest = 0
@@ -150,7 +162,9 @@ class Watch:
     def _note_memory(self, part: Profile) -> None:
         memory, gauges = part[Memory], part[Gauge]
         for tier in Tier:
-            self._live[tier] += int(memory.nbytes[memory.tier == tier].sum())
+            here = memory.tier == tier
+            self._live[tier] += int(memory.nbytes[here].sum())
+            self._before[tier] += int(memory.nbytes[here & (memory.category == Category.BASELINE)].sum())
         for meter in Meter:
             read = gauges.where(gauges.meter == meter)
             if len(read):
@@ -161,9 +175,16 @@ class Watch:
         for tier in Tier:
             read = [self._gauges[meter] for meter in _METERS.get(tier, ()) if meter in self._gauges]
             nbytes = read[0] if read else self._live[tier]
-            limit = header.budgets.get(tier.name, header.capacities.get(tier.name))
-            if nbytes or tier.name in header.budgets:
-                found.append(TierNow(name=tier.name.lower(), nbytes=nbytes, limit_nbytes=limit))
+            budget = header.budgets.get(tier.name)
+            if nbytes or budget is not None:
+                found.append(
+                    TierNow(
+                        name=tier.name.lower(),
+                        nbytes=nbytes,
+                        limit_nbytes=header.capacities.get(tier.name) if budget is None else budget,
+                        before_nbytes=0 if budget is None else self._before[tier],
+                    )
+                )
         return tuple(found)
 
     def _links(self, header: Header, window: int) -> tuple[LinkNow, ...]:
