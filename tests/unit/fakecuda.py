@@ -154,10 +154,10 @@ class FakeCuda:
 
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """Put one where the profiler looks for CUDA."""
-    from penstock.runtime.profiler import captures, cuda
+    from penstock.runtime.profiler import captures, cuda, device, devicemeters, facts
 
     fake = FakeCuda()
-    for module in (captures, cuda):
+    for module in (captures, cuda, device, devicemeters, facts):
         monkeypatch.setattr(module, "_cuda", fake)
     monkeypatch.setattr(captures, "exchange_mode", lambda: fake.exchange)
     return fake
