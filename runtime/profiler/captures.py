@@ -67,4 +67,4 @@ def exchange_mode() -> Callable[[Any], int] | None:
         return None
     function.argtypes = (ctypes.POINTER(ctypes.c_int),)
     function.restype = ctypes.c_int
-    return function  # type: ignore[no-any-return]
+    return function

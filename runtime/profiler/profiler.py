@@ -26,6 +26,7 @@ from .device import UsedDevice
 from .devicemeters import device_meters
 from .facts import header, with_device
 from .guard import harmless
+from .kernels import KernelWatch
 from .meters import all_meters
 from .metrics import summarise
 from .profile import Profile
@@ -117,7 +118,8 @@ class Profiler:
             self._tensors = tensors = TensorWatch(recorder, watch)
             entered.callback(tensors.close)
             interval_s = INTERVAL_S[self.level]
-            also = (self._tell_device, clock.poll, self._spend)
+            kernels = KernelWatch(recorder, self._used)
+            also = (self._tell_device, clock.poll, kernels.poll, self._spend)
             self._sampler = Sampler(recorder, all_meters(), also=also, interval_s=interval_s)
             self._tell_device()  # where the program uses one already, its meters are read from the start
             entered.enter_context(self._sampler)
@@ -130,6 +132,8 @@ class Profiler:
             entered.callback(backward.close)
             if self.level == "full":
                 entered.enter_context(ActivationWatch(recorder, watch, tensors))
+                entered.enter_context(kernels)
+                watch.listen(kernels)
             entered.enter_context(watch)
             entered.callback(announce(self.path).close)
             process_registry().begin(self)

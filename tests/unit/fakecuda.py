@@ -154,10 +154,10 @@ class FakeCuda:
 
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """Put one where the profiler looks for CUDA."""
-    from penstock.runtime.profiler import captures, cuda, device, devicemeters, facts
+    from penstock.runtime.profiler import captures, cuda, device, devicemeters, facts, kernels
 
     fake = FakeCuda()
-    for module in (captures, cuda, device, devicemeters, facts):
+    for module in (captures, cuda, device, devicemeters, facts, kernels):
         monkeypatch.setattr(module, "_cuda", fake)
     monkeypatch.setattr(captures, "exchange_mode", lambda: fake.exchange)
     return fake

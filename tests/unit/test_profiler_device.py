@@ -143,6 +143,14 @@ def test_a_program_that_uses_cuda_already_has_its_facts_in_the_first_segment(dev
     assert Meter.DEVICE_RESERVED in profiler.profile()[Gauge].meter.tolist()
 
 
+def test_a_program_may_use_torchs_profiler_while_it_is_recorded(tmp_path: Path) -> None:
+    before = torch.autograd.profiler.profile._prepare_trace  # type: ignore[attr-defined]
+    with Profiler(tmp_path / "run.prof", "full"), torch.profiler.profile(acc_events=True) as traced:
+        nn.Linear(4, 4)(torch.ones(1, 4))
+    assert any(event.key == "aten::linear" for event in traced.key_averages())
+    assert torch.autograd.profiler.profile._prepare_trace is before  # type: ignore[attr-defined]
+
+
 SCRIPT = """
 import os, sys
 import torch
