@@ -32,7 +32,7 @@ class UsedDevice:
         self._looked_ns: int | None = None
 
     def look(self) -> int | None:
-        """The device, if there is one by now. Costs a tenth of a microsecond for as long as CUDA is not initialised."""
+        """The device, if there is one by now. Cheap for as long as CUDA is not initialised."""
         if self.index is not None or not _cuda.is_initialized():
             return self.index
         now = self._clock()

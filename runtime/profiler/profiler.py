@@ -112,7 +112,7 @@ class Profiler:
         with ExitStack() as entered:
             entered.push(self._end)
             self._used, self._device_told = UsedDevice(), False
-            self._clock = clock = LateClock(HostClock(time.monotonic_ns), self._device_clock, recorder.failed)
+            self._clock = clock = LateClock(time.monotonic_ns, self._device_clock, recorder.failed)
             self._hook_ns = _hook_ns()
             self._watch = watch = ModuleWatch(recorder, clock, every=self.level == "full")
             self._tensors = tensors = TensorWatch(recorder, watch)
