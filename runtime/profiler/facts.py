@@ -1,4 +1,8 @@
-"""What the header of a recording says about the run and the machine."""
+"""What the header of a recording says about the run and the machine.
+
+What there is to know of a GPU comes later, when the program has begun to use one: `with_device`. Every segment of a
+file repeats the header, and readers take the newest.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,20 @@ import secrets
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
 
+import msgspec
 import psutil
 import torch
 
 from ...memory.capacity import disk_capacity, host_capacity
 from .schema import Header
 
+_cuda: Final[Any] = torch.cuda
+
 
 def header(level: str, *, peaks: dict[str, float] | None = None) -> Header:
-    """The header of a recording that begins now."""
+    """The header of a recording that begins now. Asks CUDA nothing: that would initialise it (see `device`)."""
     capacity = host_capacity()
     capacities = {"HOST": capacity.limit_nbytes or capacity.total_nbytes}
     machine = {
@@ -34,11 +42,6 @@ def header(level: str, *, peaks: dict[str, float] | None = None) -> Header:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    if torch.cuda.is_available():
-        index = torch.cuda.current_device()
-        machine["gpu"] = torch.cuda.get_device_name(index)
-        capacities["DEVICE"] = torch.cuda.get_device_properties(index).total_memory
-        versions["cuda"] = str(torch.version.cuda)
     return Header(
         run=secrets.token_hex(8),
         level=level,
@@ -51,4 +54,23 @@ def header(level: str, *, peaks: dict[str, float] | None = None) -> Header:
         budgets={},
         peaks=peaks or {},
         pid=os.getpid(),
+    )
+
+
+def with_device(header: Header, index: int) -> Header:
+    """A header that knows the CUDA device with this number, which the program has used.
+
+    Raises:
+        RuntimeError: the device does not answer.
+    """
+    properties = _cuda.get_device_properties(index)
+    machine = {**header.machine, "gpu": f"{properties.name} (cuda:{index})"}
+    uuid = getattr(properties, "uuid", None)
+    if uuid is not None:
+        machine["gpu uuid"] = str(uuid)
+    return msgspec.structs.replace(
+        header,
+        machine=machine,
+        capacities={**header.capacities, "DEVICE": int(properties.total_memory)},
+        versions={**header.versions, "cuda": str(torch.version.cuda or torch.version.hip)},
     )

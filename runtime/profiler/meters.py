@@ -1,4 +1,4 @@
-"""Meters of memory and energy: the process, its control group, CUDA, RAPL, NVML. What cannot be read has no meter."""
+"""Meters of memory and energy of the host: the process, its control group, RAPL. What cannot be read has no meter."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import ctypes
 import os
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ...memory.cgroups import read_cgroup_limits
 from .schema import Meter
@@ -49,25 +48,6 @@ class _Wrapping:
             self._base += self._span
         self._last = now
         return self._base + now
-
-
-def gpu_energy(index: int) -> Reader | None:
-    """Microjoules of one GPU, from the driver (`nvidia-ml-py`, where it is installed)."""
-    try:
-        nvml: Any = import_module("pynvml")
-        nvml.nvmlInit()
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # no package, no driver, no such counter: NVML has an exception class for each
-        return None
-
-    def read() -> int:
-        try:
-            return int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) * 1000
-        except nvml.NVMLError as error:
-            raise RuntimeError(f"NVML: {error}") from error  # what the sampler knows to leave a meter out for
-
-    return read
 
 
 def host_meters() -> list[tuple[Meter, Reader]]:
@@ -137,27 +117,9 @@ def _cgroup_usage() -> Callable[[], int] | None:
 
 
 def all_meters() -> list[tuple[Meter, Reader]]:
-    """Everything that can be read here. CUDA's allocator is asked only where a program has used CUDA already."""
-    import torch
-
-    cuda: Any = torch.cuda  # torch leaves some of it untyped
+    """What can be read of the host here. Meters of a device come when the program has begun to use one."""
     found = host_meters()
     energy = cpu_energy()
     if energy is not None:
         found.append((Meter.ENERGY_CPU, energy))
-    if cuda.is_available() and cuda.is_initialized():
-        index = torch.cuda.current_device()
-        found.append((Meter.DEVICE_ALLOCATED, lambda: int(torch.cuda.memory_allocated(index))))
-        found.append((Meter.DEVICE_RESERVED, lambda: int(torch.cuda.memory_reserved(index))))
-        found.append((Meter.DEVICE_USED, lambda: _device_used(index)))
-        gpu = gpu_energy(index)
-        if gpu is not None:
-            found.append((Meter.ENERGY_DEVICE, gpu))
     return found
-
-
-def _device_used(index: int) -> int:
-    import torch
-
-    free, total = torch.cuda.mem_get_info(index)
-    return int(total - free)

@@ -13,7 +13,7 @@ from .modules import module_uses
 from .occupancy import peaks
 from .prefetching import prefetch_use
 from .profile import Profile
-from .schema import Compute
+from .schema import Compute, Launches
 from .summary import Summary
 from .verdict import verdict
 from .waste import Waste
@@ -33,6 +33,8 @@ def summarise(profile: Profile, *, window: tuple[int, int] | None = None) -> Sum
     compute_ns = busy.clip(chosen.start, chosen.end).length
     bubble = Bubble.of(profile, chosen.start, chosen.end, busy=busy)
     idle = bubble.idle(chosen.start, chosen.end)
+    kernels = profile[Launches]
+    kernels = kernels.where(chosen.holds(kernels.start))
     assert idle.total == chosen.length - compute_ns, (idle, chosen, compute_ns)
     links = link_uses(profile, chosen, busy)
     bound = Bound.of(compute_ns, links)
@@ -61,15 +63,18 @@ def summarise(profile: Profile, *, window: tuple[int, int] | None = None) -> Sum
         recorded=profile.footer.recorded,
         dropped=profile.footer.dropped,
         overhead=profile.footer.own_ns / whole.length if whole.length else None,
-        tklqt_ns=_queued(profile, chosen),
+        tklqt_ns=int(kernels.queued.sum()) if len(kernels) else None,
+        tklqt_steps=int(kernels.steps.sum()),
+        tklqt_launches=int(kernels.launches.sum()),
+        behind_ns=_behind(profile, chosen),
         verdict="",
     )
     return msgspec.structs.replace(summary, verdict=verdict(profile, summary, bubble, waste))
 
 
-def _queued(profile: Profile, window: Window) -> int | None:
-    """How long the spans that know it lay on the device's queue; None where none does."""
+def _behind(profile: Profile, window: Window) -> int | None:
+    """How far the device ran behind the host where modules began, in the middle; None where none knows it."""
     spans = profile[Compute]
     spans = spans.where((spans.launched >= 0) & window.holds(spans.start))
     # Clocks of host and device agree to some microseconds: a start before its launch queued for no time.
-    return int(np.maximum(spans.start - spans.launched, 0).sum()) if len(spans) else None
+    return round(float(np.median(np.maximum(spans.start - spans.launched, 0)))) if len(spans) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,9 +20,13 @@ from ..build import Machinery
 from .activations import ActivationWatch
 from .backward import BackwardWatch
 from .calls import ModuleWatch
-from .clocks import Clock, HostClock
+from .clocks import Clock, HostClock, LateClock
 from .decorating import Function, recorded
-from .facts import header
+from .device import UsedDevice
+from .devicemeters import device_meters
+from .facts import header, with_device
+from .guard import harmless
+from .kernels import KernelWatch
 from .meters import all_meters
 from .metrics import summarise
 from .profile import Profile
@@ -84,6 +89,8 @@ class Profiler:
         self._entered: ExitStack | None = None
         self._streamed: list[StreamedModel] = []
         self._spent_ns = 0
+        self._header_lock = threading.Lock()
+        """What is in the header is replaced by more than one thread."""
 
     def __enter__(self) -> Profiler:
         if self._entered is not None:
@@ -104,15 +111,17 @@ class Profiler:
         self._writer = ProfileWriter(self.path, header(self.level), ring, recorder.tables, force=self._force)
         with ExitStack() as entered:
             entered.push(self._end)
-            clock = _clock()
+            self._used, self._device_told = UsedDevice(), False
+            self._clock = clock = LateClock(time.monotonic_ns, self._device_clock, recorder.failed)
             self._hook_ns = _hook_ns()
             self._watch = watch = ModuleWatch(recorder, clock, every=self.level == "full")
             self._tensors = tensors = TensorWatch(recorder, watch)
             entered.callback(tensors.close)
             interval_s = INTERVAL_S[self.level]
-            self._sampler = Sampler(
-                recorder, all_meters(), also=(clock.poll, tensors.look_again, self._spend), interval_s=interval_s
-            )
+            kernels = KernelWatch(recorder, self._used)
+            also = (self._tell_device, clock.poll, kernels.poll, tensors.look_again, self._spend)
+            self._sampler = Sampler(recorder, all_meters(), also=also, interval_s=interval_s)
+            self._tell_device()  # where the program uses one already, its meters are read from the start
             entered.enter_context(self._sampler)
             entered.callback(clock.finish)
             before_nbytes = _resident_nbytes()
@@ -123,6 +132,8 @@ class Profiler:
             entered.callback(backward.close)
             if self.level == "full":
                 entered.enter_context(ActivationWatch(recorder, watch, tensors))
+                entered.enter_context(kernels)
+                watch.listen(kernels)
             entered.enter_context(watch)
             entered.callback(announce(self.path).close)
             process_registry().begin(self)
@@ -131,9 +142,34 @@ class Profiler:
             recorder.memory(max(0, before_nbytes - recorder.live[Tier.HOST]), Tier.HOST, Category.BASELINE)
             self._entered = entered.pop_all()
 
+    def _device_clock(self) -> Clock | None:
+        """The clock of the device that the program uses, once it does; called by the thread that computes there."""
+        index = self._used.look()
+        if index is None or torch.cuda.is_current_stream_capturing():
+            return None
+        from .cuda import CudaClock
+
+        clock = CudaClock(index)
+        self._recorder.mark(
+            MarkKind.NOTE,
+            f"spans have the times of cuda:{index} from here on, within {clock.error_ns / 1000:.0f} µs of the host's",
+        )
+        return clock
+
+    @harmless
+    def _tell_device(self) -> None:
+        """Facts and meters of the device that the program uses, once it does; called again and again."""
+        index = None if self._device_told else self._used.look()
+        if index is None:
+            return
+        self._device_told = True  # a device that does not answer is not asked again
+        self._sampler.add(device_meters(index))
+        with self._header_lock:
+            self._writer.header = with_device(self._writer.header, index)
+
     def _spend(self) -> None:
         """Tell the file what recording has cost so far."""
-        own_ns = self._sampler.own_ns + self._recorder.hooks * self._hook_ns
+        own_ns = self._sampler.own_ns + self._recorder.hooks * self._hook_ns + self._clock.spent_ns
         self._writer.add_own_ns(own_ns - self._spent_ns)
         self._spent_ns = own_ns
 
@@ -186,7 +222,8 @@ class Profiler:
         self._tensors.leave_out(left_out)
         self._streamed.append(model)
         machinery.on_close(lambda: self._detach(model, left_out))
-        self._writer.header = _with_model(self._writer.header, machinery)
+        with self._header_lock:
+            self._writer.header = _with_model(self._writer.header, machinery)
 
     def introduce(self, module: nn.Module) -> None:
         """Name the weights of a module that has not been called (called by the registry)."""
@@ -223,16 +260,6 @@ def _hook_ns() -> int:
         watch.register(module)
         recorded_ns = min(trial(), trial())
     return max(0, recorded_ns - plain) // TRIALS
-
-
-def _clock() -> Clock:
-    """CUDA's time where the program has begun to use CUDA, the host's otherwise."""
-    cuda: Any = torch.cuda  # torch leaves some of it untyped
-    if cuda.is_available() and cuda.is_initialized():
-        from .cuda import CudaClock
-
-        return CudaClock(torch.cuda.current_device())
-    return HostClock(time.monotonic_ns)
 
 
 def _with_model(header: Any, machinery: Machinery) -> Any:

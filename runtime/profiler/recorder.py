@@ -34,6 +34,8 @@ class Recorder:
         """How often the program was interrupted to record; times the cost of one, it is what the recording costs."""
         self.live = dict.fromkeys(Tier, 0)
         """Bytes of each tier that are accounted for now; a little off where threads meet."""
+        self.on_step: Callable[[], bool] | None = None
+        """Called between two steps, and before the first; whether it took time, which is no step's."""
         self._ring = ring
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -118,6 +120,8 @@ class Recorder:
         """A step starts now; the one under way ends."""
         now = self.clock()
         self.end_step(now)
+        if self.on_step is not None and self.on_step():
+            now = self.clock()
         self._open = (self.string(phase), now, tokens)
 
     def end_step(self, at: int | None = None) -> None:

@@ -60,6 +60,10 @@ class Sampler:
                 act()
             self.own_ns = time.thread_time_ns()
 
+    def add(self, meters: Sequence[tuple[Meter, Reader]]) -> None:
+        """Read these too from now on. From any thread."""
+        self._meters.extend(meters)
+
     def read(self) -> None:
         """Read all meters now."""
         for pair in list(self._meters):

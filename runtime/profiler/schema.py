@@ -14,7 +14,7 @@ import msgspec
 
 MAJOR: Final = 1
 """Readers refuse files of a newer major version."""
-MINOR: Final = 0
+MINOR: Final = 1
 """Grows when fields are added: readers fill what an older file lacks with -1, and pass over what they do not know."""
 NONE: Final = -1
 
@@ -212,7 +212,20 @@ class Mark(Record, frozen=True, kw_only=True):
     """Index of a string."""
 
 
-RECORDS: Final[tuple[type[Record], ...]] = (Step, Compute, Transfer, Wait, Use, Memory, Gauge, Mark)
+class Launches(Record, frozen=True, kw_only=True):
+    """Kernels of a few steps, as kineto saw them: how long they lay in the device's queue."""
+
+    start: int
+    end: int
+    steps: int
+    """Whole ones in it; 0 where it is a part of one."""
+    launches: int
+    """Those whose kernel was seen too."""
+    queued: int
+    """Σ (kernel begins − launch begins), nanoseconds."""
+
+
+RECORDS: Final[tuple[type[Record], ...]] = (Step, Compute, Transfer, Wait, Use, Memory, Gauge, Mark, Launches)
 
 
 def fields_of(kind: type[Record]) -> tuple[str, ...]:

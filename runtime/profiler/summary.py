@@ -183,6 +183,13 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     overhead: float | None
     """The recorder's own CPU time / |everything that was recorded|."""
     tklqt_ns: int | None
-    """Σ (start − launched) of compute spans that know it: how long work queues on the device (arXiv 2504.11750)."""
+    """Σ (kernel begins − launch begins) over the steps that kineto saw; None where it saw none (arXiv 2504.11750)."""
+    tklqt_steps: int = 0
+    """How many steps that is of; 0 of a part of one."""
+    tklqt_launches: int = 0
+    """How many launches."""
+    behind_ns: int | None = None
+    """How far the device runs behind the host: the median of (start − launched) of recorded modules that know it. An
+    estimate from modules; it is no TKLQT."""
     verdict: str
     """One sentence in plain words: what binds, where the idle time goes, what would help most."""

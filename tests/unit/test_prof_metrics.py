@@ -20,6 +20,7 @@ from penstock.runtime.profiler.schema import (
     Cause,
     Compute,
     Gauge,
+    Launches,
     Link,
     Memory,
     Meter,
@@ -132,14 +133,25 @@ def test_rows_of_tables_are_never_brought_in_vain() -> None:
     assert summarise(profile_of([rows])).prefetch.wasted is None
 
 
-def test_queueing_on_the_device_is_summed_where_launches_are_known() -> None:
+def test_queueing_is_of_the_steps_that_were_traced() -> None:
+    steps = [Step(id=n, phase=0, start=100 * n, end=100 * (n + 1)) for n in range(8)]
+    traced = Launches(start=200, end=400, steps=2, launches=50, queued=70)
+    found = summarise(profile_of([*steps, traced]))
+    assert (found.tklqt_ns, found.tklqt_steps, found.tklqt_launches) == (70, 2, 50)
+    elsewhere = summarise(profile_of([*steps, traced]), window=(500, 700))
+    assert (elsewhere.tklqt_ns, elsewhere.tklqt_steps, elsewhere.tklqt_launches) == (None, 0, 0)
+
+
+def test_how_far_the_device_runs_behind_is_estimated_where_launches_are_known() -> None:
     spans = [
         Compute(module=1, phase=Phase.FORWARD, start=20, end=30, launched=12),
         Compute(module=2, phase=Phase.FORWARD, start=30, end=40, launched=31),  # clocks agree to microseconds only
         Compute(module=3, phase=Phase.FORWARD, start=40, end=50),
     ]
-    assert summarise(profile_of(spans)).tklqt_ns == 8
-    assert summarise(profile_of(spans[2:])).tklqt_ns is None
+    found = summarise(profile_of(spans))
+    assert found.behind_ns == 4  # the median of 8 and 0
+    assert found.tklqt_ns is None
+    assert summarise(profile_of(spans[2:])).behind_ns is None
 
 
 def test_a_link_that_was_not_measured_does_not_enter_the_bound() -> None:

@@ -64,7 +64,11 @@ def _facts(profile: Profile, summary: Summary) -> Iterator[tuple[str, str]]:
     if summary.energy.per_token_j is not None:
         yield "energy", f"{summary.energy.per_token_j:.2f} J per token"
     if summary.tklqt_ns is not None:
-        yield "queued", f"{units.duration(summary.tklqt_ns)} between launch and start, summed over modules (TKLQT)"
+        of = _counted(summary.tklqt_steps, "step") if summary.tklqt_steps else "a part of a step"
+        launches = _counted(summary.tklqt_launches, "launch", "launches")
+        yield "queued", f"{units.duration(summary.tklqt_ns)} from launch to start, over {launches} of {of} (TKLQT)"
+    if summary.behind_ns is not None:
+        yield "behind", f"{units.duration(summary.behind_ns)} from a module's call to its start on the device (median)"
 
 
 def _peak(nbytes: int, budget: int | None, capacity: int | None, named: float) -> str:
@@ -104,8 +108,8 @@ def _recorded(summary: Summary) -> str:
     return f"{_counted(summary.recorded, 'record')}, {lost}{cost}"
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+def _counted(count: int, noun: str, several: str = "") -> str:
+    return f"{count} {noun if count == 1 else several or noun + 's'}"
 
 
 def _row(name: str, value: str) -> Text:
