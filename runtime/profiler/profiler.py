@@ -22,6 +22,8 @@ from .calls import ModuleWatch
 from .clocks import Clock, HostClock
 from .decorating import Function, recorded
 from .facts import header
+from .heap import Heap, HostMemory
+from .imports import ImportWatch
 from .meters import all_meters
 from .metrics import summarise
 from .profile import Profile
@@ -113,7 +115,8 @@ class Profiler:
             self._sampler = Sampler(recorder, all_meters(), also=(clock.poll, self._spend), interval_s=interval_s)
             entered.enter_context(self._sampler)
             entered.callback(clock.finish)
-            before_nbytes = _resident_nbytes()
+            in_use = HostMemory(Heap.find()).in_use
+            before_nbytes = in_use()
             self._steps = entered.enter_context(StepWatch(recorder, watch, tensors, clock))
             watch.listen(self._steps)
             backward = BackwardWatch(recorder, watch, clock)
@@ -127,6 +130,7 @@ class Profiler:
             tensors.watch_what_is_there()
             # what was there before, less what of it has a name by now
             recorder.memory(max(0, before_nbytes - recorder.live[Tier.HOST]), Tier.HOST, Category.BASELINE)
+            entered.enter_context(ImportWatch(recorder, in_use))
             self._entered = entered.pop_all()
 
     def _spend(self) -> None:
@@ -243,9 +247,3 @@ def _with_model(header: Any, machinery: Machinery) -> Any:
         peaks={**header.peaks, **{name: rate for name, rate in peaks.items() if rate}},
         emulated=header.emulated or plan.emulated,
     )
-
-
-def _resident_nbytes() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
