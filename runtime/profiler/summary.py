@@ -104,8 +104,8 @@ class TierPeak(msgspec.Struct, frozen=True, kw_only=True):
     capacity_nbytes: int | None
     budget_nbytes: int | None
     fragmentation_nbytes: int | None
-    """What an allocator keeps and nobody uses: on a device reserved − allocated; on the host what is resident of glibc's
-    main heap and free, at least. None where nothing told at that instant."""
+    """What an allocator keeps and nobody uses: on a device reserved − allocated; on the host what is free and resident
+    of glibc's main heap, at least. None where nothing told at that instant."""
 
 
 class Leak(msgspec.Struct, frozen=True, kw_only=True):
