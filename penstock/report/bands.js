@@ -1,7 +1,7 @@
 // View 1: what each tier held over time.
 
-const CATEGORY_ORDER = ["BASELINE", "ARENA", "WEIGHT", "BUFFER", "KV", "OPTIMIZER", "GRADIENT", "ACTIVATION"];
-const CATEGORY_NAMES = { BASELINE: "before the run", ARENA: "arenas", WEIGHT: "weights", BUFFER: "buffers", KV: "KV cache", OPTIMIZER: "optimizer", GRADIENT: "gradients", ACTIVATION: "activations" };
+const CATEGORY_ORDER = ["BASELINE", "LIBRARY", "ARENA", "WEIGHT", "BUFFER", "KV", "OPTIMIZER", "GRADIENT", "ACTIVATION"];
+const CATEGORY_NAMES = { BASELINE: "before the run", LIBRARY: "imports", ARENA: "arenas", WEIGHT: "weights", BUFFER: "buffers", KV: "KV cache", OPTIMIZER: "optimizer", GRADIENT: "gradients", ACTIVATION: "activations" };
 const METER_NAMES = {
   HOST_RSS: "resident", HOST_ANONYMOUS: "anonymous", HOST_CGROUP: "cgroup",
   DEVICE_ALLOCATED: "allocated", DEVICE_RESERVED: "reserved", DEVICE_USED: "in use by all",

@@ -25,14 +25,16 @@ function peakTree(peak) {
   const root = { name: `${peak.tier.toLowerCase()}`, path: "", nbytes: Math.max(peak.nbytes, 1), children: new Map() };
   const add = (name, nbytes, ink, children = new Map()) => nbytes > 0 && root.children.set(name, { name, path: name, nbytes, ink, children, outside: !children.size });
   add("modules", modules.nbytes, "weight", modules.children);
-  let rest = peak.nbytes - modules.nbytes - Math.max(0, peak.unaccounted_nbytes);
-  for (const [name, nbytes] of peak.categories.filter(([name]) => name === "ARENA" || name === "BASELINE")) {
+  const kept = peak.fragmentation_nbytes ?? 0;
+  let rest = peak.nbytes - modules.nbytes - kept - Math.max(0, peak.unaccounted_nbytes);
+  for (const [name, nbytes] of peak.categories.filter(([name]) => ["ARENA", "BASELINE", "LIBRARY"].includes(name))) {
     const mine = Math.min(nbytes, Math.max(0, rest));
     add(categoryName(name), mine, categoryColour(name));
     rest -= mine;
   }
   if (rest > peak.nbytes * 0.001) add("of no one module", rest, "baseline");
   add("unaccounted", peak.unaccounted_nbytes, "unaccounted");
+  add("kept by the allocator", kept, "kept");
   root.nbytes = Math.max(1, [...root.children.values()].reduce((sum, child) => sum + child.nbytes, 0));
   return root;
 }
@@ -88,7 +90,7 @@ function icicleNode({ node, level, left, width, ink, path }, root, state, refres
   const share = formatShare(node.nbytes / root.nbytes);
   made.dataset.label = `${node.name} · ${formatBytes(node.nbytes)}`;
   made.setAttribute("aria-label", `${path.slice(1).join(".") || node.name}, ${formatBytes(node.nbytes)}, ${share}`);
-  const pale = ["baseline", "unaccounted"].includes(ink);
+  const pale = ["baseline", "library", "unaccounted", "kept"].includes(ink);
   made.className = pale ? "pale" : "";
   const tint = pale ? 0 : Math.min(36, Math.max(0, level - 1) * 9);
   Object.assign(made.style, { left: `${left * 100}%`, width: `${width * 100}%`, top: `${level * LEVEL}px`, background: `color-mix(in oklab, var(--${ink}), #10243a ${tint}%)` });

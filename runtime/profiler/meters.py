@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
 
 from ...memory.cgroups import read_cgroup_limits
+from .heap import Heap, HostMemory
+from .pages import anonymous_nbytes
 from .schema import Meter
 
-Reader = Callable[[], int]
-PAGE: Final = os.sysconf("SC_PAGE_SIZE")
-SLOWLY_NS: Final = 10**9
-"""Between two looks at what is costly to look at."""
+Reader = Callable[[], int | None]
+"""Reads a meter; None where there is nothing to tell this time."""
 
 
 def cpu_energy(root: Path = Path("/sys/class/powercap")) -> Reader | None:
@@ -52,55 +48,16 @@ class _Wrapping:
 
 def host_meters() -> list[tuple[Meter, Reader]]:
     """Memory of this process and of its control group."""
-    found: list[tuple[Meter, Reader]] = [(Meter.HOST_RSS, _resident), (Meter.HOST_ANONYMOUS, _anonymous)]
-    freed = _freed()
-    if freed is not None:
-        found.append((Meter.HOST_FREED, freed))
+    memory = HostMemory(Heap.find())
+    found: list[tuple[Meter, Reader]] = [
+        (Meter.HOST_RSS, memory.resident),
+        (Meter.HOST_FREED, memory.freed),  # of the reading before it
+        (Meter.HOST_ANONYMOUS, anonymous_nbytes),
+    ]
     usage = _cgroup_usage()
     if usage is not None:
         found.append((Meter.HOST_CGROUP, usage))
     return found
-
-
-def _resident() -> int:
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * PAGE
-
-
-def _anonymous() -> int:
-    """Resident pages that no file backs: all, less those shared or mapped from files."""
-    with open("/proc/self/statm", "rb") as file:
-        fields = file.read().split()
-    return (int(fields[1]) - int(fields[2])) * PAGE
-
-
-class _MallocInfo(ctypes.Structure):
-    """`struct mallinfo2` of glibc 2.33 and newer."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
-            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
-        )
-    )
-
-
-def _freed() -> Reader | None:
-    """Free chunks of glibc's heaps; other C libraries do not tell."""
-    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if mallinfo2 is None:
-        return None
-    mallinfo2.restype = _MallocInfo
-    latest = [-SLOWLY_NS, 0]
-
-    def read() -> int:  # it walks all free chunks and locks the heaps meanwhile
-        now = time.monotonic_ns()
-        if now - latest[0] >= SLOWLY_NS:
-            latest[:] = now, int(mallinfo2().fordblks)
-        return latest[1]
-
-    return read
 
 
 def _cgroup_usage() -> Callable[[], int] | None:

@@ -23,7 +23,8 @@ METERS: Final[dict[Tier, tuple[Meter, ...]]] = {
 """What the system says of a tier: the first of these that was read."""
 PLATEAU: Final = 0.02
 """Readings this close to the highest are the peak too: of them the one counts at which the records know most. An
-allocator keeps what a program gives back, so that readings stay high after the instant that made them so."""
+allocator keeps what a program gives back, so that readings stay high after the instant that made them so. Readings of
+which is known how much of them was kept go first."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,6 +114,8 @@ def _peak(profile: Profile, tier: Tier, window: Window) -> TierPeak | None:
     if gauges is not None:
         instants, values = _in_window(gauges.at, gauges.value, window)
         high = np.flatnonzero(values >= (1 - PLATEAU) * values.max())
+        told = high[_kept(profile, tier, gauges, instants[high]) >= 0]
+        high = told if len(told) else high
         row = int(high[np.lexsort((values[high], live_at(at, levels, instants[high])))[-1]])
     else:
         instants, values = _in_window(at, levels, window)
@@ -120,7 +123,10 @@ def _peak(profile: Profile, tier: Tier, window: Window) -> TierPeak | None:
     instant, nbytes = int(instants[row]), int(values.max())
     before = memory.where(memory.at <= instant)
     categories = _rows(profile, "category", before)
-    unaccounted = nbytes - sum(held.nbytes for held in categories)
+    kept = -1 if gauges is None else int(_kept(profile, tier, gauges, np.array([instant]))[0])
+    used = nbytes - max(kept, 0)
+    unaccounted = used - sum(held.nbytes for held in categories)
+    vague = abs(unaccounted) + sum(held.nbytes for held in categories if held.name == Category.LIBRARY.name)
     return TierPeak(
         tier=tier.name,
         at_ns=instant,
@@ -128,10 +134,10 @@ def _peak(profile: Profile, tier: Tier, window: Window) -> TierPeak | None:
         categories=categories,
         modules=_rows(profile, "module", before),
         unaccounted_nbytes=unaccounted,
-        named=max(0.0, 1 - abs(unaccounted) / nbytes) if nbytes > 0 else float(not unaccounted),
+        named=max(0.0, 1 - vague / used) if used > 0 else float(not vague),
         capacity_nbytes=profile.header.capacities.get(tier.name),
         budget_nbytes=profile.header.budgets.get(tier.name),
-        fragmentation_nbytes=_fragmentation(profile, tier, instant),
+        fragmentation_nbytes=None if kept < 0 else kept,
     )
 
 
@@ -181,15 +187,24 @@ def _thinned(at: Ints, levels: Ints, points: int) -> Ints:
     return np.union1d(at[highest], at[-1:])
 
 
-def _fragmentation(profile: Profile, tier: Tier, instant: int) -> int | None:
-    """What the allocator kept and had not given out, by the last readings before an instant."""
+def _kept(profile: Profile, tier: Tier, gauges: Columns, instants: Ints) -> Ints:
+    """What the allocator kept and had not given out at these instants of `gauges`; -1 where it was not read."""
     if tier is Tier.HOST:
-        return _last(profile, Meter.HOST_FREED, instant)
-    reserved, allocated = (_last(profile, meter, instant) for meter in (Meter.DEVICE_RESERVED, Meter.DEVICE_ALLOCATED))
-    return None if tier is Tier.DISK or reserved is None or allocated is None else reserved - allocated
+        freed = readings(profile, Meter.HOST_FREED)
+        row = np.searchsorted(gauges.at, instants, side="right") - 1
+        following = np.append(gauges.at[1:], np.iinfo(np.int64).max)[row]
+        return _values(freed, np.searchsorted(freed.at, gauges.at[row], side="left"), before=following)
+    reserved, allocated = (
+        _values(meter, np.searchsorted(meter.at, instants, side="right") - 1)
+        for meter in (readings(profile, Meter.DEVICE_RESERVED), readings(profile, Meter.DEVICE_ALLOCATED))
+    )
+    return np.where((reserved < 0) | (allocated < 0), -1, reserved - allocated)
 
 
-def _last(profile: Profile, meter: Meter, instant: int) -> int | None:
-    gauges = readings(profile, meter)
-    row = int(np.searchsorted(gauges.at, instant, side="right")) - 1
-    return int(gauges.value[row]) if row >= 0 else None
+def _values(gauges: Columns, rows: Ints, *, before: Ints | None = None) -> Ints:
+    """The values in these rows; -1 where there is no such row, or not `before` these instants."""
+    there = (rows >= 0) & (rows < len(gauges))
+    if not there.any():
+        return np.full(len(rows), -1)
+    at, values = gauges.at[np.where(there, rows, 0)], gauges.value[np.where(there, rows, 0)]
+    return np.where(there if before is None else there & (at < before), values, -1)

@@ -26,6 +26,8 @@ from .device import UsedDevice
 from .devicemeters import device_meters
 from .facts import header, with_device
 from .guard import harmless
+from .heap import Heap, HostMemory
+from .imports import ImportWatch
 from .kernels import KernelWatch
 from .meters import all_meters
 from .metrics import summarise
@@ -124,7 +126,8 @@ class Profiler:
             self._tell_device()  # where the program uses one already, its meters are read from the start
             entered.enter_context(self._sampler)
             entered.callback(clock.finish)
-            before_nbytes = _resident_nbytes()
+            in_use = HostMemory(Heap.find()).in_use
+            before_nbytes = in_use()
             self._steps = entered.enter_context(StepWatch(recorder, watch, tensors, clock))
             watch.listen(self._steps)
             backward = BackwardWatch(recorder, watch, clock)
@@ -140,6 +143,7 @@ class Profiler:
             tensors.watch_what_is_there()
             # what was there before, less what of it has a name by now
             recorder.memory(max(0, before_nbytes - recorder.live[Tier.HOST]), Tier.HOST, Category.BASELINE)
+            entered.enter_context(ImportWatch(recorder, in_use))
             self._entered = entered.pop_all()
 
     def _device_clock(self) -> Clock | None:
@@ -277,9 +281,3 @@ def _with_model(header: Any, machinery: Machinery) -> Any:
         peaks={**header.peaks, **{name: rate for name, rate in peaks.items() if rate}},
         emulated=header.emulated or plan.emulated,
     )
-
-
-def _resident_nbytes() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)

@@ -73,4 +73,5 @@ class Sampler:
             except (OSError, RuntimeError, ValueError):
                 self._meters.remove(pair)
                 continue
-            self._recorder.add(Gauge(at=self._recorder.clock(), meter=meter, value=value))
+            if value is not None:
+                self._recorder.add(Gauge(at=self._recorder.clock(), meter=meter, value=value))

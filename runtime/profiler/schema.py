@@ -73,6 +73,8 @@ class Category(IntEnum):
     """Slots that blocks pass through, and staging: penstock's own, of no one module."""
     BASELINE = 7
     """What the process held before the recording began: interpreter, libraries."""
+    LIBRARY = 8
+    """By what it grew while libraries were imported since."""
 
 
 class Meter(IntEnum):
@@ -94,7 +96,7 @@ class Meter(IntEnum):
     ENERGY_DEVICE = 7
     """Microjoules since some start (NVML)."""
     HOST_FREED = 8
-    """What the program has given back and the C library keeps for later, resident as before."""
+    """Of `HOST_RSS` just before: what the program has given back and the C library keeps for later, at least."""
 
 
 class MarkKind(IntEnum):

@@ -98,14 +98,15 @@ class TierPeak(msgspec.Struct, frozen=True, kw_only=True):
     modules: tuple[MemoryRow, ...]
     """Largest first: bytes of all categories by module."""
     unaccounted_nbytes: int
-    """nbytes − Σ categories. Negative where pages were counted before they were touched."""
+    """nbytes − fragmentation − Σ categories. Negative where pages were counted before they were touched."""
     named: float
-    """Share of the bytes that land on named rows: 1 − |unaccounted| / nbytes."""
+    """Share of the bytes in use that are tensors, arenas or the baseline:
+    1 − (|unaccounted| + library) / (nbytes − fragmentation). What imports added has a row and says no more."""
     capacity_nbytes: int | None
     budget_nbytes: int | None
     fragmentation_nbytes: int | None
-    """Reserved − allocated, where an allocator tells: what it keeps and nobody uses. On the host it is part of what is
-    unaccounted."""
+    """What an allocator keeps and nobody uses: on a device reserved − allocated; on the host what is free and resident
+    of glibc's main heap, at least. None where nothing told at that instant."""
 
 
 class Leak(msgspec.Struct, frozen=True, kw_only=True):

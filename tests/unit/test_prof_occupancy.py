@@ -88,6 +88,49 @@ def test_fragmentation_is_what_the_allocator_reserved_and_did_not_give_out() -> 
     ]
     peak = peak_of(records, tier="DEVICE")
     assert (peak.nbytes, peak.fragmentation_nbytes, peak.capacity_nbytes) == (200, 30, None)
+    assert peak.unaccounted_nbytes == 170
+
+
+def test_what_the_heap_keeps_is_in_nobodys_use() -> None:
+    records: list[Record] = [
+        memory(0, 100, Category.BASELINE),
+        memory(0, 50, Category.LIBRARY),
+        Gauge(at=10, meter=Meter.HOST_RSS, value=200),
+        Gauge(at=11, meter=Meter.HOST_FREED, value=40),
+    ]
+    peak = peak_of(records)
+    assert (peak.nbytes, peak.fragmentation_nbytes, peak.unaccounted_nbytes) == (200, 40, 10)
+    assert peak.named == pytest.approx(100 / 160)  # what imports added has a row, not a name
+
+
+def test_what_the_heap_kept_at_another_reading_says_nothing_about_the_peak() -> None:
+    records: list[Record] = [
+        memory(0, 100, Category.BASELINE),
+        Gauge(at=10, meter=Meter.HOST_RSS, value=150),
+        Gauge(at=11, meter=Meter.HOST_FREED, value=40),
+        Gauge(at=20, meter=Meter.HOST_RSS, value=200),
+        Gauge(at=30, meter=Meter.HOST_RSS, value=150),
+        Gauge(at=31, meter=Meter.HOST_FREED, value=50),
+    ]
+    peak = peak_of(records)
+    assert (peak.fragmentation_nbytes, peak.unaccounted_nbytes, peak.named) == (None, 100, 0.5)
+
+
+def test_of_readings_near_the_peak_one_of_which_is_known_what_was_kept_is_taken() -> None:
+    records: list[Record] = [
+        memory(0, 100, Category.BASELINE),
+        Gauge(at=10, meter=Meter.HOST_RSS, value=990),
+        Gauge(at=11, meter=Meter.HOST_FREED, value=800),
+        memory(15, 100),
+        Gauge(at=20, meter=Meter.HOST_RSS, value=1000),
+    ]
+    peak = peak_of(records)
+    assert (peak.at_ns, peak.nbytes, peak.fragmentation_nbytes, peak.unaccounted_nbytes) == (10, 1000, 800, 100)
+
+
+def test_no_more_is_kept_than_there_is() -> None:
+    records = [Gauge(at=1, meter=Meter.HOST_RSS, value=100), Gauge(at=2, meter=Meter.HOST_FREED, value=100)]
+    assert (peak_of([*records]).unaccounted_nbytes, peak_of([*records]).named) == (0, 1.0)
 
 
 @given(profiles(), windows)
@@ -104,7 +147,8 @@ def test_peaks_agree_with_looking_at_every_instant(profile: Profile, window: tup
         known = {t: level for t, level in levels.items() if any(row["at"] <= t for row in rows)}
         if known:
             assert peak.nbytes == max(known.values()) == levels[peak.at_ns]
-        assert peak.unaccounted_nbytes == peak.nbytes - sum(row.nbytes for row in peak.categories)
+        kept = peak.fragmentation_nbytes or 0
+        assert peak.unaccounted_nbytes == peak.nbytes - kept - sum(row.nbytes for row in peak.categories)
         assert 0 <= peak.named <= 1
 
 

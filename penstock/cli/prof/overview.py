@@ -60,7 +60,7 @@ def _facts(profile: Profile, summary: Summary) -> Iterator[tuple[str, str]]:
     for peak in summary.peaks:
         yield f"{peak.tier.lower()} peak", _peak(peak.nbytes, peak.budget_nbytes, peak.capacity_nbytes, peak.named)
         if peak.fragmentation_nbytes is not None:
-            yield "", f"{units.size(peak.fragmentation_nbytes)} of it reserved and not allocated"
+            yield "", f"{units.size(peak.fragmentation_nbytes)} of it not in use; named is a share of the rest"
     if summary.energy.per_token_j is not None:
         yield "energy", f"{summary.energy.per_token_j:.2f} J per token"
     if summary.tklqt_ns is not None:

@@ -162,8 +162,9 @@ def _attribution(title: str, name: str, peak: TierPeak, rows: Sequence[MemoryRow
     if unaccounted:
         add(made, "unaccounted", units.size(peak.unaccounted_nbytes), share(peak.unaccounted_nbytes / whole))
         if peak.fragmentation_nbytes is not None:
+            made.add_section()
             kept = share(peak.fragmentation_nbytes / whole)
-            add(made, "  (given back, kept by the allocator)", units.size(peak.fragmentation_nbytes), kept)
+            add(made, "not in use, kept by the allocator", units.size(peak.fragmentation_nbytes), kept)
         made.add_section()
         add(made, "all", units.size(peak.nbytes), share(1.0 if peak.nbytes else None))
     return made
