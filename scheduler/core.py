@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Coroutine, Hashable, Iterator
 from typing import Any, Final
 
 from ..memory.errors import ClosedError, DoesNotFitError
@@ -75,6 +75,7 @@ class Core:
         self._failed: dict[int, Exception] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_thread = 0
         self._pump_scheduled = False
         self._broken: Exception | None = None
         self._placed = asyncio.Event()
@@ -177,6 +178,9 @@ class Core:
         if self._pump_scheduled or self._loop is None:
             return
         self._pump_scheduled = True
+        if threading.get_ident() == self._loop_thread:
+            self._loop.call_soon(self._pump)  # without the system calls that rouse a loop from outside
+            return
         try:
             self._loop.call_soon_threadsafe(self._pump)
         except RuntimeError:  # the loop was closed meanwhile: `stop` has told every waiter
@@ -185,8 +189,9 @@ class Core:
     # --- in the loop ------------------------------------------------------------------------------------------------
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run in this loop from now on."""
+        """Run in this loop, which is the calling thread's, from now on."""
         self._loop = loop
+        self._loop_thread = threading.get_ident()
         self.wake()
 
     async def stop(self, reason: Exception) -> None:
@@ -277,7 +282,7 @@ class Core:
     def _prefetch(self, tier: Tier) -> list[Residence]:
         """Places for the next blocks of the predicted order, as far as slots and the in-flight limit allow."""
         placed: list[Residence] = []
-        flying = sum(self._nbytes[b] for b, held in tier.holding.items() if not held.ready)
+        flying = sum(self._nbytes[block] for block in tier.arriving)
         while flying < self._inflight_limit:
             block = self._next(tier)
             if block is None:
@@ -287,15 +292,22 @@ class Core:
         return placed
 
     def _next(self, tier: Tier) -> Residence | None:
-        upcoming = [b for b in self.orders.upcoming(self._horizon()) if b not in self._failed]
-        ring = [b for b in upcoming if b not in tier.permanent]
+        ring = (block for block in self._upcoming() if block not in tier.permanent)
         fetch = next_fetch(ring, present=tier.in_ring(), evictable=tier.evictable(), free_slots=len(tier.free))
-        loading = first_unloaded(upcoming, tier.unloaded)
-        if loading is not None and (fetch is None or upcoming.index(loading) < upcoming.index(fetch.block)):
+        loading = first_unloaded(self._upcoming(), tier.unloaded) if tier.unloaded else None
+        if loading is not None and (fetch is None or self._is_sooner(loading, fetch.block)):
             return tier.place(loading, urgent=False)
         if fetch is None:
             return None
         return tier.place(fetch.block, urgent=False, victim=fetch.victim)
+
+    def _upcoming(self) -> Iterator[int]:
+        """The next accesses as predicted, without blocks that could not be brought."""
+        return (block for block in self.orders.upcoming(self._horizon()) if block not in self._failed)
+
+    def _is_sooner(self, block: int, other: int) -> bool:
+        """Whether one of two blocks to come is used before the other."""
+        return next(each for each in self._upcoming() if each in (block, other)) == block
 
     def _horizon(self) -> int:
         return min(len(self._nbytes) + 1, HORIZON)
@@ -304,9 +316,9 @@ class Core:
         """Host places: for blocks that the device is about to take, then ahead of it."""
         back = self.back
         assert back is not None
-        wanted = [held for held in self.front.holding.values() if not held.ready and held.block not in back.holding]
+        wanted = [held for held in self.front.arriving.values() if held.block not in back.holding]
         wanted.sort(key=lambda held: not held.urgent)
-        needed = {held.block for held in self.front.holding.values() if not held.ready}
+        needed = self.front.arriving.keys()
         placed: list[Residence] = []
         for held in wanted:
             victim = None
@@ -315,12 +327,11 @@ class Core:
                 if victim is None:
                     return placed
             placed.append(back.place(held.block, urgent=held.urgent, victim=victim))
-        flying = sum(self._nbytes[b] for b, h in back.holding.items() if not h.ready)
-        ahead = (b for b in self.orders.upcoming(self._horizon()) if b not in self.front.holding)
-        for block in ahead:
+        flying = sum(self._nbytes[block] for block in back.arriving)
+        for block in self._upcoming():
             if flying >= self._inflight_limit:
                 break
-            if block in back.holding or block in self._failed:
+            if block in self.front.holding or block in back.holding:
                 continue
             if block in back.permanent or back.free:
                 placed.append(back.place(block, urgent=False))
@@ -397,7 +408,7 @@ class Core:
         with self.lock:
             held.slot.stamp = held.block if error is None else -1
             held.ready_ns = self._clock()
-            held.settle(error)
+            tier.settle(held, error)
             # a read ahead of need fails for the consumer too: nobody would notice, and it would be tried for ever
             unseen = error is not None and not held.pins and held.block not in self.front.holding
             if tier is self.front or unseen:

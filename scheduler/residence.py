@@ -95,22 +95,22 @@ class Tier:
         self.ring_nbytes = min((slot.nbytes for slot in self.free), default=0)
         """Bytes of the smallest slot of the ring."""
         self.holding: dict[int, Residence] = {}
+        self.arriving: dict[int, Residence] = {}
+        """Those held that are not ready yet, in the order in which they were placed."""
+        self._ring: dict[int, Residence] = {}
+        """Those held that take a ring slot."""
         self.unloaded = set(self.permanent)
         """Permanent blocks that have not been brought yet."""
         self.wasted = 0
         """Blocks dropped without having been used."""
 
-    def in_ring(self) -> set[int]:
+    def in_ring(self) -> Set[int]:
         """Blocks that take a ring slot."""
-        return {block for block, held in self.holding.items() if not held.permanent}
+        return self._ring.keys()
 
     def evictable(self) -> set[int]:
         """Blocks whose ring slot may be taken now."""
-        return {
-            block
-            for block, held in self.holding.items()
-            if not held.permanent and held.ready and not held.leases and not held.pins
-        }
+        return {block for block, held in self._ring.items() if held.ready and not held.leases and not held.pins}
 
     def place(self, block: int, *, urgent: bool, victim: int | None = None) -> Residence:
         """Give `block` its own slot, or a free one, or that of `victim`."""
@@ -123,12 +123,20 @@ class Tier:
         self.unloaded.discard(block)
         slot.stamp = -1
         held = Residence(block=block, slot=slot, permanent=block in self.permanent, urgent=urgent)
-        self.holding[block] = held
+        self.holding[block] = self.arriving[block] = held
+        if not held.permanent:
+            self._ring[block] = held
         return held
+
+    def settle(self, held: Residence, error: Exception | None) -> None:
+        """A block of this tier has arrived, or will not."""
+        self.arriving.pop(held.block)
+        held.settle(error)
 
     def preload(self, block: int) -> Slot:
         """The slot of a permanent block whose bytes are put there before the executor starts."""
         held = self.place(block, urgent=False)
+        self.arriving.pop(block)
         held.ready = True
         held.slot.stamp = block
         held.ranges.append((0, held.slot.nbytes))
@@ -142,6 +150,7 @@ class Tier:
         held.slot.stamp = -1
         self.wasted += held.ready and not held.used
         if not held.permanent:
+            del self._ring[block]
             self.free.append(held.slot)
         if block in self.permanent:
             self.unloaded.add(block)
