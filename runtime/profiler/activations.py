@@ -15,10 +15,12 @@ from typing import Any, Final
 
 import torch
 
+from ..saved import SavedTensor
 from .calls import ModuleWatch
 from .recorder import Recorder
 from .schema import Category, Tier
-from .tensors import TensorWatch, storage_key, tier_of
+from .storages import storage_key, tier_of
+from .tensors import TensorWatch
 
 _autograd: Final[Any] = torch._C._autograd  # torch leaves some of it untyped
 
@@ -36,19 +38,13 @@ class _Held:
         self._recorder.memory(-self._nbytes, self._tier, Category.ACTIVATION, module=self._row)
 
 
-class _Saved:
-    """A saved tensor."""
+class _Saved(SavedTensor):
+    """A saved tensor, and the count of its storage."""
 
-    __slots__ = ("_held", "tensor", "version")
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        # The graph owns this: without detaching, a node that saves its output would own itself, and never be freed.
-        self.tensor = tensor if tensor.is_leaf else tensor.detach()
-        self.version = tensor._version
-        self._held: _Held | None = None
+    __slots__ = ("_held",)
 
     def hold(self, held: _Held) -> None:
-        """Keep the count of its storage."""
+        """Keep the count for as long as the tensor."""
         self._held = held
 
 
@@ -77,7 +73,7 @@ class ActivationWatch:
         self._entered.close()
 
     def _push(self) -> None:
-        _autograd._push_saved_tensors_default_hooks(self._pack, _unpack)
+        _autograd._push_saved_tensors_default_hooks(self._pack, SavedTensor.unpack)
 
     def _pop(self) -> bool:
         """Whether our hooks were the innermost ones of this thread: others are not ours to take off."""
@@ -129,19 +125,3 @@ class ActivationWatch:
             nbytes = tensor.untyped_storage().nbytes()
             held = self._live[key] = _Held(self._recorder, tier_of(tensor), nbytes, self._watch.current())
         saved.hold(held)
-
-
-def _unpack(saved: _Saved) -> torch.Tensor:
-    """What was saved.
-
-    Raises:
-        RuntimeError: it has been changed since. torch leaves this to us where there are hooks.
-    """
-    tensor = saved.tensor
-    if tensor._version != saved.version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; "
-            f"expected version {saved.version} instead."
-        )
-    return tensor

@@ -10,7 +10,7 @@ import torch
 
 from .recorder import Recorder
 from .schema import Category, Tier
-from .tensors import tier_of
+from .storages import tier_of
 
 
 class CacheWatch:

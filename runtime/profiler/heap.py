@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from .pages import PAGE, resident_nbytes
 
-SHARE: Final = 500
+SHARE: Final = 2000
 """Looks may take one part in so many of the time: each walks all free chunks, and pages of the heap."""
-ALLOWANCE_NS: Final = 50_000_000
+ALLOWANCE_NS: Final = 10_000_000
 """What looks may take beyond that: a program that grows deserves some at its start."""
 NEAR: Final = 0.02
 """Readings this close to the highest may turn out to be where most is in use."""

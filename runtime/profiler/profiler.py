@@ -117,11 +117,11 @@ class Profiler:
             self._clock = clock = LateClock(time.monotonic_ns, self._device_clock, recorder.failed)
             self._hook_ns = _hook_ns()
             self._watch = watch = ModuleWatch(recorder, clock, every=self.level == "full")
-            self._tensors = tensors = TensorWatch(recorder, watch)
+            self._tensors = tensors = TensorWatch(recorder, watch, at_once=self.level == "full")
             entered.callback(tensors.close)
             interval_s = INTERVAL_S[self.level]
             kernels = KernelWatch(recorder, self._used)
-            also = (self._tell_device, clock.poll, kernels.poll, tensors.look_again, self._spend)
+            also = (self._tell_device, clock.poll, kernels.poll, tensors.look_at_gradients, self._spend)
             self._sampler = Sampler(recorder, all_meters(), also=also, interval_s=interval_s)
             self._tell_device()  # where the program uses one already, its meters are read from the start
             entered.enter_context(self._sampler)

@@ -20,7 +20,7 @@ class Sampler:
 
     Args:
         meters: Each with the function that reads it; one that raises OSError or RuntimeError is left out from then on.
-        also: What else is to be done as often, in the same thread, and once at the end.
+        also: What else is to be done as often, in the same thread, before the meters are read, and once at the end.
     """
 
     def __init__(
@@ -49,15 +49,15 @@ class Sampler:
         self._stop.set()
         if self._recorder.alive:
             self._thread.join()
-            self.read()
             for act in self._also:
                 act()
+            self.read()
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
-            self.read()
             for act in self._also:
                 act()
+            self.read()
             self.own_ns = time.thread_time_ns()
 
     def add(self, meters: Sequence[tuple[Meter, Reader]]) -> None:

@@ -114,7 +114,7 @@ class MarkKind(IntEnum):
     NOTE = 6
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What all records share: nothing but being one."""
 
 

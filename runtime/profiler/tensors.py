@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,37 +21,7 @@ from .calls import ModuleWatch, is_bare, tensors_in
 from .guard import harmless
 from .recorder import Recorder
 from .schema import NONE, Category, Storage, Tier
-
-
-def tier_of(tensor: torch.Tensor) -> Tier:
-    """Where a tensor's bytes are."""
-    return Tier.HOST if tensor.device.type == "cpu" else Tier.DEVICE
-
-
-def storage_key(tensor: torch.Tensor) -> int:
-    """A number that all views of one storage share; 0 for tensors that have no memory of their own."""
-    if tensor.device.type == "meta" or tensor.layout is not torch.strided:
-        return 0
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # subclasses without a storage of their own
-        return 0
-
-
-def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors whose storages hold a tensor: itself, but for sparse ones and for subclasses that wrap others."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from parts_of(getattr(tensor, name))
-    elif tensor.layout is torch.sparse_coo:
-        yield tensor._indices()
-        yield tensor._values()
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
-    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
-    else:
-        yield tensor
+from .storages import address, parts_of, storage_key, tier_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +48,10 @@ class _Parameter:
     """Where its bytes were when they were counted; 0 where they are not counted here."""
     placed: bool = True
     """Whether its place in a model is known: it is not before the model is called or streamed."""
+    address: int = 0
+    """Of its first element when its bytes were counted: where that is the same, nothing has moved."""
+    gradient: tuple[int, Tier] | None = None
+    """Bytes and tier of its gradient, where that has its memory to itself; others are held by storage."""
     hook: Any = None
 
 
@@ -87,9 +62,16 @@ def objects_alive() -> list[Any]:
 
 
 class TensorWatch:
-    """Keeps the records of tensors that outlive a step up to date, when it is told to look."""
+    """Keeps the records of tensors that outlive a step up to date, when it is told to look.
 
-    def __init__(self, recorder: Recorder, watch: ModuleWatch) -> None:
+    Args:
+        at_once: Whether a gradient is counted as soon as backward has accumulated it, by a hook on every parameter.
+    """
+
+    def __init__(self, recorder: Recorder, watch: ModuleWatch, *, at_once: bool) -> None:
+        self._at_once = at_once
+        self._lock = threading.Lock()
+        """Gradients are looked at by the thread that computes and by the one that reads meters."""
         self._recorder = recorder
         self._watch = watch
         self._roots: list[weakref.ref[nn.Module]] = []
@@ -110,6 +92,8 @@ class TensorWatch:
         self._registration: Any = register_module_parameter_registration_hook(self._parameter_came)
         self._states: dict[int, tuple[weakref.ref[torch.optim.Optimizer], set[int]]] = {}
         """By id of an optimizer: itself, and the storages of what it keeps."""
+        self._seen_states: dict[int, list[int]] = {}
+        """By id of an optimizer: the addresses of what it kept when that was looked at."""
 
     def leave_out(self, parameters: set[int]) -> None:
         """Parameters, by id, whose bytes are somebody else's to account for, from now on."""
@@ -183,7 +167,7 @@ class TensorWatch:
         if number in self._elsewhere:
             return
         known.key = self._take(name, parameter, Category.WEIGHT, row, of=number)
-        if placed and parameter.requires_grad and parameter.is_leaf:
+        if self._at_once and placed and parameter.requires_grad and parameter.is_leaf:
             hookable: Any = parameter  # torch leaves some of it untyped
             known.hook = hookable.register_post_accumulate_grad_hook(self._gradient_came)
 
@@ -259,7 +243,9 @@ class TensorWatch:
         self._roots = [known for known in self._roots if known is not root]
 
     def _parameter_gone(self, number: int) -> None:
-        self._drop_weight(self._parameters.pop(number))
+        known = self._parameters.pop(number)
+        self._drop_weight(known)
+        self._drop_gradient(known)
 
     def _buffer_gone(self, key: int, _: object) -> None:
         self._buffers.pop(key, None)
@@ -268,17 +254,24 @@ class TensorWatch:
     @harmless
     def look_at_gradients(self) -> None:
         """Compare the gradients that are there with those that were there, and weights with where they were."""
+        with self._lock:
+            self._look_at_gradients()
+
+    def _look_at_gradients(self) -> None:
         self.look_again()
         now: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
         for number, known in list(self._parameters.items()):
             parameter = known.reference()
             if parameter is None or number in self._elsewhere:
+                self._drop_gradient(known)
                 continue
-            if known.key and known.key != storage_key(parameter) and not is_traceable_wrapper_subclass(parameter):
-                self._drop_weight(known)  # it has been given other memory, and somebody keeps the old
-                known.key = self._take(known.name, parameter, Category.WEIGHT, known.row, of=number)
-            if parameter.grad is not None:
-                for part in parts_of(parameter.grad):
+            if known.key and known.address != address(parameter):
+                self._look_at_weight(number, known, parameter)
+            gradient = parameter.grad
+            if gradient is None:
+                self._drop_gradient(known)
+            elif not self._hold_whole(known, gradient):
+                for part in parts_of(gradient):
                     now.setdefault(storage_key(part), (parameter, part, known.row))
         now.pop(0, None)
         for category, key in [held for held in self._held if held[0] is Category.GRADIENT and held[1] not in now]:
@@ -286,14 +279,44 @@ class TensorWatch:
         for parameter, part, row in now.values():
             self._hold_gradient(parameter, part, row)
 
+    def _look_at_weight(self, number: int, known: _Parameter, parameter: torch.Tensor) -> None:
+        if known.key != storage_key(parameter) and not is_traceable_wrapper_subclass(parameter):
+            self._drop_weight(known)  # it has been given other memory, and somebody keeps the old
+            known.key = self._take(known.name, parameter, Category.WEIGHT, known.row, of=number)
+        known.address = address(parameter)
+
+    def _hold_whole(self, known: _Parameter, gradient: torch.Tensor) -> bool:
+        """Count a gradient that has its memory to itself, as nearly all have: whether it is one."""
+        if type(gradient) is not torch.Tensor or gradient.layout is not torch.strided:
+            return self._drop_gradient(known)
+        nbytes = gradient.nbytes
+        if known.gradient is not None and known.gradient[0] == nbytes:
+            return True
+        if not nbytes or gradient.device.type == "meta" or gradient.untyped_storage().nbytes() != nbytes:
+            return self._drop_gradient(known)
+        self._drop_gradient(known)
+        known.gradient = nbytes, tier_of(gradient)
+        self._recorder.memory(nbytes, known.gradient[1], Category.GRADIENT, module=known.row)
+        return True
+
+    def _drop_gradient(self, known: _Parameter) -> bool:
+        if known.gradient is not None:
+            nbytes, tier = known.gradient
+            known.gradient = None
+            self._recorder.memory(-nbytes, tier, Category.GRADIENT, module=known.row)
+        return False
+
     @harmless
     def _gradient_came(self, parameter: torch.Tensor) -> None:
         """A gradient has been accumulated: it is counted when it is first seen."""
         known = self._parameters.get(id(parameter))
-        if known is not None and parameter.grad is not None and self._recorder.alive:
+        gradient = parameter.grad
+        if known is not None and gradient is not None and self._recorder.alive:
             self._recorder.hooks += 1
-            for part in parts_of(parameter.grad):
-                self._hold_gradient(parameter, part, known.row)
+            with self._lock:
+                if not self._hold_whole(known, gradient):
+                    for part in parts_of(gradient):
+                        self._hold_gradient(parameter, part, known.row)
 
     def _hold_gradient(self, parameter: torch.Tensor, part: torch.Tensor, row: int) -> None:
         reference = weakref.ref(parameter)
@@ -319,6 +342,10 @@ class TensorWatch:
     def look_at_states(self, optimizer: torch.optim.Optimizer) -> None:
         """Account for what an optimizer keeps."""
         number = id(optimizer)
+        addresses = [address(v) for s in optimizer.state.values() for v in tensors_in(s)]
+        if self._seen_states.get(number) == addresses:
+            return
+        self._seen_states[number] = addresses
         if number not in self._states:
             self._states[number] = weakref.ref(optimizer, lambda _: self._optimizer_gone(number)), set()
         before = self._states[number][1]
@@ -335,6 +362,7 @@ class TensorWatch:
         self._states[number] = self._states[number][0], now
 
     def _optimizer_gone(self, number: int) -> None:
+        self._seen_states.pop(number, None)
         for key in self._states.pop(number)[1]:
             self._drop(Category.OPTIMIZER, key)
 

@@ -1,0 +1,49 @@
+"""Where a tensor's bytes are: its storage, its tier, and the parts of tensors that are made of others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .schema import Tier
+
+
+def tier_of(tensor: torch.Tensor) -> Tier:
+    """Where a tensor's bytes are."""
+    return Tier.HOST if tensor.device.type == "cpu" else Tier.DEVICE
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """A number that all views of one storage share; 0 for tensors that have no memory of their own."""
+    if tensor.device.type == "meta" or tensor.layout is not torch.strided:
+        return 0
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # subclasses without a storage of their own
+        return 0
+
+
+def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors whose storages hold a tensor: itself, but for sparse ones and for subclasses that wrap others."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from parts_of(getattr(tensor, name))
+    elif tensor.layout is torch.sparse_coo:
+        yield tensor._indices()
+        yield tensor._values()
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    else:
+        yield tensor
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Of the first element; 0 where there is none to have one."""
+    try:
+        return tensor.data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return 0
