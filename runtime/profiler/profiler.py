@@ -121,7 +121,7 @@ class Profiler:
             entered.callback(tensors.close)
             interval_s = INTERVAL_S[self.level]
             kernels = KernelWatch(recorder, self._used)
-            also = (self._tell_device, clock.poll, kernels.poll, tensors.look_at_gradients, self._spend)
+            also = (self._tell_device, clock.poll, kernels.poll, tensors.look_again, self._spend)
             self._sampler = Sampler(recorder, all_meters(), also=also, interval_s=interval_s)
             self._tell_device()  # where the program uses one already, its meters are read from the start
             entered.enter_context(self._sampler)

@@ -81,7 +81,7 @@ class StepWatch:
         if is_bare(module):
             return
         if torch.is_grad_enabled():
-            self._tensors.look_at_gradients()
+            self._tensors.look_at_gradients(module.parameters())
         if self.said or self._local.under_way:  # an optimizer that runs the model again is in the midst of a step
             return
         self._end_what_is_over()
@@ -121,7 +121,7 @@ class StepWatch:
         if not self._recorder.alive:
             return
         self._recorder.hooks += 1
-        self._tensors.look_at_gradients()
+        self._tensors.look_at_gradients(p for group in optimizer.param_groups for p in group["params"])
         under_way = self._local.under_way
         for place, (known, _) in enumerate(under_way):
             if known == id(optimizer):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
-import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +51,8 @@ class _Parameter:
     """Of its first element when its bytes were counted: where that is the same, nothing has moved."""
     gradient: tuple[int, Tier] | None = None
     """Bytes and tier of its gradient, where that has its memory to itself; others are held by storage."""
+    parts: frozenset[int] = frozenset()
+    """Storages of a gradient that has not."""
     hook: Any = None
 
 
@@ -65,13 +66,12 @@ class TensorWatch:
     """Keeps the records of tensors that outlive a step up to date, when it is told to look.
 
     Args:
-        at_once: Whether a gradient is counted as soon as backward has accumulated it, by a hook on every parameter.
+        at_once: Whether a gradient is counted as soon as backward has accumulated it, by a hook on every parameter;
+            else it is when a root begins, or an optimizer.
     """
 
     def __init__(self, recorder: Recorder, watch: ModuleWatch, *, at_once: bool) -> None:
         self._at_once = at_once
-        self._lock = threading.Lock()
-        """Gradients are looked at by the thread that computes and by the one that reads meters."""
         self._recorder = recorder
         self._watch = watch
         self._roots: list[weakref.ref[nn.Module]] = []
@@ -100,6 +100,7 @@ class TensorWatch:
         self._elsewhere |= parameters
         for number in parameters & self._parameters.keys():
             self._drop_weight(self._parameters[number])
+            self._drop_gradient(self._parameters[number])
 
     def leave_out_no_more(self, parameters: set[int]) -> None:
         """They are gone, and other parameters may get their ids."""
@@ -118,7 +119,7 @@ class TensorWatch:
         ):  # the largest has no number
             self._watch.register(root)
             self.watch(root)
-        self.look_at_gradients()
+        self.look_at_gradients(p for known in list(self._parameters.values()) if (p := known.reference()) is not None)
         for thing in objects:
             if issubclass(type(thing), torch.optim.Optimizer):
                 self.look_at_states(thing)
@@ -252,32 +253,33 @@ class TensorWatch:
         self._drop(Category.BUFFER, key)
 
     @harmless
-    def look_at_gradients(self) -> None:
-        """Compare the gradients that are there with those that were there, and weights with where they were."""
-        with self._lock:
-            self._look_at_gradients()
+    def look_at_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Compare the gradients that are there with those that were there, and weights with where they were.
 
-    def _look_at_gradients(self) -> None:
+        Only for parameters that the calling thread computes with: backward exchanges gradients without Python's lock,
+        and who reads one of another thread's may read what is gone.
+        """
         self.look_again()
-        now: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
-        for number, known in list(self._parameters.items()):
-            parameter = known.reference()
-            if parameter is None or number in self._elsewhere:
-                self._drop_gradient(known)
+        for parameter in parameters:
+            number = id(parameter)
+            known = self._parameters.get(number)
+            if known is None or number in self._elsewhere:
                 continue
             if known.key and known.address != address(parameter):
                 self._look_at_weight(number, known, parameter)
-            gradient = parameter.grad
-            if gradient is None:
-                self._drop_gradient(known)
-            elif not self._hold_whole(known, gradient):
-                for part in parts_of(gradient):
-                    now.setdefault(storage_key(part), (parameter, part, known.row))
-        now.pop(0, None)
-        for category, key in [held for held in self._held if held[0] is Category.GRADIENT and held[1] not in now]:
-            self._drop(category, key)
-        for parameter, part, row in now.values():
-            self._hold_gradient(parameter, part, row)
+            self._look_at_gradient(known, parameter)
+
+    def _look_at_gradient(self, known: _Parameter, parameter: torch.Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None:
+            self._drop_gradient(known)
+        elif not self._hold_whole(known, gradient):
+            parts = {storage_key(part): part for part in parts_of(gradient)}
+            for key in known.parts - parts.keys():
+                self._drop(Category.GRADIENT, key)
+            known.parts = frozenset(parts)
+            for part in parts.values():
+                self._hold_gradient(parameter, part, known.row)
 
     def _look_at_weight(self, number: int, known: _Parameter, parameter: torch.Tensor) -> None:
         if known.key != storage_key(parameter) and not is_traceable_wrapper_subclass(parameter):
@@ -287,36 +289,37 @@ class TensorWatch:
 
     def _hold_whole(self, known: _Parameter, gradient: torch.Tensor) -> bool:
         """Count a gradient that has its memory to itself, as nearly all have: whether it is one."""
-        if type(gradient) is not torch.Tensor or gradient.layout is not torch.strided:
-            return self._drop_gradient(known)
-        nbytes = gradient.nbytes
-        if known.gradient is not None and known.gradient[0] == nbytes:
-            return True
-        if not nbytes or gradient.device.type == "meta" or gradient.untyped_storage().nbytes() != nbytes:
-            return self._drop_gradient(known)
-        self._drop_gradient(known)
-        known.gradient = nbytes, tier_of(gradient)
-        self._recorder.memory(nbytes, known.gradient[1], Category.GRADIENT, module=known.row)
-        return True
+        if type(gradient) is torch.Tensor and gradient.layout is torch.strided:
+            nbytes = gradient.nbytes
+            if known.gradient is not None and known.gradient[0] == nbytes:
+                return True
+            if nbytes and gradient.device.type != "meta" and gradient.untyped_storage().nbytes() == nbytes:
+                self._drop_gradient(known)
+                known.gradient = nbytes, tier_of(gradient)
+                self._recorder.memory(nbytes, known.gradient[1], Category.GRADIENT, module=known.row)
+                return True
+        self._drop_whole(known)
+        return False
 
-    def _drop_gradient(self, known: _Parameter) -> bool:
+    def _drop_whole(self, known: _Parameter) -> None:
         if known.gradient is not None:
             nbytes, tier = known.gradient
             known.gradient = None
             self._recorder.memory(-nbytes, tier, Category.GRADIENT, module=known.row)
-        return False
+
+    def _drop_gradient(self, known: _Parameter) -> None:
+        self._drop_whole(known)
+        for key in known.parts:
+            self._drop(Category.GRADIENT, key)
+        known.parts = frozenset()
 
     @harmless
     def _gradient_came(self, parameter: torch.Tensor) -> None:
-        """A gradient has been accumulated: it is counted when it is first seen."""
+        """A gradient has been accumulated (called by the thread that did it)."""
         known = self._parameters.get(id(parameter))
-        gradient = parameter.grad
-        if known is not None and gradient is not None and self._recorder.alive:
+        if known is not None and self._recorder.alive:
             self._recorder.hooks += 1
-            with self._lock:
-                if not self._hold_whole(known, gradient):
-                    for part in parts_of(gradient):
-                        self._hold_gradient(parameter, part, known.row)
+            self._look_at_gradient(known, parameter)
 
     def _hold_gradient(self, parameter: torch.Tensor, part: torch.Tensor, row: int) -> None:
         reference = weakref.ref(parameter)

@@ -6,20 +6,24 @@ import asyncio
 import gc
 import os
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from penstock.memory.errors import UsageError
+from penstock.runtime.profiler import sampling
 from penstock.runtime.profiler.environment import start_if_asked
 from penstock.runtime.profiler.profile import Profile
 from penstock.runtime.profiler.profiler import Profiler
 from penstock.runtime.profiler.schema import Category, Compute, Mark, MarkKind, Memory, Phase, Step
+from penstock.runtime.profiler.tensors import TensorWatch
 
 
 class Net(nn.Module):
@@ -433,3 +437,28 @@ def test_another_folder_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / "elsewhere").mkdir()
         os.chdir("elsewhere")
     assert profiler.profile().footer.last
+
+
+def test_gradients_are_read_by_the_thread_that_computes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward exchanges them without Python's lock: another thread that reads one may read what is gone."""
+    readers: set[int] = set()
+    look = TensorWatch._look_at_gradient
+
+    def noted(self: TensorWatch, *args: Any) -> None:
+        readers.add(threading.get_ident())
+        look(self, *args)
+
+    monkeypatch.setattr(TensorWatch, "_look_at_gradient", noted)
+    monkeypatch.setitem(sampling.INTERVAL_S, "light", 1e-3)
+    net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(20)])
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    with Profiler(tmp_path / "a.prof") as profiler:
+        deadline = time.monotonic() + 0.3  # hundreds of turns of the thread that reads meters
+        while time.monotonic() < deadline:
+            optimizer.zero_grad()
+            net(torch.ones(2, 8)).sum().backward()
+            optimizer.step()
+    assert readers == {threading.get_ident()}
+    rows = profiler.profile()[Memory]
+    gradients = rows.where(rows.category == Category.GRADIENT)
+    assert gradients.nbytes[gradients.nbytes > 0].sum() >= 10 * sum(p.nbytes for p in net.parameters())
