@@ -63,8 +63,6 @@ class BackwardWatch:
     @harmless
     def module_returned(self, row: int, depth: int, inputs: Any, result: Any) -> None:
         """Put hooks on the nodes that made the output and the inputs."""
-        if not torch.is_grad_enabled():
-            return
         before = {node for tensor in tensors_in(inputs) if (node := tensor.grad_fn) is not None}
         made = {node for tensor in tensors_in(result) if (node := tensor.grad_fn) is not None} - before
         if not made:

@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
@@ -41,9 +41,9 @@ class Listener(Protocol):
         """An outermost call returned; `result` is None where it raised."""
         ...
 
-    def module_returned(self, row: int, depth: int, inputs: Any, result: Any) -> None:
-        """A recorded module returned `result` for `inputs`; `depth` recorded modules are around it."""
-        ...
+
+Returned = Callable[[int, int, Any, Any], None]
+"""A recorded module, by its row, with so many recorded modules around it, made of these inputs this result."""
 
 
 class _Call(NamedTuple):
@@ -54,6 +54,28 @@ class _Call(NamedTuple):
     row: int
     begun: Any
     root: bool
+
+
+class _Spanned:
+    """Records a span once its times are known."""
+
+    __slots__ = ("depth", "lane", "recorder", "row")
+
+    def __init__(self, recorder: Recorder, row: int, lane: int, depth: int) -> None:
+        self.recorder, self.row, self.lane, self.depth = recorder, row, lane, depth
+
+    def __call__(self, launched: int, start: int, end: int) -> None:
+        self.recorder.add(
+            Compute(
+                module=self.row,
+                phase=Phase.FORWARD,
+                start=start,
+                end=end,
+                lane=self.lane,
+                launched=launched,
+                depth=self.depth,
+            )
+        )
 
 
 class _Thread(threading.local):
@@ -97,6 +119,8 @@ class ModuleWatch:
         self._bare: dict[str, int] = {}
         """By class of a root that holds nothing (a loss, an activation): its row."""
         self._listeners: list[Listener] = []
+        self._of_results: list[Returned] = []
+        self._of_graphs: list[Returned] = []
         self._hooks: dict[int, tuple[Any, Any]] = {}
         """By id of a recorded module: the handles of its hooks."""
         self._registration: Any = None
@@ -108,6 +132,14 @@ class ModuleWatch:
     def listen(self, listener: Listener) -> None:
         """Tell someone of calls from now on."""
         self._listeners.append(listener)
+
+    def listen_to_results(self, returned: Returned) -> None:
+        """Tell someone of what modules return, from now on."""
+        self._of_results.append(returned)
+
+    def listen_to_graphs(self, returned: Returned) -> None:
+        """The same, but only while gradients are on."""
+        self._of_graphs.append(returned)
 
     def __enter__(self) -> ModuleWatch:
         # What torch says of global hooks where it compiles is no news to us, and none of the program's business.
@@ -284,33 +316,26 @@ class ModuleWatch:
 
     @harmless
     def _after(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        # Between the operations of a large model nothing of this is in the processor's caches: every step counts.
         stack, key = self._local.stack, id(module)
-        if torch.compiler.is_compiling() or all(call.module != key for call in reversed(stack)):
-            return  # it began before the recording
-        while stack[-1].module != key:
-            stack.pop()
+        if not stack or stack[-1].module != key:
+            if all(call.module != key for call in reversed(stack)):
+                return  # it began before the recording
+            while stack[-1].module != key:
+                stack.pop()
         call = stack.pop()
-        row, depth, lane = call.row, len(stack), self.lane()
-
-        def done(launched: int, start: int, end: int) -> None:
-            self._recorder.add(
-                Compute(
-                    module=row,
-                    phase=Phase.FORWARD,
-                    start=start,
-                    end=end,
-                    lane=lane,
-                    launched=launched,
-                    depth=depth,
-                )
-            )
-
-        self._clock.end(call.begun, done)
+        if torch.compiler.is_compiling():
+            return
+        depth = len(stack)
+        self._clock.end(call.begun, _Spanned(self._recorder, call.row, self.lane(), depth))
         # Where forward raised, torch leaves the keyword arguments out.
         kwargs, result = rest if len(rest) == 2 else ({}, None)
         if result is not None:
-            for listener in self._listeners:
-                listener.module_returned(row, depth, (args, kwargs), result)
+            for returned in self._of_results:
+                returned(call.row, depth, (args, kwargs), result)
+            if torch.is_grad_enabled():
+                for returned in self._of_graphs:
+                    returned(call.row, depth, (args, kwargs), result)
         if call.root:
             for listener in self._listeners:
                 listener.root_ends(module, args, kwargs, result)

@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol
 
 from .schema import NONE
 
-LOOK_NS: Final = 2_000_000
+LOOK_NS: Final = 20_000_000
 """How often a device is looked for. Asking at every span would cost more than the span does."""
 
 

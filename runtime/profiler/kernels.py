@@ -90,12 +90,6 @@ class KernelWatch:
             _profiler.profile._prepare_trace = self._prepare
         self._close(whole=failure[:1] == (None,))
 
-    def root_begins(self, module: torch.nn.Module) -> None:
-        """Nothing: steps tell."""
-
-    def root_ends(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Nothing: steps tell."""
-
     def module_returned(self, row: int, depth: int, inputs: Any, result: Any) -> None:
         """A step that goes on and on is cut."""
         if self._session is not None and self._recorder.clock() - self._session.start > MOST_NS:

@@ -132,11 +132,12 @@ class Profiler:
             watch.listen(self._steps)
             backward = BackwardWatch(recorder, watch, clock)
             watch.listen(backward)
+            watch.listen_to_graphs(backward.module_returned)
             entered.callback(backward.close)
             if self.level == "full":
                 entered.enter_context(ActivationWatch(recorder, watch, tensors))
                 entered.enter_context(kernels)
-                watch.listen(kernels)
+                watch.listen_to_results(kernels.module_returned)
             entered.enter_context(watch)
             entered.callback(announce(self.path).close)
             process_registry().begin(self)

@@ -30,6 +30,8 @@ class Recorder:
         self.tables: Tables = {"modules": {}, "blocks": {}, "storages": {}, "strings": {}}
         self.add: Callable[[Record], None] = ring.append
         """Record something."""
+        self.alive = True
+        """Whether this is the process that began the recording."""
         self.hooks = 0
         """How often the program was interrupted to record; times the cost of one, it is what the recording costs."""
         self.live = dict.fromkeys(Tier, 0)
@@ -37,7 +39,6 @@ class Recorder:
         self.on_step: Callable[[], bool] | None = None
         """Called between two steps, and before the first; whether it took time, which is no step's."""
         self._ring = ring
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._strings: dict[str, int] = {}
         self._transfers = 0
@@ -59,11 +60,6 @@ class Recorder:
         logger.warning("the recording is incomplete: a hook failed with %s: %s", type(error).__name__, error)
         logger.debug("where it failed", exc_info=error)
         self.mark(MarkKind.ERROR, f"recorder: {type(error).__name__}: {error}")
-
-    @property
-    def alive(self) -> bool:
-        """Whether this is the process that began the recording."""
-        return os.getpid() == self._pid
 
     # --- numbers ----------------------------------------------------------------------------------------------------
 
@@ -156,4 +152,5 @@ def _nothing(record: Record) -> None:
 def _close_in_child(recorder: weakref.ref[Recorder]) -> None:
     known = recorder()
     if known is not None:
+        known.alive = False
         known.close()  # nobody would fetch what it records

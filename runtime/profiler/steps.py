@@ -113,9 +113,6 @@ class StepWatch:
             return "prefill"
         return "verify" if self._caches.held_before(kwargs.get("past_key_values"), tokens) else "prefill"
 
-    def module_returned(self, row: int, depth: int, inputs: Any, result: Any) -> None:
-        """Nothing."""
-
     @harmless
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, *rest: object) -> None:
         if not self._recorder.alive:
