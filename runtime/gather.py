@@ -28,9 +28,10 @@ def gathered(machinery: Machinery, module: nn.Module) -> Iterator[nn.Module]:
     try:
         for key in wanted & set(machinery.tables):
             table = machinery.tables[key]
-            with torch._C.DisableTorchFunctionSubclass():
-                lent.append((table.parameter, table.parameter.data, None, -1))
-            table.parameter.data = table.whole()
+            whole = table.whole()
+            machinery.session.appear(table.parameter)
+            lent.append((table.parameter, table.parameter.data, None, -1))
+            table.parameter.data = whole
         for binding in machinery.bindings.values():
             indices = [i for i, bound in enumerate(binding.tensors) if id(bound.parameter) in wanted]
             if indices and binding.block and id(binding.tensors[0].parameter) not in machinery.tables:
@@ -50,6 +51,7 @@ def gathered(machinery: Machinery, module: nn.Module) -> Iterator[nn.Module]:
                     home.tensors[index].empty = empty
                 if home is None or not home.uses:
                     parameter.data = empty
+                    machinery.session.vanish(parameter)
 
 
 def _lend(
@@ -70,6 +72,7 @@ def _lend(
                 lent.append((bound.parameter, bound.empty, binding, index))
                 bound.empty = copy  # what is left behind when a lease ends
                 if not binding.uses:
+                    session.appear(bound.parameter)
                     bound.parameter.data = copy
     finally:
         machinery.executor.release(lease, session.device.computed())

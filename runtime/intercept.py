@@ -6,7 +6,9 @@ first. Parameters served by rows (embedding tables, large output projections) ar
 uses them rather than by the module, so that subclasses and ties need no special case.
 
 While its bytes are away, a parameter's class is a subclass of `nn.Parameter` with a `__torch_function__` of its own, so
-that torch itself finds it among a call's arguments. Calls that use no such parameter cost nothing.
+that torch itself finds it among a call's arguments. Calls that use no such parameter cost nothing. torch does not look
+at what it takes for plain data: `torch.tensor(weight)` and `x.new_tensor(weight)` see the placeholder, and are to be
+written `weight.clone()`, as torch itself advises.
 """
 
 from __future__ import annotations
@@ -40,7 +42,6 @@ _METADATA = {
     "is_pinned",
     "is_shared",
     "get_device",
-    "type",
     "__len__",
     "__hash__",
     "__repr__",
@@ -52,9 +53,12 @@ _METADATA = {
 }
 
 
-def reads_values(func: Callable[..., Any]) -> bool:
-    """Whether a torch function looks at a tensor's values, not only at its shape, dtype or device."""
+def reads_values(func: Callable[..., Any], arguments: int = 1) -> bool:
+    """Whether a torch function, called with so many arguments, looks at a tensor's values, not only at its shape, dtype
+    or device."""
     name = getattr(func, "__name__", "")
+    if name == "type":  # with a dtype it converts
+        return arguments > 1
     if name == "__set__":
         return False
     if name == "__get__":
@@ -77,7 +81,7 @@ class AbsentParameter(nn.Parameter):
     ) -> Any:
         """Run `func`, first fetching what it needs and does not have."""
         session = cls._session()
-        if session is not None and session.running_here() and reads_values(func):
+        if session is not None and session.running_here() and reads_values(func, len(args) + len(kwargs or ())):
             missing = _found(cls, args if not kwargs else (*args, *kwargs.values()))
             if missing:
                 return session.call_with(missing, func, args, dict(kwargs or {}))

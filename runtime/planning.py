@@ -354,12 +354,13 @@ class Planner:
         disk = sum(layout.per_token(b) * b.image.read_nbytes for b in layout.on_disk()) / self.budgets.disk_rate
         copied = sum(layout.per_token(b) * b.image.data_nbytes for b in layout.streamed()) if layout.back else 0
         link = copied / self.budgets.link_rate
-        shallow = sum(
-            max(0.0, 1 - (tier.slots - 1) * tier.slot_nbytes / min(DEPTH, budget // 8))  # one is in use
-            for tier, budget in ((layout.front, self.budgets.device or self.budgets.host),)
-            if tier.slots and budget >= 8
-        )
-        return max(disk, link) * (1 + SHALLOW_COST * shallow) + streamed * BLOCK_OVERHEAD_S
+        front, back = layout.front, layout.back
+        device, host = self.budgets.device, self.budgets.host
+        if back is None or device is None:
+            moved = disk * (1 + _shallowness(front, host // 8))
+        else:
+            moved = max(disk * (1 + _shallowness(back, host // 4)), link * (1 + _shallowness(front, device // 8)))
+        return moved + streamed * BLOCK_OVERHEAD_S
 
     def _does_not_fit(self) -> DoesNotFitError:
         # a cut that got as far as the host tier fits the device
@@ -375,3 +376,10 @@ class Planner:
             available_nbytes=budget,
             resident_nbytes=self._all_nbytes,
         )
+
+
+def _shallowness(ring: Residency, affordable: int) -> float:
+    """The part of its time that a link loses to a ring that is shorter than it would have to be to keep it busy."""
+    wanted = min(DEPTH, affordable)
+    ahead = (ring.slots - 1) * ring.slot_nbytes  # one is in use
+    return SHALLOW_COST * max(0.0, 1 - ahead / wanted) if ring.slots and wanted > 0 else 0.0

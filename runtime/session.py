@@ -77,9 +77,9 @@ class Session:
         for binding in bindings.values():
             for bound in binding.tensors:
                 self._homes.setdefault(id(bound.parameter), binding.block)  # pieces of a table stay the table's
-                bound.parameter.__class__ = self._absent_class
+                self.vanish(bound.parameter)
         for table in tables.values():
-            table.parameter.__class__ = self._absent_class
+            self.vanish(table.parameter)
         self._saved = SavedTensors(self)
         self._frames: list[_Frame] = []
         self._root = threading.RLock()
@@ -233,7 +233,7 @@ class Session:
             with self.bind_lock:
                 try:
                     for bound in binding.tensors:
-                        bound.parameter.__class__ = nn.Parameter
+                        self.appear(bound.parameter)
                     binding.bind(self.arena, slot, flagged=flagged)
                 except BaseException:
                     self._mark_absent(binding)
@@ -255,10 +255,18 @@ class Session:
         finally:
             self.executor.release(lease, self.device.computed())
 
+    def appear(self, parameter: nn.Parameter) -> None:
+        """Its bytes are there, or about to be: operations use them as they are."""
+        parameter.__class__ = nn.Parameter
+
+    def vanish(self, parameter: nn.Parameter) -> None:
+        """Its bytes are away: operations that use it are to be caught."""
+        parameter.__class__ = self._absent_class
+
     def _mark_absent(self, binding: Binding) -> None:
         if not binding.uses:
             for bound in binding.tensors:
-                bound.parameter.__class__ = self._absent_class
+                self.vanish(bound.parameter)
 
     # --- stray uses -------------------------------------------------------------------------------------------------
 
@@ -358,9 +366,9 @@ class Session:
             for binding in self.bindings.values():
                 binding.restore()
                 for bound in binding.tensors:
-                    bound.parameter.__class__ = nn.Parameter
+                    self.appear(bound.parameter)
             for table in self.tables.values():
-                table.parameter.__class__ = nn.Parameter
+                self.appear(table.parameter)
             self.arena, self._base = torch.empty(0), -1
 
 

@@ -178,11 +178,11 @@ class Core:
         if self._pump_scheduled or self._loop is None:
             return
         self._pump_scheduled = True
-        if threading.get_ident() == self._loop_thread:
-            self._loop.call_soon(self._pump)  # without the system calls that rouse a loop from outside
-            return
         try:
-            self._loop.call_soon_threadsafe(self._pump)
+            if threading.get_ident() == self._loop_thread:
+                self._loop.call_soon(self._pump)  # without the system calls that rouse a loop from outside
+            else:
+                self._loop.call_soon_threadsafe(self._pump)
         except RuntimeError:  # the loop was closed meanwhile: `stop` has told every waiter
             self._pump_scheduled = False
 
@@ -397,7 +397,7 @@ class Core:
         assert self.back is not None
         with self.lock:
             source.pins -= 1
-            gone = source.error is not None or not source.permanent
+            gone = source.error is not None or (source.ready and not source.permanent)  # not while it is still filled
             if gone and not source.pins and self.back.holding.get(source.block) is source:
                 source.used = True
                 self.back.drop(source.block)

@@ -130,7 +130,8 @@ class Tier:
 
     def settle(self, held: Residence, error: Exception | None) -> None:
         """A block of this tier has arrived, or will not."""
-        self.arriving.pop(held.block)
+        if self.arriving.get(held.block) is held:
+            del self.arriving[held.block]
         held.settle(error)
 
     def preload(self, block: int) -> Slot:
@@ -147,6 +148,7 @@ class Tier:
         held = self.holding.pop(block)
         assert not held.leases, f"block {block} dropped from {self.name} while leased"
         assert not held.pins, f"block {block} dropped from {self.name} while it is being copied"
+        assert block not in self.arriving, f"block {block} dropped from {self.name} while it is being filled"
         held.slot.stamp = -1
         self.wasted += held.ready and not held.used
         if not held.permanent:

@@ -316,6 +316,8 @@ class ModuleWatch:
 
     @harmless
     def _after(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # before all else: what is read while compiling is guarded, and compiled anew for each value
         # Between the operations of a large model nothing of this is in the processor's caches: every step counts.
         stack, key = self._local.stack, id(module)
         if not stack or stack[-1].module != key:
@@ -324,8 +326,6 @@ class ModuleWatch:
             while stack[-1].module != key:
                 stack.pop()
         call = stack.pop()
-        if torch.compiler.is_compiling():
-            return
         depth = len(stack)
         self._clock.end(call.begun, _Spanned(self._recorder, call.row, self.lane(), depth))
         # Where forward raised, torch leaves the keyword arguments out.

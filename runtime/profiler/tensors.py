@@ -291,12 +291,12 @@ class TensorWatch:
         """Count a gradient that has its memory to itself, as nearly all have: whether it is one."""
         if type(gradient) is torch.Tensor and gradient.layout is torch.strided:
             nbytes = gradient.nbytes
-            if known.gradient is not None and known.gradient[0] == nbytes:
-                return True
             if nbytes and gradient.device.type != "meta" and gradient.untyped_storage().nbytes() == nbytes:
-                self._drop_gradient(known)
-                known.gradient = nbytes, tier_of(gradient)
-                self._recorder.memory(nbytes, known.gradient[1], Category.GRADIENT, module=known.row)
+                found = nbytes, tier_of(gradient)
+                if known.gradient != found:
+                    self._drop_gradient(known)
+                    known.gradient = found
+                    self._recorder.memory(nbytes, found[1], Category.GRADIENT, module=known.row)
                 return True
         self._drop_whole(known)
         return False

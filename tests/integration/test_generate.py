@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from zoo import ZOO, differences, llama_config, load_resident, prompt, token_ids
 from zoo.budgets import DEVICES, find_budget, streamed
 
@@ -212,6 +212,8 @@ def test_gathered_lends_real_weights(pair: Pair) -> None:
     for i in range(len(stack)):
         with pair.streamed.penstock.gathered(stack[i]):
             lent = {name: parameter.detach().clone() for name, parameter in stack[i].named_parameters()}
+            again = {name: nn.Parameter(parameter) for name, parameter in stack[i].named_parameters()}
+            assert differences(again, lent) == []
         assert differences(dict(truth[i].named_parameters()), dict(lent)) == []
 
 

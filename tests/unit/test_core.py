@@ -4,6 +4,7 @@ Ticks: a read takes 10, a copy 4, unless a test says otherwise; disk and link ca
 """
 
 import asyncio
+from typing import Any
 
 import pytest
 from mockclock import InjectedError, NothingCanRunError, Rig, make_rig, run
@@ -355,3 +356,27 @@ def test_a_broken_drive_is_not_asked_again_and_again_ahead_of_need() -> None:
 
     run(rig.loop, work())
     assert [block for _, block in rig.logged("read")].count(2) <= 1
+
+
+def test_a_copy_that_fails_while_its_block_is_still_read_leaves_the_slot_to_the_read() -> None:
+    rig = make_rig(blocks=4, ring=1, back_ring=1, chunks=2)
+    copy, failures = rig.mover.copy, [InjectedError("the link")]
+
+    def once(*args: Any) -> None:
+        if failures:
+            raise failures.pop()
+        copy(*args)
+
+    rig.mover.copy = once  # type: ignore[method-assign]
+
+    async def work() -> None:
+        rig.core.begin("root")
+        with pytest.raises(InjectedError):
+            await rig.acquire(0)  # after the first of two chunks
+        rig.core.end(failed=True)
+        await rig.call(range(4), 3)
+
+    run(rig.loop, work())
+    assert rig.core.back is not None
+    for tier in (rig.core.front, rig.core.back):
+        assert not tier.arriving.keys() - tier.holding.keys()
