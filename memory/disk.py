@@ -359,10 +359,11 @@ def read_into(
         engine.throttle.wait_until(engine.throttle.reserve(len(view)))
     got = 0
     while got < needed:
+        direct = file.direct  # before the attempt: another thread may find meanwhile that it is refused
         try:
             count = engine.pread(file.fd, [view[got:]], offset + got)
         except OSError as error:
-            if error.errno != errno.EINVAL or not file.direct:
+            if error.errno != errno.EINVAL or not direct:
                 raise disk_error("read", file.path, offset + got, len(view) - got, error) from error
             if got % PAGE == 0 or os.fstat(file.fd).st_size >= offset + needed:
                 file.refuse_direct()
@@ -386,10 +387,11 @@ def _write_task(engine: DiskEngine, file: OpenFile, offset: int, view: memoryvie
             engine.throttle.wait_until(engine.throttle.reserve(len(view)))
         done = 0
         while done < len(view):
+            direct = file.direct
             try:
                 count = engine.pwrite(file.fd, [view[done:]], offset + done)
             except OSError as error:
-                if error.errno == errno.EINVAL and file.direct:
+                if error.errno == errno.EINVAL and direct:
                     file.refuse_direct()
                     engine.files.tell_buffered(file.path)
                     continue

@@ -118,6 +118,25 @@ def test_reads_that_come_in_pieces_are_put_together(file: Path, arena: HostArena
     engine.close()
 
 
+def test_two_threads_may_find_at_once_that_direct_reads_are_refused(file: Path, arena: HostArena) -> None:
+    engine = DiskEngine(threads=1)
+    opened = engine.files.get(str(file))
+    assert opened.direct
+    seen: list[int] = []
+
+    def pread(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if not seen:
+            seen.append(offset)
+            opened.refuse_direct()  # as another thread does while this read is under way
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return os.preadv(fd, buffers, offset)
+
+    engine.pread = pread
+    assert engine.read(whole(file).windows, [], arena.view(0, 64 * PAGE)).wait(WAIT_S)
+    assert bytes(arena.view(0, SIZE)) == file.read_bytes()
+    engine.close()
+
+
 def test_a_file_that_vanishes_when_it_must_be_opened_again(file: Path, arena: HostArena) -> None:
     def pread(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         file.unlink(missing_ok=True)
