@@ -20,12 +20,12 @@ from torch import nn
 
 from ..memory.arena import AnyArena
 from ..memory.errors import ClosedError, ForkError, UsageError
-from ..memory.image import ALIGN
 from ..scheduler.executor import WATCH_S, Executor
 from ..scheduler.lease import Lease
 from .binding import Binding
 from .devices.base import Device
 from .intercept import absent_class, is_linear, rows_wanted
+from .operands import copy_in_place_of, storage_address, swap, unfolded
 from .saved import SavedTensors
 from .tables import Table
 
@@ -72,7 +72,7 @@ class Session:
         self._homes: dict[int, int | Table] = {id(table.parameter): table for table in tables.values()}
         """By id of each parameter: its block, or the table that serves it."""
         self.arena = device.tensor(front)
-        self._base = _storage_address(self.arena)
+        self._base = storage_address(self.arena)
         self._absent_class = absent_class(self)
         for binding in bindings.values():
             for bound in binding.tensors:
@@ -288,8 +288,8 @@ class Session:
                     self._frames[-1].leases.extend(leases)
                     leases = []
                 else:
-                    copies = {id(p): _copy_in_place_of(p) for p in missing}
-                    result = func(*(_swap(v, copies) for v in args), **{k: _swap(v, copies) for k, v in kwargs.items()})
+                    copies = {id(p): copy_in_place_of(p) for p in missing}
+                    result = func(*(swap(v, copies) for v in args), **{k: swap(v, copies) for k, v in kwargs.items()})
             return result
         finally:
             self._release(leases)
@@ -311,10 +311,10 @@ class Session:
             if weight is table.parameter and not isinstance(bias, self._absent_class):
                 whole_x, x = x, self._folded(x, table.parameter)
                 if table.splits(x):
-                    return _unfolded(table.product(x, bias if x is whole_x else None, self._lend_piece), whole_x, bias)
+                    return unfolded(table.product(x, bias if x is whole_x else None, self._lend_piece), whole_x, bias)
         whole = table.whole()
-        swapped = [_swap(value, {id(table.parameter): whole}) for value in args]
-        named = {name: _swap(value, {id(table.parameter): whole}) for name, value in kwargs.items()}
+        swapped = [swap(value, {id(table.parameter): whole}) for value in args]
+        named = {name: swap(value, {id(table.parameter): whole}) for name, value in kwargs.items()}
         return func(*swapped, **named)  # another table may be among the arguments: torch finds it
 
     def _folded(self, x: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
@@ -355,7 +355,7 @@ class Session:
     def _aliases(self, result: Any) -> bool:
         """Whether a result shares the arena's memory."""
         values = result if isinstance(result, tuple | list) else (result,)
-        return any(isinstance(v, torch.Tensor) and _storage_address(v) == self._base for v in values)
+        return any(isinstance(v, torch.Tensor) and storage_address(v) == self._base for v in values)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -370,41 +370,3 @@ class Session:
             for table in self.tables.values():
                 self.appear(table.parameter)
             self.arena, self._base = torch.empty(0), -1
-
-
-def _swap(value: Any, others: Mapping[int, torch.Tensor]) -> Any:
-    """An argument of a torch call with some tensors, also those in a list, replaced by others."""
-    if type(value) is list or type(value) is tuple:
-        return type(value)(_swap(item, others) for item in value)
-    return others.get(id(value), value) if isinstance(value, torch.Tensor) else value
-
-
-def _unfolded(product: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """A product in the shape that x asks for; a folded product has its bias added afterwards, as torch does."""
-    if product.dim() == x.dim():
-        return product
-    product = product.view(*x.shape[:-1], product.shape[-1])
-    return product if bias is None else product + bias
-
-
-def _copy_in_place_of(parameter: nn.Parameter) -> torch.Tensor:
-    """A copy of a lent parameter in fresh memory, at the same address modulo 64 and with the same strides."""
-    view = parameter.detach()
-    extent = sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True)) + 1 if view.numel() else 0
-    store = torch.empty(extent * view.element_size() + ALIGN, dtype=torch.uint8, device=view.device)
-    start = (view.data_ptr() - store.data_ptr()) % ALIGN
-    size = view.element_size()
-    assert start % size == 0 or not extent, "a lent parameter is not aligned to its elements"
-    bits = store[start : start + extent * size]
-    if bits.storage_offset() % size:  # torch counts offsets from the storage's start, in elements
-        bits = bits.clone()
-    copy = bits.view(view.dtype).as_strided(view.shape, view.stride(), bits.view(view.dtype).storage_offset())
-    copy.copy_(view)
-    return copy.requires_grad_(parameter.requires_grad)
-
-
-def _storage_address(tensor: torch.Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # sparse tensors and other kinds without a storage
-        return -1
