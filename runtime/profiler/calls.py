@@ -1,9 +1,10 @@
 """Modules at work: who runs when, in which thread, inside whom; from torch's forward hooks.
 
 A module that is called while none is running is a root: its `named_modules()` give the paths of all modules in it. Only
-modules that are recorded carry hooks, because a hook costs several microseconds wherever the caches are cold. Roots are
-found by a global hook. Where only layers are recorded it is there only while modules exist that nobody knows yet: they
-make themselves known when they get parameters.
+modules that are recorded carry hooks, because a hook costs many microseconds wherever the caches are cold; the elements
+of long stacks carry them only in some of their root's calls (`Turns`). Roots are found by a global hook. Where only
+layers are recorded it is there only while modules exist that nobody knows yet: they make themselves known when they get
+parameters.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from torch.nn.modules import module as torch_module
 
 from .clocks import Clock
 from .guard import harmless
+from .paths import above, is_element, layers
 from .recorder import Recorder
 from .schema import NONE, Compute, Phase
+from .turns import Turns
 
 _CALL: Final = nn.Module._call_impl.__code__
 """What calls hooks: it is on the stack once for every module under way."""
@@ -54,6 +57,8 @@ class _Call(NamedTuple):
     row: int
     begun: Any
     root: bool
+    at: int
+    """When it began, on the host's clock; 0 where it is no root."""
 
 
 class _Spanned:
@@ -76,6 +81,13 @@ class _Spanned:
                 depth=self.depth,
             )
         )
+
+
+class _Stack(NamedTuple):
+    """The layers of one root that are recorded by turns."""
+
+    turns: Turns
+    layers: list[weakref.ref[nn.Module]]
 
 
 class _Thread(threading.local):
@@ -123,6 +135,8 @@ class ModuleWatch:
         self._of_graphs: list[Returned] = []
         self._hooks: dict[int, tuple[Any, Any]] = {}
         """By id of a recorded module: the handles of its hooks."""
+        self._stacks: dict[int, _Stack] = {}
+        """By row of a root, where only layers are recorded."""
         self._registration: Any = None
         self._finder: Any = None
         self._unknown: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -212,15 +226,21 @@ class ModuleWatch:
     def _register_all(self, root: nn.Module) -> int:
         self._roots += 1
         prefix = "" if self._roots == 1 else f"{self._roots}:"
-        chosen = None if self._every else _layers(root)
+        chosen = None if self._every else layers(root)
         rows: dict[str, int] = {}
+        by_turns: list[weakref.ref[nn.Module]] = []
         for path, module in root.named_modules():
             self._unknown.discard(module)
-            parent = next((rows[above] for above in _above(path) if above in rows), NONE)
+            parent = next((rows[up] for up in above(path) if up in rows), NONE)
             if chosen is None or path in chosen:
-                rows[path] = self._recorder.module(path=prefix + path, kind=type(module).__name__, parent=parent)
+                kind, sampled = type(module).__name__, not self._every and is_element(root, path)
+                rows[path] = self._recorder.module(path=prefix + path, kind=kind, parent=parent, sampled=sampled)
                 self._hook(module)
+                if sampled:
+                    by_turns.append(weakref.ref(module))
             self._remember(module, rows.get(path, NONE))
+        if by_turns:
+            self._stacks[rows[""]] = _Stack(Turns(len(by_turns)), by_turns)
         return rows[""]
 
     def _hook(self, module: nn.Module) -> None:
@@ -232,12 +252,25 @@ class ModuleWatch:
     def _is_hooked(self, module: nn.Module) -> bool:
         return any(getattr(hook, "__self__", None) is self for hook in module._forward_pre_hooks.values())
 
+    def _take_turn(self, stack: _Stack) -> None:
+        """Let the layers of a root that is about to run carry hooks, or none."""
+        wanted = stack.turns.next()
+        for known in stack.layers:
+            layer = known()
+            if layer is None or (id(layer) in self._hooks) is wanted:
+                continue
+            if wanted:
+                self._hook(layer)
+            else:
+                for handle in self._hooks.pop(id(layer)):
+                    handle.remove()
+
     def nearest(self, root: nn.Module) -> dict[str, int]:
         """For every module path of a registered root: its own row, or that of the nearest recorded module above."""
         found: dict[str, int] = {}
         for path, module in root.named_modules():
             own = self.row(module)
-            found[path] = own if own >= 0 else next((found[a] for a in _above(path) if a in found), NONE)
+            found[path] = own if own >= 0 else next((found[a] for a in above(path) if a in found), NONE)
         return found
 
     def _remember(self, module: nn.Module, row: int) -> None:
@@ -312,7 +345,9 @@ class ModuleWatch:
         if not inside:
             for listener in self._listeners:
                 listener.root_begins(module)
-        stack.append(_Call(id(module), row, self._clock.begin(), not inside))
+            if row in self._stacks:
+                self._take_turn(self._stacks[row])
+        stack.append(_Call(id(module), row, self._clock.begin(), not inside, 0 if inside else self._recorder.clock()))
 
     @harmless
     def _after(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
@@ -337,6 +372,8 @@ class ModuleWatch:
                 for returned in self._of_graphs:
                     returned(call.row, depth, (args, kwargs), result)
         if call.root:
+            if call.row in self._stacks:
+                self._stacks[call.row].turns.took(self._recorder.clock() - call.at)
             for listener in self._listeners:
                 listener.root_ends(module, args, kwargs, result)
 
@@ -357,27 +394,6 @@ class ModuleWatch:
 def is_bare(module: nn.Module) -> bool:
     """Whether a module holds no tensor and no other module."""
     return not (module._parameters or module._buffers or module._modules)
-
-
-def _layers(root: nn.Module) -> set[str]:
-    """Paths of the modules worth a span of their own when recording must cost next to nothing."""
-    chosen = {""}
-    for path, module in root.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
-            chosen.update(f"{path}.{name}" if path else name for name, _ in module.named_children())
-            chosen.update(_above(path))
-            if not isinstance(module, nn.ModuleList | nn.ModuleDict):
-                chosen.add(path)
-    for name, _ in root.named_children():
-        chosen.add(name)
-    return chosen
-
-
-def _above(path: str) -> Iterator[str]:
-    """The paths above, nearest first."""
-    while path:
-        path = path.rpartition(".")[0]
-        yield path
 
 
 def tensors_in(value: Any, nesting: int = 8) -> Iterator[torch.Tensor]:

@@ -68,6 +68,20 @@ class _Modules:
         row: Ints = np.minimum(np.searchsorted(self.numbers, modules), len(self.numbers) - 1)
         return np.where(self.numbers[row] == modules, row, len(self.numbers))
 
+    def sampled(self, profile: Profile) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """By row: whether it is recorded by turns, itself or as a part of something; and whether it holds such."""
+        sampled, holders = np.zeros((2, len(self.numbers) + 1), dtype=bool)
+        row = {number: index for index, number in enumerate(self.numbers.tolist())}
+        for number, index in row.items():
+            chain = [number]
+            while len(chain) < _DEEPEST and profile.modules[chain[-1]].parent in row:
+                chain.append(profile.modules[chain[-1]].parent)
+            taken = [place for place, each in enumerate(chain) if profile.modules[each].sampled]
+            if taken:
+                sampled[index] = True
+                holders[[row[each] for each in chain[taken[-1] + 1 :]]] = True
+        return sampled, holders & ~sampled
+
     def sums(self, modules: Ints, values: Ints) -> Ints:
         """Sums of values by module."""
         result = np.zeros(len(self.numbers) + 1, dtype=np.int64)
@@ -99,6 +113,13 @@ def _times(profile: Profile, window: Window, modules: _Modules) -> _Times:
     # Spans of a damaged file may overlap within one lane: nobody then has less than no time.
     own = np.maximum(inside - nested, 0)
     begun = window.holds(spans.start).astype(np.int64)
+    sampled, holders = modules.sampled(profile)
+    if sampled.any():
+        factor = _factors(spans, parent, inside, sampled[modules.rows(spans.module)])
+        row = modules.rows(spans.module)
+        # What holds layers that were not recorded this time has their time in its own: only calls that have them tell.
+        own = np.where(sampled[row] | holders[row], np.rint(own * factor).astype(np.int64), own)
+        inside, begun = (np.where(sampled[row], np.rint(x * factor).astype(np.int64), x) for x in (inside, begun))
     own_ns, calls = [], []
     for phase in Phase:
         mask = spans.phase == phase
@@ -110,6 +131,30 @@ def _times(profile: Profile, window: Window, modules: _Modules) -> _Times:
         total_ns=modules.sums(spans.module, inside),
         own_ns=np.array(own_ns),
     )
+
+
+def _factors(spans: Columns, parent: Ints, inside: Ints, sampled: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """By span, what the times of layers are to be multiplied with: those that ran in some calls of a root only.
+
+    It is the time of all calls of a root over that of the calls whose layers were recorded; 0 in the other calls. Calls
+    are told apart by their length, in powers of two: a prompt's layers say nothing of a token's.
+    """
+    outermost = np.arange(len(spans))
+    while (parent[outermost] >= 0).any():
+        outermost = np.where(parent[outermost] >= 0, parent[outermost], outermost)
+    whole = np.zeros(len(spans), dtype=bool)
+    whole[outermost[sampled]] = True
+    root = parent < 0
+    length = np.log2(np.maximum(spans.end - spans.start, 1)).round().astype(np.int64)
+    _, kind = np.unique(np.stack([spans.module, spans.phase, length]), axis=1, return_inverse=True)
+    kind = kind.reshape(-1)
+    total, recorded = np.zeros((2, int(kind.max(initial=0)) + 1))
+    np.add.at(total, kind[root], inside[root])
+    np.add.at(recorded, kind[root & whole], inside[root & whole])
+    factor = np.divide(total, recorded, out=np.ones_like(total), where=recorded > 0)[kind]
+    factor[root & ~whole & (recorded[kind] > 0)] = 0
+    result: npt.NDArray[np.float64] = factor[outermost]
+    return result
 
 
 def parents(spans: Columns) -> Ints:

@@ -72,9 +72,9 @@ class Recorder:
                 self.tables["strings"][number] = text
             return number
 
-    def module(self, *, path: str, kind: str, parent: int = NONE) -> int:
+    def module(self, *, path: str, kind: str, parent: int = NONE, sampled: bool = False) -> int:
         """A new row of the module table."""
-        return self._row("modules", Module(path=path, kind=kind, parent=parent))
+        return self._row("modules", Module(path=path, kind=kind, parent=parent, sampled=sampled))
 
     def block(self, *, name: str, nbytes: int, home: Tier, module: int) -> int:
         """A new row of the block table."""

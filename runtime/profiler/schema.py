@@ -244,6 +244,8 @@ class Module(msgspec.Struct, frozen=True, kw_only=True):
     """Class name."""
     parent: int
     """Row of the module above; -1 for a root."""
+    sampled: bool = False
+    """Its calls, and those inside it, are recorded in some calls of its root only."""
 
 
 class Block(msgspec.Struct, frozen=True, kw_only=True):

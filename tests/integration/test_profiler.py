@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -33,6 +33,7 @@ from penstock.runtime.profiler.schema import (
     Use,
     Wait,
 )
+from penstock.runtime.profiler.turns import RAREST
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -247,6 +248,23 @@ def test_light_records_layers_and_full_records_everything(tmp_path: Path) -> Non
         f"layers.{i}.{j}" for i in range(3) for j in range(2)
     }
     assert paths["full"] == paths["light"]  # layers.i is a Sequential; its parts are layers too
+
+
+def test_layers_of_short_calls_are_recorded_in_a_few_of_them_and_told_for_all(tmp_path: Path) -> None:
+    net = Net().eval()
+    hooked = []
+    with torch.no_grad(), Profiler(tmp_path / "run.prof") as profiler:
+        for _ in range(2 * RAREST + 2):
+            net(torch.randn(8, 64))
+            hooked.append(len(net.layers[0]._forward_hooks))
+    assert [number for number, hooks in enumerate(hooked) if hooks] == [0, 1, RAREST + 1, 2 * RAREST + 1]
+    profile = profiler.profile()
+    calls = Counter(profile.module_path(number) for number in profile[Compute].module.tolist())
+    assert (calls["(root)"], calls["head"]) == (2 * RAREST + 2, 2 * RAREST + 2)
+    assert (calls["layers.0"], calls["layers.2.1"]) == (4, 4)
+    told = {use.path: use for use in profiler.summary().modules}
+    assert told["(root)"].total_ns > told["layers.1"].total_ns > told["layers.1.0"].total_ns
+    assert told["layers.0"].calls > 4
 
 
 def test_an_exception_is_told_and_the_file_is_complete(tmp_path: Path) -> None:

@@ -137,3 +137,34 @@ def test_memory_of_a_module_is_that_of_all_its_tiers_but_disk() -> None:
     ]
     assert by_path(profile_of(records))["layers.0"].peak_nbytes == {"WEIGHT": 12}
     assert by_path(profile_of(records), window=(2, 3))["layers.0"].peak_nbytes == {"WEIGHT": 7}
+
+
+def _call(start: int, layers: tuple[int, ...] = ()) -> list[Record]:
+    """A call of 100, in it the model of 90, in that layers of 20 and 30, where they are recorded."""
+    spans: list[Record] = [
+        Compute(module=0, phase=Phase.FORWARD, start=start, end=start + 100),
+        Compute(module=1, phase=Phase.FORWARD, start=start + 5, end=start + 95, depth=1),
+    ]
+    spans += [
+        Compute(module=m, phase=Phase.FORWARD, start=start + 10 + 30 * i, end=start + 30 + 40 * i, depth=2)
+        for i, m in enumerate(layers)
+    ]
+    return spans
+
+
+def test_layers_that_were_recorded_in_some_calls_are_told_for_all_of_them() -> None:
+    tables = {
+        "modules": {
+            0: Module(path="", kind="Net", parent=-1),
+            1: Module(path="model", kind="Model", parent=0),
+            2: Module(path="model.layers.0", kind="Layer", parent=1, sampled=True),
+            3: Module(path="model.layers.1", kind="Layer", parent=1, sampled=True),
+        }
+    }
+    spans = _call(0, (2, 3)) + _call(100) + _call(200) + _call(300, (2, 3)) + _call(400) + _call(500)
+    long = [Compute(module=0, phase=Phase.FORWARD, start=1000, end=9000)]  # of another length: nothing is known of it
+    found = by_path(profile_of(spans + long, **tables))
+    assert (found["model.layers.0"].total_ns, found["model.layers.0"].calls) == (3 * 2 * 20, 6)
+    assert (found["model.layers.1"].total_ns, found["model.layers.1"].self_ns) == (3 * 2 * 30, 3 * 2 * 30)
+    assert (found["model"].total_ns, found["model"].self_ns) == (6 * 90, 6 * 40)
+    assert (found["(root)"].total_ns, found["(root)"].self_ns, found["(root)"].calls) == (6 * 100 + 8000, 60 + 8000, 7)
