@@ -1,0 +1,78 @@
+"""What operations and transfers take, from a machine's curves. Where two share something, both are slowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .hardware import Hardware, Processor, Where
+from .operations import Operation
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """Seconds of operations and transfers on one machine.
+
+    Args:
+        hardware: The machine.
+        threads: CPU threads that compute; 0 is all cores.
+    """
+
+    hardware: Hardware
+    threads: int = 0
+
+    def processor(self, where: Where) -> Processor:
+        """One of the machine's processors; on a machine without a GPU both are the CPU."""
+        if where == "gpu" and self.hardware.gpu is not None:
+            return self.hardware.gpu
+        return self.hardware.cpu
+
+    def memory_rate(self, where: Where) -> float:
+        """Bytes per second that a processor reads and writes in its memory."""
+        processor = self.processor(where)
+        return processor.memory.at(max(self.threads or processor.cores, 1))
+
+    def operation_s(self, operation: Operation, where: Where) -> float:
+        """Seconds that one operation takes by itself."""
+        processor = self.processor(where)
+        started = operation.launches * processor.launch_s
+        if not operation.nbytes:
+            return started
+        match operation.kind:
+            case "linear":
+                rate = processor.linear_rate(operation.dtype, max(operation.rows, 1))
+            case "attention":
+                rate = processor.attention_rate(operation.dtype, max(operation.rows, 1))
+            case "memory":
+                rate = self.memory_rate(where)
+            case "adam":
+                rate = processor.adam or self.memory_rate(where) / 28  # reads g, p, m, v and writes p, m, v, in fp32
+        taken = operation.nbytes / rate
+        # The host runs ahead of a GPU; on a CPU every operation is started when the one before has ended.
+        return max(started, taken) if where == "gpu" and self.hardware.gpu is not None else started + taken
+
+    def compute_s(self, operations: Iterable[Operation], where: Where) -> float:
+        """Seconds of operations that follow each other."""
+        if where == "gpu" and self.hardware.gpu is not None:
+            found = [(o.launches * self.hardware.gpu.launch_s, self.operation_s(o, where)) for o in operations]
+            return max(sum(started for started, _ in found), sum(seconds for _, seconds in found))
+        return sum(self.operation_s(operation, where) for operation in operations)
+
+    def read_s(self, nbytes: float, request_nbytes: float) -> float:
+        """Seconds of reading from all drives, in requests of a size, while nothing else goes on."""
+        rate = sum(drive.read.at(request_nbytes) for drive in self.hardware.drives)
+        return nbytes / rate
+
+    def write_s(self, nbytes: float, request_nbytes: float) -> float:
+        """The same of writing."""
+        rate = sum(drive.write.at(request_nbytes) for drive in self.hardware.drives)
+        return nbytes / rate
+
+    def copy_s(self, nbytes: float, request_nbytes: float, *, back: bool = False, pinned: bool = True) -> float:
+        """Seconds of copying to the device (`back`: from it), in copies of a size."""
+        link = self.hardware.link
+        if link is None:
+            return 0.0
+        pageable = link.d2h_pageable if back else link.h2d_pageable
+        curve = (link.d2h if back else link.h2d) if pinned or pageable is None else pageable
+        return nbytes / curve.at(request_nbytes)
