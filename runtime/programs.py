@@ -149,7 +149,9 @@ def programs(model: PreTrainedModel, workload: Workload, *, prompt: int) -> tupl
         listener.recording = False
         middle = max((prompt + workload.context) // 2, prompt + 1)
         cache = _cache(model, name, workload.batch, middle)
-        second = _turn(model, listener, "decode", workload.batch, input_ids=token_ids(workload.batch, 1), **{name: cache})
+        second = _turn(
+            model, listener, "decode", workload.batch, input_ids=token_ids(workload.batch, 1), **{name: cache}
+        )
     return first, second
 
 

@@ -1,0 +1,95 @@
+"""Activities that go on at once and slow each other, on a simulated clock.
+
+Each activity has so many seconds of work, which it does at full speed by itself. Where kinds of activities share memory
+or cores, each goes on at the part of its speed that was measured with the other. What is left is brought forward
+whenever one begins or ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from .hardware import Sharing
+
+Kind = Literal["compute", "read", "copy"]
+
+
+@dataclass(kw_only=True, eq=False)
+class _Activity:
+    kind: Kind
+    left_s: float
+    done: asyncio.Future[None]
+
+
+class Contention:
+    """The activities under way."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, speed: Callable[[Kind, frozenset[Kind]], float]) -> None:
+        self._loop = loop
+        self._speed = speed
+        self._active: list[_Activity] = []
+        self._since = loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def work(self, kind: Kind, seconds: float) -> None:
+        """Do so many seconds of work, however long that takes."""
+        if seconds <= 0:
+            return
+        self._advance()
+        activity = _Activity(kind=kind, left_s=seconds, done=self._loop.create_future())
+        self._active.append(activity)
+        self._plan()
+        try:
+            await activity.done
+        finally:
+            if activity in self._active:  # cancelled
+                self._advance()
+                self._active.remove(activity)
+                self._plan()
+
+    def _speeds(self) -> list[float]:
+        kinds = frozenset(activity.kind for activity in self._active)
+        return [self._speed(activity.kind, kinds) for activity in self._active]
+
+    def _advance(self) -> None:
+        now = self._loop.time()
+        for activity, speed in zip(self._active, self._speeds(), strict=True):
+            activity.left_s -= (now - self._since) * speed
+        self._since = now
+
+    def _plan(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._active:
+            pairs = zip(self._active, self._speeds(), strict=True)
+            first = min(max(activity.left_s, 0.0) / speed for activity, speed in pairs)
+            self._timer = self._loop.call_later(first, self._due)
+
+    def _due(self) -> None:
+        self._timer = None
+        self._advance()
+        ended = [activity for activity in self._active if activity.left_s <= 1e-12]
+        self._active = [activity for activity in self._active if activity not in ended]
+        for activity in ended:
+            if not activity.done.done():
+                activity.done.set_result(None)
+        self._plan()
+
+
+def speeds_of(sharing: Sharing) -> Callable[[Kind, frozenset[Kind]], float]:
+    """How fast each kind goes on beside the others, as measured on a machine."""
+
+    def speed(kind: Kind, active: Iterable[Kind]) -> float:
+        result = 1.0
+        if kind == "compute":
+            result *= sharing.compute_while_reading if "read" in active else 1.0
+            result *= sharing.compute_while_copying if "copy" in active else 1.0
+        elif "compute" in active:
+            result *= sharing.read_while_computing if kind == "read" else sharing.copy_while_computing
+        return result
+
+    return speed
