@@ -66,7 +66,9 @@ def load(
             owner=os.fspath(path),
             device=device,
             layout=layout,
-            plan=lambda: make_plan(layout, device, budgets, links, sum(b.image.data_nbytes for b in layout.blocks)),
+            plan=lambda: make_plan(
+                layout, device.name, budgets, links, sum(b.image.data_nbytes for b in layout.blocks)
+            ),
             backing=backing,
             export_folder=_temporary_folder(),
             held=held,

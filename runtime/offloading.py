@@ -54,7 +54,7 @@ def offload(
         backing = ModuleBacking(parameters)
         layout = Planner(module, backing, budgets, buffers_nbytes=0, keep_skew=skewed(device)).best()
         if layout.resident and not device.separate:
-            untouched = untouched_plan(device, budgets, total, "everything fits: the module was left as it is")
+            untouched = untouched_plan(device.name, budgets, total, "everything fits: the module was left as it is")
             module.penstock = Handle(module, untouched, None)  # type: ignore[assignment]
             return module
         export_folder = tempfile.gettempdir()
@@ -70,7 +70,7 @@ def offload(
 
         def plan() -> Plan:
             disk_rate = disk_read_rate(backing.paths, cache, device) if backing.paths else None
-            return make_plan(layout, device, budgets, Links(disk_read=disk_rate, h2d=rate), total)
+            return make_plan(layout, device.name, budgets, Links(disk_read=disk_rate, h2d=rate), total)
 
         freed = sum(parameter.nbytes for parameter in parameters.values() if parameter.device.type == "cpu")
         try:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from ..scheduler.plan import Home, Links, Plan, PlannedBlock
-from .devices.base import Device
 from .planning import Budgets, Layout
 
 
 def make_plan(
-    layout: Layout, device: Device, budgets: Budgets, links: Links, weights_nbytes: int, notes: tuple[str, ...] = ()
+    layout: Layout, device: str, budgets: Budgets, links: Links, weights_nbytes: int, notes: tuple[str, ...] = ()
 ) -> Plan:
     """What a layout means, in the plan's words."""
     blocks = []
@@ -28,8 +27,8 @@ def make_plan(
             )
         )
     return Plan(
-        device=device.name,
-        emulated=device.name == "emulated",
+        device=device,
+        emulated=device == "emulated",
         resident=layout.resident,
         weights_nbytes=weights_nbytes,
         blocks=tuple(blocks),
@@ -57,11 +56,11 @@ def _seldom(layout: Layout) -> tuple[str, ...]:
     return (f"{nbytes / 2**20:.0f} MiB of what is read belong to parts that run once per answer: tokens read less",)
 
 
-def untouched_plan(device: Device, budgets: Budgets, weights_nbytes: int, note: str) -> Plan:
+def untouched_plan(device: str, budgets: Budgets, weights_nbytes: int, note: str) -> Plan:
     """The plan of a module that was left exactly as it was."""
     return Plan(
-        device=device.name,
-        emulated=device.name == "emulated",
+        device=device,
+        emulated=device == "emulated",
         resident=True,
         weights_nbytes=weights_nbytes,
         blocks=(),

@@ -39,5 +39,3 @@ def _ring(residency: Residency, nbytes: Mapping[int, int]) -> Ring:
         slots=residency.slots,
         slot_nbytes=residency.slot_nbytes,
     )
-
-

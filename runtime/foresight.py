@@ -1,0 +1,228 @@
+"""What a model would do on a machine, from its config alone: where it would lie, and how fast it would run.
+
+The model is built without weights and rehearsed without memory; blocks are cut and placed by the planner that `load`
+uses, and the run is simulated with the executor's own decisions at the machine's rates.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Final
+
+import torch
+from transformers import PreTrainedModel
+
+from ..memory.errors import DoesNotFitError
+from ..memory.layout import ITEMSIZE, FileSpan, TensorSource
+from ..scheduler.cost import CostModel
+from ..scheduler.hardware import Hardware
+from ..scheduler.plan import Links, Plan
+from ..scheduler.program import Program
+from ..scheduler.simulator import Prediction, Setting, simulate
+from ..scheduler.sizes import Workload
+from .backing import CheckpointBacking
+from .dtypes import stored_dtype
+from .feeding import with_context
+from .headroom import headroom_nbytes
+from .planned import make_plan
+from .planning import Budgets, Layout, Planner
+from .pretrained import outline
+from .programs import programs
+from .rehearsal import make_fake
+from .simulation import setting_of
+
+SYSTEM_NBYTES: Final = 2 * 2**30
+"""What the system and other programs keep of a host's memory."""
+DECODED: Final = 6
+"""Tokens that are simulated; while the first few run, the order is still being learned."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """Memory that a model may take, in bytes; None is all that the machine has left."""
+
+    host: int | None = None
+    device: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What a run would take."""
+
+    hardware: Hardware
+    plan: Plan
+    setting: Setting
+    prediction: Prediction
+    prompt: int
+    generated: int
+    """Tokens of each answer."""
+    batch: int
+    headroom_nbytes: int
+    """Left for keys and values, activations and logits on the tier that computes."""
+    busy_s: Mapping[str, float]
+    """By resource: what a token takes of it. The longest one binds."""
+
+    @property
+    def first_token_s(self) -> float:
+        """From the moment that the model is known: what stays is read with the prompt."""
+        return self.prediction.turns[0].end_ns / 1e9
+
+    @property
+    def token_s(self) -> float:
+        """Of every token after that, or of a call for a model that does not generate."""
+        turns = self.prediction.turns
+        return self.prediction.seconds(turns[-1].title)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all sequences together, over the whole answer."""
+        return self.batch * self.generated / self.answer_s
+
+    @property
+    def answer_s(self) -> float:
+        """Prompt and answer."""
+        return self.first_token_s + (self.generated - 1) * self.token_s
+
+    @property
+    def binds(self) -> str:
+        """What a token is bound by."""
+        return max(self.busy_s, key=lambda name: self.busy_s[name])
+
+
+class Foresight:
+    """One model, to be foreseen on any number of machines.
+
+    Args:
+        path: A folder or a Hub id; only config.json is looked at.
+
+    Raises:
+        CheckpointError: the config cannot be found, or used.
+        UsageError: the dtype has no meaning.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+    ) -> None:
+        self.name = os.fspath(path)
+        self.model: PreTrainedModel = outline(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        self._rehearsed: PreTrainedModel = outline(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        make_fake(self._rehearsed)
+        self._programs: dict[tuple[int, int, int], tuple[Program, ...]] = {}
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Of all parameters, tied ones once."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    @cached_property
+    def _backing(self) -> CheckpointBacking:
+        """As if all parameters lay in one file, one after another."""
+        sources, at = {}, 0
+        for name, parameter in self.model.named_parameters():
+            dtype = stored_dtype(parameter.dtype)
+            nbytes = prod(parameter.shape) * ITEMSIZE[dtype]
+            span = FileSpan(path=os.path.join(self.name, "model.safetensors"), offset=at, nbytes=nbytes)
+            sources[name] = TensorSource(shape=tuple(parameter.shape), dtype=dtype, spans=(span,))
+            at += -(-nbytes // 64) * 64
+        dtypes = {name: source.dtype for name, source in sources.items()}
+        return CheckpointBacking(sources, dtypes, {name: source.shape for name, source in sources.items()})
+
+    def programs(self, workload: Workload, prompt: int) -> tuple[Program, ...]:
+        """The calls of an answer; see `programs.programs`."""
+        key = workload.batch, workload.context, prompt
+        if key not in self._programs:
+            self._programs[key] = programs(self._rehearsed, workload, prompt=prompt)
+        return self._programs[key]
+
+    def forecast(
+        self,
+        hardware: Hardware,
+        *,
+        prompt: int,
+        generated: int,
+        batch: int = 1,
+        room: Room | None = None,
+        threads: int = 0,
+    ) -> Forecast:
+        """Plan and simulate `batch` answers of `generated` tokens to prompts of `prompt` tokens.
+
+        Raises:
+            DoesNotFitError: some tier is too small to run at all; the message says how much it needs.
+            UnknownInputError: what the model reads is not known.
+        """
+        workload = with_context(self.model, Workload(batch=batch, context=prompt + generated))
+        headroom = headroom_nbytes(self.model.config, self.model.dtype, context=workload.context, batch=batch)
+        budgets = self._budgets(hardware, room or Room(), headroom)
+        layout = Planner(
+            self.model,
+            self._backing,
+            budgets,
+            buffers_nbytes=sum(buffer.nbytes for buffer in self.model.buffers()),
+            keep_skew=hardware.gpu is None,
+        ).best()
+        cost = CostModel(hardware=hardware, threads=threads)
+        calls = self.programs(workload, prompt)
+        setting = setting_of(layout)
+        answer = (*calls[:-1], *[calls[-1]] * DECODED)
+        prediction = simulate(setting, answer, cost, started=False)
+        links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
+        return Forecast(
+            hardware=hardware,
+            plan=make_plan(layout, _device(hardware), budgets, links, self.weights_nbytes),
+            setting=setting,
+            prediction=prediction,
+            prompt=prompt,
+            generated=generated if len(calls) > 1 else 1,
+            batch=batch,
+            headroom_nbytes=headroom,
+            busy_s=_busy(layout, calls, cost),
+        )
+
+    def _budgets(self, hardware: Hardware, room: Room, headroom: int) -> Budgets:
+        separate = hardware.gpu is not None
+        host, device = room.host, room.device
+        if host is None:
+            host = hardware.host_nbytes - SYSTEM_NBYTES - (0 if separate else headroom)
+        if separate and device is None:
+            assert hardware.gpu is not None
+            device = hardware.gpu.memory_nbytes - headroom
+        for tier, nbytes, has in (("host", host, hardware.host_nbytes), ("device", device, None)):
+            if nbytes is not None and nbytes <= 0:
+                raise DoesNotFitError(
+                    f"{hardware.name}: the run itself takes {headroom} bytes besides weights (keys and values, "
+                    f"activations, logits), more than its {tier} memory holds: lower batch or context",
+                    tier=tier,
+                    needed_nbytes=headroom,
+                    available_nbytes=has or 0,
+                )
+        link = hardware.link.h2d.best if hardware.link else None
+        return Budgets(
+            host=host,
+            device=device if separate else None,
+            disk_rate=hardware.disk_read or 1.0,
+            link_rate=link or 2e10,
+        )
+
+
+def _device(hardware: Hardware) -> str:
+    if hardware.gpu is None:
+        return "cpu"
+    return "emulated" if hardware.emulated else hardware.gpu.name
+
+
+def _busy(layout: Layout, calls: Sequence[Program], cost: CostModel) -> dict[str, float]:
+    """What the last call takes of each resource."""
+    where = "GPU" if cost.hardware.gpu is not None else "CPU"
+    found = {where: cost.compute_s(calls[-1].operations(), "gpu")}
+    disk = sum(layout.per_token(block) * block.image.read_nbytes for block in layout.on_disk())
+    if disk:
+        found["disk"] = cost.read_s(disk, 4 * 2**20)
+    if layout.back is not None:
+        link = sum(layout.per_token(block) * block.image.data_nbytes for block in layout.streamed())
+        if link:
+            found["host-to-device link"] = cost.copy_s(link, 4 * 2**20)
+    return found
