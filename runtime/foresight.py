@@ -37,8 +37,8 @@ from .simulation import setting_of
 
 SYSTEM_NBYTES: Final = 2 * 2**30
 """What the system and other programs keep of a host's memory."""
-DECODED: Final = 6
-"""Tokens that are simulated; while the first few run, the order is still being learned."""
+DECODED: Final = 8
+"""Tokens that are simulated at most; while the first few run, the order is still being learned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +168,7 @@ class Foresight:
         calls = self.programs(workload, prompt)
         setting = setting_of(layout)
         answer = (*calls[:-1], *[calls[-1]] * DECODED)
-        prediction = simulate(setting, answer, cost, started=False)
+        prediction = simulate(setting, answer, cost, started=False, until_steady=True)
         links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
         return Forecast(
             hardware=hardware,

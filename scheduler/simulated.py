@@ -6,12 +6,16 @@ import asyncio
 import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from ..memory.arena import Slot
 from .contention import Contention
 from .cost import CostModel
 from .mover import Event
 from .virtualtime import VirtualLoop
+
+PARTS: Final = 4
+"""That a block is simulated in, at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +40,7 @@ class SimulatedMover:
 
     Args:
         moved: By block.
-        chunk_nbytes: Size of a request.
+        chunk_nbytes: Size of a request. Large blocks are simulated in fewer parts than they are read in, at the same rate.
     """
 
     def __init__(
@@ -69,11 +73,12 @@ class SimulatedMover:
         total, at = self._moved[block].read_nbytes, 0
         if not self._disk_busy:  # else it was asked for while the drive did something else
             await asyncio.sleep(max((drive.latency_s for drive in self._cost.hardware.drives), default=0.0))
-        turns = self._queue(-(-total // self._chunk_nbytes), urgent)
+        part = max(self._chunk_nbytes, -(-total // PARTS))
+        turns = self._queue(-(-total // part), urgent)
         try:
             for turn in turns:
                 await turn
-                nbytes = min(self._chunk_nbytes, total - at)
+                nbytes = min(part, total - at)
                 await self._contention.work("read", self._cost.read_s(nbytes, self._chunk_nbytes))
                 self._next()
                 on_data(slot.nbytes * at // total, slot.nbytes * (at + nbytes) // total)

@@ -19,7 +19,7 @@ from .contention import Contention, speeds_of
 from .core import Core
 from .cost import CostModel
 from .hardware import Where
-from .lease import Lease
+from .lease import Lease, Wish
 from .operations import Operation
 from .order import AccessOrders
 from .program import Enter, Leave, Program
@@ -31,6 +31,8 @@ from .virtualtime import VirtualLoop, run_virtually
 
 CHUNK: Final = 4 * 2**20
 INFLIGHT: Final = 64 * 2**20
+STEADY: Final = 1e-3
+"""By how much two calls may differ that take the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,14 +106,22 @@ class Prediction:
         return steady[len(steady) // 2]
 
 
-def simulate(setting: Setting, programs: Sequence[Program], cost: CostModel, *, started: bool = True) -> Prediction:
+def simulate(
+    setting: Setting,
+    programs: Sequence[Program],
+    cost: CostModel,
+    *,
+    started: bool = True,
+    until_steady: bool = False,
+) -> Prediction:
     """Run programs one after another.
 
     Args:
         programs: Calls of the root, in order.
         started: Whether what stays is there before the first call, and the ring is full: a warm model.
+        until_steady: Whether to stop as soon as a call has taken what the one before it, of the same kind, took.
     """
-    return _Simulation(setting, cost).run(programs, started=started)
+    return _Simulation(setting, cost).run(programs, started=started, until_steady=until_steady)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -152,8 +162,8 @@ class _Simulation:
             inflight_nbytes=max(INFLIGHT, 2 * max((m.read_nbytes for m in setting.moved.values()), default=0)),
         )
 
-    def run(self, programs: Sequence[Program], *, started: bool) -> Prediction:
-        turns = run_virtually(self._loop, self._run(programs, started))
+    def run(self, programs: Sequence[Program], *, started: bool, until_steady: bool) -> Prediction:
+        turns = run_virtually(self._loop, self._run(programs, started, until_steady))
         return Prediction(
             turns=tuple(turns),
             spans=tuple(self._spans),
@@ -164,7 +174,7 @@ class _Simulation:
             statistics=self._core.statistics(),
         )
 
-    async def _run(self, programs: Sequence[Program], started: bool) -> list[Turn]:
+    async def _run(self, programs: Sequence[Program], started: bool, until_steady: bool) -> list[Turn]:
         self._core.attach(self._loop)
         if started:
             await asyncio.sleep(1 + 3 * self._all_s())
@@ -176,9 +186,10 @@ class _Simulation:
             if self._ahead is not None:
                 await self._ahead  # somebody looks at the result
             self._core.end(failed=False)
-            turns.append(
-                Turn(title=program.title, tokens=program.tokens, start_ns=start, end_ns=self._loop.nanoseconds())
-            )
+            end = self._loop.nanoseconds()
+            turns.append(Turn(title=program.title, tokens=program.tokens, start_ns=start, end_ns=end))
+            if until_steady and _steady(turns):
+                break
         return turns
 
     def _all_s(self) -> float:
@@ -251,7 +262,7 @@ class _Simulation:
 
     async def _acquire(self, block: int) -> Lease:
         got = self._core.acquire_nowait(block)
-        lease = got if isinstance(got, Lease) else await asyncio.wrap_future(got.granted)
+        lease = got if isinstance(got, Lease) else await self._granted(got)
         event = lease.residence.event
         if event is not None:
             if self._separate:  # the device waits, the host goes on
@@ -260,10 +271,22 @@ class _Simulation:
                 await self._mover.wait(event)
         return lease
 
+    async def _granted(self, wish: Wish) -> Lease:
+        there = self._loop.create_future()
+        wish.granted.add_done_callback(lambda _: there.set_result(None))
+        await there
+        return wish.granted.result()
+
     def _release(self, leases: Sequence[Lease]) -> None:
         event = None if self._ahead is None or self._ahead.done() else self._mover.computed(self._ahead)
         for lease in leases:
             self._core.release(lease, event)
+
+
+def _steady(turns: Sequence[Turn]) -> bool:
+    last = turns[-3:]
+    same = len(last) == 3 and len({turn.title for turn in last}) == 1
+    return same and abs(last[2].seconds - last[1].seconds) <= STEADY * last[2].seconds
 
 
 async def _after(before: asyncio.Future[None] | None, work: Awaitable[None], done: asyncio.Future[None]) -> None:
