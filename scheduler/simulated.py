@@ -40,7 +40,7 @@ class SimulatedMover:
 
     Args:
         moved: By block.
-        chunk_nbytes: Size of a request. Large blocks are simulated in fewer parts than they are read in, at the same rate.
+        chunk_nbytes: Size of a request. A large block is simulated in fewer parts, at the same rate.
     """
 
     def __init__(

@@ -140,7 +140,9 @@ class _Simulation:
         self._cost = cost
         self._loop = VirtualLoop()
         self._contention = Contention(self._loop, speeds_of(cost.hardware.sharing))
-        self._timeline = Timeline(capacity=1 << 20)
+        self._records: list[Record] = []
+        timeline = Timeline(capacity=1)
+        timeline.listener = self._records.append  # is told of uses, too
         self._spans: list[Span] = []
         self._compute_s = 0.0
         self._ahead: asyncio.Future[None] | None = None
@@ -158,7 +160,7 @@ class _Simulation:
             mover=self._mover,
             orders=AccessOrders(lambda root: order, first=0),
             clock=self._loop.nanoseconds,
-            timeline=self._timeline,
+            timeline=timeline,
             inflight_nbytes=max(INFLIGHT, 2 * max((m.read_nbytes for m in setting.moved.values()), default=0)),
         )
 
@@ -167,7 +169,7 @@ class _Simulation:
         return Prediction(
             turns=tuple(turns),
             spans=tuple(self._spans),
-            records=self._timeline.records(),
+            records=tuple(self._records),
             compute_s=self._compute_s,
             read_nbytes=self._mover.read_nbytes,
             copied_nbytes=self._mover.copied_nbytes,
