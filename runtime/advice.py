@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -42,10 +42,10 @@ class Advice:
 
 def changes(hardware: Hardware) -> Iterator[Change]:
     """What can be bought for a machine, the small before the large."""
-    for more in (16, 32, 64, 128, 256):
+    for more in (16, 32, 64, 128):
         yield _more_memory(hardware, more)
     if hardware.gpu is not None:
-        for more in (4, 8, 16, 24, 48):
+        for more in (8, 24, 48):
             gpu = msgspec.structs.replace(hardware.gpu, memory_nbytes=hardware.gpu.memory_nbytes + more * GIB)
             words = f"a GPU like it with {gpu.memory_nbytes / GIB:.0f} GiB"
             yield Change(words=words, hardware=msgspec.structs.replace(hardware, gpu=gpu))
@@ -69,12 +69,12 @@ def _more_memory(hardware: Hardware, more: int) -> Change:
     return Change(words=f"{more} GiB more RAM", hardware=changed)
 
 
-def advise(
-    forecast: Forecast, foresee: Callable[[Hardware], Forecast], among: Sequence[Change] | None = None
-) -> Advice | None:
+def advise(forecast: Forecast, foresee: Callable[[Hardware], Forecast]) -> Advice | None:
     """What would help most; None where nothing helps much. `foresee` gives the forecast of the same work elsewhere."""
+    if forecast.plan.resident:
+        return None  # nothing is moved, so that no memory, drive or link would change anything
     found = []
-    for change in changes(forecast.hardware) if among is None else among:
+    for change in changes(forecast.hardware):
         try:
             other = foresee(change.hardware)
         except DoesNotFitError:

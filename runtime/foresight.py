@@ -190,14 +190,25 @@ class Foresight:
         if separate and device is None:
             assert hardware.gpu is not None
             device = hardware.gpu.memory_nbytes - headroom
-        for tier, nbytes, has in (("host", host, hardware.host_nbytes), ("device", device, None)):
+        has = hardware.gpu.memory_nbytes if hardware.gpu is not None else hardware.host_nbytes
+        computes, asked = ("device", device) if separate else ("host", host)
+        if asked is not None and asked + headroom > has:
+            raise DoesNotFitError(
+                f"{hardware.name}: a {computes} budget of {asked} bytes leaves no room for what the run itself takes "
+                f"({headroom} bytes for keys and values, activations, logits) in {has} bytes: lower it, or batch or "
+                f"context",
+                tier=computes,
+                needed_nbytes=asked + headroom,
+                available_nbytes=has,
+            )
+        for tier, nbytes in (("host", host), ("device", device)):
             if nbytes is not None and nbytes <= 0:
                 raise DoesNotFitError(
                     f"{hardware.name}: the run itself takes {headroom} bytes besides weights (keys and values, "
                     f"activations, logits), more than its {tier} memory holds: lower batch or context",
                     tier=tier,
                     needed_nbytes=headroom,
-                    available_nbytes=has or 0,
+                    available_nbytes=has,
                 )
         link = hardware.link.h2d.best if hardware.link else None
         return Budgets(

@@ -132,6 +132,8 @@ class _Frame:
     began_ns: int
     leases: list[Lease]
     where: Where
+    device_ns: list[int] = field(default_factory=list)
+    """When the device began and ended what the module asked of it."""
 
 
 class _Simulation:
@@ -185,8 +187,6 @@ class _Simulation:
             start = self._loop.nanoseconds()
             self._core.begin(0)
             await self._call(program)
-            if self._ahead is not None:
-                await self._ahead  # somebody looks at the result
             self._core.end(failed=False)
             end = self._loop.nanoseconds()
             turns.append(Turn(title=program.title, tokens=program.tokens, start_ns=start, end_ns=end))
@@ -204,25 +204,30 @@ class _Simulation:
         rows = _rows(program)
         stack: list[_Frame] = [_Frame(path="", began_ns=0, leases=[], where="gpu")]
         pending: list[Operation] = []
+        done: list[tuple[_Frame, int, int]] = []
         for event in program.events:
             frame = stack[-1]
             if isinstance(event, Operation):
                 pieces = self._setting.pieces.get(frame.path, ()) if event.kind == "linear" else ()
                 if pieces:
-                    await self._by_pieces(event, pieces, frame.where)
+                    await self._by_pieces(event, pieces, stack)
                 else:
                     pending.append(event)
                 continue
-            await self._compute(pending, frame.where)
+            await self._compute(pending, stack)
             pending.clear()
             if isinstance(event, Enter):
                 stack.append(await self._enter(event.path, rows, frame.where))
             else:
                 stack.pop()
                 self._release(frame.leases)
-                now = self._loop.nanoseconds()
-                self._spans.append(Span(path=frame.path, start_ns=frame.began_ns, end_ns=now, depth=len(stack) - 1))
-        await self._compute(pending, stack[-1].where)
+                done.append((frame, self._loop.nanoseconds(), len(stack) - 1))
+        await self._compute(pending, stack)
+        if self._ahead is not None:
+            await self._ahead  # somebody looks at the result
+        for frame, ended_ns, depth in done:
+            start, end = (frame.device_ns[0], frame.device_ns[-1]) if frame.device_ns else (frame.began_ns, ended_ns)
+            self._spans.append(Span(path=frame.path, start_ns=start, end_ns=end, depth=depth))
 
     async def _enter(self, path: str, rows: Mapping[str, float], where: Where) -> _Frame:
         began = self._loop.nanoseconds()
@@ -231,18 +236,20 @@ class _Simulation:
             return _Frame(path=path, began_ns=began, leases=[], where="cpu")
         return _Frame(path=path, began_ns=began, leases=[await self._acquire(block) for block in blocks], where=where)
 
-    async def _by_pieces(self, operation: Operation, pieces: Sequence[int], where: Where) -> None:
+    async def _by_pieces(self, operation: Operation, pieces: Sequence[int], stack: Sequence[_Frame]) -> None:
         """A product with a table: piece by piece, each leased while it is used."""
         total = sum(self._setting.moved[piece].read_nbytes for piece in pieces) or 1
         for piece in pieces:
             lease = await self._acquire(piece)
             share = self._setting.moved[piece].read_nbytes / total
-            await self._compute([msgspec.structs.replace(operation, nbytes=operation.nbytes * share)], where)
+            await self._compute([msgspec.structs.replace(operation, nbytes=operation.nbytes * share)], stack)
             self._release([lease])
 
-    async def _compute(self, operations: Sequence[Operation], where: Where) -> None:
+    async def _compute(self, operations: Sequence[Operation], stack: Sequence[_Frame]) -> None:
+        """Operations of the innermost module under way."""
         if not operations:
             return
+        where = stack[-1].where
         seconds = self._cost.compute_s(operations, where)
         self._compute_s += seconds
         if not self._separate or where == "cpu":
@@ -253,7 +260,13 @@ class _Simulation:
         gpu = self._cost.hardware.gpu
         assert gpu is not None
         await asyncio.sleep(sum(operation.launches for operation in operations) * gpu.launch_s)
-        self._follow(asyncio.sleep(seconds))
+        self._follow(self._on_device(seconds, tuple(stack)))
+
+    async def _on_device(self, seconds: float, frames: Sequence[_Frame]) -> None:
+        began = self._loop.nanoseconds()
+        await asyncio.sleep(seconds)
+        for frame in frames:
+            frame.device_ns.extend((began, self._loop.nanoseconds()))
 
     def _follow(self, work: Awaitable[None]) -> None:
         """Let the device do something once it has done all that it was asked for before."""

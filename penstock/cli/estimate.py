@@ -19,6 +19,7 @@ from ..scheduler.fitting import Alternative, Fitting, Room, fitting
 from ..scheduler.sizes import KINDS, Kind, Sizes, Workload
 from ..sizes import format_size
 from .output import Output
+from .tables import lines_of
 
 _NAMES: Final[dict[Kind, str]] = {
     "weights": "weights",
@@ -151,8 +152,8 @@ def render(found: Estimate, *, top: int) -> list[Text]:
     totals = [_size(share.held.total) for share in placed.shares]
     rows.append(["total", "", format_size(sizes.peak.total), *totals])
     rows.append(["room", "", "", *(format_size(share.room_nbytes) for share in placed.shares)])
-    lines += _table([header, *rows])
-    lines += [Text(), *_table([_MODULE_HEADER, *_module_rows(sizes, top)])]
+    lines += lines_of([header, *rows])
+    lines += [Text(), *lines_of([_MODULE_HEADER, *_module_rows(sizes, top)])]
     return [*lines, Text(), *(Text(line) for line in _sentences(sizes, placed))]
 
 
@@ -208,16 +209,6 @@ def _too_large(sizes: Sizes, placed: Fitting) -> DoesNotFitError:
 
 def _size(nbytes: int) -> str:
     return format_size(nbytes) if nbytes else "-"
-
-
-def _table(rows: list[list[str]]) -> list[Text]:
-    """Columns, the first to the left and the others to the right, under a heading."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for index, row in enumerate(rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        lines.append(Text("  ".join(cells).rstrip(), style="cyan" if index == 0 else ""))
-    return lines
 
 
 def _document(found: Estimate) -> dict[str, object]:

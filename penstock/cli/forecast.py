@@ -1,0 +1,270 @@
+"""Carries out `penstock plan` for a run: what it would take on a machine. Imported late: torch takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rich.text import Text
+
+from ..budget import MemoryBudget
+from ..memory.errors import DoesNotFitError, UsageError
+from ..runtime.advice import Advice, advise, smallest_that_fits
+from ..runtime.foresight import Forecast, Foresight, Room
+from ..runtime.profiler.predicted import write_prediction
+from ..scheduler.hardware import Hardware
+from ..sizes import format_size
+from .output import Output
+from .tables import lines_of
+
+BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What is to be run."""
+
+    prompt: int
+    """Tokens."""
+    generate: int
+    """Tokens of each answer."""
+    batch: int | None
+    """Sequences at a time; None for as many as give the most tokens per second."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompt", 1), ("generate", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name} {getattr(self, name)} has no meaning: give {least} or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outlook:
+    """A forecast, and what would improve it."""
+
+    forecast: Forecast
+    advice: Advice | None
+
+
+class Forecaster:
+    """One model and one kind of work, on any machine."""
+
+    def __init__(self, checkpoint: str, work: Work, *, dtype: str, trust_remote_code: bool) -> None:
+        self.work = work
+        self.foresight = Foresight(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    def on(self, hardware: Hardware, budget: MemoryBudget | None = None, *, batch: int | None = None) -> Forecast:
+        """The work on a machine.
+
+        Raises:
+            DoesNotFitError: not even one sequence can be run.
+        """
+        room = Room(host=budget.host, device=budget.device) if budget is not None else None
+        wanted = batch or self.work.batch
+
+        def with_batch(size: int) -> Forecast:
+            return self.foresight.forecast(
+                hardware, prompt=self.work.prompt, generated=self.work.generate, batch=size, room=room
+            )
+
+        if wanted is not None:
+            return with_batch(wanted)
+        return _fastest(with_batch)
+
+    def outlook(self, hardware: Hardware, budget: MemoryBudget | None = None) -> Outlook:
+        """The work on a machine, and the change of it that would help most.
+
+        Raises:
+            DoesNotFitError: it cannot be run; the message says what is the smallest change with which it can.
+        """
+        try:
+            found = self.on(hardware, budget)
+        except DoesNotFitError as error:
+            raise self._with_remedy(error, hardware) from None
+        if budget is not None and (budget.host is not None or budget.device is not None):
+            return Outlook(forecast=found, advice=None)  # the plan itself says what a larger budget would do
+        return Outlook(forecast=found, advice=advise(found, lambda other: self.on(other, batch=found.batch)))
+
+    def _with_remedy(self, error: DoesNotFitError, hardware: Hardware) -> DoesNotFitError:
+        remedy = smallest_that_fits(hardware, lambda other: self.on(other))
+        smaller = "a smaller --batch or --prompt" if remedy is None else f"{remedy[0].words} would make it fit"
+        return DoesNotFitError(
+            f"{error}; {smaller}",
+            tier=error.tier,
+            needed_nbytes=error.needed_nbytes,
+            available_nbytes=error.available_nbytes,
+        )
+
+
+def _fastest(with_batch: Callable[[int], Forecast]) -> Forecast:
+    """The batch that gives the most tokens per second: larger ones until that falls, or they do not fit."""
+    best = with_batch(BATCHES[0])
+    for size in BATCHES[1:]:
+        try:
+            found = with_batch(size)
+        except DoesNotFitError:
+            break
+        if found.tokens_per_s < best.tokens_per_s:
+            break
+        best = found
+    return best
+
+
+def show(output: Output, outlook: Outlook, *, title: str, as_json: bool, profile: Path | None, force: bool) -> None:
+    """Print an outlook, and write its profile where one is asked for."""
+    if profile is not None:
+        write_prediction(profile, outlook.forecast, force=force)
+    if as_json:
+        output.write_json(document(outlook))
+        return
+    output.data.print(Text(title, style="bold"))
+    for line in render(outlook):
+        output.data.print(line)
+    if profile is not None:
+        output.notes.print(Text(f"the predicted run is in {profile}: open it with penstock prof report"))
+
+
+def title_of(foresight: Foresight, forecast: Forecast) -> str:
+    """What is foreseen, in a line."""
+    parameters = sum(parameter.numel() for parameter in foresight.model.parameters())
+    dtype = str(foresight.model.dtype).removeprefix("torch.")
+    work = f"prompt {forecast.prompt}, answer {forecast.generated} tokens, batch {forecast.batch}"
+    name = type(foresight.model).__name__
+    return f"{name}, {parameters / 1e9:.3g} billion parameters in {dtype}, on {forecast.hardware.name}: {work}"
+
+
+def render(outlook: Outlook) -> Iterator[Text]:
+    """An outlook as lines for people."""
+    found, plan = outlook.forecast, outlook.forecast.plan
+    rows = [["tier", "weights", "all", "budget", "moved per token"]]
+    moved = {"device": plan.link_nbytes_per_sweep, "host": 0, "disk": plan.disk_nbytes_per_sweep}
+    held = {"device": plan.device_nbytes, "host": plan.host_nbytes, "disk": 0}
+    budgets = {"device": plan.device_budget_nbytes, "host": plan.host_budget_nbytes, "disk": None}
+    for tier in ("device", "host", "disk"):
+        if tier == "device" and plan.device_budget_nbytes is None:
+            continue
+        figures = (plan.home_nbytes(tier), held[tier], budgets[tier], moved[tier])  # type: ignore[arg-type]
+        rows.append([tier, *(format_size(nbytes) if nbytes else "-" for nbytes in figures)])
+    yield from lines_of(rows)
+    label = "emulated: " if found.hardware.emulated else ""
+    yield Text(
+        f"{label}first token after {_seconds(found.first_token_s)}, then {_seconds(found.token_s)} per token; "
+        f"{found.tokens_per_s:.3g} tokens/s over the answer"
+    )
+    busy = sorted(found.busy_s.items(), key=lambda item: -item[1])
+    yield Text(f"bound by the {found.binds}: per token {', '.join(f'{name} {_seconds(s)}' for name, s in busy)}")
+    yield Text(f"besides weights it takes {format_size(found.headroom_nbytes)} (keys and values, activations, logits)")
+    if outlook.advice is not None:
+        yield Text(str(outlook.advice), style="bold")
+    elif plan.suggestion():
+        yield Text(plan.suggestion() or "")
+    for note in plan.notes:
+        yield Text(note)
+
+
+def document(outlook: Outlook) -> dict[str, object]:
+    """An outlook for programs."""
+    found, plan = outlook.forecast, outlook.forecast.plan
+    return {
+        "hardware": found.hardware.name,
+        "emulated": found.hardware.emulated,
+        "price_usd": found.hardware.price_usd,
+        "prompt": found.prompt,
+        "generate": found.generated,
+        "batch": found.batch,
+        "first_token_s": found.first_token_s,
+        "token_s": found.token_s,
+        "tokens_per_s": found.tokens_per_s,
+        "answer_s": found.answer_s,
+        "binds": found.binds,
+        "busy_s_per_token": dict(found.busy_s),
+        "resident": plan.resident,
+        "weights_nbytes": {tier: plan.home_nbytes(tier) for tier in ("device", "host", "disk")},  # type: ignore[arg-type]
+        "device_nbytes": plan.device_nbytes,
+        "host_nbytes": plan.host_nbytes,
+        "headroom_nbytes": found.headroom_nbytes,
+        "disk_nbytes_per_token": plan.disk_nbytes_per_sweep,
+        "link_nbytes_per_token": plan.link_nbytes_per_sweep,
+        "advice": None
+        if outlook.advice is None
+        else {"change": outlook.advice.change.words, "speedup": outlook.advice.speedup},
+        "notes": plan.notes,
+    }
+
+
+def rank(
+    forecaster: Forecaster, machines: Sequence[Hardware], wanted_per_s: float
+) -> list[tuple[Hardware, Forecast | None]]:
+    """The machines that reach a rate, the cheapest first; then the others, the fastest first.
+
+    As Mélange (arXiv 2404.14527) does for serving, a machine is judged by what the work gets for its price.
+    """
+    found: list[tuple[Hardware, Forecast | None]] = []
+    for hardware in machines:
+        try:
+            found.append((hardware, forecaster.on(hardware)))
+        except DoesNotFitError:
+            found.append((hardware, None))
+
+    def order(item: tuple[Hardware, Forecast | None]) -> tuple[int, float]:
+        hardware, forecast = item
+        if forecast is None:
+            return 2, 0.0
+        if forecast.tokens_per_s >= wanted_per_s:
+            return 0, hardware.price_usd if hardware.price_usd is not None else float("inf")
+        return 1, -forecast.tokens_per_s
+
+    return sorted(found, key=order)
+
+
+def show_ranking(
+    output: Output, ranking: Sequence[tuple[Hardware, Forecast | None]], wanted_per_s: float, *, as_json: bool
+) -> int:
+    """Print a ranking; 3 where no machine reaches the rate."""
+    reached = [each for each in ranking if each[1] is not None and each[1].tokens_per_s >= wanted_per_s]
+    if as_json:
+        output.write_json(
+            [
+                {
+                    "hardware": hardware.name,
+                    "price_usd": hardware.price_usd,
+                    "reaches": forecast is not None and forecast.tokens_per_s >= wanted_per_s,
+                    **({} if forecast is None else document(Outlook(forecast=forecast, advice=None))),
+                }
+                for hardware, forecast in ranking
+            ]
+        )
+    else:
+        rows = [["machine", "price", "tokens/s", "s/token", "bound by", ""]]
+        for hardware, forecast in ranking:
+            price = "-" if hardware.price_usd is None else f"${hardware.price_usd:,.0f}"
+            if forecast is None:
+                rows.append([hardware.name, price, "-", "-", "-", "does not fit"])
+                continue
+            verdict = "yes" if forecast.tokens_per_s >= wanted_per_s else "too slow"
+            figures = [f"{forecast.tokens_per_s:.3g}", f"{forecast.token_s:.3g}", forecast.binds, verdict]
+            rows.append([hardware.name, price, *figures])
+        for line in lines_of(rows):
+            output.data.print(line)
+    return 0 if reached else 3
+
+
+def parse_target(text: str) -> float:
+    """Tokens per second in "5tok/s".
+
+    Raises:
+        UsageError: it is something else.
+    """
+    number = text.strip().removesuffix("tok/s").strip()
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if not text.strip().endswith("tok/s") or not 0 < value < 1e9:
+        raise UsageError(f"--target {text!r} is not a rate: write for example 5tok/s")
+    return value
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 0.1 else f"{value * 1e3:.3g} ms"

@@ -1,0 +1,129 @@
+"""Carries out `penstock plan --sweep`: the same work while one thing changes, as a table and a chart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import log2
+from pathlib import Path
+from typing import Final
+
+from ..budget import MemoryBudget
+from ..memory.errors import DoesNotFitError, UsageError
+from ..runtime.foresight import Forecast
+from ..scheduler.hardware import Hardware
+from ..sizes import format_size, parse_size
+from .forecast import Forecaster, Outlook, document
+from .linechart import Line, draw
+from .output import Output
+from .tables import lines_of
+
+_SIZES: Final = ("host", "device")
+_COUNTS: Final = ("batch",)
+MOST: Final = 9
+"""Values of a sweep."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """One thing, and the values that it takes."""
+
+    name: str
+    values: tuple[int, ...]
+
+    def label(self, value: int) -> str:
+        """A value for people."""
+        return format_size(value) if self.name in _SIZES else str(value)
+
+
+def parse_sweep(text: str) -> Sweep:
+    """What "host=16GiB:128GiB" or "batch=1:64" means: from one to the other, in steps of a constant factor.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    name, _, span = text.partition("=")
+    low, colon, high = span.partition(":")
+    if name not in (*_SIZES, *_COUNTS) or not colon:
+        raise UsageError(f"--sweep {text!r}: write for example host=16GiB:128GiB, device=8GiB:48GiB or batch=1:64")
+    if name in _SIZES:
+        first, last = parse_size(low), parse_size(high)
+    else:
+        if not (low.isdecimal() and high.isdecimal()):
+            raise UsageError(f"--sweep {text!r}: {name} is a number, for example {name}=1:64")
+        first, last = int(low), int(high)
+    if not 0 < first < last:
+        raise UsageError(f"--sweep {text!r}: the first value must be above 0 and below the last one")
+    doublings = max(1, round(log2(last / first)))
+    steps = doublings if name in _COUNTS else max(1, min(MOST - 1, 2 * doublings))
+    values = [round(first * (last / first) ** (step / steps)) for step in range(steps + 1)]
+    return Sweep(name=name, values=tuple(dict.fromkeys(values)))
+
+
+Point = tuple[int, Forecast | None]
+
+
+def sweep(forecaster: Forecaster, hardware: Hardware, budget: MemoryBudget, asked: Sweep) -> list[Point]:
+    """The forecast at each value; None where it does not fit."""
+    found: list[Point] = []
+    for value in asked.values:
+        batch = value if asked.name == "batch" else None
+        changed = budget if batch else replace(budget, **{asked.name: value})
+        try:
+            found.append((value, forecaster.on(hardware, changed, batch=batch)))
+        except DoesNotFitError:
+            found.append((value, None))
+    return found
+
+
+def show_sweep(
+    output: Output, asked: Sweep, points: Sequence[Point], *, title: str, chart: Path | None, force: bool, as_json: bool
+) -> int:
+    """Print a sweep, and draw it where a chart is asked for; 3 where nothing fits."""
+    if as_json:
+        documents = [
+            {asked.name: value, "fits": found is not None, **(_document(found) if found else {})}
+            for value, found in points
+        ]
+        output.write_json(documents)
+    else:
+        rows = [[asked.name, "tokens/s", "s/token", "first token", "read per token", "bound by"]]
+        for value, found in points:
+            if found is None:
+                rows.append([asked.label(value), "does not fit", "", "", "", ""])
+                continue
+            read = found.plan.disk_nbytes_per_sweep
+            figures = [f"{found.tokens_per_s:.3g}", f"{found.token_s:.3g}", f"{found.first_token_s:.3g} s"]
+            rows.append([asked.label(value), *figures, format_size(read) if read else "-", found.binds])
+        for line in lines_of(rows):
+            output.data.print(line)
+    if chart is not None:
+        _draw(asked, points, title, chart, force)
+        output.notes.print(f"drawn in {chart}")
+    return 0 if any(found is not None for _, found in points) else 3
+
+
+def _document(found: Forecast) -> dict[str, object]:
+    return document(Outlook(forecast=found, advice=None))
+
+
+def _draw(asked: Sweep, points: Sequence[Point], title: str, chart: Path, force: bool) -> None:
+    there = [(value, found) for value, found in points if found is not None]
+
+    def line(name: str, value_of: Callable[[Forecast], float]) -> Line:
+        return Line(name=name, points=tuple((float(value), value_of(found)) for value, found in there))
+
+    page = draw(
+        title=title,
+        x_label=asked.name,
+        x_text=lambda value: asked.label(round(value)),
+        y_label="tokens per second",
+        lines=(line("tokens/s over the answer", lambda found: found.tokens_per_s),),
+        marks=tuple((float(value), found.binds) for value, found in there),
+    )
+    if chart.exists() and not force:
+        raise UsageError(f"{chart} exists. Choose another file, or replace it with --force")
+    try:
+        chart.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{chart} cannot be written: {error.strerror}") from error
