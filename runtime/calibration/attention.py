@@ -56,7 +56,7 @@ class Attention:
     """Attention at one point, each call with other keys and values than the one before.
 
     Args:
-        caches: Keys and values, [1, heads, keys, width] each.
+        caches: Room for keys and for values.
         point: The queries.
         timer: Of the device.
     """
@@ -65,15 +65,16 @@ class Attention:
         self._caches = caches
         self._timer = timer
         self._grouped = point.group > 1
-        keys = caches[0][0]
+        room = caches[0][0]
+        most = room.numel() // (HEADS * WIDTH)
         shape = (1, HEADS * point.group, point.queries, WIDTH)
-        self._query = torch.full(shape, 0.02, dtype=keys.dtype, device=keys.device)
+        self._query = torch.full(shape, 0.02, dtype=room.dtype, device=room.device)
         self._at = 0
         self._calls = 1
-        self._keys = min(LEAST_KEYS, keys.shape[2])
+        self._keys = min(LEAST_KEYS, most)
         self.once()  # the first of a shape chooses its kernel
-        fitting = int(LONGEST_S * self.once() / (2 * HEADS * WIDTH * keys.dtype.itemsize))
-        self._keys = max(min(fitting // LEAST_KEYS * LEAST_KEYS, keys.shape[2]), self._keys)
+        fitting = int(LONGEST_S * self.once() / (2 * HEADS * WIDTH * room.dtype.itemsize))
+        self._keys = max(min(fitting // LEAST_KEYS * LEAST_KEYS, most), self._keys)
         self.once()
         self._calls = max(1, min(round(SAMPLE_S * self.once() / self._nbytes()), 1000))
 
@@ -86,11 +87,13 @@ class Attention:
 
     def _repeat(self) -> None:
         for _ in range(self._calls):
-            keys, values = self._caches[self._at % len(self._caches)]
+            keys, values = (self._part(room) for room in self._caches[self._at % len(self._caches)])
             self._at += 1
-            functional.scaled_dot_product_attention(
-                self._query, keys[:, :, : self._keys], values[:, :, : self._keys], enable_gqa=self._grouped
-            )
+            functional.scaled_dot_product_attention(self._query, keys, values, enable_gqa=self._grouped)
+
+    def _part(self, room: torch.Tensor) -> torch.Tensor:
+        """As many keys or values as are used, with the strides that they would have alone."""
+        return room[: HEADS * self._keys * WIDTH].view(1, HEADS, self._keys, WIDTH)
 
 
 @torch.no_grad()
@@ -120,9 +123,12 @@ def attention_curve(
     """
     per_key = 2 * HEADS * WIDTH * dtype.itemsize
     keys = max(min(GPU_KEYS if device.type == "cuda" else CPU_KEYS, nbytes // (2 * per_key)), LEAST_KEYS)
-    shape = (1, HEADS, keys, WIDTH)
+    numbers = HEADS * keys * WIDTH
     caches = [
-        (torch.full(shape, 0.02, dtype=dtype, device=device), torch.full(shape, 0.5, dtype=dtype, device=device))
+        (
+            torch.full((numbers,), 0.02, dtype=dtype, device=device),
+            torch.full((numbers,), 0.5, dtype=dtype, device=device),
+        )
         for _ in range(max(nbytes // (per_key * keys), 1))
     ]
     measured: dict[float, Callable[[], float]] = {p.rows: Attention(caches, p, timer).once for p in points}

@@ -15,13 +15,14 @@ import torch
 
 from ...memory.arena import HostArena
 from ...memory.capacity import disk_capacity, host_capacity
+from ...memory.disk import THREADS
 from ...memory.errors import CalibrationError, DoesNotFitError, PenstockError, UsageError
 from ...memory.scratch import default_root
 from ...scheduler.calibration import Calibration, DriveIdentity, Fingerprint, noise, noisy_curves
 from ...scheduler.hardware import Drive, Hardware, Link, Processor, Sharing
 from ..devices.base import Device
 from .cache import device_key
-from .disk import WRITE_NBYTES, DriveProbe, EngineMaker, drives_together, engine_maker
+from .disk import DEPTHS, WRITE_NBYTES, DriveProbe, EngineMaker, drives_together, engine_maker
 from .diskload import AHEAD, FILE_NBYTES, PIECE, ProbeFile, probe_file
 from .fingerprint import cpu_model, fingerprint, identify_drive
 from .lastlevel import last_level_cache
@@ -59,6 +60,9 @@ class Pace:
     """Each of the two."""
     file_nbytes: int = FILE_NBYTES
     write_nbytes: int = WRITE_NBYTES
+    depths: tuple[int, ...] = DEPTHS
+    quick: bool = False
+    """Whether processors are measured at fewer points."""
 
 
 THOROUGH: Final = Pace(drive=2.5, together=0.4, link=1.5, processor=5.0, sharing=0.9)
@@ -70,6 +74,8 @@ QUICK: Final = Pace(
     sharing=0.45,
     file_nbytes=128 * 2**20,
     write_nbytes=192 * 2**20,
+    depths=(1, 4, THREADS),
+    quick=True,
 )
 
 
@@ -135,8 +141,10 @@ class Run:
         )
 
     def _processor(self, device: torch.device) -> Processor | None:
-        probe = ProcessorProbe(device=device, nbytes=self.nbytes, seconds=self.pace.processor, attempt=self.attempt)
-        return probe.measure()
+        pace = self.pace
+        return ProcessorProbe(
+            device=device, nbytes=self.nbytes, seconds=pace.processor, attempt=self.attempt, quick=pace.quick
+        ).measure()
 
     def _device(self, cpu: Processor) -> tuple[Processor | None, Link | None, tuple[float, float]]:
         """The device's processor, its link, and what products and copies leave each other."""
@@ -204,10 +212,12 @@ class Run:
                     "all drives at once",
                     lambda: drives_together(files, arena, engines=engines, rates=rates, seconds=self.pace.together),
                 )
-            shares = files and self.attempt(
-                "products while reading",
-                lambda: share(self._product(), disk_load(files[0], arena, engines), seconds=self.pace.sharing),
-            )
+            shares = None
+            if files:
+                shares = self.attempt(
+                    "products while reading",
+                    lambda: share(self._product(), disk_load(files[0], arena, engines), seconds=self.pace.sharing),
+                )
         return tuple(drives), together or 1.0, (shares.compute, shares.load) if shares else (1.0, 1.0)
 
     def _different_drives(self) -> list[tuple[str | None, DriveIdentity]]:
@@ -227,6 +237,7 @@ class Run:
         return DriveProbe(file=file, arena=arena, engines=engines).measure(
             name,
             seconds=self.pace.drive,
+            depths=self.pace.depths,
             write_nbytes=self.pace.write_nbytes,
             capacity_nbytes=disk_capacity(os.path.dirname(file.path)).total_nbytes,
         )

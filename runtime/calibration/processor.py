@@ -12,20 +12,25 @@ import torch
 from ...memory.capacity import host_capacity
 from ...scheduler.curves import Curve
 from ...scheduler.hardware import Processor
-from .adam import adam_rate
-from .attention import attention_curve
+from .adam import WAYS, adam_rate
+from .attention import POINTS, attention_curve
 from .devicememory import device_memory_rate
 from .dram import memory_rates
 from .fingerprint import cpu_model
 from .launch import launch_cost
-from .products import DTYPES, linear_curve
-from .timing import device_timer, host_timer
+from .products import DTYPES, ROWS, linear_curve
+from .timing import Timer, device_timer, host_timer
 
 Attempt = Callable[[str, Callable[[], Any]], Any]
 """Calls the second and returns its result; None where that failed, under the name given first."""
 
 SHARES: Final = {"memory": 0.15, "linear": 0.5, "attention": 0.15, "adam": 0.1, "launch": 0.1}
 """What each has of the time."""
+QUICK_DTYPES: Final = (torch.float32, torch.bfloat16)
+QUICK_ROWS: Final = (1, 4, 16, 64, 256, 1024)
+QUICK_POINTS: Final = (POINTS[0], POINTS[1], POINTS[4])
+QUICK_WAYS: Final = ("fused", "single")
+"""The second only where there is no first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,39 +42,34 @@ class ProcessorProbe:
         nbytes: Of its memory to use at a time; activations and results come on top.
         seconds: For all of it, besides warming up.
         attempt: Carries out each measurement.
+        quick: Measure fewer points.
     """
 
     device: torch.device
     nbytes: int
     seconds: float
     attempt: Attempt
+    quick: bool = False
 
     def measure(self) -> Processor | None:
         """The processor in figures; None where neither its memory nor its products could be measured."""
         what = str(self.device)
         memory = self.attempt(f"{what} memory", self._memory)
-        timer = device_timer(self.device)
-        linear: dict[str, Curve] = {}
-        attention: dict[str, Curve] = {}
-        for dtype in DTYPES:
-            name = str(dtype).removeprefix("torch.")
-            for kind, probe, found in (("linear", linear_curve, linear), ("attention", attention_curve, attention)):
-                seconds = self.seconds * SHARES[kind] / len(DTYPES)
-                measured = self.attempt(
-                    f"{what} {kind} {name}",
-                    lambda probe=probe, dtype=dtype, seconds=seconds: probe(  # type: ignore[misc]
-                        self.device, dtype, nbytes=self.nbytes, seconds=seconds, timer=timer
-                    ),
-                )
-                if measured is not None:
-                    found[name] = measured
+        linear = self._by_dtype("linear", self._linear)
+        attention = self._by_dtype("attention", self._attention)
         if memory is None:
             if not linear:
                 return None
             memory = {"memory": Curve.flat(max(curve.y[0] for curve in linear.values()))}
         adam = self.attempt(
             f"{what} AdamW",
-            lambda: adam_rate(self.device, nbytes=self.nbytes, seconds=self.seconds * SHARES["adam"], timer=timer),
+            lambda: adam_rate(
+                self.device,
+                nbytes=self.nbytes,
+                seconds=self.seconds * SHARES["adam"],
+                timer=self._timer,
+                ways=QUICK_WAYS if self.quick else WAYS,
+            ),
         )
         launch = self.attempt(
             f"{what} launch",
@@ -88,10 +88,39 @@ class ProcessorProbe:
             **memory,
         )
 
+    def _by_dtype(self, kind: str, probe: Callable[[torch.dtype, float], Curve]) -> dict[str, Curve]:
+        """Curves of one kind; dtypes that this torch refuses here are left out."""
+        dtypes = QUICK_DTYPES if self.quick else DTYPES
+        seconds = self.seconds * SHARES[kind] / len(dtypes)
+        found: dict[str, Curve] = {}
+        for dtype in dtypes:
+            name = str(dtype).removeprefix("torch.")
+            measured = self.attempt(
+                f"{self.device} {kind} {name}",
+                lambda dtype=dtype: probe(dtype, seconds),  # type: ignore[misc]
+            )
+            if measured is not None:
+                found[name] = measured
+        return found
+
+    def _linear(self, dtype: torch.dtype, seconds: float) -> Curve:
+        rows = QUICK_ROWS if self.quick else ROWS
+        return linear_curve(self.device, dtype, nbytes=self.nbytes, seconds=seconds, timer=self._timer, rows=rows)
+
+    def _attention(self, dtype: torch.dtype, seconds: float) -> Curve:
+        points = QUICK_POINTS if self.quick else POINTS
+        return attention_curve(
+            self.device, dtype, nbytes=self.nbytes, seconds=seconds, timer=self._timer, points=points
+        )
+
+    @property
+    def _timer(self) -> Timer:
+        return device_timer(self.device)
+
     def _memory(self) -> dict[str, Curve]:
         seconds = self.seconds * SHARES["memory"]
         if self.device.type == "cuda":
-            rate = device_memory_rate(self.device, nbytes=self.nbytes, seconds=seconds, timer=device_timer(self.device))
+            rate = device_memory_rate(self.device, nbytes=self.nbytes, seconds=seconds, timer=self._timer)
             return {"memory": rate}
         rates = memory_rates(nbytes=self.nbytes, threads=_thread_counts(), seconds=seconds)
         return {"memory": rates.copy, "memory_read": rates.read, "memory_write": rates.write}

@@ -69,8 +69,8 @@ class Weights:
         return matrix
 
     def tokens(self, rows: int) -> Tensor:
-        """So many tokens that these weights can be multiplied with: [1, rows, inputs]."""
-        return torch.full((1, rows, self.all.shape[1]), 0.5, dtype=self.all.dtype, device=self.all.device)
+        """Room for so many tokens that these weights can be multiplied with, one behind the other."""
+        return torch.full((rows * self.all.shape[1],), 0.5, dtype=self.all.dtype, device=self.all.device)
 
 
 class Product:
@@ -78,13 +78,17 @@ class Product:
 
     Args:
         weights: Where matrices come from.
-        x: Tokens that are multiplied with each: [1, rows, inputs].
+        tokens: Room for the rows.
+        rows: Tokens that are multiplied with each matrix.
         timer: Of the device.
     """
 
-    def __init__(self, weights: Weights, x: Tensor, timer: Timer) -> None:
+    def __init__(self, weights: Weights, tokens: Tensor, rows: int, timer: Timer) -> None:
         self._weights = weights
-        self._x = x
+        # A part of a larger [1, rows, inputs] would keep its first stride, for which some of torch's kernels are 60
+        # times slower, though it is as contiguous as this one.
+        inputs = weights.all.shape[1]
+        self._x = tokens[: rows * inputs].view(1, rows, inputs)
         self._timer = timer
         self._outputs = min(LEAST_COLUMNS, weights.largest)
         self._calls = 1
@@ -141,7 +145,7 @@ def linear_curve(
     largest = shape or (GPU_SHAPE if device.type == "cuda" else CPU_SHAPE)
     weights = Weights(device, dtype, nbytes, largest)
     tokens = weights.tokens(max(rows))
-    points: dict[float, Callable[[], float]] = {n: Product(weights, tokens[:, :n], timer).once for n in rows}
+    points: dict[float, Callable[[], float]] = {n: Product(weights, tokens, n, timer).once for n in rows}
     return curve(in_turns(points, seconds=seconds, clock=clock))
 
 
@@ -149,4 +153,4 @@ def linear_curve(
 def one_row(device: torch.device, dtype: torch.dtype, *, nbytes: int, timer: Timer) -> Callable[[], float]:
     """A repetition of products of one row, as decoding does them: bytes of weights per second."""
     weights = Weights(device, dtype, nbytes, GPU_SHAPE if device.type == "cuda" else CPU_SHAPE)
-    return torch.no_grad()(partial(Product.once, Product(weights, weights.tokens(1), timer)))
+    return torch.no_grad()(partial(Product.once, Product(weights, weights.tokens(1), 1, timer)))
