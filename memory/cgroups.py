@@ -71,7 +71,7 @@ def read_cgroup_limits(proc_root: Path = Path("/proc")) -> tuple[CgroupLimit, ..
     return tuple(limits)
 
 
-def _path_to_root(mount: Mount, path: str) -> Iterator[Path]:
+def path_to_root(mount: Mount, path: str) -> Iterator[Path]:
     """The visible folders from the group at `path` (as /proc/self/cgroup names it) up to the mount point."""
     top = Path(mount.mount_point)
     try:
@@ -89,7 +89,7 @@ def _path_to_root(mount: Mount, path: str) -> Iterator[Path]:
 
 
 def _limits_v2(mount: Mount, path: str) -> Iterator[CgroupLimit]:
-    for folder in _path_to_root(mount, path):
+    for folder in path_to_root(mount, path):
         usage = _read_number(folder / "memory.current")
         if usage is None:
             continue  # the root group, or one without the memory controller
@@ -110,7 +110,7 @@ def _limits_v2(mount: Mount, path: str) -> Iterator[CgroupLimit]:
 def _limits_v1(mount: Mount, path: str) -> Iterator[CgroupLimit]:
     outermost: CgroupLimit | None = None
     seen: list[int] = []
-    for depth, folder in enumerate(_path_to_root(mount, path)):
+    for depth, folder in enumerate(path_to_root(mount, path)):
         # A group that is not hierarchical does not account for the groups below it, only for its own processes.
         if depth > 0 and _read_number(folder / "memory.use_hierarchy") == 0:
             break

@@ -64,3 +64,7 @@ class ReadOnlyWeightError(PenstockError):
 
 class ProfileError(PenstockError):
     """A file is no profile, holds nothing that can be read, or is of a version newer than this penstock."""
+
+
+class CalibrationError(PenstockError):
+    """A kept calibration cannot be used: its file is damaged, or of another version."""

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from .budget import parse_budget
+from .caches import link_cache
 from .devices import open_device
 from .memory.errors import UsageError
 from .runtime.devices.base import Device
 from .runtime.explain import Explanation
 from .runtime.handle import Handle
-from .runtime.links import LinkCache
 from .runtime.loading import load as _load
 from .runtime.offloading import offload as _offload
 from .runtime.tiers import Wanted
@@ -140,13 +139,6 @@ def _folders(disk: Folders | None) -> list[str]:
     if not named:
         raise UsageError("disk is an empty list: name a folder, or leave it out for the default in the user's cache")
     return [os.fspath(folder) for folder in named]
-
-
-def link_cache() -> LinkCache:
-    """Where measured link rates are kept: the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
-    return LinkCache(base / "penstock" / "links.json")
 
 
 __all__ = ["Device", "close", "explain", "handle_of", "link_cache", "load", "offload"]

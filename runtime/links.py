@@ -1,4 +1,4 @@
-"""Rates of this machine's links: measured for a moment on first use, then kept in the user's cache."""
+"""Rates of this machine's links: from a calibration that holds; else measured in a moment on first use, and kept."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Final
 
 from ..memory.arena import HostArena
-from ..memory.disk import DiskEngine, Transfer
+from ..memory.disk import CHUNK, DiskEngine, Transfer
 from ..memory.image import whole_window
+from ..scheduler.calibration import Calibration
+from .calibration.cache import CalibrationCache
 from .devices.base import Device
 
 logger = logging.getLogger(__name__)
@@ -26,10 +28,25 @@ WORTH_KEEPING: Final = 256 * 2**20
 
 
 class LinkCache:
-    """Rates by link, in one JSON file."""
+    """Rates by link, in one JSON file, and the calibrations that come before it.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: Of the file.
+        calibrations: Kept by `penstock calibrate`; None for nobody's.
+    """
+
+    def __init__(self, path: Path, *, calibrations: CalibrationCache | None = None) -> None:
         self._path = path
+        self._calibrations = calibrations
+
+    def calibration(self, device: Device) -> Calibration | None:
+        """What `penstock calibrate` found out for a device, where that still holds."""
+        if self._calibrations is None:
+            return None
+        kept = self._calibrations.read(device)
+        for reason in kept.reasons:
+            logger.info("the calibration in %s is not used: %s", kept.path, reason)
+        return kept.trusted
 
     def get(self, key: str) -> float | None:
         """A kept rate in bytes per second."""
@@ -63,6 +80,9 @@ def disk_read_rate(files: Sequence[str], cache: LinkCache, device: Device) -> fl
     sizes = [(path, stat) for path, stat in sizes if stat.st_size >= 4096]
     if not sizes:
         return None
+    calibrated = _calibrated_read(cache.calibration(device), {stat.st_dev for _, stat in sizes})
+    if calibrated is not None:
+        return calibrated
     throttle = device.disk_throttle
     key = f"disk:{sizes[0][1].st_dev}" + (f":{throttle.rate:.0f}" if throttle else "")
     kept = cache.get(key)
@@ -73,6 +93,18 @@ def disk_read_rate(files: Sequence[str], cache: LinkCache, device: Device) -> fl
     if total >= WORTH_KEEPING:
         cache.put(key, rate)
     return rate
+
+
+def _calibrated_read(calibration: Calibration | None, wanted: set[int]) -> float | None:
+    """Bytes per second of reading from these drives (`st_dev`); None where one of them was not calibrated."""
+    if calibration is None:
+        return None
+    hardware = calibration.hardware
+    identities = calibration.fingerprint.drives
+    rates = {i.device: drive.read.at(CHUNK) for i, drive in zip(identities, hardware.drives, strict=True)}
+    if not wanted <= rates.keys():
+        return None
+    return sum(rates[device] for device in wanted) * (hardware.drives_together if len(wanted) > 1 else 1.0)
 
 
 def _read_for(sizes: Sequence[tuple[str, os.stat_result]], engine: DiskEngine, seconds: float) -> tuple[int, float]:
@@ -104,6 +136,10 @@ def link_rate(device: Device, cache: LinkCache, *, back: bool = False) -> float 
     """Bytes per second of host → device copies (`back`: device → host); None where there is no link."""
     if not device.separate:
         return None
+    calibration = cache.calibration(device)
+    if calibration is not None and calibration.hardware.link is not None:
+        link = calibration.hardware.link
+        return (link.d2h if back else link.h2d).best
     key = f"{'d2h' if back else 'h2d'}:{device.name}"
     kept = None if device.name == "emulated" else cache.get(key)
     if kept is not None:

@@ -60,12 +60,12 @@ class CostModel:
 
     def read_s(self, nbytes: float, request_nbytes: float) -> float:
         """Seconds of reading from all drives, in requests of a size, while nothing else goes on."""
-        rate = sum(drive.read.at(request_nbytes) for drive in self.hardware.drives)
+        rate = self.hardware.drives_together * sum(drive.read.at(request_nbytes) for drive in self.hardware.drives)
         return nbytes / rate
 
     def write_s(self, nbytes: float, request_nbytes: float) -> float:
         """The same of writing."""
-        rate = sum(drive.write.at(request_nbytes) for drive in self.hardware.drives)
+        rate = self.hardware.drives_together * sum(drive.write.at(request_nbytes) for drive in self.hardware.drives)
         return nbytes / rate
 
     def copy_s(self, nbytes: float, request_nbytes: float, *, back: bool = False, pinned: bool = True) -> float:

@@ -28,8 +28,8 @@ class Drive(msgspec.Struct, frozen=True, kw_only=True):
     read_depth: Curve | None = None
     """Bytes per second of large reads, by requests under way."""
     mixed: float = 1.0
-    """Reading and writing at once, half and half: bytes per second of both together, over the mean of the two rates
-    that each has alone. 1 is a drive that shares its time."""
+    """Reading and writing at once, half the bytes each: bytes per second of both together, over the harmonic mean of
+    the two rates that each has alone. 1 is a drive that shares its time, so that reads and writes just add up."""
     latency_s: float = 0.0
     """Of one small read, alone."""
     capacity_nbytes: int = 0
@@ -59,6 +59,10 @@ class Processor(msgspec.Struct, frozen=True, kw_only=True):
     memory_nbytes: int
     memory: Curve
     """Bytes per second that it reads and writes in its memory: by threads on a CPU, flat on a GPU."""
+    memory_read: Curve | None = None
+    """The same where it only reads; None where it was not measured."""
+    memory_write: Curve | None = None
+    """The same where it only writes."""
     linear: dict[Dtype, Curve]
     """Bytes of weights per second that a product takes, by rows: tokens that are multiplied with the same weights. A
     product of few rows reads as fast as memory allows, one of many is bound by arithmetic: 2 · rows / itemsize
@@ -70,6 +74,8 @@ class Processor(msgspec.Struct, frozen=True, kw_only=True):
     """Elements per second of AdamW with states in fp32; 0 where it was not measured."""
     launch_s: float = 0.0
     """What starting one small operation takes, from Python to its end."""
+    module_call_s: float = 0.0
+    """What calling one module adds to that, in Python; 0 where it was not measured."""
     cores: int = 0
     """Of a CPU."""
 
@@ -112,6 +118,8 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
     """Memory of the host."""
     drives: tuple[Drive, ...]
     """Those that weights may lie on; they are read together."""
+    drives_together: float = 1.0
+    """All drives read at once: what is left of the sum of their rates."""
     gpu: Processor | None = None
     link: Link | None = None
     """Where there is a `gpu`."""
@@ -136,12 +144,12 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def disk_read(self) -> float:
         """Bytes per second of large reads from all drives together; 0 where there is none."""
-        return sum(drive.read.best for drive in self.drives)
+        return self.drives_together * sum(drive.read.best for drive in self.drives)
 
     @property
     def disk_write(self) -> float:
         """The same of writes."""
-        return sum(drive.write.best for drive in self.drives)
+        return self.drives_together * sum(drive.write.best for drive in self.drives)
 
 
 Where = Literal["cpu", "gpu"]

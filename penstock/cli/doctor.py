@@ -13,6 +13,7 @@ from rich.text import Text
 from ..memory.errors import UsageError
 from ..memory.scratch import default_root
 from ..sizes import format_size
+from .calibrations import CalibrationState, kept_calibration
 from .findings import Finding, find_missing
 from .links import measure_links
 from .machine import Machine, examine
@@ -44,14 +45,15 @@ def doctor(
     folder, refused = _folder(disk)
     with output.busy("measuring"):
         machine = examine(folder, measure_links=measure_links)
+        kept = kept_calibration() if machine.software.torch else None
     findings = find_missing(machine)
     if refused is not None and not machine.disk.in_memory:
         findings = (refused, *findings)
     tiers = tier_capacities(machine)
     if as_json:
-        output.write_json({**_fields(machine), "tiers": tiers, "missing": findings})
+        output.write_json({**_fields(machine), "tiers": tiers, "missing": findings, "calibration": kept})
         return
-    for line in render(machine, tiers, findings):
+    for line in render(machine, tiers, findings, kept):
         output.data.print(line)
 
 
@@ -70,7 +72,12 @@ def tier_capacities(machine: Machine) -> tuple[TierCapacity, ...]:
     return (*devices, host, disk)
 
 
-def render(machine: Machine, tiers: tuple[TierCapacity, ...], findings: tuple[Finding, ...]) -> list[Text]:
+def render(
+    machine: Machine,
+    tiers: tuple[TierCapacity, ...],
+    findings: tuple[Finding, ...],
+    calibration: CalibrationState | None = None,
+) -> list[Text]:
     """The report as lines for people."""
     lines = [_heading("This machine"), *(_row(name, value) for name, value in _facts(machine))]
     lines += [Text(), _heading("What each tier can give")]
@@ -78,6 +85,8 @@ def render(machine: Machine, tiers: tuple[TierCapacity, ...], findings: tuple[Fi
     if not machine.devices:
         lines.append(_row("device", "the same as host: there is no GPU"))
     lines += [_row(rate.link, f"{rate.nbytes_per_s / 2**30:>8.2f} GiB/s  measured now") for rate in machine.links]
+    if calibration is not None:
+        lines.append(_row("calibration", calibration.summary))
     lines += [Text(), _heading("What is missing")]
     for finding in findings:
         lines += [

@@ -11,6 +11,7 @@ from typing import Final
 
 import typer
 
+from .calibrate import calibrate
 from .demo import demo
 from .doctor import doctor
 from .plan import plan
@@ -21,6 +22,7 @@ VERBS: Final[dict[str, Callable[..., int | None]]] = {
     "demo": demo,
     "run": run,
     "plan": plan,
+    "calibrate": calibrate,
     "doctor": doctor,
 }
 

@@ -80,6 +80,7 @@ class EmulatedDevice:
 
     def __init__(self, rates: Rates) -> None:
         self.torch_device = torch.device("cpu")
+        self.rates = rates
         self.disk_throttle = None if rates.disk is None else Throttle(rates.disk)
         self._down = _Stream("h2d", rates.h2d)
         self._up = _Stream("d2h", rates.d2h)

@@ -1,0 +1,1 @@
+"""Measuring a machine: one probe per file, and what runs them all."""
