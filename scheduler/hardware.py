@@ -30,6 +30,8 @@ class Drive(msgspec.Struct, frozen=True, kw_only=True):
     mixed: float = 1.0
     """Reading and writing at once, half the bytes each: bytes per second of both together, over the harmonic mean of
     the two rates that each has alone. 1 is a drive that shares its time, so that reads and writes just add up."""
+    read_direct: Curve | None = None
+    """The same as `read`, into device memory without the host's (GPUDirect Storage); None where it was not measured."""
     latency_s: float = 0.0
     """Of one small read, alone."""
     capacity_nbytes: int = 0
@@ -50,6 +52,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     """Copies in both directions at once: what each has left of its rate."""
     latency_s: float = 0.0
     """Of one small copy, until the host knows that it is done."""
+    peer: float = 0.0
+    """Bytes per second between this device and another one of the same machine, each way; 0 where there is none."""
 
 
 class Processor(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +128,12 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
     link: Link | None = None
     """Where there is a `gpu`."""
     sharing: Sharing = Sharing()
+    gpus: int = 1
+    """Alike, each with a `link` of its own. penstock itself uses one; systems it is compared with use more."""
+    machines: int = 1
+    """Alike, each with all of the above."""
+    network: float = 0.0
+    """Bytes per second between machines, each way."""
     price_usd: float | None = None
     sources: tuple[str, ...] = ()
     """Where the figures are from."""
@@ -136,6 +146,9 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
         for name, value, least in (
             ("host_nbytes", self.host_nbytes, 1),
             ("cpu.memory_nbytes", self.cpu.memory_nbytes, 1),
+            ("gpus", self.gpus, 1),
+            ("machines", self.machines, 1),
+            ("network", self.network, 0),
             ("price_usd", self.price_usd if self.price_usd is not None else 0, 0),
         ):
             if not math.isfinite(value) or value < least:
