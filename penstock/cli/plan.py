@@ -149,7 +149,7 @@ def plan(
         wanted = None if target is None else parse_target(target)
         asked_sweep = None if sweep is None else parse_sweep(sweep)
         budget = parse_budget(max_memory)
-        machine = None if wanted is not None else find_machine(hardware, device=device, disk=disk)
+        machine = None if wanted is not None else find_machine(hardware, device=device, disk=disk, output=output)
         work = Work(prompt=prompt, generate=generate, batch=None if throughput else batch or 1)
         forecaster = Forecaster(checkpoint, work, dtype=dtype, trust_remote_code=trust_remote_code)
         if wanted is not None:
