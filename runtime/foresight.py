@@ -147,8 +147,11 @@ class Foresight:
         batch: int = 1,
         room: Room | None = None,
         threads: int = 0,
+        warm: bool = False,
     ) -> Forecast:
         """Plan and simulate `batch` answers of `generated` tokens to prompts of `prompt` tokens.
+
+        `warm` is a model that has answered before: what stays is there when the prompt comes.
 
         Raises:
             DoesNotFitError: some tier is too small to run at all; the message says how much it needs.
@@ -168,7 +171,7 @@ class Foresight:
         calls = self.programs(workload, prompt)
         setting = setting_of(layout)
         answer = (*calls[:-1], *[calls[-1]] * DECODED)
-        prediction = simulate(setting, answer, cost, started=False, until_steady=True)
+        prediction = simulate(setting, answer, cost, started=warm, until_steady=True)
         links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
         return Forecast(
             hardware=hardware,

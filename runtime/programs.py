@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 MOST_OPERATIONS: Final = 200_000
 _aten: Final = torch.ops.aten
-_PRODUCTS: Final = {
+_PRODUCTS: Final[dict[Any, tuple[int, int]]] = {
     _aten.mm.default: (0, 1),
     _aten.addmm.default: (1, 2),
     _aten.bmm.default: (0, 1),
@@ -68,7 +68,7 @@ class _Listener(TorchDispatchMode):
     def _operation(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Operation | None:
         places = _PRODUCTS.get(func)
         if places is not None:
-            return self._product(*(args[place] for place in places), result)
+            return self._product(args[places[0]], args[places[1]], result)
         if "scaled_dot_product" in getattr(func, "__name__", ""):
             return _attention(*args[:3])
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -93,12 +93,12 @@ class _Listener(TorchDispatchMode):
             weight = weights[0]
             nbytes = min(weight.untyped_storage().nbytes(), weight.numel() * weight.element_size())  # may be expanded
             width = weight.shape[0] if weight.dim() == 4 else weight.shape[-1 if weight is right else -2]
-            matrices = weight.shape[0] if weight.dim() == 3 and nbytes == weight.numel() * weight.element_size() else 1
-            return Operation(kind="linear", nbytes=nbytes, rows=result.numel() / width / matrices, dtype=dtype)
+            stacked = weight.shape[0] if weight.dim() == 3 and nbytes == weight.numel() * weight.element_size() else 1
+            return Operation(kind="linear", nbytes=nbytes, rows=result.numel() / width / stacked, dtype=dtype)
         # Of two activations the larger is what is read; the other one's rows use it.
         matrices, inner = left.numel() / (left.shape[-1] * left.shape[-2]), left.shape[-1]
-        nbytes = matrices * inner * max(left.shape[-2], right.shape[-1]) * right.element_size()
-        return Operation(kind="attention", nbytes=nbytes, rows=min(left.shape[-2], right.shape[-1]), dtype=dtype)
+        read = matrices * inner * max(left.shape[-2], right.shape[-1]) * right.element_size()
+        return Operation(kind="attention", nbytes=read, rows=min(left.shape[-2], right.shape[-1]), dtype=dtype)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Operation:

@@ -144,7 +144,7 @@ def render(outlook: Outlook) -> Iterator[Text]:
     for tier in ("device", "host", "disk"):
         if tier == "device" and plan.device_budget_nbytes is None:
             continue
-        figures = (plan.home_nbytes(tier), held[tier], budgets[tier], moved[tier])  # type: ignore[arg-type]
+        figures = (plan.home_nbytes(tier), held[tier], budgets[tier], moved[tier])
         rows.append([tier, *(format_size(nbytes) if nbytes else "-" for nbytes in figures)])
     yield from lines_of(rows)
     label = "emulated: " if found.hardware.emulated else ""
@@ -180,7 +180,7 @@ def document(outlook: Outlook) -> dict[str, object]:
         "binds": found.binds,
         "busy_s_per_token": dict(found.busy_s),
         "resident": plan.resident,
-        "weights_nbytes": {tier: plan.home_nbytes(tier) for tier in ("device", "host", "disk")},  # type: ignore[arg-type]
+        "weights_nbytes": {tier: plan.home_nbytes(tier) for tier in ("device", "host", "disk")},
         "device_nbytes": plan.device_nbytes,
         "host_nbytes": plan.host_nbytes,
         "headroom_nbytes": found.headroom_nbytes,

@@ -163,6 +163,7 @@ def plan(
     if wanted is not None:
         return show_ranking(output, ranking, wanted, as_json=as_json)
     if asked_sweep is not None:
+        assert machine is not None
         title = f"{checkpoint} on {machine.name}: {asked_sweep.name}"
         return show_sweep(output, asked_sweep, points, title=title, chart=chart, force=force, as_json=as_json)
     title = title_of(forecaster.foresight, outlook.forecast)

@@ -13,7 +13,7 @@ from ..foresight import Forecast
 from .facts import header
 from .recorder import Recorder
 from .ring import Ring
-from .schema import NONE, Category, Cause, Compute, Link, Phase, Step, Tier, Transfer, Use, Wait
+from .schema import NONE, Category, Cause, Compute, Header, Link, Phase, Step, Tier, Transfer, Use, Wait
 from .writer import ProfileWriter
 
 LEVEL: Final = "predicted"
@@ -37,7 +37,7 @@ def write_prediction(path: str | os.PathLike[str], forecast: Forecast, *, force:
         made.close()
 
 
-def _header(forecast: Forecast) -> object:
+def _header(forecast: Forecast) -> Header:
     plan, hardware = forecast.plan, forecast.hardware
     tiers = {"HOST": plan.host_budget_nbytes}
     capacities = {"HOST": hardware.host_nbytes}
