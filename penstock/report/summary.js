@@ -83,8 +83,17 @@ function tiles(run, other) {
     figures.prefetch.uses
       ? { name: "Blocks on time", value: time, unit: timeUnit, note: against(formatShare(onTime(was ?? figures))) || `waited ${formatTime(figures.prefetch.waited_ns)}` }
       : null,
+    delayTile("Queued kernels", figures.tklqt_ns, was?.tklqt_ns, figures.tklqt_launches ? `launch to start, ${plural(figures.tklqt_launches, "launch", "launches")} of ${figures.tklqt_steps ? plural(figures.tklqt_steps, "step") : "a part of a step"} (TKLQT)` : ""),
+    delayTile("Device behind", figures.behind_ns, was?.behind_ns, "call to start on the device, median"),
   ];
   return found.filter(Boolean).map(tile);
+}
+
+/** How long work waits for a device; null for a run that does not know. */
+function delayTile(name, ns, before, note) {
+  if (ns === null || ns === undefined) return null;
+  const [value, unit] = split(formatTime(ns));
+  return { name, value, unit, note: before === null || before === undefined ? note : `other run ${formatTime(before)}` };
 }
 
 const baselineOf = (categories) => categories.find(([name]) => name === "BASELINE")?.[1] ?? 0;

@@ -30,9 +30,9 @@ class _Held:
 
     __slots__ = ("__weakref__", "_nbytes", "_recorder", "_row", "_tier")
 
-    def __init__(self, recorder: Recorder, tier: Tier, nbytes: int, row: int) -> None:
+    def __init__(self, recorder: Recorder, key: int, tier: Tier, nbytes: int, row: int) -> None:
         self._recorder, self._tier, self._nbytes, self._row = recorder, tier, nbytes, row
-        recorder.memory(nbytes, tier, Category.ACTIVATION, module=row)
+        recorder.memory(nbytes, tier, Category.ACTIVATION, module=row, key=key)
 
     def __del__(self) -> None:
         self._recorder.memory(-self._nbytes, self._tier, Category.ACTIVATION, module=self._row)
@@ -71,6 +71,10 @@ class ActivationWatch:
     def __exit__(self, *failure: object) -> None:
         self._closed = True
         self._entered.close()
+
+    def holds(self, key: int) -> bool:
+        """Whether autograd has saved the storage at this address."""
+        return key in self._live
 
     def _push(self) -> None:
         _autograd._push_saved_tensors_default_hooks(self._pack, SavedTensor.unpack)
@@ -123,5 +127,5 @@ class ActivationWatch:
         held = self._live.get(key)
         if held is None:
             nbytes = tensor.untyped_storage().nbytes()
-            held = self._live[key] = _Held(self._recorder, tier_of(tensor), nbytes, self._watch.current())
+            held = self._live[key] = _Held(self._recorder, key, tier_of(tensor), nbytes, self._watch.current())
         saved.hold(held)

@@ -15,7 +15,8 @@ from .calls import ModuleWatch, tensors_in
 from .clocks import Clock
 from .guard import harmless
 from .recorder import Recorder
-from .schema import NONE, Compute, Phase
+from .schema import NONE, Phase
+from .spans import Spanned
 
 
 class _Span:
@@ -48,6 +49,11 @@ class BackwardWatch:
     def close(self) -> None:
         """Record no more. Hooks stay in graphs that outlive the recording, and do nothing."""
         self._closed = True
+
+    def current(self) -> int:
+        """The innermost module whose backward runs in the calling thread's pass; -1 for none."""
+        spans = self._passes.get(torch._C._current_graph_task_id())
+        return spans[-1].row if spans else NONE
 
     @harmless
     def root_begins(self, module: torch.nn.Module) -> None:
@@ -127,19 +133,4 @@ class BackwardWatch:
                 break
             if inner.lane == span.lane and inner.depth > span.depth:
                 self._end(inner)
-        row, depth, lane = span.row, span.depth, span.lane
-
-        def done(launched: int, start: int, end: int) -> None:
-            self._recorder.add(
-                Compute(
-                    module=row,
-                    phase=Phase.BACKWARD,
-                    start=start,
-                    end=end,
-                    lane=lane,
-                    launched=launched,
-                    depth=depth,
-                )
-            )
-
-        self._clock.end(begun, done)
+        self._clock.end(begun, Spanned(self._recorder, span.row, Phase.BACKWARD, span.lane, span.depth))

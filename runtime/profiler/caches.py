@@ -20,6 +20,22 @@ class CacheWatch:
         self._recorder = recorder
         self._held: dict[int, tuple[weakref.ref[Any], Tier, int, int]] = {}
         """By id of a cache: itself, tier, bytes, module."""
+        self._verified: dict[int, int] = {}
+        """By id of a cache on which guesses are checked: the tokens in it before the last call."""
+
+    def gained(self, cache: Any, tokens: int, *, verifies: bool) -> int:
+        """Tokens per sequence that a call made, having been given so many.
+
+        How many guesses were right shows in the cache of the next call: a check makes what the one before it added.
+        """
+        key = id(cache)
+        if not verifies and key not in self._verified:
+            return 1
+        length = getattr(cache, "get_seq_length", lambda: None)()
+        if not isinstance(length, int):  # a tensor, which is not worth waiting for a device
+            return 1
+        before, self._verified[key] = self._verified.get(key, length - tokens - 1), length - tokens
+        return max(length - tokens - before, 1)
 
     def look(self, result: Any, row: int) -> None:
         """Account for the cache that a call of a root returned, if it did."""
@@ -46,6 +62,7 @@ class CacheWatch:
         return id(cache) in self._held  # a tensor, which is not worth waiting for a device: was it there before?
 
     def _gone(self, key: int) -> None:
+        self._verified.pop(key, None)
         _, tier, nbytes, row = self._held.pop(key)
         self._recorder.memory(-nbytes, tier, Category.KV, module=row)
 

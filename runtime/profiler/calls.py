@@ -25,7 +25,8 @@ from .clocks import Clock
 from .guard import harmless
 from .paths import above, is_element, layers
 from .recorder import Recorder
-from .schema import NONE, Compute, Phase
+from .schema import NONE, Phase
+from .spans import Spanned
 from .turns import Turns
 
 _CALL: Final = nn.Module._call_impl.__code__
@@ -59,28 +60,6 @@ class _Call(NamedTuple):
     root: bool
     at: int
     """When it began, on the host's clock; 0 where it is no root."""
-
-
-class _Spanned:
-    """Records a span once its times are known."""
-
-    __slots__ = ("depth", "lane", "recorder", "row")
-
-    def __init__(self, recorder: Recorder, row: int, lane: int, depth: int) -> None:
-        self.recorder, self.row, self.lane, self.depth = recorder, row, lane, depth
-
-    def __call__(self, launched: int, start: int, end: int) -> None:
-        self.recorder.add(
-            Compute(
-                module=self.row,
-                phase=Phase.FORWARD,
-                start=start,
-                end=end,
-                lane=self.lane,
-                launched=launched,
-                depth=self.depth,
-            )
-        )
 
 
 class _Stack(NamedTuple):
@@ -362,7 +341,7 @@ class ModuleWatch:
                 stack.pop()
         call = stack.pop()
         depth = len(stack)
-        self._clock.end(call.begun, _Spanned(self._recorder, call.row, self.lane(), depth))
+        self._clock.end(call.begun, Spanned(self._recorder, call.row, Phase.FORWARD, self.lane(), depth))
         # Where forward raised, torch leaves the keyword arguments out.
         kwargs, result = rest if len(rest) == 2 else ({}, None)
         if result is not None:

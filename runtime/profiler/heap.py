@@ -10,12 +10,14 @@ from typing import Any, Final
 
 from .pages import PAGE, resident_nbytes
 
-SHARE: Final = 2000
-"""Looks may take one part in so many of the time: each walks all free chunks, and pages of the heap."""
+SHARE: Final = {"light": 2000, "full": 200}
+"""By level: looks may take one part in so many of the time. Each walks all free chunks, and pages of the heap."""
 ALLOWANCE_NS: Final = 10_000_000
 """What looks may take beyond that: a program that grows deserves some at its start."""
 NEAR: Final = 0.02
 """Readings this close to the highest may turn out to be where most is in use."""
+MORE: Final = 0.005
+"""By how much more there must be than at any look before, for another one to come first: memory grows page by page."""
 
 
 class _MallocInfo(ctypes.Structure):
@@ -96,9 +98,12 @@ class HostMemory:
     """Resident memory, and what of it is free.
 
     Reading the first is cheap, and happens each time. The second is looked at where a peak may be: at readings within
-    2 % of the highest, as long as looks take little time in all; at higher ones than ever they may take twice that.
+    2 % of the highest, as long as looks take little time in all. Where more is resident than ever, or more of it is
+    known, they may take twice that: an allocator that keeps much has readings near the highest all the time.
 
     Args:
+        share: Looks may take one part in so many of the time.
+        known: Bytes that have a name now.
         clock: Nanoseconds since some instant.
         spent: Nanoseconds that a thread has worked. Waiting for Python's lock takes nothing from anybody.
     """
@@ -107,14 +112,19 @@ class HostMemory:
         self,
         heap: Heap | None,
         *,
+        share: int = SHARE["light"],
+        known: Callable[[], int] = lambda: 0,
         clock: Callable[[], int] = time.monotonic_ns,
         spent: Callable[[], int] = time.thread_time_ns,
     ) -> None:
         self._heap = heap
+        self._share = share
+        self._known = known
         self._clock, self._thread = clock, spent
         self._began = clock()
         self._spent = 0
         self._highest = 0
+        self._most_known = 0
         self._freed: int | None = None
 
     def resident(self) -> int:
@@ -123,7 +133,7 @@ class HostMemory:
         found = resident_nbytes()
         if self._heap is None or not self._worth_a_look(found):
             return found
-        began = self._thread()
+        began, known = self._thread(), self._known()
         try:
             resident, self._freed = self._heap.look()
         except OSError:
@@ -131,13 +141,15 @@ class HostMemory:
         finally:
             self._spent += self._thread() - began
         self._highest = max(self._highest, resident)
+        self._most_known = max(self._most_known, known)
         return resident
 
     def _worth_a_look(self, found: int) -> bool:
-        allowed = ALLOWANCE_NS + (self._clock() - self._began) // SHARE
-        if found > self._highest:
-            return self._spent <= allowed
-        return found >= (1 - NEAR) * self._highest and 2 * self._spent <= allowed
+        allowed = ALLOWANCE_NS + (self._clock() - self._began) // self._share
+        if found < (1 - NEAR) * self._highest:
+            return False
+        more = found > (1 + MORE) * self._highest or self._known() > (1 + MORE) * self._most_known
+        return (self._spent if more else 2 * self._spent) <= allowed
 
     def freed(self) -> int | None:
         """How many bytes of the last reading were free; None where that was not looked at."""

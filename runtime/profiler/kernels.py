@@ -81,11 +81,11 @@ class KernelWatch:
             self._over = True  # a version of torch in which nobody can be given way to
         else:
             _profiler.profile._prepare_trace = self._giving_way(self._prepare)
-        self._recorder.on_step = self.step_begins
+        self._recorder.on_step.append(self.step_begins)
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._recorder.on_step = None
+        self._recorder.on_step.remove(self.step_begins)
         if self._prepare is not None:
             _profiler.profile._prepare_trace = self._prepare
         self._close(whole=failure[:1] == (None,))

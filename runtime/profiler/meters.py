@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...memory.cgroups import read_cgroup_limits
-from .heap import Heap, HostMemory
+from .heap import SHARE, Heap, HostMemory
 from .pages import anonymous_nbytes
 from .schema import Meter
 
@@ -46,9 +46,9 @@ class _Wrapping:
         return self._base + now
 
 
-def host_meters() -> list[tuple[Meter, Reader]]:
-    """Memory of this process and of its control group."""
-    memory = HostMemory(Heap.find())
+def host_meters(level: str, known: Callable[[], int]) -> list[tuple[Meter, Reader]]:
+    """Memory of this process and of its control group; `known` tells the bytes that have a name now."""
+    memory = HostMemory(Heap.find(), share=SHARE[level], known=known)
     found: list[tuple[Meter, Reader]] = [
         (Meter.HOST_RSS, memory.resident),
         (Meter.HOST_FREED, memory.freed),  # of the reading before it
@@ -73,9 +73,9 @@ def _cgroup_usage() -> Callable[[], int] | None:
     return None
 
 
-def all_meters() -> list[tuple[Meter, Reader]]:
+def all_meters(level: str, known: Callable[[], int]) -> list[tuple[Meter, Reader]]:
     """What can be read of the host here. Meters of a device come when the program has begun to use one."""
-    found = host_meters()
+    found = host_meters(level, known)
     energy = cpu_energy()
     if energy is not None:
         found.append((Meter.ENERGY_CPU, energy))

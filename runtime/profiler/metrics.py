@@ -15,6 +15,7 @@ from .prefetching import prefetch_use
 from .profile import Profile
 from .schema import Compute, Launches
 from .summary import Summary
+from .tokens import tokens_made
 from .verdict import verdict
 from .waste import Waste
 from .window import Window
@@ -40,7 +41,7 @@ def summarise(profile: Profile, *, window: tuple[int, int] | None = None) -> Sum
     bound = Bound.of(compute_ns, links)
     waste = Waste.of(profile, chosen)
     steps = chosen.steps(profile)
-    tokens = int(np.maximum(steps.tokens, 0).sum())
+    tokens = int(tokens_made(steps, profile.string).sum())
     memory_window = whole if window is None else chosen
     summary = Summary(
         window_ns=(chosen.start, chosen.end),

@@ -25,12 +25,14 @@ from .decorating import Function, recorded
 from .device import UsedDevice
 from .devicemeters import device_meters
 from .facts import header, with_device
+from .flights import Flights
 from .guard import harmless
 from .heap import Heap, HostMemory
 from .imports import ImportWatch
 from .kernels import KernelWatch
 from .meters import all_meters
 from .metrics import summarise
+from .passes import PassWatch
 from .profile import Profile
 from .reader import read_profile
 from .recorder import Recorder
@@ -42,6 +44,7 @@ from .schema import Category, MarkKind, Tier
 from .steps import StepWatch
 from .streamed import StreamedModel
 from .summary import Summary
+from .temporaries import TemporaryWatch
 from .tensors import TensorWatch
 from .writer import ProfileWriter
 
@@ -122,7 +125,8 @@ class Profiler:
             interval_s = INTERVAL_S[self.level]
             kernels = KernelWatch(recorder, self._used)
             also = (self._tell_device, clock.poll, kernels.poll, tensors.look_again, self._spend)
-            self._sampler = Sampler(recorder, all_meters(), also=also, interval_s=interval_s)
+            meters = all_meters(self.level, lambda: recorder.live[Tier.HOST])
+            self._sampler = Sampler(recorder, meters, also=also, interval_s=interval_s)
             self._tell_device()  # where the program uses one already, its meters are read from the start
             entered.enter_context(self._sampler)
             entered.callback(clock.finish)
@@ -135,7 +139,12 @@ class Profiler:
             watch.listen_to_graphs(backward.module_returned)
             entered.callback(backward.close)
             if self.level == "full":
-                entered.enter_context(ActivationWatch(recorder, watch, tensors))
+                activations = entered.enter_context(ActivationWatch(recorder, watch, tensors))
+                flights = Flights(recorder, lambda key: tensors.holds(key) or activations.holds(key))
+                entered.enter_context(flights)
+                entered.enter_context(PassWatch(recorder, flights, backward))
+                self._steps.look_at_temporaries(entered.enter_context(TemporaryWatch(recorder, flights)))
+                watch.listen_to_results(flights.module_returned)
                 entered.enter_context(kernels)
                 watch.listen_to_results(kernels.module_returned)
             entered.enter_context(watch)

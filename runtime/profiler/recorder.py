@@ -36,15 +36,17 @@ class Recorder:
         """How often the program was interrupted to record; times the cost of one, it is what the recording costs."""
         self.live = dict.fromkeys(Tier, 0)
         """Bytes of each tier that are accounted for now; a little off where threads meet."""
-        self.on_step: Callable[[], bool] | None = None
-        """Called between two steps, and before the first; whether it took time, which is no step's."""
+        self.on_step: list[Callable[[], bool]] = []
+        """Called between two steps, and before the first; whether they took time, which is no step's."""
+        self.taken: Callable[[int], None] = _nobody
+        """Told of the address of every storage that gets a row of its own."""
         self._ring = ring
         self._lock = threading.Lock()
         self._strings: dict[str, int] = {}
         self._transfers = 0
         self._steps = 0
-        self._open: tuple[int, int, int] | None = None
-        """The step under way: index of its phase, start, tokens."""
+        self._open: tuple[int, int, int, int] | None = None
+        """The step under way: index of its phase, start, tokens, root."""
         self._failed = False
         os.register_at_fork(after_in_child=functools.partial(_close_in_child, weakref.ref(self)))
 
@@ -99,41 +101,57 @@ class Recorder:
 
     # --- records that several places make ---------------------------------------------------------------------------
 
-    def memory(self, nbytes: int, tier: Tier, category: Category, *, module: int = NONE, storage: int = NONE) -> None:
-        """Bytes were taken, or given back where negative."""
-        if nbytes:
-            self.live[tier] += nbytes
-            self.add(
-                Memory(at=self.clock(), tier=tier, category=category, nbytes=nbytes, module=module, storage=storage)
-            )
+    def memory(
+        self,
+        nbytes: int,
+        tier: Tier,
+        category: Category,
+        *,
+        module: int = NONE,
+        storage: int = NONE,
+        at: int = NONE,
+        key: int = 0,
+    ) -> None:
+        """Bytes were taken, or given back where negative: now, or at an instant just before (`at`).
+
+        `key` is the address of the storage that they are, where they are one.
+        """
+        if not nbytes:
+            return
+        if key:
+            self.taken(key)
+        self.live[tier] += nbytes
+        at = self.clock() if at < 0 else at
+        self.add(Memory(at=at, tier=tier, category=category, nbytes=nbytes, module=module, storage=storage))
 
     def mark(self, kind: MarkKind, text: str = "", *, block: int = NONE, module: int = NONE) -> None:
         """Something happened."""
         number = self.string(text) if text else NONE
         self.add(Mark(at=self.clock(), kind=kind, block=block, module=module, text=number))
 
-    def begin_step(self, phase: str, tokens: int = NONE) -> None:
+    def begin_step(self, phase: str, tokens: int = NONE, module: int = NONE) -> None:
         """A step starts now; the one under way ends."""
         now = self.clock()
         self.end_step(now)
-        if self.on_step is not None and self.on_step():
+        acted = [act() for act in self.on_step]  # all of them, whatever the first one says
+        if any(acted):
             now = self.clock()
-        self._open = (self.string(phase), now, tokens)
+        self._open = (self.string(phase), now, tokens, module)
 
     def end_step(self, at: int | None = None) -> None:
         """The step under way ends, if there is one."""
         if self._open is None:
             return
-        phase, start, tokens = self._open
+        phase, start, tokens, module = self._open
         self._open = None
         end = self.clock() if at is None else at
-        self.add(Step(id=self._steps, phase=phase, start=start, end=end, tokens=tokens))
+        self.add(Step(id=self._steps, phase=phase, start=start, end=end, tokens=tokens, module=module))
         self._steps += 1
 
     def retitle(self, phase: str, tokens: int) -> None:
         """Say what the step under way turned out to be."""
         if self._open is not None:
-            self._open = (self.string(phase), self._open[1], tokens)
+            self._open = (self.string(phase), self._open[1], tokens, self._open[3])
 
     @property
     def in_step(self) -> bool:
@@ -147,6 +165,10 @@ class Recorder:
 
 def _nothing(record: Record) -> None:
     """Where records go after the end."""
+
+
+def _nobody(key: int) -> None:
+    """Who wants to know of storages, where nobody does."""
 
 
 def _close_in_child(recorder: weakref.ref[Recorder]) -> None:

@@ -14,7 +14,7 @@ import msgspec
 
 MAJOR: Final = 1
 """Readers refuse files of a newer major version."""
-MINOR: Final = 1
+MINOR: Final = 2
 """Grows when fields are added: readers fill what an older file lacks with -1, and pass over what they do not know."""
 NONE: Final = -1
 
@@ -127,6 +127,8 @@ class Step(Record, frozen=True, kw_only=True):
     start: int
     end: int
     tokens: int = NONE
+    module: int = NONE
+    """The root whose call began it, where it began with one."""
 
 
 class Compute(Record, frozen=True, kw_only=True):

@@ -14,8 +14,11 @@ from .calls import ModuleWatch, is_bare
 from .clocks import Clock
 from .guard import harmless
 from .recorder import Recorder
-from .schema import NONE, Compute, Phase
+from .schema import NONE, Phase
+from .spans import Spanned
+from .temporaries import TemporaryWatch
 from .tensors import TensorWatch
+from .tokens import VERIFY
 
 
 class _Thread(threading.local):
@@ -44,6 +47,7 @@ class StepWatch:
         """Whether the program says itself when steps begin."""
         self._optimizers: dict[str, int] = {}
         """By class: its row."""
+        self._temporaries: TemporaryWatch | None = None
         self._local = _Thread()
         self._over: int | None = None
         """When the last optimizer of the step under way had stepped; the step goes on if another one steps."""
@@ -64,6 +68,10 @@ class StepWatch:
             self._handles.pop().remove()
         self._end_what_is_over()
 
+    def look_at_temporaries(self, temporaries: TemporaryWatch) -> None:
+        """Tell it of steps of optimizers from now on."""
+        self._temporaries = temporaries
+
     def say(self) -> None:
         """The program tells steps itself from now on."""
         self._end_what_is_over()
@@ -77,6 +85,8 @@ class StepWatch:
     @harmless
     def root_begins(self, module: nn.Module) -> None:
         """A step may end here, and the next one begin."""
+        if self._temporaries is not None:
+            self._temporaries.ends()
         self._tensors.watch(module)
         if is_bare(module):
             return
@@ -87,7 +97,7 @@ class StepWatch:
         self._end_what_is_over()
         if not self._recorder.in_step or not self._trains:
             self._tokens = NONE
-            self._recorder.begin_step("train" if self._trains else "forward")
+            self._recorder.begin_step("train" if self._trains else "forward", module=self._watch.row(module))
 
     @harmless
     def root_ends(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -97,7 +107,9 @@ class StepWatch:
             if torch.is_grad_enabled():
                 self._tokens = max(self._tokens, 0) + ids.numel()
             elif kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
-                self._recorder.retitle(self._phase(ids.shape[1], kwargs), ids.shape[0])
+                phase = self._phase(ids.shape[1], kwargs)
+                gained = self._caches.gained(kwargs.get("past_key_values"), ids.shape[1], verifies=phase == VERIFY)
+                self._recorder.retitle(phase, ids.shape[0] * gained)
         self._caches.look(result, self._watch.row(module))
 
     def _phase(self, tokens: int, kwargs: dict[str, Any]) -> str:
@@ -111,10 +123,12 @@ class StepWatch:
         wanted = kwargs.get("logits_to_keep")
         if isinstance(wanted, int) and wanted == 1:
             return "prefill"
-        return "verify" if self._caches.held_before(kwargs.get("past_key_values"), tokens) else "prefill"
+        return VERIFY if self._caches.held_before(kwargs.get("past_key_values"), tokens) else "prefill"
 
     @harmless
-    def _before_optimizer(self, optimizer: torch.optim.Optimizer, *rest: object) -> None:
+    def _before_optimizer(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if not self._recorder.alive:
             return
         self._recorder.hooks += 1
@@ -124,6 +138,8 @@ class StepWatch:
             if known == id(optimizer):
                 del under_way[place:]  # they raised, and torch told nobody
                 break
+        if self._temporaries is not None and not under_way:
+            self._temporaries.begins(self._row(optimizer), args, kwargs)
         under_way.append((id(optimizer), self._clock.begin()))
 
     @harmless
@@ -133,28 +149,19 @@ class StepWatch:
             under_way.pop()
         if not under_way or not self._recorder.alive:
             return
-        kind = type(optimizer).__name__
-        row = self._optimizers.get(kind)
-        if row is None:
-            row = self._optimizers[kind] = self._recorder.module(path="(optimizer)", kind=kind)
-        lane, depth = self._watch.lane(), len(under_way) - 1
-
-        def done(launched: int, start: int, end: int) -> None:
-            self._recorder.add(
-                Compute(
-                    module=row,
-                    phase=Phase.OPTIMIZER,
-                    start=start,
-                    end=end,
-                    lane=lane,
-                    launched=launched,
-                    depth=depth,
-                )
-            )
-
-        self._clock.end(under_way.pop()[1], done)
+        if self._temporaries is not None and len(under_way) == 1:
+            self._temporaries.ends()
+        span = Spanned(self._recorder, self._row(optimizer), Phase.OPTIMIZER, self._watch.lane(), len(under_way) - 1)
+        self._clock.end(under_way.pop()[1], span)
         self._tensors.look_at_states(optimizer)
         if not self.said and not under_way:
             self._recorder.retitle("train", self._tokens)
             self._over = self._recorder.clock()
             self._trains = True
+
+    def _row(self, optimizer: torch.optim.Optimizer) -> int:
+        kind = type(optimizer).__name__
+        row = self._optimizers.get(kind)
+        if row is None:
+            row = self._optimizers[kind] = self._recorder.module(path="(optimizer)", kind=kind)
+        return row

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import msgspec
 
+from .schema import Category
+
 
 class Idle(msgspec.Struct, frozen=True, kw_only=True):
     """Where the time without computing went, in nanoseconds. The five causes sum to the bubble exactly.
@@ -107,6 +109,12 @@ class TierPeak(msgspec.Struct, frozen=True, kw_only=True):
     fragmentation_nbytes: int | None
     """What an allocator keeps and nobody uses: on a device reserved − allocated; on the host what is free and resident
     of glibc's main heap, at least. None where nothing told at that instant."""
+
+    @property
+    def growth_nbytes(self) -> int:
+        """What came on top of the baseline: a budget bounds that, and not what the process held before."""
+        before = sum(row.nbytes for row in self.categories if row.name == Category.BASELINE.name)
+        return max(0, self.nbytes - before)
 
 
 class Leak(msgspec.Struct, frozen=True, kw_only=True):

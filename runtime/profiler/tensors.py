@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .calls import ModuleWatch, is_bare, tensors_in
+from .gradients import Whole, WholeGradients
 from .guard import harmless
 from .recorder import Recorder
 from .schema import NONE, Category, Storage, Tier
@@ -36,7 +37,7 @@ class _Held:
     """Tells when a weight's memory is gone, which may be before its parameter is."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True, eq=False)
 class _Parameter:
     """A parameter of a root that was seen, until it is gone."""
 
@@ -49,8 +50,8 @@ class _Parameter:
     """Whether its place in a model is known: it is not before the model is called or streamed."""
     address: int = 0
     """Of its first element when its bytes were counted: where that is the same, nothing has moved."""
-    gradient: tuple[int, Tier] | None = None
-    """Bytes and tier of its gradient, where that has its memory to itself; others are held by storage."""
+    gradient: Whole | None = None
+    """Its gradient, where that has its memory to itself; others are held by storage."""
     parts: frozenset[int] = frozenset()
     """Storages of a gradient that has not."""
     hook: Any = None
@@ -79,6 +80,7 @@ class TensorWatch:
         """Ids of parameters whose bytes somebody else accounts for."""
         self._held: dict[tuple[Category, int], _Held] = {}
         """By category and storage."""
+        self._whole = WholeGradients(recorder, at_once=at_once)
         self.known: set[int] = set()
         """Storages of weights and buffers: what autograd saves of them is no activation."""
         self._parameters: dict[int, _Parameter] = {}
@@ -213,8 +215,17 @@ class TensorWatch:
             weakref.ref(parts[0].untyped_storage(), lambda gone: self._storage_gone(of, key, gone)) if of else None
         )
         self._held[category, key] = _Held(tier=tier, nbytes=nbytes, module=row, right=lambda: True, storage=storage)
-        self._recorder.memory(nbytes, tier, category, module=row, storage=number)
+        self._recorder.memory(nbytes, tier, category, module=row, storage=number, key=key)
         return key
+
+    def holds(self, key: int) -> bool:
+        """Whether the storage at this address is counted here."""
+        return (
+            key in self.known
+            or self._whole.holds(key)
+            or (Category.GRADIENT, key) in self._held
+            or (Category.OPTIMIZER, key) in self._held
+        )
 
     def _drop(self, category: Category, key: int) -> None:
         """A storage is no longer what it was counted as."""
@@ -273,7 +284,10 @@ class TensorWatch:
         gradient = parameter.grad
         if gradient is None:
             self._drop_gradient(known)
-        elif not self._hold_whole(known, gradient):
+        elif self._whole.hold(known, gradient):
+            self._drop_parts(known)
+        else:
+            self._whole.drop(known)
             parts = {storage_key(part): part for part in parts_of(gradient)}
             for key in known.parts - parts.keys():
                 self._drop(Category.GRADIENT, key)
@@ -287,31 +301,15 @@ class TensorWatch:
             known.key = self._take(known.name, parameter, Category.WEIGHT, known.row, of=number)
         known.address = address(parameter)
 
-    def _hold_whole(self, known: _Parameter, gradient: torch.Tensor) -> bool:
-        """Count a gradient that has its memory to itself, as nearly all have: whether it is one."""
-        if type(gradient) is torch.Tensor and gradient.layout is torch.strided:
-            nbytes = gradient.nbytes
-            if nbytes and gradient.device.type != "meta" and gradient.untyped_storage().nbytes() == nbytes:
-                found = nbytes, tier_of(gradient)
-                if known.gradient != found:
-                    self._drop_gradient(known)
-                    known.gradient = found
-                    self._recorder.memory(nbytes, found[1], Category.GRADIENT, module=known.row)
-                return True
-        self._drop_whole(known)
-        return False
-
-    def _drop_whole(self, known: _Parameter) -> None:
-        if known.gradient is not None:
-            nbytes, tier = known.gradient
-            known.gradient = None
-            self._recorder.memory(-nbytes, tier, Category.GRADIENT, module=known.row)
-
     def _drop_gradient(self, known: _Parameter) -> None:
-        self._drop_whole(known)
-        for key in known.parts:
-            self._drop(Category.GRADIENT, key)
-        known.parts = frozenset()
+        self._whole.drop(known)
+        self._drop_parts(known)
+
+    def _drop_parts(self, known: _Parameter) -> None:
+        if known.parts:
+            for key in known.parts:
+                self._drop(Category.GRADIENT, key)
+            known.parts = frozenset()
 
     @harmless
     def _gradient_came(self, parameter: torch.Tensor) -> None:
@@ -377,4 +375,4 @@ class TensorWatch:
         self._drop(category, key)
         nbytes, tier = tensor.untyped_storage().nbytes(), tier_of(tensor)
         self._held[category, key] = _Held(tier=tier, nbytes=nbytes, module=row, right=right)
-        self._recorder.memory(nbytes, tier, category, module=row)
+        self._recorder.memory(nbytes, tier, category, module=row, key=key)

@@ -12,6 +12,7 @@ from zoo import llama_config, token_ids
 
 from penstock.runtime.profiler.profiler import Profiler
 from penstock.runtime.profiler.schema import Step
+from penstock.runtime.profiler.tokens import tokens_made
 
 pytestmark = [pytest.mark.usefixtures("alone"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -52,6 +53,29 @@ def test_verifying_is_told_from_reading_a_prompt(tmp_path: Path) -> None:
     assert sum(phase == "verify" for phase in expected) >= 2
     first = next(row for row, call in enumerate(calls) if call[0] == "target")
     assert expected[first] == "prefill", "the prompt goes in with the first guesses"
+
+
+def test_tokens_are_those_of_the_model_that_checks(tmp_path: Path) -> None:
+    target, draft = llama(3, seed=0), llama(1, seed=1)
+    calls: list[tuple[str, int, int]] = []
+    noted(target, calls, "target")
+    noted(draft, calls, "draft")
+    with Profiler(tmp_path / "run.prof") as profiler:
+        target.generate(token_ids(batch=1), max_new_tokens=12, do_sample=False, assistant_model=draft)
+    profile = profiler.profile()
+    made = tokens_made(profile[Step], profile.string)
+    checks, expected = [], []
+    for row, (who, tokens, cached) in enumerate(calls):
+        if who == "draft":
+            expected.append(0)
+            continue
+        # from the first check on: what the call before it has added to the cache
+        first = not checks and (tokens == 1 or not cached)
+        expected.append(1 if first or not checks else cached - checks[-1])
+        checks += [] if first else [cached]
+        assert made[row] == expected[row]
+    assert made.tolist() == expected
+    assert 8 <= made.sum() <= 12, "all but what the first and the last call had right"
 
 
 @pytest.mark.parametrize("kind", [None, "static"])

@@ -240,6 +240,22 @@ def test_two_runs_are_compared(reader: Any) -> None:
     assert "other run" in read.page.locator("#figures").inner_text()
 
 
+def test_delays_of_a_device_are_told_where_a_run_has_them(reader: Any) -> None:
+    profile = training()
+    delays: dict[str, Any] = {"tklqt_ns": 12_500_000, "tklqt_steps": 3, "tklqt_launches": 1200, "behind_ns": 250_000}
+    known = reader(build(profile, summary_of(profile, **delays), idle_steps=idle_of(profile)))
+    found = known.page.locator("#figures").inner_text().lower()
+    assert "queued kernels" in found
+    assert "12.5" in found
+    assert "1,200 launches of 3 steps" in found.replace("\u202f", ",")
+    assert "device behind" in found
+    assert "250" in found
+    part = summary_of(profile, tklqt_ns=5000, tklqt_steps=0, tklqt_launches=1)
+    assert "1 launch of a part of a step" in reader(build(profile, part)).page.locator("#figures").inner_text()
+    unknown = reader(build(profile, summary_of(profile, tklqt_ns=None, behind_ns=None))).page
+    assert "queued" not in unknown.locator("#figures").inner_text().lower()
+
+
 def test_an_empty_run_says_so_in_every_view(reader: Any) -> None:
     profile = profile_of([], modules={}, blocks={}, storages={})
     read = reader(build(profile, summary_of(profile, verdict="Nothing was recorded.")))

@@ -82,7 +82,10 @@ def test_stats_opens_on_the_verdict_and_shows_every_part(run: str, capsys: pytes
     assert "window       200.00 ms, 5 steps" in lines
     assert "tokens       5, 25.00 per second" in lines
     assert "distance     1.25 (time / least time possible, which is 160.00 ms, by disk_read)" in lines
-    assert "host peak    220.00 MiB; budget 512.00 MiB; capacity 1.00 GiB; 95.5% of it named" in lines
+    assert (
+        "host peak    220.00 MiB; 30.00 MiB above the baseline, budget 512.00 MiB; capacity 1.00 GiB; 95.5% of it named"
+        in lines
+    )
     assert "Time without computing: 40.0%" in lines
     assert [line.split() for line in lines if line.startswith(" disk ")] == [
         ["disk", *["a", "block", "was", "still", "being", "read"], "60.00", "ms", "75.0%"]

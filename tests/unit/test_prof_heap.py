@@ -111,7 +111,7 @@ def test_looks_take_a_small_share_of_the_time(readings: list[int]) -> None:
     for number in range(4):
         clock.now = number
         spent.now = number
-        told.answers, readings[:] = [(1000 + number, 0)], [1000 + number]
+        told.answers, readings[:] = [(1000 + 10 * number, 0)], [1000 + 10 * number]
         look = told.look
 
         def slow(look: object = look) -> tuple[int, int]:
@@ -123,10 +123,25 @@ def test_looks_take_a_small_share_of_the_time(readings: list[int]) -> None:
         memory.resident()
         looked.append(told.looks - before)
     assert looked == [1, 1, 0, 0]
-    clock.now += 3 * ALLOWANCE_NS * SHARE
+    clock.now += 3 * ALLOWANCE_NS * SHARE["light"]
     readings[:] = [2000]
     memory.resident()
     assert told.looks == 3
+
+
+def test_where_more_is_known_than_ever_it_is_looked_at_first(readings: list[int]) -> None:
+    told, spent = Told(), Clock()
+    known = [0]
+    memory = HostMemory(told, known=lambda: known[0], clock=Clock(), spent=spent)
+    told.answers, readings[:] = [(1000, 5)], [1000]
+    memory.resident()
+    memory._spent = ALLOWANCE_NS  # other looks may not take more than half of it
+    looked = []
+    for now, reading in ((0, 1001), (700, 980), (702, 1004), (720, 979), (720, 990), (730, 990)):
+        known[0], told.answers, readings[:] = now, [(reading, 7)], [reading]
+        memory.resident()
+        looked.append(memory.freed() is not None)
+    assert looked == [False, True, False, False, True, True]
 
 
 def test_a_heap_that_shrinks_meanwhile_is_not_told(readings: list[int]) -> None:

@@ -14,7 +14,7 @@ from .tables import add, category_tables, link_table, module_table, share, table
 
 if TYPE_CHECKING:
     from ...runtime.profiler.profile import Profile
-    from ...runtime.profiler.summary import Summary
+    from ...runtime.profiler.summary import Summary, TierPeak
 
 _CAUSES: Final = {
     "disk": "a block was still being read",
@@ -58,7 +58,7 @@ def _facts(profile: Profile, summary: Summary) -> Iterator[tuple[str, str]]:
         bound = f"{units.duration(summary.bound_ns)}, by {summary.binds.lower()}"
         yield "distance", f"{summary.distance:.2f} (time / least time possible, which is {bound})"
     for peak in summary.peaks:
-        yield f"{peak.tier.lower()} peak", _peak(peak.nbytes, peak.budget_nbytes, peak.capacity_nbytes, peak.named)
+        yield f"{peak.tier.lower()} peak", _peak(peak)
         if peak.fragmentation_nbytes is not None:
             yield "", f"{units.size(peak.fragmentation_nbytes)} of it not in use; named is a share of the rest"
     if summary.energy.per_token_j is not None:
@@ -71,10 +71,13 @@ def _facts(profile: Profile, summary: Summary) -> Iterator[tuple[str, str]]:
         yield "behind", f"{units.duration(summary.behind_ns)} from a module's call to its start on the device (median)"
 
 
-def _peak(nbytes: int, budget: int | None, capacity: int | None, named: float) -> str:
-    known = (("budget", budget), ("capacity", capacity))
-    limits = [f"{what} {units.size(limit)}" for what, limit in known if limit is not None]
-    return "; ".join([units.size(nbytes), *limits, f"{units.share(named)} of it named"])
+def _peak(peak: TierPeak) -> str:
+    parts = [units.size(peak.nbytes)]
+    if peak.budget_nbytes is not None:
+        parts.append(f"{units.size(peak.growth_nbytes)} above the baseline, budget {units.size(peak.budget_nbytes)}")
+    if peak.capacity_nbytes is not None:
+        parts.append(f"capacity {units.size(peak.capacity_nbytes)}")
+    return "; ".join([*parts, f"{units.share(peak.named)} of it named"])
 
 
 def _bubble(summary: Summary) -> RenderableType:

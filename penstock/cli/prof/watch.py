@@ -24,6 +24,7 @@ from ...runtime.profiler.schema import (
     Transfer,
     Wait,
 )
+from ...runtime.profiler.tokens import tokens_made
 
 if TYPE_CHECKING:
     from ...runtime.profiler.profile import Profile
@@ -103,6 +104,8 @@ class Watch:
         self._before: Counter[Tier] = Counter()
         """What there was before the recording."""
         self._gauges: dict[Meter, int] = {}
+        self._strings: dict[int, str] = {}
+        """Names of phases."""
         self._module, self._phase = "", ""
         self._steps = self._newest = 0
 
@@ -158,6 +161,7 @@ class Watch:
             self._module = part.module_path(int(innermost.module[int(innermost.end.argmax())]))
         if len(steps):
             self._phase = part.string(int(steps.phase[int(steps.end.argmax())]))
+            self._strings |= {number: part.string(number) for number in set(steps.phase.tolist())}
 
     def _note_memory(self, part: Profile) -> None:
         memory, gauges = part[Memory], part[Gauge]
@@ -203,7 +207,8 @@ class Watch:
         steps = steps.where(steps.tokens > 0)
         if not len(steps):
             return None
-        return float(steps.tokens.sum() * 1e9 / max(int(steps.end.max() - steps.start.min()), 1))
+        tokens = int(tokens_made(steps, lambda number: self._strings.get(number, "")).sum())
+        return tokens * 1e9 / max(int(steps.end.max() - steps.start.min()), 1)
 
 
 def _covered_ns(starts: Column, ends: Column, first: int) -> int:
