@@ -33,8 +33,8 @@ _MACHINES = {
 }
 
 _NVME: dict[tuple[str, int], tuple[float, float, float]] = {
-    # GiB/s: read into host memory, read into the GPU's (GDS), written. Calibration rows deepnvme-001 to -045; DeepSpeed's
-    # own tools count in GiB (csrc/aio/py_test/test_ds_aio_utils.py: BYTES_PER_GB = 1024**3).
+    # GiB/s: read into host memory, read into the GPU's (GDS), written. Calibration rows deepnvme-001 to -045;
+    # DeepSpeed's own tools count in GiB (csrc/aio/py_test/test_ds_aio_utils.py: BYTES_PER_GB = 1024**3).
     ("1/2/4 NVMe, 3.25 GB/s each, RAID-0 EXT4", 1): (2.9, 3.2, 1.3),
     ("1/2/4 NVMe, 3.25 GB/s each, RAID-0 EXT4", 2): (5.6, 5.7, 2.6),
     ("1/2/4 NVMe, 3.25 GB/s each, RAID-0 EXT4", 4): (10.1, 9.6, 5.3),

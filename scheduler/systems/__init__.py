@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from ...memory.errors import UsageError
 from .accelerate import Accelerate
+from .fiddler import Fiddler
 from .flexgen import FlexGen
+from .ktransformers import KTransformers
+from .lohan import Lohan
+from .moe_lightning import MoeLightning
+from .sglang_zero import SglangZero
 from .system import System
 from .zero_inference import ZeroInference
+from .zero_infinity import ZeroInfinity
 
 _SYSTEMS: tuple[System, ...] = (
     Accelerate(),
     FlexGen(),
     ZeroInference(),
+    SglangZero(),
+    ZeroInfinity(),
+    Lohan(),
+    MoeLightning(),
+    Fiddler(),
+    KTransformers(),
 )
 
 

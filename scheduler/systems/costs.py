@@ -9,9 +9,11 @@ Two constants for such code, both from FlexGen's fit of its own runs on a T4 (ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+from msgspec.structs import replace
 
 from ..cost import CostModel
 from ..hardware import Hardware, Where
@@ -37,48 +39,41 @@ class Costs:
         """The machine's cost model."""
         return CostModel(hardware=self.hardware)
 
-    def products(self, tokens: float, where: Where = "gpu", roles: Sequence[Role] = ()) -> float:
+    def seconds(self, operations: Iterable[Operation], where: Where = "gpu") -> float:
+        """Of operations in a row. The host starts those of a GPU ahead, so that only the longer of both counts."""
+        found = list(operations)
+        if where == "cpu" or self.hardware.gpu is None:
+            return self.cost.compute_s(found, where)
+        started = sum(each.launches for each in found) * self.hardware.gpu.launch_s
+        return max(started, sum(self.cost.operation_s(replace(each, launches=0), where) for each in found))
+
+    def mean(self, operations: Callable[[Layer], list[Operation]], where: Where = "gpu") -> float:
+        """Seconds of what a layer does, on average over all of them."""
+        total = sum(layer.count * self.seconds(operations(layer), where) for layer in self.model.layers)
+        return total / self.model.depth
+
+    def products(self, layer: Layer, tokens: float, roles: Sequence[Role] = ()) -> list[Operation]:
         """Products of a layer with so many tokens; of some roles only, where given."""
-        return self._mean(
-            lambda layer: [
-                operation
-                for matrix, operation in zip(layer.matrices, self.model.linear(layer, tokens), strict=True)
-                if not roles or matrix.role in roles
-            ],
-            where,
-        )
+        found = zip(layer.matrices, self.model.linear(layer, tokens), strict=True)
+        return [operation for matrix, operation in found if not roles or matrix.role in roles]
 
-    def elementwise(self, tokens: float, where: Where = "gpu") -> float:
-        """Norms, activations and sums of a layer."""
-        return self.cost.operation_s(self.model.elementwise(tokens), where)
-
-    def attention(
-        self, sequences: float, queries: float, context: float, where: Where = "gpu", *, eager: bool = True
-    ) -> float:
+    def attention(self, sequences: float, queries: float, context: float, *, eager: bool = True) -> list[Operation]:
         """Attention of a layer. eager: written as single operations, that copy the cache before they read it."""
         operation = self.model.attention(sequences, queries, context)
-        if not eager or where == "cpu":
-            return self.cost.operation_s(operation, where)
+        if not eager:
+            return [operation]
         expanded = self.model.heads / self.model.kv_heads
-        passes = 2.0 + (1 + expanded if expanded > 1 else 0)
-        copies = Operation(kind="memory", nbytes=operation.nbytes * passes, launches=4)
-        read = Operation(
-            kind="attention",
-            nbytes=operation.nbytes * expanded,
-            rows=queries,
-            dtype=operation.dtype,
-            launches=operation.launches,
-        )
+        read = replace(operation, nbytes=operation.nbytes * expanded, rows=queries)
         if queries > 1:  # a prompt: nothing to concatenate with, and arithmetic counts
-            return self.cost.operation_s(read, where)
-        return self.cost.compute_s([copies, read], where)
+            return [read]
+        passes = 2.0 + (1 + expanded if expanded > 1 else 0)
+        return [Operation(kind="memory", nbytes=operation.nbytes * passes, launches=4), read]
 
     def layer(self, sequences: float, queries: float, context: float, *, eager: bool = True) -> float:
         """A whole layer on the device."""
         tokens = sequences * queries
-        return (
-            self.products(tokens) + self.attention(sequences, queries, context, eager=eager) + self.elementwise(tokens)
-        )
+        rest = [*self.attention(sequences, queries, context, eager=eager), self.model.elementwise(tokens)]
+        return self.mean(lambda layer: [*self.products(layer, tokens), *rest])
 
     def head(self, tokens: float, where: Where = "gpu") -> float:
         """The output projection."""
@@ -98,10 +93,6 @@ class Costs:
         assert self.hardware.link is not None, "systems ask for the device first"
         known = self.hardware.link.h2d_pageable
         return known.best if known is not None else min(PAGEABLE, self.pinned_rate())
-
-    def _mean(self, operations: Callable[[Layer], list[Operation]], where: Where) -> float:
-        total = sum(layer.count * self.cost.compute_s(operations(layer), where) for layer in self.model.layers)
-        return total / self.model.depth
 
 
 def role_share(model: ModelShape, *roles: Role) -> float:

@@ -1,10 +1,10 @@
-"""FlexGen: layers outside, micro-batches inside (zig-zag), weights, cache and activations in percentages on three tiers.
+"""FlexGen: layers outside, micro-batches inside (zig-zag); weights, cache, activations in percentages on three tiers.
 
 Sources: FlexGen's paper (arXiv 2303.06865) and code (flex_opt.py, dist_flex_opt.py, pytorch_backend.py,
-compression.py). Attention and feed-forward are layers of their own. While one computes, the next one's weights come, once
-per layer, and the next micro-batch's cache; after every (layer, micro-batch) everything is waited for. So the weights
-have the time of the first micro-batch only. What is not pinned is copied into pinned memory by the main thread first,
-which launches nothing meanwhile. The cache on the CPU is never pinned. On several machines layers are stages of a
+compression.py). Attention and feed-forward are layers of their own. While one computes, the next one's weights come,
+once per layer, and the next micro-batch's cache; after every (layer, micro-batch) everything is waited for. So the
+weights have the time of the first micro-batch only. What is not pinned is copied into pinned memory by the main thread
+first, which launches nothing meanwhile. The cache on the CPU is never pinned. On several machines layers are stages of a
 pipeline, and each stage loads its weights anew for every batch that passes.
 
 Constants:
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..hardware import Hardware
-from ..modelshape import ModelShape
+from ..modelshape import ModelShape, Role
 from ..operations import Operation
 from ..schedule import TaskGraph
 from ..work import Work
@@ -37,6 +37,8 @@ PACKED = 0.5625 / 2
 UNPACK = 15 / 2
 PACK = 25 / 2
 """Bytes moved in GPU memory over those of the tensor in fp16."""
+
+_FEED_FORWARD: tuple[Role, ...] = ("ffn", "expert", "router")
 
 
 class FlexGenOptions(Options):
@@ -146,25 +148,24 @@ class Block:
 
     def _compute(self, graph: TaskGraph, half: str, queries: int, context: float, after: list[int]) -> int:
         tokens = self.gpu_batch * queries
-        unpacked = self._unpacking(half, queries, context)
         if half == "ffn":
-            seconds = self.costs.products(tokens, roles=("ffn", "expert", "router")) + self.costs.elementwise(tokens)
-            return graph.add("ffn", "gpu", seconds + unpacked, after=after)
-        projections = graph.add(
-            "projections", "gpu", self.costs.products(tokens, roles=("attention",)) + unpacked, after=after
-        )
+            rest = [self.model.elementwise(tokens), *self._unpacking(half, queries, context)]
+            seconds = self.costs.mean(lambda layer: [*self.costs.products(layer, tokens, _FEED_FORWARD), *rest])
+            return graph.add("ffn", "gpu", seconds, after=after)
+        unpacking = self._unpacking(half, queries, context)
+        seconds = self.costs.mean(lambda layer: [*self.costs.products(layer, tokens, ("attention",)), *unpacking])
+        last = graph.add("projections", "gpu", seconds, after=after)
+        here = float(self.gpu_batch)
         if queries == 1 and self._attends_on_cpu:
             away = (100 - self.percent[2]) / 100
             nbytes = CPU_ATTENTION_PASSES * away * self.model.attention(self.gpu_batch, 1, context).nbytes
-            cpu = self.costs.cost.operation_s(Operation(kind="memory", nbytes=nbytes), "cpu")
-            graph.add("attention", "cpu", cpu, after=[projections])
-            here = self.gpu_batch * (1 - away)
-        else:
-            here = self.gpu_batch
-        seconds = self.costs.attention(here, queries, context) if here else 0.0
-        return graph.add("attention", "gpu", seconds, after=[projections])
+            cpu = self.costs.seconds([Operation(kind="memory", nbytes=nbytes)], "cpu")
+            graph.add("attention", "cpu", cpu, after=[last])
+            here *= 1 - away
+        seconds = self.costs.seconds(self.costs.attention(here, queries, context)) if here else 0.0
+        return graph.add("attention", "gpu", seconds, after=[last])
 
-    def _unpacking(self, half: str, queries: int, context: float) -> float:
+    def _unpacking(self, half: str, queries: int, context: float) -> list[Operation]:
         """Compressed weights are unpacked for every micro-batch, the cache for every step."""
         moved = 0.0
         if self.chosen.compress_weight:
@@ -173,7 +174,7 @@ class Block:
         if self.chosen.compress_cache and half == "attention":
             nbytes = self.model.attention(self.gpu_batch, queries, context).nbytes
             moved += UNPACK * nbytes if queries == 1 else PACK * nbytes
-        return self.costs.cost.operation_s(Operation(kind="memory", nbytes=moved), "gpu") if moved else 0.0
+        return [Operation(kind="memory", nbytes=moved, launches=7)] if moved else []
 
     def _cache_nbytes(self, context: float) -> float:
         nbytes = self.model.attention(self.gpu_batch, 1, context).nbytes

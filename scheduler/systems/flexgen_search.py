@@ -1,7 +1,7 @@
 """The policy search of FlexGen: what fits in memory by its own formulas, and of that what is fastest.
 
-The paper solves a linear program for each pair of batch sizes. Here the percentages are tried in steps: the largest share
-of the weights that fits the GPU, then the CPU; the cache and the activations as wholes.
+The paper solves a linear program for each pair of batch sizes. Here the percentages are tried in steps: the largest
+share of the weights that fits the GPU, then the CPU; the cache and the activations as wholes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO-Inference: stage 3 with parameters offloaded to host memory or NVMe, nothing kept on the GPU.
 
-Sources: DeepSpeed's partitioned_param_coordinator.py and partitioned_param_swapper.py, and its blog posts of 2022-09-10,
+Sources: DeepSpeed's partitioned_param_coordinator.py and partitioned_param_swapper.py, its blog posts of 2022-09-10,
 2024-08 and 2025-06. Every parameter is fetched before its module runs and released after. On several GPUs each fetches
 its slice over its own link, then all-gathers over NVLink, or over the network, on the same stream. From NVMe a
 parameter goes through pinned host buffers, or directly (GDS). The cache stays on the GPU. Attention is that of
@@ -60,6 +60,8 @@ class ZeroInference:
 
     name: str = "zero-inference"
     summary: str = "DeepSpeed ZeRO-Inference: all parameters fetched for every step, from host memory or NVMe"
+    eager: bool = True
+    """Attention is written as single operations."""
 
     def predict(self, hardware: Hardware, model: ModelShape, work: Work) -> Prediction:
         """What it would take (see `System`)."""
@@ -77,7 +79,7 @@ class ZeroInference:
 
         def step(queries: int, context: float) -> Pass:
             sequences = max(work.batch / devices, 1)
-            compute = costs.layer(sequences, queries, context)
+            compute = costs.layer(sequences, queries, context, eager=self.eager)
             layers = repeated(model.depth, lambda depth: fetch.layers(depth, compute))
             tables = fetch.tables(costs.head(sequences * queries))
             return Pass.chain((layers, tables))
@@ -94,8 +96,8 @@ class ZeroInference:
         widest = 2 * model.layer_nbytes
         if kept + cache + widest > 1.05 * has:  # what is resident is a round figure
             raise DoesNotFitError(
-                f"{kept / 1e9:.1f} GB of weights, {cache / 1e9:.1f} GB of cache and {widest / 1e9:.1f} GB for two layers "
-                f"on each GPU; it has {has / 1e9:.1f} GB: use a smaller batch",
+                f"{kept / 1e9:.1f} GB of weights, {cache / 1e9:.1f} GB of cache and {widest / 1e9:.1f} GB for two "
+                f"layers on each GPU; it has {has / 1e9:.1f} GB: use a smaller batch",
                 tier="device",
                 needed_nbytes=int(kept + cache + widest),
                 available_nbytes=has,
@@ -103,7 +105,8 @@ class ZeroInference:
         room = hardware.host_nbytes * hardware.machines
         if chosen.tier == "cpu" and model.nbytes > room:
             raise DoesNotFitError(
-                f"{model.nbytes / 1e9:.0f} GB of weights, and {room / 1e9:.0f} GB of host memory: write nvme as its tier",
+                f"{model.nbytes / 1e9:.0f} GB of weights, and {room / 1e9:.0f} GB of host memory: "
+                "write nvme as its tier",
                 tier="host",
                 needed_nbytes=model.nbytes,
                 available_nbytes=room,
