@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,13 +14,15 @@ from .options import MACHINE, Disk, Dtype, Json, MaxMemory, TrustRemoteCode
 from .output import Output
 
 _WORK = "The work"
+_SIMULATION = "Other systems and machines"
 _TRAINING: tuple[Training, ...] = ("adamw", "lora")
 
 
 def plan(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CKPT", help="Folder with a config.json, or a Hub id. Weights are not needed.")
-    ],
+        str | None,
+        typer.Argument(metavar="CKPT", help="Folder with a config.json, or a Hub id. Weights are not needed."),
+    ] = None,
     sizes: Annotated[
         bool, typer.Option("--sizes", help="What weights, KV, activations, gradients and optimizer states will take.")
     ] = False,
@@ -45,6 +48,17 @@ def plan(
     disk: Disk = None,
     top: Annotated[int, typer.Option(min=1, help="Show so many modules.", metavar="N")] = 8,
     trust_remote_code: TrustRemoteCode = False,
+    system: Annotated[
+        str | None,
+        typer.Option(help="Simulate another system: flexgen, zero-inference, …", rich_help_panel=_SIMULATION),
+    ] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="A machine: its file, or the name of a known one.", rich_help_panel=_SIMULATION)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A config.json.", rich_help_panel=_SIMULATION)] = None,
+    workload: Annotated[
+        Path | None, typer.Option(help="A workload file (docs/planner.md).", rich_help_panel=_SIMULATION)
+    ] = None,
     as_json: Json = False,
 ) -> int | None:
     """Tell what a model will take of each tier, from its config alone and in seconds.
@@ -55,6 +69,14 @@ def plan(
 
     Example: penstock plan ./llama --sizes --train adamw --batch 4 --context 2048
     """
+    if system is not None:
+        from .plan_system import plan_system
+
+        return plan_system(
+            Output(), system, hardware=hardware, model=model or checkpoint, workload=workload, as_json=as_json
+        )
+    if checkpoint is None:
+        raise UsageError("CKPT is missing: give a folder with a config.json, or a Hub id")
     if not sizes:
         raise UsageError("there is nothing to show: add --sizes")
     chosen = next((each for each in _TRAINING if each == train), None)

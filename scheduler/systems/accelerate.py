@@ -28,6 +28,9 @@ class AccelerateOptions(Options):
     """max_memory of the GPU; default what the cache of this workload leaves."""
     cpu_gb: float | None = None
     """max_memory of the CPU; default 0.9 of it."""
+    experts: Literal["apart", "merged"] = "apart"
+    """Whether each expert is a module, fetched when a token chose it, or all of a layer are one tensor, as they are
+    since transformers 5."""
 
 
 class Accelerate:
@@ -48,6 +51,8 @@ class Accelerate:
 
         def step(queries: int, context: float) -> Pass:
             nbytes = model.layer_nbytes
+            if chosen.experts == "apart":
+                nbytes -= self._unused(model, work.batch * queries)
             return Pass.serial(
                 disk=on_disk * nbytes / costs.disk_rate() if on_disk else 0.0,
                 h2d=(on_cpu + on_disk) * nbytes / costs.pageable_rate(),
@@ -57,6 +62,15 @@ class Accelerate:
         middle = work.prompt + work.generate / 2
         notes = [*model.notes, f"layers: {on_gpu} on the GPU, {on_cpu} in host memory, {on_disk} on disk"]
         return generated(self.name, work, step(work.prompt, work.prompt), step(1, middle), notes)
+
+    def _unused(self, model: ModelShape, tokens: int) -> float:
+        """Bytes of experts that no token chose, per layer."""
+        unused = sum(
+            layer.count * matrix.parameters * (1 - matrix.touched(tokens) / matrix.copies)
+            for layer in model.layers
+            for matrix in layer.matrices
+        )
+        return unused * model.itemsize / model.depth
 
     def _placed(
         self, hardware: Hardware, model: ModelShape, work: Work, chosen: AccelerateOptions

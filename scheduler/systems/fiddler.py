@@ -2,8 +2,8 @@
 
 Sources: its paper (arXiv 2402.07033) and code (src/fiddler/mixtral.py). Attention and some experts, chosen by
 popularity once and for all, are on the GPU. Each needed expert that is not there is computed on the CPU or copied,
-whichever its constants say is shorter; copies are synchronous and from pageable memory, and GPU and CPU experts run one after the
-other. Experts are taken to be equally popular here: a list of popularities is a property of data.
+whichever its constants say is shorter; copies are synchronous and from pageable memory, and GPU and CPU experts run
+one after the other. Experts are taken to be equally popular here: a list of popularities is a property of data.
 """
 
 from __future__ import annotations

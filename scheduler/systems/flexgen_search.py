@@ -7,12 +7,15 @@ share of the weights that fits the GPU, then the CPU; the cache and the activati
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+
+import msgspec
 
 from ...memory.errors import DoesNotFitError
 from ..hardware import Hardware
 from ..modelshape import ModelShape
 from ..work import Work
-from .flexgen import PACKED, Block, FlexGenOptions
+from .flexgen_block import PACKED, Block, FlexGenOptions
 
 _GPU_BATCHES = (1, 2, 4, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 _STEP = 10
@@ -55,6 +58,8 @@ def _candidates(hardware: Hardware, model: ModelShape, work: Work, chosen: FlexG
                     found = _largest(hardware, model, work, chosen, gpu_batch, batches, (*cache, *activations))
                     if found is not None:
                         yield found
+                        if cache[0] < 100 and not chosen.compress_cache:
+                            yield replace(found, chosen=msgspec.structs.replace(chosen, cpu_attention=True))
 
 
 def _largest(
@@ -103,8 +108,9 @@ def _fits(
     hidden = block * work.prompt * model.hidden * 2
     shares = [each / 100 for each in percent]
     one = gpu_batch * work.prompt
-    working = 2 * (1 - shares[0]) * model.layer_nbytes + one * (16 * model.hidden + 2 * model.ffn)
-    working += 2 * gpu_batch * model.heads * work.prompt**2 + model.table_parameters * model.itemsize
+    working = 2 * (1 - shares[0]) * model.layer_nbytes + model.table_parameters * model.itemsize
+    scores = 2 * gpu_batch * model.heads * work.prompt**2
+    working += max(8 * one * model.hidden, 4 * one * model.hidden + scores, 2 * one * (model.hidden + model.ffn))
     on_gpu = shares[0] * weights + shares[2] * cache + shares[4] * hidden + working
     on_cpu = shares[1] * weights + shares[3] * cache + shares[5] * hidden + (1 - shares[0]) * model.layer_nbytes
     on_disk = (1 - shares[0] - shares[1]) * weights + (1 - shares[2] - shares[3]) * cache

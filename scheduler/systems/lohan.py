@@ -6,8 +6,7 @@ host memory and the rest recomputed. Gradients leave during backward; a process 
 moments (12 bytes per parameter), steps, and writes them and the fp16 weights back, a layer behind. Drives read or write
 at a time. The model of its benchmark has no head: its loss is on hidden states.
 
-Constants: `thread_count` is 2 in its config.json, and one thread of DeepSpeed's I/O moves 13.2 GB/s at most (12.3 GiB/s
-is the highest that one handle reached in row deepspeede-034; that this was one thread is an assumption).
+Constants: `thread_count` is 2 in its config.json.
 TFLOPS are those of forward, recomputation and backward, 8 per parameter and token: the authors' script does not say;
 otherwise its figures would be far from what the GPU can do.
 """
@@ -21,11 +20,10 @@ from ..work import Work
 from .costs import Costs
 from .prediction import Pass, Prediction, repeated, trained
 from .system import Options, absurd, device, drives, only, options
-from .training import Layerwise
+from .training import THREAD_RATE, Layerwise, operations
 
 DEPTH = 3
 OPTIMIZER_BUFFERS = 2
-THREAD_RATE = 13.2e9
 
 
 class LohanOptions(Options):
@@ -64,9 +62,8 @@ class Lohan:
         backward = repeated(model.depth, lambda depth: self._backward(depth, layer))
         step = Pass.chain((forward, backward))
         factor = 8 if chosen.recompute else 6
-        operations = factor * model.layer_parameters * work.tokens
         notes = [*model.notes, f"TFLOPS count {factor} operations per parameter and token"]
-        return trained(self.name, work, step, operations, hardware.gpus, notes)
+        return trained(self.name, work, step, operations(model, work.tokens, factor), hardware.gpus, notes)
 
     def _forward(self, depth: int, layer: Layerwise) -> TaskGraph:
         graph, slots = TaskGraph({"disk": 1.0}), Slots(DEPTH)

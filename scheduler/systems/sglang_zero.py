@@ -1,7 +1,7 @@
 """SGLang with weights offloaded by ZeRO-Inference: SGLang's kernels and batching, DeepSpeed's way of fetching.
 
 Source: DeepNVMe's blog post of 2025-06. Weights come as in ZeRO-Inference (2024 and later); attention is a fused
-kernel, which reads the cache once. SGLang's benchmarks count the tokens of prompts and answers together, and so does this.
+kernel, which reads the cache once. SGLang's benchmarks count the tokens of prompts and answers together; so does this.
 """
 
 from __future__ import annotations

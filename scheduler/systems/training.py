@@ -13,6 +13,10 @@ from .costs import Costs
 MASTER = 12
 """Bytes per parameter of master weights and two moments, in fp32."""
 
+THREAD_RATE = 13.2e9
+"""Bytes per second of one thread of DeepSpeed's asynchronous I/O, at most: 12.3 GiB/s is the highest that one handle
+reached into host memory (row deepspeede-034). That this was one thread is an assumption."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layerwise:

@@ -19,8 +19,8 @@ from ..schedule import Slots, TaskGraph
 from ..work import Work
 from .costs import Costs
 from .prediction import Pass, Prediction, repeated, trained
-from .system import Options, device, drives, only, options
-from .training import MASTER, Layerwise, operations
+from .system import Options, absurd, device, drives, only, options
+from .training import MASTER, THREAD_RATE, Layerwise, operations
 from .zero_inference import COPIES, OVERLAPPED_READS
 
 BUFFERS = 5
@@ -33,6 +33,8 @@ class ZeroInfinityOptions(Options):
     """offload_param.device"""
     optimizer: Literal["cpu", "nvme"] = "nvme"
     """offload_optimizer.device"""
+    io_threads: int = 1
+    """aio.thread_count; DeepSpeed's default is 1."""
     pipelined: bool = False
     """pipeline_read and pipeline_write."""
 
@@ -52,13 +54,17 @@ class ZeroInfinity:
         if on_disk:
             drives(hardware, self.name)
         self._check(hardware, model, chosen)
+        if chosen.io_threads < 1:
+            raise absurd(self.name, "io_threads", chosen.io_threads, "1 or more")
+        limit = chosen.io_threads * THREAD_RATE
+        read, write = min(hardware.disk_read, limit), min(hardware.disk_write, limit)
         costs = Costs(hardware=hardware, model=model)
         layer = Layerwise.of(
             costs,
             work.batch,
             work.context,
-            read=hardware.disk_read if on_disk else 1.0,
-            write=hardware.disk_write if on_disk else 1.0,
+            read=read if on_disk else 1.0,
+            write=write if on_disk else 1.0,
             copies=COPIES,
             parameters_on_disk=chosen.parameters == "nvme",
             states_on_disk=chosen.optimizer == "nvme",
@@ -69,12 +75,10 @@ class ZeroInfinity:
         forward = repeated(model.depth, lambda depth: self._through(depth, layer, gathered, 0.0, backward=False))
         backward = repeated(
             model.depth,
-            lambda depth: self._through(
-                depth, layer, gathered, flushed / hardware.disk_write if flushed else 0.0, backward=True
-            ),
+            lambda depth: self._through(depth, layer, gathered, flushed / write if flushed else 0.0, backward=True),
         )
         head = 4 * costs.head(work.tokens / devices)
-        step = self._step(layer, flushed / hardware.disk_read if flushed else 0.0, chosen.pipelined).times(model.depth)
+        step = self._step(layer, flushed / read if flushed else 0.0, chosen.pipelined).times(model.depth)
         whole = Pass.chain((forward, backward, Pass.serial(gpu=head), step))
         notes = [*model.notes, "TFLOPS count 8 operations per parameter and token"]
         return trained(self.name, work, whole, operations(model, work.tokens, 8), devices, notes)
