@@ -19,7 +19,7 @@ from .prediction import Pass, Prediction, generated
 from .system import Options, device, drives, only, options
 
 
-class AccelerateOptions(Options):
+class AccelerateOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where layers lie."""
 
     device_map: Literal["auto", "gpu", "cpu", "disk"] = "auto"

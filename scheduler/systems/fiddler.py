@@ -18,7 +18,7 @@ from .prediction import Pass, Prediction, generated
 from .system import Options, absurd, device, only, options
 
 
-class FiddlerOptions(Options):
+class FiddlerOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Its one choice."""
 
     gpu_experts: int = -1

@@ -40,7 +40,7 @@ PACK = 25 / 2
 _FEED_FORWARD: tuple[Role, ...] = ("ffn", "expert", "router")
 
 
-class FlexGenOptions(Options):
+class FlexGenOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """FlexGen's command line. Without `percent` a policy is searched for, of blocks that divide the batch."""
 
     percent: tuple[float, float, float, float, float, float] | None = None

@@ -18,7 +18,7 @@ from .prediction import Pass, Prediction, generated
 from .system import Options, absurd, device, only, options
 
 
-class KTransformersOptions(Options):
+class KTransformersOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of its command line."""
 
     expert_bits: float = 0.0

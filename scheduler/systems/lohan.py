@@ -26,7 +26,7 @@ DEPTH = 3
 OPTIMIZER_BUFFERS = 2
 
 
-class LohanOptions(Options):
+class LohanOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of its config.json."""
 
     io_threads: int = 2

@@ -23,7 +23,7 @@ from .system import Options, absurd, device, only, options
 AHEAD = 2
 
 
-class MoeLightningOptions(Options):
+class MoeLightningOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What its planner chooses."""
 
     micro_batch: int = 0

@@ -19,7 +19,7 @@ from .system import Options, options
 from .zero_inference import Tier, ZeroInference
 
 
-class SglangOptions(Options):
+class SglangOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where weights are."""
 
     tier: Tier = "nvme"

@@ -37,7 +37,7 @@ BUFFERS = 5
 Tier = Literal["gpu", "cpu", "nvme"]
 
 
-class ZeroOptions(Options):
+class ZeroOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a configuration file of DeepSpeed says."""
 
     tier: Tier = "cpu"

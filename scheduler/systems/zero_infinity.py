@@ -26,7 +26,7 @@ from .zero_inference import COPIES, OVERLAPPED_READS
 BUFFERS = 5
 
 
-class ZeroInfinityOptions(Options):
+class ZeroInfinityOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a configuration file of DeepSpeed says."""
 
     parameters: Literal["cpu", "nvme"] = "nvme"
