@@ -7,12 +7,14 @@ Nothing here comes from the figures that are predicted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from penstock.hardware import load
+from penstock.memory.errors import UsageError
 from penstock.scheduler.curves import Curve
 from penstock.scheduler.hardware import Drive, Hardware
 from penstock.scheduler.modelconfig import published_shape
@@ -134,10 +136,7 @@ COMMANDS: dict[tuple[str, str, int], dict[str, Any]] = {
 _BATCHES: dict[tuple[str, str, int], int] = {
     # The same repository: benchmark/hf_ds/bench_hf.py and bench_ds_*_4x1.sh.
     ("Accelerate", "OPT-6.7B", 1024): 1,
-    ("Accelerate", "OPT-30B", 1024): 4,
     ("Accelerate", "OPT-175B", 1024): 1,
-    ("DeepSpeed ZeRO-Inference", "OPT-6.7B", 1024): 8,
-    ("DeepSpeed ZeRO-Inference", "OPT-30B", 1024): 2,
     ("DeepSpeed(4)", "OPT-6.7B", 512): 48,
     ("DeepSpeed(4)", "OPT-30B", 512): 24,
     ("DeepSpeed(4)", "OPT-175B", 512): 4,
@@ -196,10 +195,15 @@ REASONS: dict[str, str] = {
 }
 """Of rows whose prediction is off by more than 20 %: why, as far as can be said."""
 
+BY_CONSTRUCTION = ("deepspeed-005", "deepspeed-007", "deepspeed-008", "deepspeed-019", "deepspeed-010", "deepspeed-022")
+"""Rows that say the two figures from which calibration rows deepspeed-037 and -039 were worked out."""
+
 
 def machine_of(row: Row) -> Hardware:
     """The machine of a row."""
     said = row["hardware"]
+    if said["gpu"] not in _MACHINES:
+        raise UsageError(f"{row['id']}: no machine with {said['gpu']} is known here: add it to _MACHINES")
     base = load(_MACHINES[said["gpu"]])
     assert base.gpu is not None, "all of these have one"
     gpus = int(said.get("gpus", 1))
@@ -239,7 +243,9 @@ def work_of(row: Row) -> tuple[str, Work]:
     if name.startswith("LoHan"):
         return "lohan", Work(kind="finetune", batch=said["batch"], context=said["seq"])
     prompt, generate = int(said.get("prompt", 512)), int(said.get("gen", 32))
-    batch = said.get("batch") or said.get("effective_batch") or _BATCHES.get((name, model, prompt), 1)
+    batch = said.get("batch") or said.get("effective_batch") or _BATCHES.get((name, model, prompt))
+    stated = said_policy(str(said.get("policy", "")))
+    batch = batch or stated.get("gpu_batch", 1) * stated.get("batches", 1)
     system, policy = _policy(name, model, prompt, said)
     work = Work(
         kind="batch", prompt=prompt, generate=generate, batch=int(batch), context=prompt + generate, policy=policy
@@ -252,7 +258,7 @@ def _policy(name: str, model: str, prompt: int, said: Row) -> tuple[str, dict[st
         return "accelerate", {"device_map": said.get("lowest_tier") or _TIERS[name, model]}
     if name.startswith("FlexGen"):
         short = {"FlexGen (4-bit compression)": "FlexGen(c)", "FlexGen(1)": "FlexGen"}.get(name, name)
-        return "flexgen", COMMANDS[short, model, prompt]
+        return "flexgen", {**COMMANDS.get((short, model, prompt), {}), **said_policy(str(said.get("policy", "")))}
     if name.startswith("SGLang"):
         return "sglang-zero", {"io": "gds" if "GDS" in name else "aio"}
     if name.startswith("DeepSpeed"):
@@ -263,6 +269,20 @@ def _policy(name: str, model: str, prompt: int, said: Row) -> tuple[str, dict[st
     if "resident_Bparams" in said:
         policy["resident_parameters"] = said["resident_Bparams"] * 1e9
     return "zero-inference", policy
+
+
+def said_policy(text: str) -> dict[str, Any]:
+    """What a row says of FlexGen's settings: micro-batches as 48 x 3, six percentages, and flags."""
+    found: dict[str, Any] = {}
+    if batches := re.search(r"(\d+) x (\d+)", text):
+        found["gpu_batch"], found["batches"] = int(batches[1]), int(batches[2])
+    if percent := re.search(r"(?:\d+[, ]){5}\d+", text):
+        found["percent"] = [int(each) for each in re.split(r"[, ]", percent[0])]
+    if "cpu attention" in text:
+        found["cpu_attention"] = True
+    if "pin-weight 0" in text:
+        found["pin_weight"] = False
+    return found
 
 
 def figure_of(row: Row, prediction: Prediction) -> float:

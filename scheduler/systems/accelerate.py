@@ -77,22 +77,32 @@ class Accelerate:
     ) -> tuple[int, int, int]:
         """How many layers lie where."""
         depth, each = model.depth, model.layer_nbytes
-        if chosen.device_map != "auto":
-            at = ("gpu", "cpu", "disk").index(chosen.device_map)
-            return tuple(depth if place == at else 0 for place in range(3))  # type: ignore[return-value]
         assert hardware.gpu is not None, "checked before"
+        has = hardware.gpu.memory_nbytes * hardware.gpus
         cache = work.batch * work.context * model.kv_nbytes * depth
         rest = model.table_parameters * model.itemsize + cache + each  # one layer more is fetched into
-        room = hardware.gpu.memory_nbytes - rest if chosen.gpu_gb is None else chosen.gpu_gb * 1e9
-        if room < 0:
+        needed = rest + (depth * each if chosen.device_map == "gpu" else 0)
+        if needed > has:
             raise DoesNotFitError(
-                f"embedding, head, one layer and the cache of {work.batch} sequences take {rest / 1e9:.1f} GB; "
-                f"the GPU has {hardware.gpu.memory_nbytes / 1e9:.1f} GB: use a smaller batch",
+                f"what has to be on the GPU, and the cache of {work.batch} sequences, take {needed / 1e9:.1f} GB; "
+                f"it has {has / 1e9:.1f} GB: use a smaller batch, or auto as device_map",
                 tier="device",
-                needed_nbytes=int(rest),
-                available_nbytes=hardware.gpu.memory_nbytes,
+                needed_nbytes=int(needed),
+                available_nbytes=has,
             )
-        on_gpu = min(depth, int(room / each))
         host = 0.9 * hardware.host_nbytes if chosen.cpu_gb is None else chosen.cpu_gb * 1e9
-        on_cpu = min(depth - on_gpu, int(host / each))
+        if chosen.device_map == "auto":
+            on_gpu = min(depth, int((has - rest if chosen.gpu_gb is None else chosen.gpu_gb * 1e9) / each))
+            on_cpu = min(depth - on_gpu, int(host / each))
+        else:
+            on_gpu = depth if chosen.device_map == "gpu" else 0
+            on_cpu = depth if chosen.device_map == "cpu" else 0
+        if on_cpu * each > host:
+            raise DoesNotFitError(
+                f"{on_cpu * each / 1e9:.0f} GB of layers in {host / 1e9:.0f} GB of host memory: write auto or disk as "
+                "device_map",
+                tier="host",
+                needed_nbytes=int(on_cpu * each),
+                available_nbytes=hardware.host_nbytes,
+            )
         return on_gpu, on_cpu, depth - on_gpu - on_cpu

@@ -6,7 +6,7 @@ from ..hardware import Hardware
 from ..modelshape import ModelShape
 from ..work import Work
 from .flexgen_block import Block, FlexGenOptions
-from .flexgen_search import search
+from .flexgen_search import fits, search
 from .prediction import Pass, Prediction, generated
 from .system import absurd, device, drives, only, options
 
@@ -22,14 +22,16 @@ class FlexGen:
         only(work, self.name, ("run", "batch"))
         device(hardware, self.name)
         chosen = options(work, FlexGenOptions, self.name)
-        if chosen.gpu_batch < 0 or chosen.batches < 1 or chosen.inner < 0:
-            raise absurd(self.name, "batch", work.policy, "gpu_batch and inner from 0, batches from 1")
+        if chosen.gpu_batch < 0 or chosen.batches < 1 or min(chosen.inner, chosen.gpus) < 0:
+            raise absurd(self.name, "batch", work.policy, "gpu_batch, inner and gpus from 0, batches from 1")
         notes = list(model.notes)
         if chosen.percent is None:
             block = search(hardware, model, work, chosen)
             notes.append("policy found by search, as none was given")
         else:
             block = self._given(hardware, model, work, chosen, chosen.percent)
+            if not fits(block, work):
+                notes.append("by FlexGen's own formulas this policy does not fit")
         if block.disk_share(0) or block.disk_share(2):
             drives(hardware, self.name)
         percent = " ".join(f"{each:g}" for each in block.percent)
@@ -59,7 +61,7 @@ class FlexGen:
 
     def _generate(self, block: Block, work: Work, notes: list[str]) -> Prediction:
         hardware, model, costs = block.hardware, block.model, block.costs
-        stages = hardware.machines * hardware.gpus
+        stages = block.stages
         inner = block.chosen.inner or stages
         depth = -(-model.depth // stages)
 

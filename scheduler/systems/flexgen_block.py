@@ -53,8 +53,10 @@ class FlexGenOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=T
     compress_weight: bool = False
     compress_cache: bool = False
     pin_weight: bool = True
+    gpus: int = 0
+    """How many take part, as stages of a pipeline; 0: all of the machine, and of all machines."""
     inner: int = 0
-    """Batches in the pipeline; 0: as many as there are machines."""
+    """Batches in the pipeline; 0: as many as there are stages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,11 @@ class Block:
     gpu_batch: int
     batches: int
     chosen: FlexGenOptions
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline."""
+        return self.chosen.gpus or self.hardware.machines * self.hardware.gpus
 
     @cached_property
     def costs(self) -> Costs:

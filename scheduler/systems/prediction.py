@@ -99,7 +99,7 @@ def generated(
         step_s=decode.seconds,
         prefill_s=prefill.seconds,
         decode_tokens_per_s=batch * steps / decode_s if decode_s else 0.0,
-        busy=whole.busy,
+        busy={name: seconds for name, seconds in whole.busy.items() if seconds > 0},
         binds=max(whole.busy, key=lambda name: whole.busy[name], default=""),
         notes=tuple(notes),
     )
@@ -113,7 +113,7 @@ def trained(system: str, work: Work, step: Pass, operations: float, devices: int
         tokens_per_s=work.tokens / step.seconds,
         step_s=step.seconds,
         tflops=operations / step.seconds / devices / 1e12,
-        busy=step.busy,
+        busy={name: seconds for name, seconds in step.busy.items() if seconds > 0},
         binds=max(step.busy, key=lambda name: step.busy[name], default=""),
         notes=tuple(notes),
     )
