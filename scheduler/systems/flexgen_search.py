@@ -75,12 +75,12 @@ def _candidates(hardware: Hardware, model: ModelShape, work: Work, chosen: FlexG
 
 def _largest(block: Block, work: Work) -> Block | None:
     """The block with most of the weights high up, or None where it does not fit at all."""
-    _, _, *rest = block.percent
+    _, _, cache_gpu, cache_cpu, hidden_gpu, hidden_cpu = block.percent
     for on_gpu in range(100, -1, -_STEP):
         for on_cpu in range(100 - on_gpu, -1, -_STEP):
             if on_gpu + on_cpu < 100 and not block.hardware.drives:
                 break
-            tried = replace(block, percent=(on_gpu, on_cpu, *rest))
+            tried = replace(block, percent=(on_gpu, on_cpu, cache_gpu, cache_cpu, hidden_gpu, hidden_cpu))
             if fits(tried, work):
                 return tried
     return None

@@ -9,8 +9,8 @@ which changes results, is not modelled.
 from __future__ import annotations
 
 from ...memory.errors import DoesNotFitError, UsageError
-from ..hardware import Dtype, Hardware
-from ..modelshape import ITEMSIZE, ModelShape
+from ..hardware import Hardware
+from ..modelshape import ModelShape
 from ..work import Work
 from .costs import Costs
 from .fiddler import expert_operation, experts
@@ -106,10 +106,8 @@ class KTransformers:
 
     def _on_cpu(self, costs: Costs, nbytes: float, rows: float, bits: float) -> float:
         """One expert: read as it is stored, multiplied in the dtype that the CPU is fastest at."""
-        cpu = costs.hardware.cpu
         stored = nbytes / costs.model.itemsize * bits / 8
-        wide: Dtype = costs.model.dtype
-        itemsize = ITEMSIZE[wide]
-        read = stored / cpu.memory.at(max(cpu.cores, 1))
+        read = stored / costs.cost.memory_rate("cpu")
         # At many rows arithmetic binds, whatever the weights were stored as.
-        return max(read, nbytes / itemsize * ITEMSIZE[wide] / cpu.linear_rate(wide, rows) if rows > 1 else 0.0)
+        multiplied = nbytes / costs.hardware.cpu.linear_rate(costs.model.dtype, rows)
+        return max(read, multiplied) if rows > 1 else read

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from ...memory.errors import DoesNotFitError
 from ..hardware import Hardware
-from ..modelshape import ModelShape
+from ..modelshape import Layer, ModelShape
+from ..operations import Operation
 from ..schedule import TaskGraph
 from ..work import Work
 from .costs import Costs
@@ -107,13 +108,11 @@ class MoeLightning:
         self, graph: TaskGraph, costs: Costs, batch: int, queries: int, context: float, after: Sequence[int]
     ) -> int:
         """Queries, keys and values; of a prompt attention too, whose cache then goes down."""
-        inputs = [m.name for m in costs.model.layers[0].matrices if m.role == "attention"]
-        share = (len(inputs) - 1) / max(len(inputs), 1)
-        projections = costs.mean(lambda layer: costs.products(layer, batch * queries, ("attention",)))
+        projections = costs.mean(lambda layer: costs.products(layer, batch * queries, ("attention",))[:-1])
         if queries == 1:
-            return graph.add("qkv", "gpu", share * projections, after=after)
+            return graph.add("qkv", "gpu", projections, after=after)
         attention = costs.seconds(costs.attention(batch, queries, context, eager=False))
-        last = graph.add("qkv and attention", "gpu", share * projections + attention, after=after)
+        last = graph.add("qkv and attention", "gpu", projections + attention, after=after)
         graph.add("store cache", "d2h", batch * queries * costs.model.kv_nbytes / costs.pinned_rate(), after=[last])
         return last
 
@@ -129,6 +128,9 @@ class MoeLightning:
     def _after(self, graph: TaskGraph, costs: Costs, batch: int, queries: int, after: int) -> int:
         tokens = batch * queries
         rest = [costs.model.elementwise(tokens)]
-        seconds = costs.mean(lambda layer: [*costs.products(layer, tokens, ("ffn", "expert", "router")), *rest])
-        projections = costs.mean(lambda layer: costs.products(layer, tokens, ("attention",)))
-        return graph.add("output and experts", "gpu", seconds + projections / 4, after=[after])
+
+        def operations(layer: Layer) -> list[Operation]:
+            output = costs.products(layer, tokens, ("attention",))[-1:]
+            return [*output, *costs.products(layer, tokens, ("ffn", "expert", "router")), *rest]
+
+        return graph.add("output and experts", "gpu", costs.mean(operations), after=[after])

@@ -100,6 +100,8 @@ def test_what_calibrate_writes_is_read_as_it_is(tmp_path: Path) -> None:
         ("cpu", None, r"box.json: cpu is missing"),
         ("cpu.memory_gb", None, r"cpu.memory_gb is missing"),
         ("link", None, r"link is missing"),
+        ("gpu.memory_gb", 10**400, r"gpu.memory_gb is 1000"),
+        ("gpu.memory_gb", float("nan"), r"gpu.memory_gb is nan"),
         ("name", "", r"name is '': write a text"),
         ("link.h2d_gb_per_s", -3, r"link.h2d_gb_per_s is -3: write a number from 0.1 to 2000 GB/s"),
         ("link.h2d_gb_per_s", 1e12, r"link.h2d_gb_per_s .*from 0.1 to 2000 GB/s.*was it in bytes\?"),
