@@ -88,8 +88,13 @@ class Costs:
         assert self.hardware.link is not None, "systems ask for the device first"
         return self.hardware.link.h2d.best
 
+    def back_rate(self) -> float:
+        """Bytes per second from the device, to pinned memory."""
+        assert self.hardware.link is not None, "systems ask for the device first"
+        return self.hardware.link.d2h.best
+
     def pageable_rate(self) -> float:
-        """The same from pageable memory."""
+        """Bytes per second to the device, from pageable memory."""
         assert self.hardware.link is not None, "systems ask for the device first"
         known = self.hardware.link.h2d_pageable
         return known.best if known is not None else min(PAGEABLE, self.pinned_rate())

@@ -142,13 +142,13 @@ class Block:
         nbytes = away * self.gpu_batch * queries * self.model.hidden * max(self.model.itemsize, 2)
         if nbytes:
             graph.add("load hidden", "h2d", nbytes / self.costs.pinned_rate(), after=[after])
-            graph.add("store hidden", "d2h", nbytes / min(HIDDEN_TO_CPU, self.costs.pinned_rate()), after=[after])
+            graph.add("store hidden", "d2h", nbytes / min(HIDDEN_TO_CPU, self.costs.back_rate()), after=[after])
 
     def _store_cache(self, graph: TaskGraph, queries: int, after: int) -> None:
         nbytes = self.gpu_batch * queries * self.model.kv_nbytes * (PACKED if self.chosen.compress_cache else 1)
         away = (100 - self.percent[2]) / 100 * nbytes
         if away:
-            store = graph.add("store cache", "d2h", away / min(CACHE_TO_CPU, self.costs.pinned_rate()), after=[after])
+            store = graph.add("store cache", "d2h", away / min(CACHE_TO_CPU, self.costs.back_rate()), after=[after])
             if on_disk := self.disk_share(2) * nbytes:
                 graph.add("write cache", "disk", on_disk / self.hardware.disk_write, after=[store])
 

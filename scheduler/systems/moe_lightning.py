@@ -113,13 +113,13 @@ class MoeLightning:
             return graph.add("qkv", "gpu", projections, after=after)
         attention = costs.seconds(costs.attention(batch, queries, context, eager=False))
         last = graph.add("qkv and attention", "gpu", projections + attention, after=after)
-        graph.add("store cache", "d2h", batch * queries * costs.model.kv_nbytes / costs.pinned_rate(), after=[last])
+        graph.add("store cache", "d2h", batch * queries * costs.model.kv_nbytes / costs.back_rate(), after=[last])
         return last
 
     def _attend(self, graph: TaskGraph, costs: Costs, batch: int, context: float, after: int) -> int:
         model = costs.model
         width = model.hidden * max(model.itemsize, 2)
-        down = graph.add("qkv", "d2h", batch * (width + model.kv_nbytes) / costs.pinned_rate(), after=[after])
+        down = graph.add("qkv", "d2h", batch * (width + model.kv_nbytes) / costs.back_rate(), after=[after])
         attended = graph.add(
             "attention", "cpu", costs.seconds([model.attention(batch, 1, context)], "cpu"), after=[down]
         )
