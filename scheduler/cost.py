@@ -34,10 +34,26 @@ class CostModel:
 
     def operation_s(self, operation: Operation, where: Where) -> float:
         """Seconds that one operation takes by itself."""
+        return self.compute_s((operation,), where)
+
+    def compute_s(self, operations: Iterable[Operation], where: Where) -> float:
+        """Seconds of operations that follow each other.
+
+        A CPU starts each when the one before has ended. Before a GPU the host runs ahead: what it takes to start all of
+        them shows only where it is more than what they take.
+        """
+        launch_s = self.processor(where).launch_s
+        started = worked = 0.0
+        for operation in operations:
+            started += operation.launches * launch_s
+            worked += self.worked_s(operation, where)
+        return max(started, worked) if where == "gpu" and self.hardware.gpu is not None else started + worked
+
+    def worked_s(self, operation: Operation, where: Where) -> float:
+        """Seconds that a processor works on an operation that has been started."""
         processor = self.processor(where)
-        started = operation.launches * processor.launch_s
         if not operation.nbytes:
-            return started
+            return 0.0
         match operation.kind:
             case "linear":
                 rate = processor.linear_rate(operation.dtype, max(operation.rows, 1))
@@ -47,16 +63,7 @@ class CostModel:
                 rate = self.memory_rate(where)
             case "adam":
                 rate = processor.adam or self.memory_rate(where) / 28  # reads g, p, m, v and writes p, m, v, in fp32
-        taken = operation.nbytes / rate
-        # The host runs ahead of a GPU; on a CPU every operation is started when the one before has ended.
-        return max(started, taken) if where == "gpu" and self.hardware.gpu is not None else started + taken
-
-    def compute_s(self, operations: Iterable[Operation], where: Where) -> float:
-        """Seconds of operations that follow each other."""
-        if where == "gpu" and self.hardware.gpu is not None:
-            found = [(o.launches * self.hardware.gpu.launch_s, self.operation_s(o, where)) for o in operations]
-            return max(sum(started for started, _ in found), sum(seconds for _, seconds in found))
-        return sum(self.operation_s(operation, where) for operation in operations)
+        return operation.nbytes / rate
 
     def read_s(self, nbytes: float, request_nbytes: float) -> float:
         """Seconds of reading from all drives, in requests of a size, while nothing else goes on."""

@@ -119,13 +119,37 @@ def _sizes(config: Config, *, gated: bool, **more: Any) -> Sizes:
         "layers": _find(config, "layers"),
         "heads": heads,
         "kv_heads": _find(config, "kv_heads", heads),
-        "head_dim": config.get("head_dim") or hidden // heads,
+        "head_dim": _optional(config, "head_dim", hidden // heads),
         "ffn": _find(config, "ffn", 4 * hidden),
         "vocab": _find(config, "vocab"),
         "gated": gated,
         "tied": bool(config.get("tie_word_embeddings", False)),
     }
+    if fields["heads"] % fields["kv_heads"]:
+        raise CheckpointError(
+            f"the config says heads = {fields['heads']} and kv_heads = {fields['kv_heads']}: one must divide the other"
+        )
     return Sizes(**{**fields, **more})
+
+
+def _optional(config: Config, key: str, default: int) -> int:
+    """A whole number, or the default where there is none."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise CheckpointError(f"the config says {key} = {value!r}: a whole number is needed")
+    return value
+
+
+def _experts(config: Config) -> tuple[int, int]:
+    """How many there are, and how many each token uses."""
+    experts, used = _find(config, "experts"), _find(config, "experts_per_token", 2)
+    if not 1 <= used <= experts:
+        raise CheckpointError(
+            f"the config says that a token uses {used} of {experts} experts: 1 to {experts} are possible"
+        )
+    return experts, used
 
 
 def _has(config: Config, key: str) -> bool:
@@ -147,7 +171,7 @@ def _opt(config: Config, name: str) -> ModelShape:
         output_bias=True,
         ffn_bias=True,
         norm_bias=True,
-        positions=int(config.get("max_position_embeddings", 2048)) + 2,
+        positions=_optional(config, "max_position_embeddings", 2048) + 2,
     )
     return decoder(sizes, name=name, family="opt", dtype=_dtype(config))
 
@@ -162,7 +186,7 @@ def _gpt2(config: Config, name: str) -> ModelShape:
         output_bias=True,
         ffn_bias=True,
         norm_bias=True,
-        positions=int(config.get("n_positions") or config.get("max_position_embeddings") or 1024),
+        positions=_optional(config, "n_positions", _optional(config, "max_position_embeddings", 1024)),
     )
     return decoder(sizes, name=name, family="gpt2", dtype=_dtype(config))
 
@@ -227,12 +251,12 @@ def _qwen3_moe(config: Config, name: str) -> ModelShape:
 
 
 def _with_experts(config: Config, name: str, sizes: Sizes, *, family: str) -> ModelShape:
-    experts, used = _find(config, "experts"), _find(config, "experts_per_token", 2)
-    width = int(config.get("moe_intermediate_size") or sizes.ffn)
+    experts, used = _experts(config)
+    width = _optional(config, "moe_intermediate_size", sizes.ffn)
     router = Matrix(name="router", role="router", inputs=sizes.hidden, outputs=experts)
     matrices = [*sizes.attention, router, *sizes.feed_forward(width, role="expert", copies=experts, used=used)]
     widest = used * width
-    if shared := int(config.get("shared_expert_intermediate_size") or 0):
+    if shared := _optional(config, "shared_expert_intermediate_size", 0):
         matrices += sizes.feed_forward(shared)
         matrices.append(Matrix(name="shared_gate", role="router", inputs=sizes.hidden, outputs=1))
         widest += shared
@@ -243,7 +267,7 @@ def _with_experts(config: Config, name: str, sizes: Sizes, *, family: str) -> Mo
 def _deepseek(config: Config, name: str) -> ModelShape:
     sizes = _sizes(config, gated=True, head_dim=_whole(config, "v_head_dim"))
     latent, rotary = _whole(config, "kv_lora_rank"), _whole(config, "qk_rope_head_dim")
-    plain, rank = _whole(config, "qk_nope_head_dim"), int(config.get("q_lora_rank") or 0)
+    plain, rank = _whole(config, "qk_nope_head_dim"), _optional(config, "q_lora_rank", 0)
     queries = sizes.heads * (plain + rotary)
     widths = [("q_a", sizes.hidden, rank), ("q_b", rank, queries)] if rank else [("q", sizes.hidden, queries)]
     widths += [
@@ -252,9 +276,9 @@ def _deepseek(config: Config, name: str) -> ModelShape:
         ("o", sizes.heads * sizes.head_dim, sizes.hidden),
     ]
     attention = tuple(Matrix(name=what, role="attention", inputs=a, outputs=b) for what, a, b in widths)
-    experts, used = _find(config, "experts"), _find(config, "experts_per_token")
+    experts, used = _experts(config)
     width = _whole(config, "moe_intermediate_size")
-    shared = int(config.get("n_shared_experts") or 0) * width
+    shared = _optional(config, "n_shared_experts", 0) * width
     router = Matrix(name="router", role="router", inputs=sizes.hidden, outputs=experts)
     sparse = (
         *attention,
@@ -263,7 +287,7 @@ def _deepseek(config: Config, name: str) -> ModelShape:
         *(sizes.feed_forward(shared) if shared else ()),
     )
     vectors = sizes.vectors + latent + rank
-    dense = min(int(config.get("first_k_dense_replace") or 0), sizes.layers)
+    dense = min(_optional(config, "first_k_dense_replace", 0), sizes.layers)
     layers = (
         Layer(count=dense, matrices=(*attention, *sizes.feed_forward(sizes.ffn)), vectors=vectors),
         Layer(count=sizes.layers - dense, matrices=sparse, vectors=vectors),

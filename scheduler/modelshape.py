@@ -46,7 +46,7 @@ class Matrix:
         """How many of the copies so many tokens need, if each chooses at random."""
         if self.copies <= self.used:
             return self.copies
-        return self.copies * (1 - (1 - self.used / self.copies) ** tokens)
+        return self.copies * (1 - math.pow(1 - self.used / self.copies, tokens))
 
 
 @dataclass(frozen=True, kw_only=True)

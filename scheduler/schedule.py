@@ -84,6 +84,11 @@ class TaskGraph:
         self._tasks.append(task)
         return len(self._tasks) - 1
 
+    @property
+    def count(self) -> int:
+        """How many tasks were issued."""
+        return len(self._tasks)
+
     def barrier(self, after: Iterable[int] | None = None) -> int:
         """A point that follows `after`; without it, everything issued so far."""
         return self.add("barrier", after=range(len(self._tasks)) if after is None else after)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
 
 from ..memory.errors import UsageError
 from .curves import Curve
+
+_LARGEST = 1e300
+"""Whole numbers of JSON may be too large for a float; NaN and infinity are not below it either."""
 
 
 class Section:
@@ -114,7 +116,7 @@ class Section:
 
     def _checked(self, key: str, value: object, low: float, high: float, unit: str) -> float:
         wanted = f"a number from {low:g} to {high:g} {unit}".rstrip()
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
             raise self.error(key, value, wanted)
         if not low <= value <= high:
             hint = (

@@ -15,6 +15,7 @@ from ..runtime.advice import Advice, advise, smallest_that_fits
 from ..runtime.foresight import Forecast, Foresight, Room
 from ..runtime.profiler.predicted import write_prediction
 from ..scheduler.hardware import Hardware
+from ..scheduler.work import read_work
 from ..sizes import format_size
 from .output import Output
 from .tables import lines_of
@@ -39,6 +40,19 @@ class Work:
                 raise UsageError(f"--{name} {getattr(self, name)} has no meaning: give {least} or more")
 
 
+def work_of(file: Path) -> Work:
+    """What a workload file asks for.
+
+    Raises:
+        UsageError: it cannot be used, or asks for training, which is foreseen by --sizes --train only.
+    """
+    asked = read_work(file)
+    if asked.kind == "finetune":
+        raise UsageError(f"{file} asks for training: use --sizes --train adamw, which tells what it takes")
+    batch = None if asked.kind == "batch" and asked.batch == 1 else asked.batch
+    return Work(prompt=asked.prompt, generate=asked.generate, batch=batch)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outlook:
     """A forecast, and what would improve it."""
@@ -52,7 +66,7 @@ class Forecaster:
 
     def __init__(self, checkpoint: str, work: Work, *, dtype: str, trust_remote_code: bool) -> None:
         self.work = work
-        self.foresight = Foresight(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
+        self.foresight = Foresight(_folder(checkpoint), dtype=dtype, trust_remote_code=trust_remote_code)
 
     def on(self, hardware: Hardware, budget: MemoryBudget | None = None, *, batch: int | None = None) -> Forecast:
         """The work on a machine.
@@ -95,6 +109,16 @@ class Forecaster:
             needed_nbytes=error.needed_nbytes,
             available_nbytes=error.available_nbytes,
         )
+
+
+def _folder(checkpoint: str) -> str:
+    """The folder of a config.json that is named itself."""
+    file = Path(checkpoint)
+    if not file.is_file():
+        return checkpoint
+    if file.name != "config.json":
+        raise UsageError(f"{checkpoint}: name a folder with a config.json, or a file of that name")
+    return str(file.parent)
 
 
 def _fastest(with_batch: Callable[[int], Forecast]) -> Forecast:

@@ -31,8 +31,9 @@ class _Where:
 
 def plan(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CKPT", help="Folder with a config.json, or a Hub id. Weights are not needed.")
-    ],
+        str | None,
+        typer.Argument(metavar="CKPT", help="Folder with a config.json, or a Hub id. Weights are not needed."),
+    ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.", metavar="N", rich_help_panel=_WORK)] = 128,
     generate: Annotated[
         int, typer.Option(min=1, help="Tokens of an answer.", metavar="N", rich_help_panel=_WORK)
@@ -97,6 +98,16 @@ def plan(
             rich_help_panel=MACHINE,
         ),
     ] = None,
+    system: Annotated[
+        str, typer.Option(help="Another system's schedule: flexgen, zero-inference, …", rich_help_panel=MACHINE)
+    ] = "penstock",
+    model: Annotated[
+        str | None, typer.Option(help="A config.json, in the place of CKPT.", rich_help_panel=_WORK)
+    ] = None,
+    workload: Annotated[
+        Path | None,
+        typer.Option(help="A workload file, in the place of the options above.", rich_help_panel=_WORK),
+    ] = None,
     dtype: Dtype = "auto",
     max_memory: MaxMemory = "auto",
     device: Annotated[
@@ -120,12 +131,21 @@ def plan(
 
         penstock plan ./llama --sizes --train adamw --batch 4 --context 2048
     """
+    if system != "penstock":
+        from .plan_system import plan_system
+
+        return plan_system(
+            Output(), system, hardware=hardware, model=model or checkpoint, workload=workload, as_json=as_json
+        )
+    if (checkpoint is None) is (model is None):
+        raise UsageError("give CKPT, a folder with a config.json or a Hub id; or a config.json by --model")
+    source = checkpoint if checkpoint is not None else str(model)
     where = _Where(hardware=hardware, max_memory=max_memory, device=device, disk=disk)
     output = Output()
     if sizes:
         return _sizes(
             output,
-            checkpoint,
+            source,
             where,
             asked=_training(train, batch or 1, context, rank),
             dtype=dtype,
@@ -140,7 +160,7 @@ def plan(
     if throughput and batch is not None:
         raise UsageError("--throughput chooses the batch: leave --batch out")
     with output.busy("building the model without its weights"):
-        from .forecast import Forecaster, Work, parse_target, show, show_ranking, title_of
+        from .forecast import Forecaster, Work, parse_target, show, show_ranking, title_of, work_of
         from .forecast import rank as rank_machines
         from .machines import find_machine, known_machines
         from .sweep import parse_sweep, show_sweep
@@ -150,8 +170,11 @@ def plan(
         asked_sweep = None if sweep is None else parse_sweep(sweep)
         budget = parse_budget(max_memory)
         machine = None if wanted is not None else find_machine(hardware, device=device, disk=disk, output=output)
-        work = Work(prompt=prompt, generate=generate, batch=None if throughput else batch or 1)
-        forecaster = Forecaster(checkpoint, work, dtype=dtype, trust_remote_code=trust_remote_code)
+        if workload is not None:
+            work = work_of(workload)
+        else:
+            work = Work(prompt=prompt, generate=generate, batch=None if throughput else batch or 1)
+        forecaster = Forecaster(source, work, dtype=dtype, trust_remote_code=trust_remote_code)
         if wanted is not None:
             ranking = rank_machines(forecaster, known_machines(), wanted)
         elif asked_sweep is not None:
@@ -164,7 +187,7 @@ def plan(
         return show_ranking(output, ranking, wanted, as_json=as_json)
     if asked_sweep is not None:
         assert machine is not None
-        title = f"{checkpoint} on {machine.name}: {asked_sweep.name}"
+        title = f"{source} on {machine.name}: {asked_sweep.name}"
         return show_sweep(output, asked_sweep, points, title=title, chart=chart, force=force, as_json=as_json)
     title = title_of(forecaster.foresight, outlook.forecast)
     show(output, outlook, title=title, as_json=as_json, profile=profile, force=force)

@@ -127,6 +127,19 @@ def test_absurd_figures_are_refused(value: Any) -> None:
         shape_of({"model_type": "llama", **LLAMA, "num_hidden_layers": value})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_key_value_heads", 3, "one must divide the other"),
+        ("head_dim", "wide", "head_dim = 'wide'"),
+        ("num_experts_per_tok", 9, "uses 9 of 6 experts"),
+    ],
+)
+def test_figures_that_do_not_go_together_are_refused(key: str, value: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        shape_of({"model_type": "mixtral", **CONFIGS["mixtral"], key: value})
+
+
 def test_config_files(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     with pytest.raises(CheckpointError, match="cannot be read"):
