@@ -39,6 +39,8 @@ T = TypeVar("T")
 MOST_NBYTES: Final = 192 * 2**20
 """Of memory at a time, for what is measured; activations and results come on top."""
 LEAST_NBYTES: Final = 64 * 2**20
+GPU_NBYTES: Final = 2**30
+"""Of a GPU's memory: it reads that in less than a millisecond."""
 FOREIGN_CORES: Final = 0.1
 """Share of the cores that others may take before the figures are doubtful."""
 Progress = Callable[[str], None]
@@ -145,8 +147,11 @@ class Run:
 
     def _processor(self, device: torch.device) -> Processor | None:
         pace = self.pace
+        nbytes = self.nbytes
+        if device.type == "cuda":
+            nbytes = min(GPU_NBYTES, (self.device.available_nbytes() or 0) // 4)
         return ProcessorProbe(
-            device=device, nbytes=self.nbytes, seconds=pace.processor, attempt=self.attempt, quick=pace.quick
+            device=device, nbytes=nbytes, seconds=pace.processor, attempt=self.attempt, quick=pace.quick
         ).measure()
 
     def _device(self, cpu: Processor) -> tuple[Processor | None, Link | None, tuple[float, float]]:

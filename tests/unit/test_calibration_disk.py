@@ -165,9 +165,7 @@ def test_folders_that_will_not_do(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_little_room_makes_a_smaller_file(
-    arena: HostArena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_little_room_makes_a_smaller_file(arena: HostArena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diskload, "disk_capacity", lambda folder: space(70 * 4 * MIB))
     with probe_file(str(tmp_path), arena) as file:
         assert os.stat(file.path).st_size == file.nbytes == 64 * MIB

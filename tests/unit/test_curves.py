@@ -1,4 +1,4 @@
-"""Curves: exact at their points, between their neighbours elsewhere, level beyond, and refused where they mean nothing."""
+"""Curves: exact at their points, between neighbours elsewhere, level beyond, refused where they mean nothing."""
 
 import math
 
