@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,7 +31,7 @@ def calibrate(
     force: Annotated[bool, typer.Option("--force", help="Measure again though what is kept still holds.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Measure nothing: show what is kept, stale or not.")] = False,
     as_json: Json = False,
-) -> int | None:
+) -> None:
     """Measure drives, links, memory and processors, as curves, and keep the result for plans.
 
     Takes about 15 seconds, up to 512 MiB of memory, and 256 MiB of each drive, which are given back; up to a GiB is
@@ -60,12 +61,11 @@ def calibrate(
         if usable is not None and not force and _covers(usable, folders, quick):
             _show(output, usable, as_json)
             again = "" if show else "; --force measures again"
-            output.notes.print(f"kept in {kept.path} since {usable.date}{again}", markup=False)
-            return None
+            output.notes.print(f"kept in {kept.path} since {usable.date}, {_age(usable)}{again}", markup=False)
+            return
         _measure(output, opened, cache, kept, folders, quick=quick, as_json=as_json)
     finally:
         opened.close()
-    return None
 
 
 def _measure(
@@ -103,6 +103,11 @@ def _covers(calibration: Calibration, folders: list[str], quick: bool) -> bool:
     wanted = (identify_drive(disk_capacity(folder).folder) for folder in folders)
     known = {drive.device for drive in calibration.fingerprint.drives}
     return all(drive is not None and drive.device in known for drive in wanted)
+
+
+def _age(calibration: Calibration) -> str:
+    hours = (time.time() - calibration.taken_unix_s) / 3600
+    return f"{hours / 24:.0f} days old" if hours >= 48 else f"{max(hours, 0):.0f} hours old"
 
 
 def _show(output: Output, calibration: Calibration, as_json: bool) -> None:

@@ -24,6 +24,8 @@ LEAST_KEYS: Final = 256
 CPU_KEYS: Final = 4096
 GPU_KEYS: Final = 16384
 """Of one cache: 64 MiB in two bytes."""
+MOST_SCORES: Final = 2**25
+"""Queries times keys, over all heads: where torch has no better way, all of them are in memory at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +68,7 @@ class Attention:
         self._timer = timer
         self._grouped = point.group > 1
         room = caches[0][0]
-        most = room.numel() // (HEADS * WIDTH)
+        most = min(room.numel() // (HEADS * WIDTH), MOST_SCORES // (HEADS * point.rows))
         shape = (1, HEADS * point.group, point.queries, WIDTH)
         self._query = torch.full(shape, 0.02, dtype=room.dtype, device=room.device)
         self._at = 0

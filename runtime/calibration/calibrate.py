@@ -27,6 +27,7 @@ from .diskload import AHEAD, FILE_NBYTES, PIECE, ProbeFile, probe_file
 from .fingerprint import cpu_model, fingerprint, identify_drive
 from .lastlevel import last_level_cache
 from .link import measure_link
+from .others import Others, others_between, read_ticks
 from .processor import ProcessorProbe
 from .products import one_row
 from .sharing import copy_load, disk_load, share
@@ -38,6 +39,10 @@ T = TypeVar("T")
 MOST_NBYTES: Final = 192 * 2**20
 """Of memory at a time, for what is measured; activations and results come on top."""
 LEAST_NBYTES: Final = 64 * 2**20
+GPU_NBYTES: Final = 2**30
+"""Of a GPU's memory: it reads that in less than a millisecond."""
+FOREIGN_CORES: Final = 0.1
+"""Share of the cores that others may take before the figures are doubtful."""
 Progress = Callable[[str], None]
 """Told what is measured next."""
 
@@ -142,8 +147,11 @@ class Run:
 
     def _processor(self, device: torch.device) -> Processor | None:
         pace = self.pace
+        nbytes = self.nbytes
+        if device.type == "cuda":
+            nbytes = min(GPU_NBYTES, (self.device.available_nbytes() or 0) // 4)
         return ProcessorProbe(
-            device=device, nbytes=self.nbytes, seconds=pace.processor, attempt=self.attempt, quick=pace.quick
+            device=device, nbytes=nbytes, seconds=pace.processor, attempt=self.attempt, quick=pace.quick
         ).measure()
 
     def _device(self, cpu: Processor) -> tuple[Processor | None, Link | None, tuple[float, float]]:
@@ -277,7 +285,10 @@ def calibrate(
             raise UsageError(f"{folder} is on {disk.filesystem}, which is memory, not disk: name another with --disk")
     pace = QUICK if quick else THOROUGH
     run = Run(device=device, folders=folders, pace=pace, nbytes=_memory_to_use(), progress=progress)
+    before = read_ticks()
     hardware = run.hardware(f"this machine ({cpu_model()})")
+    after = read_ticks()
+    others = others_between(before, after) if before and after else None
     now = fingerprint(device.torch_device, ())
     return Calibration(
         device=device_key(device),
@@ -287,7 +298,7 @@ def calibrate(
         seconds=clock() - start,
         quick=quick,
         noise=noise(hardware),
-        notes=(*run.notes, *_doubts(hardware, now, run.nbytes)),
+        notes=(*run.notes, *_doubts(hardware, now, run.nbytes, others)),
     )
 
 
@@ -306,12 +317,23 @@ def _memory_to_use() -> int:
     return nbytes
 
 
-def _doubts(hardware: Hardware, now: Fingerprint, nbytes: int) -> list[str]:
+def _doubts(hardware: Hardware, now: Fingerprint, nbytes: int, others: Others | None) -> list[str]:
     """What makes the figures doubtful, in words."""
-    doubts = [
-        f"{name}: repetitions lie {spread:.0%} apart; something else uses the machine, or it slows itself down"
-        for name, spread in noisy_curves(hardware).items()
-    ]
+    doubts = []
+    # A thread of torch that has to wait for its core makes all others wait: figures are then alike, and all too low.
+    if others is not None and others.programs > FOREIGN_CORES * now.cores:
+        doubts.append(
+            f"other programs took {others.programs:.1f} of {now.cores} cores meanwhile: products and memory are faster "
+            "than measured; end them, then run `penstock calibrate --force`"
+        )
+    if others is not None and others.machines > FOREIGN_CORES * now.cores:
+        doubts.append(f"the hypervisor gave {others.machines:.1f} of {now.cores} cores to other machines meanwhile")
+    noisy = noisy_curves(hardware)
+    if noisy:
+        doubts.append(
+            "repetitions lie far apart, so that something else uses the machine, or it slows itself down: "
+            + ", ".join(f"{name} {spread:.0%}" for name, spread in noisy.items())
+        )
     if now.cpu_quota is not None and now.cpu_quota < now.cores:
         doubts.append(
             f"a control group allows {now.cpu_quota:g} CPUs on {now.cores} cores: threads are stopped in turns, and "

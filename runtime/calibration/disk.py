@@ -69,7 +69,7 @@ class DriveProbe:
             name: What to call it.
             seconds: For all of it; more on a drive that is slower than 50 MB/s.
             sizes: Of requests, in bytes.
-            depths: Requests under way; more than 8 share 4 MiB pieces.
+            depths: Requests under way, of 4 MiB each; no more than 16 are asked for ahead.
             write_nbytes: Most that is written.
             capacity_nbytes: To be passed on.
 
@@ -99,7 +99,7 @@ class DriveProbe:
             most=rounds,
         )
         mixed = in_turns(
-            {1: partial(self._once, "mix", THREADS, CHUNK, max(written, 2 * PIECE))},
+            {1: partial(self._once, "mix", THREADS, CHUNK, max(written // (2 * PIECE), 1) * 2 * PIECE)},
             seconds=seconds * 0.1,
             clock=self.clock,
             most=rounds,
@@ -131,7 +131,7 @@ class DriveProbe:
             engine.close()
 
     def _sample_nbytes(self, what: str, rate: float) -> int:
-        """Bytes of one repetition: enough to last, but not more than the file."""
+        """Bytes of one repetition: enough to last, but no more than twice what is asked for ahead."""
         pieces = round(rate * SAMPLE_S / PIECE)
         least = 2 if what == "read" else 1
         return max(least, min(pieces, 2 * AHEAD)) * PIECE

@@ -44,10 +44,11 @@ def fingerprint(
 def cpu_model(proc_root: Path = Path("/proc")) -> str:
     """The CPU as it calls itself; its architecture where the kernel does not tell."""
     try:
-        for line in (proc_root / "cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
+        with open(proc_root / "cpuinfo") as file:  # read no further: it has a page for each of hundreds of cores
+            for line in file:
+                name, _, value = line.partition(":")
+                if name.strip() == "model name":
+                    return value.strip()
     except OSError:
         pass
     return platform.processor() or platform.machine()

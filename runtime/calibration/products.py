@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from time import perf_counter
 from typing import Final
 
@@ -149,8 +148,14 @@ def linear_curve(
     return curve(in_turns(points, seconds=seconds, clock=clock))
 
 
-@torch.no_grad()
 def one_row(device: torch.device, dtype: torch.dtype, *, nbytes: int, timer: Timer) -> Callable[[], float]:
     """A repetition of products of one row, as decoding does them: bytes of weights per second."""
-    weights = Weights(device, dtype, nbytes, GPU_SHAPE if device.type == "cuda" else CPU_SHAPE)
-    return torch.no_grad()(partial(Product.once, Product(weights, weights.tokens(1), 1, timer)))
+    with torch.no_grad():
+        weights = Weights(device, dtype, nbytes, GPU_SHAPE if device.type == "cuda" else CPU_SHAPE)
+        product = Product(weights, weights.tokens(1), 1, timer)
+
+    def once() -> float:
+        with torch.no_grad():  # of the thread that calls
+            return product.once()
+
+    return once

@@ -1,15 +1,22 @@
 """Rates of links: measured once, kept if they are worth it, and never a reason to fail."""
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
+import torch
+from calibrations import calibration
 
+from penstock.memory.disk import CHUNK
 from penstock.memory.throttle import Throttle
+from penstock.runtime.calibration.cache import CalibrationCache
+from penstock.runtime.calibration.fingerprint import fingerprint
 from penstock.runtime.devices.cpu import CpuDevice
 from penstock.runtime.devices.emulated import EmulatedDevice, Rates
-from penstock.runtime.links import LinkCache, disk_read_rate, link_rate
+from penstock.runtime.links import LinkCache, _calibrated_read, disk_read_rate, link_rate
 
 
 @pytest.fixture
@@ -81,3 +88,47 @@ def test_an_emulated_link_shows_its_rate(cache: LinkCache, emulated: EmulatedDev
     assert cache.get("h2d:emulated") is None  # another run may name another rate
     assert link_rate(emulated, cache, back=True) is not None
     assert link_rate(CpuDevice(), cache) is None
+
+
+def calibrated(tmp_path: Path, device: EmulatedDevice | CpuDevice, key: str, *, age_s: float = 0.0) -> LinkCache:
+    """A cache with a calibration of the drive that `tmp_path` is on."""
+    kept = CalibrationCache(tmp_path / "cache" / "calibration")
+    here = fingerprint(torch.device("cpu"), [str(tmp_path)])
+    made = calibration(device=key, gpu=device.separate, fingerprint=here)
+    kept.write(msgspec.structs.replace(made, taken_unix_s=time.time() - age_s), device)
+    return LinkCache(tmp_path / "cache" / "links.json", calibrations=kept)
+
+
+def test_a_calibration_comes_first(tmp_path: Path, emulated: EmulatedDevice) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(2**20))
+    cache = calibrated(tmp_path, emulated, "emulated:h2d=4294967296")
+    drive = calibration().hardware.drives[0]
+    assert disk_read_rate([str(path)], cache, emulated) == drive.read.at(CHUNK)
+    assert link_rate(emulated, cache) == pytest.approx(25 * 2**30)
+    assert link_rate(emulated, cache, back=True) == pytest.approx(24 * 2**30)
+    assert link_rate(CpuDevice(), cache) is None
+    other = EmulatedDevice(Rates(h2d=2**30))  # its rates are others, and so is its calibration
+    try:
+        assert cache.calibration(other) is None
+    finally:
+        other.close()
+
+
+def test_a_stale_calibration_is_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(2**20))
+    device = CpuDevice()
+    cache = calibrated(tmp_path, device, "cpu", age_s=40 * 86400)
+    cache.put(f"disk:{path.stat().st_dev}", 123.0)
+    assert disk_read_rate([str(path)], cache, device) == 123.0
+
+
+def test_a_drive_that_was_not_calibrated_is_measured(tmp_path: Path) -> None:
+    cache = calibrated(tmp_path, CpuDevice(), "cpu")
+    if not os.path.exists("/proc/version") or os.stat("/proc").st_dev == tmp_path.stat().st_dev:
+        pytest.skip("this machine has one filesystem only")
+    kept = cache.calibration(CpuDevice())
+    assert kept is not None
+    assert {drive.device for drive in kept.fingerprint.drives} == {tmp_path.stat().st_dev}
+    assert _calibrated_read(kept, {tmp_path.stat().st_dev, os.stat("/proc").st_dev}) is None
