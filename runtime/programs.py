@@ -78,7 +78,8 @@ class _Listener(TorchDispatchMode):
             return None
         read = sum(self._read_nbytes(tensor, outputs) for tensor in inputs)
         written = sum(tensor.numel() * tensor.element_size() for tensor in outputs)
-        return Operation(kind="memory", nbytes=read + written)
+        dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in outputs if tensor.is_floating_point()]
+        return Operation(kind="memory", nbytes=read + written, dtype=dtypes[0] if dtypes else "float32")
 
     def _read_nbytes(self, tensor: Tensor, outputs: Sequence[Tensor]) -> int:
         nbytes = tensor.numel() * tensor.element_size()

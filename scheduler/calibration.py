@@ -12,7 +12,7 @@ from ..memory.errors import CalibrationError, UsageError
 from .curves import Curve
 from .hardware import Hardware, Processor
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 """Raised whenever a field changes its meaning."""
 FRESH_S: Final = 30 * 24 * 3600.0
 """Older than this, a calibration is stale: drives fill up and wear, and drivers are updated."""
@@ -207,6 +207,7 @@ def _of_processor(kind: str, processor: Processor) -> dict[str, Curve | None]:
         f"{kind} memory write": processor.memory_write,
         **{f"{kind} linear {dtype}": curve for dtype, curve in processor.linear.items()},
         **{f"{kind} attention {dtype}": curve for dtype, curve in processor.attention.items()},
+        **{f"{kind} elementwise {dtype}": curve for dtype, curve in processor.elementwise.items()},
     }
 
 

@@ -60,10 +60,15 @@ class CostModel:
             case "attention":
                 rate = processor.attention_rate(operation.dtype, max(operation.rows, 1))
             case "memory":
-                rate = self.memory_rate(where)
+                rate = self._elementwise_rate(processor, operation) or self.memory_rate(where)
             case "adam":
                 rate = processor.adam or self.memory_rate(where) / 28  # reads g, p, m, v and writes p, m, v, in fp32
         return operation.nbytes / rate
+
+    @staticmethod
+    def _elementwise_rate(processor: Processor, operation: Operation) -> float | None:
+        curve = processor.elementwise.get(operation.dtype)
+        return curve.at(operation.nbytes / operation.launches) if curve is not None else None
 
     def read_s(self, nbytes: float, request_nbytes: float) -> float:
         """Seconds of reading from all drives, in requests of a size, while nothing else goes on."""

@@ -74,10 +74,15 @@ class Processor(msgspec.Struct, frozen=True, kw_only=True):
     attention: dict[Dtype, Curve]
     """Bytes of keys and values per second that attention takes, by rows that use each of them: queries times heads per
     key-value head."""
+    elementwise: dict[Dtype, Curve] = {}
+    """Bytes per second that everything else reads and writes (norms, activations, copies), by bytes of an operation.
+    Empty where it was not measured: `memory` then."""
     adam: float = 0.0
     """Elements per second of AdamW with states in fp32; 0 where it was not measured."""
     launch_s: float = 0.0
-    """What starting one small operation takes, from Python to its end."""
+    """What starting one operation of a model takes, from its Python to the operation's end."""
+    operation_s: float = 0.0
+    """The same of small operations in a loop, with nothing between."""
     module_call_s: float = 0.0
     """What calling one module adds to that, in Python; 0 where it was not measured."""
     cores: int = 0

@@ -16,7 +16,9 @@ from .adam import WAYS, adam_rate
 from .attention import POINTS, attention_curve
 from .devicememory import device_memory_rate
 from .dram import memory_rates
+from .elementwise import elementwise_curve
 from .fingerprint import cpu_model
+from .framework import framework_cost
 from .launch import launch_cost
 from .products import DTYPES, ROWS, linear_curve
 from .timing import Timer, device_timer, host_timer
@@ -24,7 +26,15 @@ from .timing import Timer, device_timer, host_timer
 Attempt = Callable[[str, Callable[[], Any]], Any]
 """Calls the second and returns its result; None where that failed, under the name given first."""
 
-SHARES: Final = {"memory": 0.15, "linear": 0.5, "attention": 0.15, "adam": 0.1, "launch": 0.1}
+SHARES: Final = {
+    "memory": 0.12,
+    "linear": 0.45,
+    "attention": 0.15,
+    "elementwise": 0.1,
+    "adam": 0.08,
+    "launch": 0.03,
+    "framework": 0.07,
+}
 """What each has of the time."""
 QUICK_DTYPES: Final = (torch.float32, torch.bfloat16)
 QUICK_ROWS: Final = (1, 4, 16, 64, 256, 1024)
@@ -61,6 +71,7 @@ class ProcessorProbe:
             if not linear:
                 return None
             memory = {"memory": Curve.flat(max(curve.y[0] for curve in linear.values()))}
+        elementwise = self._by_dtype("elementwise", self._elementwise)
         adam = self.attempt(
             f"{what} AdamW",
             lambda: adam_rate(
@@ -75,6 +86,13 @@ class ProcessorProbe:
             f"{what} launch",
             lambda: launch_cost(self.device, seconds=self.seconds * SHARES["launch"], timer=host_timer(self.device)),
         )
+        framework = self.attempt(
+            f"{what} framework",
+            lambda: framework_cost(
+                self.device, seconds=self.seconds * SHARES["framework"], timer=host_timer(self.device)
+            ),
+        )
+        started = framework or (launch.operation if launch else None)
         name, nbytes, cores = self._facts()
         return Processor(
             name=name,
@@ -82,7 +100,9 @@ class ProcessorProbe:
             linear=linear,
             attention=attention,
             adam=adam.elements.value if adam else 0.0,
-            launch_s=launch.operation.value if launch else 0.0,
+            elementwise=elementwise,
+            launch_s=started.value if started else 0.0,
+            operation_s=launch.operation.value if launch else 0.0,
             module_call_s=launch.module.value if launch else 0.0,
             cores=cores,
             **memory,
@@ -112,6 +132,9 @@ class ProcessorProbe:
         return attention_curve(
             self.device, dtype, nbytes=self.nbytes, seconds=seconds, timer=self._timer, points=points
         )
+
+    def _elementwise(self, dtype: torch.dtype, seconds: float) -> Curve:
+        return elementwise_curve(self.device, dtype, seconds=seconds, timer=self._timer)
 
     @property
     def _timer(self) -> Timer:
