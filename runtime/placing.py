@@ -1,0 +1,146 @@
+"""From drafts of blocks to homes on three tiers, by what a token costs on the machine: see scheduler/placement.py."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from ..scheduler.cost import CostModel
+from ..scheduler.operations import Operation
+from ..scheduler.placement import BlockClass, Mode, Problem, Rates, Rings, Use, place
+from ..scheduler.residency import MAX_SLOTS, Residency
+
+if TYPE_CHECKING:
+    from .planning import Draft
+
+REQUEST: Final = 4 * 2**20
+SLOT_SIZES: Final = 5
+"""Sizes of slots that are tried: the largest blocks, and so many smaller ones."""
+CROSSINGS: Final = 2
+"""Waits for the link when the CPU computes a block: its inputs come, its results go."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What a call of the model does, as far as placing is concerned."""
+
+    costs: CostModel
+    rows: int
+    """Tokens that are multiplied with the same weights: sequences, while they are continued."""
+    dtype: str
+    """That is computed with, as torch names it."""
+    exact: bool = False
+    """Whether only one processor may compute."""
+
+
+def place_on_tiers(
+    blocks: Sequence[Draft],
+    *,
+    work: Work,
+    device_nbytes: int,
+    host_nbytes: int,
+    worth: Mapping[int, float],
+    min_slots: int,
+    depth_nbytes: int,
+) -> tuple[Residency, Residency] | None:
+    """What stays on the device, and what on the host; None where nothing fits.
+
+    Args:
+        blocks: In the order of use; what is always resident is not among them.
+        work: What a token costs.
+        device_nbytes: Room on the device.
+        host_nbytes: Room on the host.
+        worth: Uses of each block per token.
+        min_slots: That the device's ring must have.
+        depth_nbytes: Bytes that rings should hold to keep links busy.
+    """
+    classes = _classes(blocks, work, worth)
+    hardware = work.costs.hardware
+    problem = Problem(
+        classes=tuple(classes),
+        device_nbytes=device_nbytes,
+        host_nbytes=host_nbytes,
+        rates=Rates(
+            disk=hardware.disk_read or 1.0,
+            link=hardware.link.h2d.best if hardware.link is not None else 1e12,
+            dram=work.costs.memory_rate("cpu"),
+        ),
+    )
+    found = place(problem, _rings(classes, min_slots, depth_nbytes, device_nbytes, host_nbytes))
+    if found is None:
+        return None
+    sizes = {block.id: block for block in blocks}
+
+    def residency(modes: tuple[Mode, ...], slots: int, slot_nbytes: int, nbytes: Mapping[int, int]) -> Residency:
+        kept = frozenset(block for block, mode in found.modes.items() if mode in modes)
+        streamed = sum(worth.get(b, 1.0) * sizes[b].image.read_nbytes for b, m in found.modes.items() if m not in modes)
+        return Residency(
+            resident=kept,
+            slot_nbytes=slot_nbytes,
+            slots=slots,
+            resident_nbytes=sum(nbytes[block] for block in kept),
+            streamed_nbytes=streamed,
+        )
+
+    rings = found.rings
+    front = residency(("device",), rings.front_slots, rings.front_slot_nbytes, {b.id: b.front_nbytes for b in blocks})
+    back = residency(("host", "cpu"), rings.back_slots, rings.back_slot_nbytes, {b.id: b.image.nbytes for b in blocks})
+    return front, back
+
+
+def _classes(blocks: Sequence[Draft], work: Work, worth: Mapping[int, float]) -> list[BlockClass]:
+    alike: dict[tuple[int, int, int, int, float], list[int]] = defaultdict(list)
+    for block in blocks:
+        times = worth.get(block.id, 1.0)
+        key = block.front_nbytes, block.image.nbytes, block.image.read_nbytes, block.image.data_nbytes, times
+        alike[key].append(block.id)
+    return [
+        BlockClass(
+            blocks=tuple(ids),
+            front_nbytes=front,
+            host_nbytes=host,
+            read_nbytes=read,
+            copied_nbytes=data,
+            uses=(_use(work, data, times),),
+        )
+        for (front, host, read, data, times), ids in alike.items()
+    ]
+
+
+def _use(work: Work, nbytes: int, times: float) -> Use:
+    """What a block of weights takes per token on either processor; where the CPU pays, mode cpu computes there."""
+    costs = work.costs
+    product = Operation(kind="linear", nbytes=nbytes, rows=work.rows, dtype=work.dtype)
+    device_s = costs.compute_s((product,), "gpu")
+    link = costs.hardware.link
+    crossing_s = CROSSINGS * link.latency_s if link is not None else 0.0
+    cpu_s = costs.compute_s((product,), "cpu") / costs.hardware.sharing.compute_while_copying + crossing_s
+    pays = cpu_s <= 0.95 * (device_s + costs.copy_s(nbytes, REQUEST))
+    return Use(device_s=times * device_s, cpu_s=times * cpu_s, on_cpu=pays and not work.exact, times=times)
+
+
+def _rings(
+    classes: Sequence[BlockClass], min_slots: int, depth_nbytes: int, device_nbytes: int, host_nbytes: int
+) -> Iterator[Rings]:
+    fronts = _sizes({each.front_nbytes for each in classes})
+    largest_host = max(each.host_nbytes for each in classes)
+    for slot in fronts:
+        for part in (1, 2, 4):
+            front = _slots(min(depth_nbytes // part, max(0, device_nbytes) // 8), slot, min_slots)
+            back = _slots(min(depth_nbytes // part, max(0, host_nbytes) // 4), largest_host, 2)
+            yield Rings(front_slots=front, front_slot_nbytes=slot, back_slots=back, back_slot_nbytes=largest_host)
+
+
+def _sizes(sizes: set[int]) -> list[int]:
+    """The largest, and some smaller ones: what is larger than the slots has to stay."""
+    ordered = sorted(sizes, reverse=True)
+    if len(ordered) <= SLOT_SIZES:
+        return ordered
+    step = (len(ordered) - 1) / (SLOT_SIZES - 1)
+    return [ordered[round(index * step)] for index in range(SLOT_SIZES)]
+
+
+def _slots(depth_nbytes: int, slot: int, least: int) -> int:
+    return max(least, min(MAX_SLOTS, -(-depth_nbytes // slot) + 1)) if slot else least
