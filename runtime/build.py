@@ -126,7 +126,7 @@ class Machinery:
                 opaque = isinstance(child, OPAQUE)
                 self.session.wrap(child, key, self.layout.leases.get(path, ()), opaque=opaque)
         if self.session.on_cpu is not None:
-            self.session.on_cpu.install(keys)
+            self.session.on_cpu.install(module, keys)
 
     def _concerns(self, path: str, child: nn.Module) -> bool:
         """Whether the module itself leases a block or owns a table."""

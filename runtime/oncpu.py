@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -81,17 +81,18 @@ class OnCpu:
 
     # --- wiring -----------------------------------------------------------------------------------------------------
 
-    def install(self, keys: dict[str, int]) -> None:
+    def install(self, module: nn.Module, keys: Mapping[str, int]) -> None:
         """Let units decide, call by call, where they are computed. Their forwards are the session's by now.
 
         Args:
-            keys: Of the modules, by path, as the session has them.
+            module: The model.
+            keys: Of its modules, by path, as the session has them.
         """
         for unit in self._units.units:
-            self._wrap(unit, keys[unit.path])
+            self._wrap(unit, module.get_submodule(unit.path), keys[unit.path])
 
-    def _wrap(self, unit: Unit, key: int) -> None:
-        streamed: Forward = unit.module.__dict__["forward"]
+    def _wrap(self, unit: Unit, module: nn.Module, key: int) -> None:
+        streamed: Forward = module.__dict__["forward"]
         inner: Forward = streamed.__wrapped__  # type: ignore[attr-defined]
         state = self._states[unit.path]
 
@@ -99,15 +100,15 @@ class OnCpu:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.inside():
                 return inner(*args, **kwargs)
-            if self._takes(unit, args, kwargs):
+            if not module.training and self._takes(unit, args, kwargs):
                 with self._session.call(self.root(key, args, kwargs)):
-                    done, result = self._run(unit, state, inner, args, kwargs)
+                    done, result = self._run(unit, module, inner, args, kwargs)
                 if done:
                     return result
             with self._device_runs(unit, state, args, kwargs):
                 return streamed(*args, **kwargs)
 
-        unit.module.__dict__["forward"] = forward
+        module.__dict__["forward"] = forward
 
     def inside(self) -> bool:
         """Whether the calling thread computes a unit on the CPU: what is called there leases nothing."""
@@ -135,7 +136,7 @@ class OnCpu:
     def _takes(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the CPU is to compute this call."""
         rows = rows_of(args, kwargs)
-        if rows is None or rows >= unit.rows_below or unit.module.training or not self._allowed():
+        if rows is None or rows >= unit.rows_below or not self._allowed():
             return False
         stranger = next((v for v in (*args, *kwargs.values()) if not portable(v, unit.layers)), None)
         if stranger is not None and unit.path not in self._refused:
@@ -180,7 +181,7 @@ class OnCpu:
     # --- on the CPU -------------------------------------------------------------------------------------------------
 
     def _run(
-        self, unit: Unit, state: _State, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, unit: Unit, module: nn.Module, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[bool, Any]:
         """Compute a call on the CPU, unless the device has the unit at this moment. Whether it was done; the result."""
         executor = self._session.executor
@@ -188,12 +189,12 @@ class OnCpu:
         try:
             for block in unit.blocks:
                 leases.append(executor.acquire_host(block))
-            if not self._lend(unit, state, leases):
+            if not self._lend(unit, module, leases):
                 return False, None
             try:
                 return True, self._compute(unit, inner, args, kwargs)
             finally:
-                self._take_back(unit, state)
+                self._take_back(unit)
         finally:
             for lease in leases:
                 executor.release(lease)
@@ -213,9 +214,9 @@ class OnCpu:
         self.computed += 1
         return bundle.to_device(result)
 
-    def _lend(self, unit: Unit, state: _State, leases: list[Lease]) -> bool:
+    def _lend(self, unit: Unit, module: nn.Module, leases: list[Lease]) -> bool:
         """Bind the host's copies to the unit's parameters; not while something on the device has them."""
-        session = self._session
+        session, state = self._session, self._states[unit.path]
         with session.bind_lock:
             bindings = [session.bindings[block] for block in unit.blocks]
             if state.on_device or any(binding.uses and not binding.on_cpu for binding in bindings):
@@ -229,7 +230,7 @@ class OnCpu:
                     binding.bind(self._host, lease.residence.slot, flagged=session.flagged(), host=True)
                     bound += 1
                 if not state.on_cpu:
-                    self._lend_small(unit, state)
+                    self._lend_small(unit, module, state)
             except BaseException:
                 if not state.on_cpu:
                     self._restore(state)
@@ -238,14 +239,14 @@ class OnCpu:
             state.on_cpu += 1
             return True
 
-    def _lend_small(self, unit: Unit, state: _State) -> None:
+    def _lend_small(self, unit: Unit, module: nn.Module, state: _State) -> None:
         for parameter in unit.small:
             if id(parameter) not in self._small:
                 (self._small[id(parameter)],) = self._crossing.to_host([parameter])
             value = parameter.data
             parameter.data = self._small[id(parameter)]
             state.small.append((parameter, value, version_of(parameter)))
-        for child in unit.module.modules():
+        for child in module.modules():
             for name, buffer in child._buffers.items():
                 if buffer is not None and self._crossing.away(buffer):
                     copy = self._buffers.find(buffer)
@@ -255,12 +256,13 @@ class OnCpu:
                     child._buffers[name] = copy
                     state.buffers.append((child, name, buffer, copy, copy._version))
 
-    def _take_back(self, unit: Unit, state: _State) -> None:
+    def _take_back(self, unit: Unit) -> None:
         """Leave parameters and buffers as the device knows them.
 
         Raises:
             ReadOnlyWeightError: a parameter was changed in place.
         """
+        state = self._states[unit.path]
         with self._session.returned:
             state.on_cpu -= 1
             changed = False

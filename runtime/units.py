@@ -30,7 +30,7 @@ class Unit:
     """A module that the CPU computes when it is called with few rows."""
 
     path: str
-    module: nn.Module
+    """Of the module: nothing that a model's end waits for may keep the module itself."""
     blocks: tuple[int, ...]
     """Those that hold its weights, without block 0."""
     rows_below: int
@@ -136,6 +136,7 @@ class _Finder:
             for parameter in child._parameters.values():
                 if parameter is not None:
                     self.owners[id(parameter)].append(path)
+        self.shares_keys = any(_uses_others_keys(child) for child in module.modules())
         self.lessors: dict[int, list[str]] = defaultdict(list)
         """By block, the modules that lease it."""
         for path, held in layout.leases.items():
@@ -182,6 +183,8 @@ class _Finder:
         users.update(lessor for block in blocks for lessor in self.lessors[block])
         if any(user != path and not user.startswith(f"{path}.") for user in users):
             return "several modules use the same weights"
+        if self.shares_keys and _layer_indices(module):
+            return "layers use keys and values of other layers"
         if len(_layer_indices(module)) > 1 or any(_is_stack(child) for child in module.modules()):
             return "they belong to several layers"
         return _unmovable(module, self.device.torch_device)
@@ -190,7 +193,6 @@ class _Finder:
         blocks = tuple(sorted(held - {0}))
         return Unit(
             path=path,
-            module=module,
             blocks=blocks,
             rows_below=min(self.usable[block] for block in blocks),
             small=tuple(p for p in module.parameters() if self.home[id(p)] == 0),
@@ -208,6 +210,11 @@ def _layer_indices(module: nn.Module) -> set[int]:
     return {index for index in found if isinstance(index, int)}
 
 
+def _uses_others_keys(module: nn.Module) -> bool:
+    """Whether attention looks for its keys and values in the cache's entry of another layer."""
+    return any("kv_shared" in name and value not in (None, False) for name, value in vars(module).items())
+
+
 def _is_stack(module: nn.Module) -> bool:
     """Whether it is a list of layers: the rows of whatever holds it need not be those of its layers."""
     if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
@@ -220,8 +227,6 @@ def _unmovable(module: nn.Module, device: torch.device) -> str | None:
     """What of a module's own keeps it on the device; None if nothing does."""
     for child in module.modules():
         values: dict[str, Any] = vars(child)
-        if any("kv_shared" in name and value for name, value in values.items()):
-            return "attention uses keys and values of another layer"
         implementation = getattr(values.get("config"), "_attn_implementation", None) or ""
         if hasattr(child, "layer_idx") and implementation not in _ATTENTIONS:
             return f"attention is computed by {implementation}, which the CPU does not have"
