@@ -85,9 +85,8 @@ class CudaCrossing:
         with torch.inference_mode(False), torch.no_grad():
             for tensor in tensors:
                 source = _dense(_narrowed(tensor))
-                staged = _host_memory(source)
-                if staged.is_pinned():
-                    source = staged.copy_(source)
+                if _is_small(source):  # a larger one is staged by the driver, piece by piece
+                    source = _host_memory(source).copy_(source)
                 found.append(_expanded(source.to(self._device, non_blocking=True), tensor))
         return found
 
@@ -99,8 +98,11 @@ def crossing_of(device: Device) -> Crossing:
 
 
 def _host_memory(like: torch.Tensor) -> torch.Tensor:
-    pinned = 0 < like.nbytes <= PINNED_NBYTES
-    return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, pin_memory=pinned)
+    return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, pin_memory=_is_small(like))
+
+
+def _is_small(tensor: torch.Tensor) -> bool:
+    return 0 < tensor.nbytes <= PINNED_NBYTES
 
 
 def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
