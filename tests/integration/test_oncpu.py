@@ -539,3 +539,33 @@ def test_inputs_changed_in_place_are_changed_for_the_caller(saved: Callable[[str
     expected = double(load_resident(folder), ZOO["llama"].inputs())
     with computed(folder, below(ALWAYS)) as model:
         assert differences(expected, double(model, ZOO["llama"].inputs())) == []
+
+
+# --- what is a unit -----------------------------------------------------------------------------------------------
+
+
+def units(model: Any) -> list[str]:
+    return [unit.path for unit in model.penstock._machinery.units.units]
+
+
+def test_units_are_the_largest_modules_that_can_be(saved: Callable[[str], Path]) -> None:
+    with computed(saved("llama"), below(FEW)) as model:
+        assert units(model) == [f"model.layers.{i}" for i in range(5)]
+        assert any("equal the device's to rounding" in note for note in model.penstock.plan.notes)
+    with computed(saved("llama"), every_other) as model:
+        assert "model.layers.0.self_attn.q_proj" in units(model)
+        assert "model.layers.0" not in units(model)
+    with computed(saved("vit"), below(ALWAYS)) as model:
+        assert len([path for path in units(model) if "layer" in path]) == 4, "a stack of layers is no unit"
+
+
+def test_what_no_unit_can_be_made_of_is_said(saved: Callable[[str], Path]) -> None:
+    with computed(saved("opt"), below(FEW)) as model:
+        assert any("several modules use the same weights" in note for note in model.penstock.plan.notes)
+    with computed(saved("mixtral"), below(FEW)) as model:
+        assert any("aligned otherwise" in note for note in model.penstock.plan.notes)
+        refused = {b.id for b in model.penstock.plan.blocks if b.home == "host" and b.processor == "device"}
+        assert refused
+        assert model.penstock.plan.link_nbytes_per_sweep == sum(
+            b.nbytes for b in model.penstock.plan.blocks if b.id in refused
+        )
