@@ -173,8 +173,9 @@ class Twins:
 
     def end_of_call(self) -> None:
         """Forget what is unlikely to come again: hidden states that a caller keeps would be kept twice."""
-        for key in self._pairs.keys() - self._wanted_again:
-            self._pairs.pop(key, None)
+        for key in list(self._pairs):  # tensors that die meanwhile take their pairs with them
+            if key not in self._wanted_again:
+                self._pairs.pop(key, None)
         self._wanted_again.clear()
 
     def clear(self) -> None:

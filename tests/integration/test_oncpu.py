@@ -541,6 +541,42 @@ def test_inputs_changed_in_place_are_changed_for_the_caller(saved: Callable[[str
         assert differences(expected, double(model, ZOO["llama"].inputs())) == []
 
 
+def test_two_threads_and_one_that_looks(saved: Callable[[str], Path]) -> None:
+    """Long prompts and short ones, the weights looked at meanwhile: nobody gets what another one was lent."""
+    folder = saved("llama")
+    resident: Any = load_resident(folder)
+    prompts = [token_ids(seed=seed, batch=1, length=length) for seed, length in ((31, 2), (32, 11))]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = [resident.generate(ids, **options) for ids in prompts]
+    wrong: list[str] = []
+    done = threading.Event()
+
+    with computed(folder, below(FEW)) as model:
+
+        def answer(i: int) -> None:
+            for _ in range(4):
+                if not torch.equal(model.generate(prompts[i], **options), expected[i]):
+                    wrong.append(f"prompt {i}")
+
+        def look() -> None:
+            while not done.is_set():
+                for layer in model.model.layers:
+                    with model.penstock.gathered(layer.mlp):
+                        pass
+
+        workers = [threading.Thread(target=answer, args=(i,)) for i in range(2)]
+        looking = threading.Thread(target=look)
+        for thread in (*workers, looking):
+            thread.start()
+        for thread in workers:
+            thread.join(100)
+        done.set()
+        looking.join(60)
+        assert not any(thread.is_alive() for thread in (*workers, looking))
+        assert wrong == []
+        check_at_rest(model)
+
+
 # --- what is a unit -----------------------------------------------------------------------------------------------
 
 
