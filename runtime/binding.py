@@ -45,7 +45,7 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
 
 
-def _version(parameter: nn.Parameter) -> int:
+def version_of(parameter: nn.Parameter) -> int:
     """How often a parameter was changed in place; those made in inference mode do not count."""
     return 0 if parameter.is_inference() else parameter._version
 
@@ -60,6 +60,8 @@ class Bound:
     stride: tuple[int, ...]
     empty: torch.Tensor
     """Its `.data` between leases."""
+    host_place: Place | None = None
+    """Where it lies in a host slot; None where it is never computed there, or where both tiers are one."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -70,36 +72,48 @@ class Binding:
     tensors: list[Bound]
     uses: int = 0
     slot: Slot | None = None
-    _views: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    """The slot that is lent, of the tier that computes; None also while it is the host's."""
+    on_cpu: bool = False
+    """Whether what is lent is the host's copy."""
+    _views: dict[tuple[bool, int], list[torch.Tensor]] = field(default_factory=dict)
     _versions: list[int] = field(default_factory=list)
     _flagged: list[nn.Parameter] = field(default_factory=list)
 
-    def views(self, arena: torch.Tensor, slot: Slot) -> list[torch.Tensor]:
-        """The parameters' values in a slot."""
-        known = self._views.get(slot.offset)
+    def views(self, arena: torch.Tensor, slot: Slot, *, host: bool = False) -> list[torch.Tensor]:
+        """The parameters' values in a slot; `host` if it is one of the host tier, on the way to a separate device."""
+        known = self._views.get((host, slot.offset))
         if known is None:
-            known = [view_of(arena, slot.offset, b.place, b.parameter.dtype, b.stride) for b in self.tensors]
-            self._views[slot.offset] = known
+            known = []
+            for bound in self.tensors:
+                place = bound.host_place if host else bound.place
+                assert place is not None, f"{bound.name} is not computed in the host tier"
+                known.append(view_of(arena, slot.offset, place, bound.parameter.dtype, bound.stride))
+            self._views[host, slot.offset] = known
         return known
 
-    def bind(self, arena: torch.Tensor, slot: Slot, *, flagged: bool = False) -> None:
-        """Lend the slot to the parameters; `flagged` sets their `requires_grad` for as long (see `Session.flagged`)."""
+    def bind(self, arena: torch.Tensor, slot: Slot, *, flagged: bool = False, host: bool = False) -> None:
+        """Lend the slot to the parameters; `flagged` sets their `requires_grad` for as long (see `Session.flagged`).
+
+        Several may have it lent at once, all of them from the same tier.
+        """
         if self.uses == 0:
             try:
-                self._lend(arena, slot, flagged)
+                self._lend(arena, slot, flagged, host)
             except BaseException:  # an interrupt must not leave some of them lent
                 self._take_back()
                 raise
+        assert self.on_cpu is host, f"block {self.block} is lent from the other tier"
         self.uses += 1
 
-    def _lend(self, arena: torch.Tensor, slot: Slot, flagged: bool) -> None:
-        self.slot = slot
-        for bound, view in zip(self.tensors, self.views(arena, slot), strict=True):
+    def _lend(self, arena: torch.Tensor, slot: Slot, flagged: bool, host: bool) -> None:
+        self.slot = None if host else slot
+        self.on_cpu = host
+        for bound, view in zip(self.tensors, self.views(arena, slot, host=host), strict=True):
             bound.parameter.data = view
             if flagged and bound.parameter.is_floating_point() and not bound.parameter.requires_grad:
                 bound.parameter.requires_grad_(True)
                 self._flagged.append(bound.parameter)
-        self._versions = [_version(bound.parameter) for bound in self.tensors]
+        self._versions = [version_of(bound.parameter) for bound in self.tensors]
 
     def unbind(self) -> None:
         """Take the slot back.
@@ -111,7 +125,7 @@ class Binding:
         if self.uses:
             return
         held = zip(self.tensors, self._versions, strict=True)
-        changed = next((bound.name for bound, version in held if _version(bound.parameter) != version), None)
+        changed = next((bound.name for bound, version in held if version_of(bound.parameter) != version), None)
         self._take_back()
         if changed is not None:
             raise ReadOnlyWeightError(
@@ -122,6 +136,7 @@ class Binding:
 
     def _take_back(self) -> None:
         self.slot = None
+        self.on_cpu = False
         for bound in self.tensors:
             bound.parameter.data = bound.empty
         while self._flagged:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable, Set
 from contextlib import ExitStack
 from functools import partial
 
@@ -27,11 +27,14 @@ from ..scheduler.timeline import Timeline
 from .backing import Backing, ModuleBacking, Portion
 from .binding import Binding, Bound, placeholder
 from .devices.base import Device
+from .guess import guess_of
 from .mover import BlockMover
+from .oncpu import OnCpu
 from .partition import callable_module
 from .planning import Draft, Layout
 from .session import Session
 from .tables import Piece, Table
+from .units import find_units
 
 OPAQUE = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
 """Modules that choose their kernel by whether a weight, absent ones too, has a `__torch_function__` of its own."""
@@ -66,7 +69,9 @@ class Machinery:
         self.engine = DiskEngine(throttle=device.disk_throttle, staging_nbytes=layout.staging_nbytes)
         made.callback(self.engine.close)  # before the arenas: it joins the threads that use them
         droppable = _droppable(layout, backing)
-        self.front, self.back = _tiers(layout, self.host, self.front_arena, droppable)
+        self.units = find_units(module, layout, device)
+        on_cpu = self.units.on_cpu
+        self.front, self.back = _tiers(layout, self.host, self.front_arena, droppable, on_cpu.keys())
         self.images = _images(layout, backing)
         self.parameters = dict(module.named_parameters())
         if isinstance(backing, ModuleBacking):
@@ -80,7 +85,7 @@ class Machinery:
             device_images={b.id: b.device_image for b in layout.blocks if b.device_image is not None},
         )
         made.callback(self.mover.close)
-        orders = AccessOrders(_guess(module, layout), first=0)
+        orders = AccessOrders(guess_of(module, layout, on_cpu), first=0)
         nbytes = {block.id: block.image.nbytes for block in layout.blocks}
         core = Core(
             front=self.front,
@@ -92,6 +97,7 @@ class Machinery:
             timeline=self.timeline,
             inflight_nbytes=max(2 * THREADS * CHUNK, 2 * max(nbytes.values())),
             poison=debug_enabled(),
+            on_cpu=sorted(on_cpu),
         )
         self.executor = Executor(core, self.mover)
         made.callback(self.executor.close)
@@ -105,6 +111,8 @@ class Machinery:
             spare_slots=layout.spare_slots,
             pretrained=not isinstance(backing, ModuleBacking),
         )
+        if on_cpu:
+            self.session.on_cpu = OnCpu(self.session, self.units, self.host)
 
     def start(self, module: nn.Module) -> None:
         """Start prefetching, lend the small tensors for good, and wrap the forwards."""
@@ -112,10 +120,13 @@ class Machinery:
         self.executor.start()
         self.session.lend(0, observed=False)
         on_path = _ancestors(path for path, child in module.named_modules() if self._concerns(path, child))
+        keys = {path: key for key, (path, _) in enumerate(module.named_modules())}
         for key, (path, child) in enumerate(module.named_modules()):
             if path in on_path and callable_module(child):
                 opaque = isinstance(child, OPAQUE)
                 self.session.wrap(child, key, self.layout.leases.get(path, ()), opaque=opaque)
+        if self.session.on_cpu is not None:
+            self.session.on_cpu.install(module, keys)
 
     def _concerns(self, path: str, child: nn.Module) -> bool:
         """Whether the module itself leases a block or owns a table."""
@@ -203,7 +214,7 @@ def _droppable(layout: Layout, backing: Backing) -> frozenset[int]:
 
 
 def _tiers(
-    layout: Layout, host: HostArena, front_arena: AnyArena, droppable: frozenset[int]
+    layout: Layout, host: HostArena, front_arena: AnyArena, droppable: frozenset[int], on_cpu: Set[int]
 ) -> tuple[Tier, Tier | None]:
     front = Tier(
         name="device" if layout.back else "host",
@@ -219,7 +230,7 @@ def _tiers(
         permanent={b.id: host.cut(b.image.nbytes) for b in layout.blocks if b.id in layout.back.resident},
         ring=[host.cut(layout.back.slot_nbytes) for _ in range(layout.back.slots)],
         sizes={b.id: b.image.nbytes for b in layout.blocks},
-        droppable=droppable,
+        droppable=droppable - on_cpu,  # they are idle only for the device
     )
     return front, back
 
@@ -328,7 +339,10 @@ def _bindings(machinery: Machinery, backing: Backing) -> dict[int, Binding]:
             place = places[portion.key]
             stride = backing.stride(portion.name)
             empty = placeholder(parameter, machinery.device.torch_device)
-            tensors.append(Bound(name=portion.key, parameter=parameter, place=place, stride=stride, empty=empty))
+            bound = Bound(name=portion.key, parameter=parameter, place=place, stride=stride, empty=empty)
+            if block.id in machinery.units.on_cpu:
+                bound.host_place = block.image.places[portion.key]
+            tensors.append(bound)
         bindings[block.id] = Binding(block=block.id, tensors=tensors)
     return bindings
 
@@ -372,16 +386,3 @@ def _tables(machinery: Machinery, backing: Backing) -> dict[int, Table]:
             engine=machinery.engine,
         )
     return tables
-
-
-def _guess(module: nn.Module, layout: Layout) -> Callable[[Hashable], tuple[int, ...]]:
-    """The order to expect of a root that has not run: its blocks as they are defined."""
-    paths = [path for path, _ in module.named_modules()]
-
-    def guess(root: Hashable) -> tuple[int, ...]:
-        assert isinstance(root, int)
-        prefix = paths[root]
-        inside = (p for p in paths if p == prefix or not prefix or p.startswith(f"{prefix}."))
-        return tuple(block for path in inside for block in layout.expected.get(path, ()))
-
-    return guess

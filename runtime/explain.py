@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..scheduler.plan import Home, Plan
+from ..scheduler.processors import ALWAYS
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -47,6 +48,8 @@ def plan_renderable(plan: Plan) -> RenderableType:
     for home, memory, moved in rows:
         table.add_row(home, str(plan.blocks_at(home)), gib(plan.home_nbytes(home)), memory, moved)
     lines = [Text(f"ring of {plan.slots} slots of {gib(plan.slot_nbytes)}; " + _tables(plan))]
+    if plan.on_cpu():
+        lines.append(Text(_on_cpu(plan)))
     terms = ", ".join(f"{name} {seconds(value)}" for name, value in plan.terms.items())
     if terms:
         lines.append(Text(f"at least {seconds(plan.bound_s())} per sweep ({terms}); bound by the {plan.binds()}"))
@@ -58,6 +61,20 @@ def plan_renderable(plan: Plan) -> RenderableType:
 
 def _tables(plan: Plan) -> str:
     return f"read by rows: {', '.join(plan.tables)}" if plan.tables else "no tables read by rows"
+
+
+def _on_cpu(plan: Plan) -> str:
+    """What the CPU computes, and below how many tokens."""
+    blocks = plan.on_cpu()
+    least, most = (pick(block.cpu_rows_below for block in blocks) for pick in (min, max))
+    below = f"{least}" if least == most else f"{least} to {_tokens(most)}"
+    when = "" if least >= ALWAYS else f" below {below} tokens"
+    nbytes = sum(block.nbytes for block in blocks)
+    return f"{len(blocks)} blocks ({gib(nbytes)}) computed on the CPU{when}"
+
+
+def _tokens(rows: int) -> str:
+    return "any number of" if rows >= ALWAYS else str(rows)
 
 
 class Explanation:

@@ -25,6 +25,7 @@ from .planning import Planner
 from .pretrained import skeleton
 from .repacking import on_disk, read_tensor
 from .tiers import Wanted, resolve_budgets, skewed
+from .units import Processors, settled
 
 
 def load(
@@ -38,8 +39,13 @@ def load(
     batch: int | None,
     trust_remote_code: bool,
     cache: LinkCache,
+    processors: Processors | None = None,
 ) -> nn.Module:
-    """Build the model, plan it, and start reading. See `penstock.load`."""
+    """Build the model, plan it, and start reading. See `penstock.load`.
+
+    Args:
+        processors: Chooses what the CPU computes; nothing without.
+    """
     with ExitStack() as held:
         held.callback(device.close)
         bones = skeleton(path, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -61,13 +67,14 @@ def load(
         )
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         layout = Planner(model, backing, budgets, buffers_nbytes=buffers, keep_skew=skewed(device)).best()
+        layout, stays = settled(model, layout, device, processors)
         launch(
             model,
             owner=os.fspath(path),
             device=device,
             layout=layout,
             plan=lambda: make_plan(
-                layout, device.name, budgets, links, sum(b.image.data_nbytes for b in layout.blocks)
+                layout, device.name, budgets, links, sum(b.image.data_nbytes for b in layout.blocks), stays
             ),
             backing=backing,
             export_folder=_temporary_folder(),

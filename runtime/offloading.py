@@ -25,6 +25,7 @@ from .planned import make_plan, untouched_plan
 from .planning import Layout, Planner
 from .profiler.registry import process_registry
 from .tiers import Wanted, resolve_budgets, skewed
+from .units import Processors, settled
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,13 @@ def offload(
     context: int | None,
     batch: int | None,
     cache: LinkCache,
+    processors: Processors | None = None,
 ) -> nn.Module:
-    """Plan the module and move its weights. See `penstock.offload`."""
+    """Plan the module and move its weights. See `penstock.offload`.
+
+    Args:
+        processors: Chooses what the CPU computes; nothing without.
+    """
     with ExitStack() as held:
         held.callback(device.close)
         _check(module)
@@ -53,6 +59,7 @@ def offload(
         budgets = resolve_budgets(wanted, device, headroom_nbytes=headroom, disk_rate=None, link_rate=rate)
         backing = ModuleBacking(parameters)
         layout = Planner(module, backing, budgets, buffers_nbytes=0, keep_skew=skewed(device)).best()
+        layout, stays = settled(module, layout, device, processors)
         if layout.resident and not device.separate:
             untouched = untouched_plan(device.name, budgets, total, "everything fits: the module was left as it is")
             module.penstock = Handle(module, untouched, None)  # type: ignore[assignment]
@@ -70,7 +77,7 @@ def offload(
 
         def plan() -> Plan:
             disk_rate = disk_read_rate(backing.paths, cache, device) if backing.paths else None
-            return make_plan(layout, device.name, budgets, Links(disk_read=disk_rate, h2d=rate), total)
+            return make_plan(layout, device.name, budgets, Links(disk_read=disk_rate, h2d=rate), total, stays)
 
         freed = sum(parameter.nbytes for parameter in parameters.values() if parameter.device.type == "cpu")
         try:

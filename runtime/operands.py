@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..memory.image import ALIGN
 
@@ -26,20 +25,20 @@ def unfolded(product: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) 
     return product if bias is None else product + bias
 
 
-def copy_in_place_of(parameter: nn.Parameter) -> torch.Tensor:
-    """A copy of a lent parameter in fresh memory, at the same address modulo 64 and with the same strides."""
-    view = parameter.detach()
+def copy_in_place_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor in fresh memory, at the same address modulo 64 and with the same strides."""
+    view = tensor.detach()
     extent = sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True)) + 1 if view.numel() else 0
     store = torch.empty(extent * view.element_size() + ALIGN, dtype=torch.uint8, device=view.device)
     start = (view.data_ptr() - store.data_ptr()) % ALIGN
     size = view.element_size()
-    assert start % size == 0 or not extent, "a lent parameter is not aligned to its elements"
+    assert start % size == 0 or not extent, "a tensor is not aligned to its elements"
     bits = store[start : start + extent * size]
     if bits.storage_offset() % size:  # torch counts offsets from the storage's start, in elements
         bits = bits.clone()
     copy = bits.view(view.dtype).as_strided(view.shape, view.stride(), bits.view(view.dtype).storage_offset())
     copy.copy_(view)
-    return copy.requires_grad_(parameter.requires_grad)
+    return copy.requires_grad_(tensor.requires_grad)
 
 
 def storage_address(tensor: torch.Tensor) -> int:

@@ -7,9 +7,22 @@ from .planning import Budgets, Layout
 
 
 def make_plan(
-    layout: Layout, device: str, budgets: Budgets, links: Links, weights_nbytes: int, notes: tuple[str, ...] = ()
+    layout: Layout,
+    device: str,
+    budgets: Budgets,
+    links: Links,
+    weights_nbytes: int,
+    notes: tuple[str, ...] = (),
+    *,
+    exact: bool = False,
+    exact_cost_s: float | None = None,
 ) -> Plan:
-    """What a layout means, in the plan's words."""
+    """What a layout means, in the plan's words.
+
+    Args:
+        exact: Whether results must not depend on which processor computes: nothing is on the CPU then.
+        exact_cost_s: Seconds per sweep that this costs, or would cost; None where it is not known.
+    """
     blocks = []
     for block in layout.blocks:
         home: Home = "disk"
@@ -24,6 +37,8 @@ def make_plan(
                 nbytes=block.image.data_nbytes,
                 slot_nbytes=block.front_nbytes,
                 home=home,
+                processor="cpu" if layout.on_cpu.get(block.id) else "device",
+                cpu_rows_below=layout.on_cpu.get(block.id, 0),
             )
         )
     return Plan(
@@ -41,11 +56,28 @@ def make_plan(
         slot_nbytes=layout.front.slot_nbytes,
         host_slots=layout.back.slots if layout.back else 0,
         disk_nbytes_per_sweep=layout.disk_nbytes,
-        link_nbytes_per_sweep=layout.link_nbytes,
+        link_nbytes_per_sweep=layout.link_nbytes - _not_copied(layout),
         links=links,
         depth=max(layout.front.slots - 1, 0),
-        notes=(*notes, *_seldom(layout)),
+        notes=(*notes, *_seldom(layout), *_processors(layout, exact, exact_cost_s)),
     )
+
+
+def _not_copied(layout: Layout) -> int:
+    """Bytes that are computed where they lie in a call of one token."""
+    here = [block for block in layout.streamed() if layout.on_cpu.get(block.id, 0) > 1]
+    return sum(layout.uses.get(block.id, 1) * block.image.data_nbytes for block in here) if layout.back else 0
+
+
+def _processors(layout: Layout, exact: bool, cost_s: float | None) -> tuple[str, ...]:
+    """A note on what two processors mean for results, or one processor for time."""
+    more = "" if cost_s is None else f", {cost_s:.3g} s more per sweep"
+    if layout.on_cpu:
+        return (
+            "where the CPU computes, results equal the device's to rounding, not to the bit; exact=True keeps one "
+            f"processor{more}",
+        )
+    return (f"exact=True keeps one processor{more}",) if exact and cost_s else ()
 
 
 def _seldom(layout: Layout) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -81,6 +81,8 @@ class Layout:
     staging_nbytes: int
     own_host_nbytes: int
     """Host memory besides the arena: staging and buffers."""
+    on_cpu: Mapping[int, int] = field(default_factory=dict)
+    """Of blocks that stay in the host tier of a separate device: calls of fewer rows than this are computed there."""
 
     @property
     def resident(self) -> bool:

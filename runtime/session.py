@@ -10,8 +10,8 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..scheduler.lease import Lease
 from .binding import Binding
 from .devices.base import Device
 from .intercept import absent_class, is_linear, rows_wanted
+from .oncpu import OnCpu
 from .operands import copy_in_place_of, storage_address, swap, unfolded
 from .saved import SavedTensors
 from .tables import Table
@@ -86,6 +87,9 @@ class Session:
         self._owner: int | None = None
         self._contexts: list[AbstractContextManager[Any]] = []
         self.bind_lock = threading.RLock()
+        self.returned = threading.Condition(self.bind_lock)
+        """Told when the CPU gives weights back."""
+        self.on_cpu: OnCpu | None = None  # set where parts of the model are computed from host memory
         self.pid = os.getpid()
         self.closed = False
 
@@ -100,7 +104,11 @@ class Session:
 
         @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            frame = self._enter(key, blocks)
+            elsewhere = self.on_cpu
+            if elsewhere is not None and elsewhere.inside():
+                return inner(*args, **kwargs)
+            root = key if elsewhere is None or self.running_here() else elsewhere.root(key, args, kwargs)
+            frame = self._enter(root, blocks)
             failed = True
             try:
                 if opaque:
@@ -116,7 +124,18 @@ class Session:
 
         module.__dict__["forward"] = forward  # a module may refuse attributes it does not know
 
-    def _enter(self, key: int, blocks: tuple[int, ...]) -> _Frame:
+    @contextmanager
+    def call(self, key: Hashable) -> Iterator[None]:
+        """A call of a module that leases nothing, within a root call or as one."""
+        frame = self._enter(key, ())
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            self._leave(frame, failed)
+
+    def _enter(self, key: Hashable, blocks: tuple[int, ...]) -> _Frame:
         if not self.running_here():
             self._begin(key)
         elif torch.is_grad_enabled():
@@ -151,7 +170,7 @@ class Session:
         if failure is not None:
             raise failure
 
-    def _begin(self, key: int) -> None:
+    def _begin(self, key: Hashable) -> None:
         if os.getpid() != self.pid:
             raise ForkError(
                 "a streamed model cannot run in a forked child: its threads and its memory are not there. Load it in "
@@ -201,6 +220,8 @@ class Session:
 
     def _end(self, failed: bool) -> None:
         try:
+            if self.on_cpu is not None:
+                self.on_cpu.end_of_call()
             self._leave_contexts()
             self.executor.end(failed=failed)
         finally:
@@ -230,7 +251,9 @@ class Session:
             slot = lease.residence.slot
             slot.check_stamp(block)
             flagged = observed and self.flagged()
-            with self.bind_lock:
+            with self.returned:
+                while binding.on_cpu:
+                    self.returned.wait()
                 try:
                     for bound in binding.tensors:
                         self.appear(bound.parameter)
@@ -310,8 +333,10 @@ class Session:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             if weight is table.parameter and not isinstance(bias, self._absent_class):
                 whole_x, x = x, self._folded(x, table.parameter)
-                if table.splits(x):
-                    return unfolded(table.product(x, bias if x is whole_x else None, self._lend_piece), whole_x, bias)
+                if (self.on_cpu is not None and self.on_cpu.serves(table, x)) or table.splits(x):
+                    inside = bias if x is whole_x else None
+                    elsewhere = None if self.on_cpu is None else self.on_cpu.product(x, inside)
+                    return unfolded(table.product(x, inside, self._lend_piece, elsewhere), whole_x, bias)
         whole = table.whole()
         swapped = [swap(value, {id(table.parameter): whole}) for value in args]
         named = {name: swap(value, {id(table.parameter): whole}) for name, value in kwargs.items()}
@@ -363,6 +388,8 @@ class Session:
         """Leave placeholders in all parameters; a later call of the model raises `ClosedError`."""
         with self._root:
             self.closed = True
+            if self.on_cpu is not None:
+                self.on_cpu.close()
             for binding in self.bindings.values():
                 binding.restore()
                 for bound in binding.tensors:

@@ -123,12 +123,23 @@ class Table:
         return self._exact[key]
 
     def product(
-        self, x: torch.Tensor, bias: torch.Tensor | None, lend: Callable[[int], tuple[torch.Tensor, Callable[[], None]]]
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        lend: Callable[[int], tuple[torch.Tensor, Callable[[], None]]],
+        elsewhere: Callable[[Piece], torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
-        """x Wᵀ + b [..., rows], piece by piece. `lend(block)` gives a piece's tensor and the call that returns it."""
+        """x Wᵀ + b [..., rows], piece by piece. `lend(block)` gives a piece's tensor and the call that returns it.
+
+        `elsewhere` gives the part of a piece that another processor computes, or None.
+        """
         out: torch.Tensor | None = None
         parts = []
         for piece in self.pieces:
+            part = None if elsewhere is None else elsewhere(piece)
+            if part is not None:
+                parts.append(part)
+                continue
             weight, give_back = lend(piece.block)
             try:
                 parts.append(linear_piece(x, weight, bias, piece.start, out))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Hashable, Iterator
+from collections import deque
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator
 from typing import Any, Final
 
 from ..memory.errors import ClosedError, DoesNotFitError
@@ -41,6 +42,8 @@ class Core:
         nbytes: Size of each block, for the in-flight limit.
         inflight_nbytes: Prefetches under way are kept below this, so that a demand does not queue behind them.
         clock: Nanoseconds, monotonic.
+        on_cpu: Blocks that stay in `back` and are computed there at times. They are brought although no order of the
+            device's may ever name them.
     """
 
     def __init__(
@@ -55,8 +58,11 @@ class Core:
         timeline: Timeline,
         inflight_nbytes: int,
         poison: bool = False,
+        on_cpu: Iterable[int] = (),
     ) -> None:
         self.front, self.back = front, back
+        self._unasked = deque(on_cpu)
+        """Those of `on_cpu` that nobody has asked for yet."""
         self.lock = threading.Lock()
         self.orders = orders
         self.timeline = timeline
@@ -114,6 +120,26 @@ class Core:
                 self._tally.instant("mismatch" if held is not None else "demand", block)
         self.wake()
         return result
+
+    def acquire_host_nowait(self, block: int) -> Lease | Wish:
+        """The same of the host's copy of a block that stays there."""
+        back = self.back
+        assert back is not None, "there is one tier: it is the host"
+        assert block in back.permanent, f"block {block} only passes through the host"
+        with self.lock:
+            if self._broken is not None:
+                raise self._broken
+            self._failed.pop(block, None)
+            self._tally.on_cpu += 1
+            held = back.holding.get(block)
+            if held is not None and held.ready:
+                held.leases += 1
+                held.used = True
+                return Lease(residence=held)
+            wish = Wish(block=block, since_ns=self._clock(), host=True)
+            self._wishes.append(wish)
+        self.wake()
+        return wish
 
     def forget(self, wish: Wish) -> None:
         """The consumer that waited was interrupted."""
@@ -246,7 +272,7 @@ class Core:
     def _serve_wishes(self) -> list[Residence]:
         """Places for blocks that consumers wait for and that are neither held nor on their way."""
         placed = []
-        for wish in list(self._wishes):
+        for wish in [wish for wish in self._wishes if not wish.host]:
             held = self.front.holding.get(wish.block)
             if held is not None:
                 if held.ready:  # it arrived between the consumer's look and now
@@ -312,14 +338,25 @@ class Core:
     def _horizon(self) -> int:
         return min(len(self._nbytes) + 1, HORIZON)
 
+    def _serve_host_wishes(self, back: Tier) -> list[Residence]:
+        """Places for blocks that are waited for where they stay."""
+        placed = []
+        for wish in [wish for wish in self._wishes if wish.host]:
+            held = back.holding.get(wish.block)
+            if held is None:
+                placed.append(back.place(wish.block, urgent=True))
+            elif held.ready:
+                self._grant(wish, held)
+        return placed
+
     def _feed_back(self) -> list[Residence]:
-        """Host places: for blocks that the device is about to take, then ahead of it."""
+        """Host places: for those who wait there, for blocks that the device is about to take, then ahead of it."""
         back = self.back
         assert back is not None
+        placed = self._serve_host_wishes(back)
         wanted = [held for held in self.front.arriving.values() if held.block not in back.holding]
         wanted.sort(key=lambda held: not held.urgent)
         needed = self.front.arriving.keys()
-        placed: list[Residence] = []
         for held in wanted:
             victim = None
             if held.block not in back.permanent and not back.free:
@@ -334,6 +371,11 @@ class Core:
             if block in self.front.holding or block in back.holding:
                 continue
             if block in back.permanent or back.free:
+                placed.append(back.place(block, urgent=False))
+                flying += self._nbytes[block]
+        while self._unasked and flying < self._inflight_limit:
+            block = self._unasked.popleft()
+            if block in back.unloaded:
                 placed.append(back.place(block, urgent=False))
                 flying += self._nbytes[block]
         return placed
@@ -411,16 +453,16 @@ class Core:
             tier.settle(held, error)
             # a read ahead of need fails for the consumer too: nobody would notice, and it would be tried for ever
             unseen = error is not None and not held.pins and held.block not in self.front.holding
-            if tier is self.front or unseen:
-                waiting = [wish for wish in self._wishes if wish.block == held.block]
-                for wish in waiting:
-                    if error is None:
-                        self._grant(wish, held)
-                    else:
-                        self._wishes.remove(wish)
-                        wish.granted.set_exception(error)
-                if error is not None and not waiting:
-                    self._failed[held.block] = error
+            here = tier is self.back
+            waiting = [w for w in self._wishes if w.block == held.block and (unseen or w.host == here)]
+            for wish in waiting:
+                if error is None:
+                    self._grant(wish, held)
+                else:
+                    self._wishes.remove(wish)
+                    wish.granted.set_exception(error)
+            if error is not None and not waiting and (unseen or not here):
+                self._failed[held.block] = error
             if error is not None and not held.pins:
                 tier.drop(held.block)
         self.wake()
@@ -432,7 +474,8 @@ class Core:
         self._tally.waited_ns += waited
         self._wishes.remove(wish)
         self._tally.span("wait", wish.block, wish.since_ns)
-        self._tally.used(held, wish.since_ns)
+        if not wish.host:
+            self._tally.used(held, wish.since_ns)
         wish.granted.set_result(Lease(residence=held, waited_ns=waited))
 
     # --- telling ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Final
 
 from ..memory.errors import ClosedError, ForkError, StallError
 from .core import Core
-from .lease import Lease
+from .lease import Lease, Wish
 from .mover import Event, Mover
 from .tally import ExecutorStatistics
 
@@ -71,12 +71,28 @@ class Executor:
             PenstockError: the block could not be brought (the reader's own error), the executor was closed, or nothing
                 moved for too long.
         """
+        self._check_process()
+        return self._granted(self.core.acquire_nowait(block, observed=observed), block)
+
+    def acquire_host(self, block: int) -> Lease:
+        """A lease on the host's copy of a block that stays there, to compute with it on the CPU.
+
+        It counts as no access of the device's: nothing is learned of the order, and nothing is copied.
+
+        Raises:
+            PenstockError: as `acquire`.
+        """
+        self._check_process()
+        return self._granted(self.core.acquire_host_nowait(block), block)
+
+    def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise ForkError(
                 "a streamed model cannot be used in a forked child: its threads and its memory are not there. Load it "
                 "in the child, or use the 'spawn' start method"
             )
-        got = self.core.acquire_nowait(block, observed=observed)
+
+    def _granted(self, got: Lease | Wish, block: int) -> Lease:
         if isinstance(got, Lease):
             return got
         try:

@@ -27,4 +27,6 @@ class Wish:
 
     block: int
     since_ns: int
+    host: bool = False
+    """Whether it is the host's copy that is waited for, to compute with it there."""
     granted: Future[Lease] = field(default_factory=Future)

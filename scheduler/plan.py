@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Home = Literal["device", "host", "disk"]
+Computed = Literal["device", "cpu"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +29,10 @@ class PlannedBlock:
     slot_nbytes: int
     """Bytes of the slot it takes on the tier that computes."""
     home: Home
+    processor: Computed = "device"
+    """What computes it: the CPU from where it lies, in calls of few tokens, or always what computes all the rest."""
+    cpu_rows_below: int = 0
+    """Calls of fewer tokens are computed on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +60,7 @@ class Plan:
     disk_nbytes_per_sweep: int
     """Bytes read per sweep in which every block is used once."""
     link_nbytes_per_sweep: int
-    """Bytes copied host → device per sweep."""
+    """Bytes copied host → device per sweep of one token: blocks that the CPU computes then are not copied."""
     links: Links
     depth: int
     """Blocks that can be on their way or ready ahead of the one in use."""
@@ -88,6 +93,10 @@ class Plan:
         """How many blocks live on a tier."""
         return sum(block.home == home for block in self.blocks)
 
+    def on_cpu(self) -> tuple[PlannedBlock, ...]:
+        """Blocks that the CPU computes, in calls of few tokens."""
+        return tuple(block for block in self.blocks if block.processor == "cpu")
+
     def suggestion(self) -> str | None:
         """The one change of budget that would help most; None where nothing is streamed."""
         if self.resident:
@@ -96,4 +105,5 @@ class Plan:
             missing = self.home_nbytes("disk")
             return f"{missing / 2**20:.0f} MiB more host memory would end all reading from disk"
         missing = sum(block.nbytes for block in self.blocks if block.home != "device")
-        return f"{missing / 2**20:.0f} MiB more device memory would end all copying"
+        ends = "would end all copying" if self.link_nbytes_per_sweep else "would leave nothing to the CPU"
+        return f"{missing / 2**20:.0f} MiB more device memory {ends}"

@@ -27,6 +27,8 @@ class ExecutorStatistics:
     """Blocks brought and dropped without having been used."""
     exchanged: int
     """Blocks that took the place of another one that stayed, because the order that repeats does not use it."""
+    on_cpu: int
+    """Leases of host copies, for computing on the CPU. Not among the acquires, which are the device's."""
     orders: OrderStatistics
 
 
@@ -42,6 +44,7 @@ class Tally:
     demanded: int = 0
     waited_ns: int = 0
     exchanged: int = 0
+    on_cpu: int = 0
 
     def span(self, kind: Kind, block: int, start_ns: int, *, issued_ns: int = -1, urgent: bool = False) -> None:
         """Record what began at `start_ns` and ends now."""
@@ -79,13 +82,14 @@ class Tally:
             waited_ns=self.waited_ns,
             wasted=wasted,
             exchanged=self.exchanged,
+            on_cpu=self.on_cpu,
             orders=orders,
         )
 
 
 def who_waits(wishes: Iterable[Wish], front: Tier, back: Tier | None) -> str:
     """Who waits for what, on one line: the watchdog's text."""
-    waits = ", ".join(f"block {wish.block}" for wish in wishes) or "nothing"
+    waits = ", ".join(f"block {wish.block}{' in the host' if wish.host else ''}" for wish in wishes) or "nothing"
     flying = ", ".join(
         f"{tier.name}:{block}"
         for tier in (front, back)

@@ -123,6 +123,7 @@ def plan_summary(plan: Plan) -> dict[str, object]:
         "resident": plan.resident,
         "weights_nbytes": plan.weights_nbytes,
         "homes": {home: {"blocks": plan.blocks_at(home), "nbytes": plan.home_nbytes(home)} for home in homes},
+        "on_cpu": {"blocks": len(plan.on_cpu()), "nbytes": sum(block.nbytes for block in plan.on_cpu())},
         "host_nbytes": plan.host_nbytes,
         "host_budget_nbytes": plan.host_budget_nbytes,
         "device_nbytes": plan.device_nbytes,

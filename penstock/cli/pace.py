@@ -111,7 +111,7 @@ def _used(plan: Plan, records: list[Record]) -> Plan:
     read = {record.block for record in records if record.kind == "read"}
     copied = {record.block for record in records if record.kind == "copy"}
     on_disk = [block for block in plan.blocks if block.home == "disk"]
-    below = [block for block in plan.blocks if block.home != "device"]
+    below = [block for block in plan.blocks if block.home != "device" and block.processor == "device"]
     return dataclasses.replace(
         plan,
         disk_nbytes_per_sweep=int(plan.disk_nbytes_per_sweep * _share(read, {b.id: b.nbytes for b in on_disk})),

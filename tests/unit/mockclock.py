@@ -237,6 +237,7 @@ def make_rig(
     order: tuple[int, ...] | None = None,
     inflight: int = 1 << 40,
     droppable: tuple[int, ...] = (),
+    on_cpu: tuple[int, ...] = (),
 ) -> Rig:
     """A core with slots of one page; two tiers where `back_ring` is given. The disk and the copy stream are serial."""
     loop = MockClockLoop()
@@ -268,6 +269,7 @@ def make_rig(
         timeline=Timeline(),
         inflight_nbytes=inflight,
         poison=True,
+        on_cpu=on_cpu,
     )
     core.attach(loop)
     return Rig(loop, core, mover, orders)
