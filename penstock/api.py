@@ -22,9 +22,8 @@ from .runtime.loading import load as _load
 from .runtime.offloading import offload as _offload
 from .runtime.throughput import Completions
 from .runtime.throughput_choice import Sampling
-from .runtime.throughput_start import check_prompts, start
+from .runtime.throughput_start import Asked, Limits, check_prompts, start
 from .runtime.tiers import Wanted
-from .scheduler.microbatches import MOST_LANES
 from .sizes import parse_size
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -162,31 +161,22 @@ def generate_many(
         DoesNotFitError: the memory does not suffice for one prompt at a time.
         PenstockError: while iterating: the run failed. What was finished before has come before.
     """
-    handle = handle_of(model)
+    handle_of(model)
     listed = _token_ids(prompts, tokenizer)
     if not listed:
         raise UsageError("there are no prompts: give at least one")
     counts = [max_new_tokens] * len(listed) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if len(counts) != len(listed):
         raise UsageError(f"max_new_tokens has {len(counts)} numbers for {len(listed)} prompts: give one for each")
-    for name, value, most in (("rows", rows, None), ("lanes", lanes, MOST_LANES)):
-        if value is not None and (value < 1 or (most is not None and value > most)):
-            raise UsageError(f"{name}={value} has no meaning: give 1 {f'to {most}' if most else 'or more'}")
+    limits = Limits(room_nbytes=None if memory == "auto" else parse_size(memory), rows=rows, lanes=lanes)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    check_prompts(model, listed, counts)
-    work = start(
-        model,
-        handle,
-        handle.machinery,
-        prompts=listed,
-        new_tokens=counts,
-        sampling=sampling,
-        room_nbytes=None if memory == "auto" else parse_size(memory),
-        rows=rows,
-        lanes=lanes,
-    )
+    asked = [
+        Asked(index=index, ids=tuple(ids), new_tokens=count, name=f"prompt {index}")
+        for index, (ids, count) in enumerate(zip(listed, counts, strict=True))
+    ]
+    check_prompts(model, asked)
     decode = None if tokenizer is None else partial(tokenizer.decode, skip_special_tokens=True)
-    return Completions(work, ordered=ordered, decode=decode)
+    return Completions(start(model, asked, sampling, limits=limits), ordered=ordered, decode=decode)
 
 
 def _token_ids(prompts: Iterable[str | Sequence[int]], tokenizer: Any | None) -> list[list[int]]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Final
 
 import torch
 
 from ..memory.capacity import host_capacity
+from ..memory.errors import PenstockError
 from ..memory.ledger import process_ledger
 from ..scheduler.microbatches import Footprint
+from ..scheduler.sizes import Workload
 from .headroom import FRAMEWORK, headroom_nbytes
+
+logger = logging.getLogger(__name__)
 
 SLACK: Final = 1.15
 """Caches grow by copying; this is what the allocator keeps of the old ones."""
@@ -32,6 +37,37 @@ def footprint_of(config: Any, dtype: torch.dtype) -> Footprint:
         activation_nbytes_per_token=activations * SLACK,
         held_nbytes_per_token=activations * _HELD,
         logits_nbytes_per_sequence=max(per_sequence, 0),
+    )
+
+
+def rehearsed_footprint(
+    path: str, estimate: Footprint, *, tokens: int, dtype: str | torch.dtype, on_cpu: bool, trust_remote_code: bool
+) -> Footprint:
+    """What a sequence of so many tokens takes, measured by a run of the model on tensors without bytes.
+
+    `estimate` where that is not possible. Takes seconds.
+    """
+    from .sizing import measure_sizes  # imports half of torch again
+
+    try:
+        sizes = measure_sizes(
+            path,
+            workload=Workload(batch=1, context=max(tokens, 2)),
+            dtype=dtype,
+            on_cpu=on_cpu,
+            trust_remote_code=trust_remote_code,
+        )
+    except PenstockError as error:
+        logger.info("sizes are estimated from the config: %s", error)
+        return estimate
+    if not sizes.most.kv or not sizes.most.workspace:
+        return estimate
+    activations = max(0.0, sizes.most.workspace - estimate.logits_nbytes_per_sequence) / sizes.workload.context
+    return Footprint(
+        kv_nbytes_per_token=sizes.most.kv / sizes.workload.context * SLACK,
+        activation_nbytes_per_token=activations * SLACK,
+        held_nbytes_per_token=min(estimate.held_nbytes_per_token, activations),
+        logits_nbytes_per_sequence=estimate.logits_nbytes_per_sequence,
     )
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..memory.errors import UsageError
 from .options import MACHINE, Disk, Dtype, MaxMemory, TrustRemoteCode
 from .output import Output
+from .prompts import ManyRequest, digest, read_prompts
 from .request import Request, Sampling, read_prompt
+from .results import ResultFile
 
-_PROMPT = "Prompt (one of three)"
+_PROMPT = "Prompt (one of four)"
+_MANY = "Many prompts"
 _CHOICE = "Choice of tokens"
 
 
@@ -24,6 +29,23 @@ def run(
     prompt_ids: Annotated[
         str | None, typer.Option(help="Token ids to continue: 1,2,3.", metavar="IDS", rich_help_panel=_PROMPT)
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='File of prompts, one JSON value per line: "a text", or {"prompt": "a text"}; - is stdin.',
+            rich_help_panel=_PROMPT,
+        ),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option("--output", help="File for the results, one JSON line each.", rich_help_panel=_MANY),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the results that are there.", rich_help_panel=_MANY)
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write a file of results anew.", rich_help_panel=_MANY)
+    ] = False,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the text into the chat template.", rich_help_panel=_PROMPT)
     ] = False,
@@ -55,12 +77,40 @@ def run(
     how close the run came to the machine's limit go to stderr.
 
     Example: penstock run ./llama --prompt "The sea" --max-memory host=8GiB
+
+    With --prompts, many prompts share every pass over the weights. Their results go to --output, or to stdout, as they
+    finish. A run that was interrupted goes on with --resume.
     """
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    if prompts is not None:
+        others = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompt-ids": prompt_ids}
+        if given := [name for name, value in others.items() if value is not None]:
+            raise UsageError(f"--prompts and {given[0]} exclude each other: give one of them")
+        many = ManyRequest(
+            checkpoint=checkpoint,
+            file=prompts,
+            output=results,
+            resume=resume,
+            force=force,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            max_memory=max_memory,
+            device=device,
+            disk=disk,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            as_json=as_json,
+        )
+        _run_many(many)
+        return
+    if results is not None or resume or force:
+        raise UsageError("--output, --resume and --force are about results of many prompts: give those by --prompts")
     request = Request(
         checkpoint=checkpoint,
         prompt=read_prompt(text=prompt, file=prompt_file, ids=prompt_ids, chat=chat),
         max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+        sampling=sampling,
         max_memory=max_memory,
         device=device,
         disk=disk,
@@ -72,3 +122,22 @@ def run(
     with output.busy("starting"):
         from .generation import carry_out  # torch and transformers take seconds
     carry_out(request, output)
+
+
+def _run_many(request: ManyRequest) -> None:
+    lines = read_prompts(request.file)
+    output = Output()
+    with ExitStack() as stack:
+        results = None
+        if request.output is not None:
+            found = ResultFile(
+                request.output,
+                prompts=len(lines),
+                digest=digest(lines, request),
+                resume=request.resume,
+                force=request.force,
+            )
+            results = stack.enter_context(found)
+        with output.busy("starting"):
+            from .batch import carry_out_many  # as above
+        carry_out_many(request, lines, results, output)
