@@ -157,7 +157,8 @@ def schedule(
 def cut(jobs: Sequence[Job], rows: int, *, chunk: int | None, pads: bool) -> tuple[MicroBatch, ...]:
     """Micro-batches of at most `rows` prompts, of like lengths, the longest first.
 
-    A prompt joins longer ones if it is at least half as long, so that little of a batch is padding.
+    A prompt joins longer ones if it is at least half as long, so that little of a batch is padding, and if it may go on
+    at least half as long.
     """
     found: list[MicroBatch] = []
     members: list[Job] = []
@@ -175,14 +176,18 @@ def cut(jobs: Sequence[Job], rows: int, *, chunk: int | None, pads: bool) -> tup
         members.clear()
 
     for job in sorted(jobs, key=lambda job: (-job.new_tokens, -job.prompt_tokens, job.index)):
-        if members:
-            longest = members[0].prompt_tokens
-            alike = job.prompt_tokens == longest if not pads else 2 * job.prompt_tokens >= longest
-            if len(members) == rows or not alike:
-                close()
+        if members and (len(members) == rows or not _alike(members[0], job, pads)):
+            close()
         members.append(job)
     close()
     return tuple(found)
+
+
+def _alike(first: Job, job: Job, pads: bool) -> bool:
+    """Whether a prompt may run together with one that comes before it."""
+    if 2 * job.new_tokens < first.new_tokens or 2 * job.prompt_tokens < first.prompt_tokens:
+        return False
+    return job.prompt_tokens <= first.prompt_tokens if pads else job.prompt_tokens == first.prompt_tokens
 
 
 def worth_compacting(*, live: int, rows: int, steps_left: int) -> bool:
