@@ -9,7 +9,7 @@ the prompts and on the chosen sizes only.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ..memory.errors import DoesNotFitError
@@ -70,8 +70,12 @@ class MicroBatch:
     """Of the longest."""
     new_tokens: int
     """The most that any of them may be continued by."""
-    chunk: int | None
+    chunk: int | None = None
     """Tokens per prompt and sweep of its prefill; None for all at once."""
+
+    def in_chunks(self, chunk: int | None) -> MicroBatch:
+        """The same with its prefill in pieces, if it is longer than one."""
+        return replace(self, chunk=chunk) if chunk is not None and self.prompt_tokens > chunk else self
 
     @property
     def prefill_tokens(self) -> int:
@@ -131,8 +135,9 @@ def schedule(
     best: Schedule | None = None
     needed = None
     for count in [rows] if rows else _row_counts(len(jobs)):
+        whole = cut(jobs, count, pads=pads)
         for chunk in CHUNKS:
-            batches = cut(jobs, count, chunk=chunk, pads=pads)
+            batches = tuple(batch.in_chunks(chunk) for batch in whole)
             if chunk is not None and all(batch.chunk is None for batch in batches):
                 continue  # the same as without
             for option in _options(batches, footprint, machine, lanes, most_lanes):
@@ -154,7 +159,7 @@ def schedule(
     return best
 
 
-def cut(jobs: Sequence[Job], rows: int, *, chunk: int | None, pads: bool) -> tuple[MicroBatch, ...]:
+def cut(jobs: Sequence[Job], rows: int, *, pads: bool) -> tuple[MicroBatch, ...]:
     """Micro-batches of at most `rows` prompts, of like lengths, the longest first.
 
     A prompt joins longer ones if it is at least half as long, so that little of a batch is padding, and if it may go on
@@ -164,13 +169,11 @@ def cut(jobs: Sequence[Job], rows: int, *, chunk: int | None, pads: bool) -> tup
     members: list[Job] = []
 
     def close() -> None:
-        longest = members[0].prompt_tokens
         found.append(
             MicroBatch(
                 indices=tuple(job.index for job in members),
-                prompt_tokens=longest,
+                prompt_tokens=max(job.prompt_tokens for job in members),
                 new_tokens=members[0].new_tokens,
-                chunk=chunk if chunk is not None and longest > chunk else None,
             )
         )
         members.clear()
@@ -218,8 +221,10 @@ class Prefills:
 
 
 def _row_counts(jobs: int) -> list[int]:
-    """Sizes of micro-batches that are tried: those that divide the prompts evenly."""
-    return sorted({-(-jobs // parts) for parts in range(1, jobs + 1)} & set(range(1, MOST_ROWS + 1)) | {1})
+    """Sizes of micro-batches that are tried: those that divide few prompts evenly, and steps of a quarter."""
+    even = {-(-jobs // parts) for parts in range(1, min(jobs, MOST_ROWS) + 1)}
+    steps = {power * quarters // 4 for power in (1, 2, 4, 8, 16, 32, 64) for quarters in (4, 5, 6, 7)} | {MOST_ROWS}
+    return sorted(count for count in (even if jobs <= 2 * MOST_ROWS else steps) | {1} if count <= MOST_ROWS)
 
 
 def _options(

@@ -35,23 +35,23 @@ def machine(room: int, *, weights: int = 10**9, sweep_s: float | None = 1.0) -> 
 
 
 def test_the_longest_come_first_and_like_lengths_together() -> None:
-    batches = cut(jobs(5, 40, 9, 38, 10, 6), 2, chunk=None, pads=True)
+    batches = cut(jobs(5, 40, 9, 38, 10, 6), 2, pads=True)
     assert [batch.indices for batch in batches] == [(1, 3), (4, 2), (5, 0)]
     assert [batch.prompt_tokens for batch in batches] == [40, 10, 6]
 
 
 def test_little_is_padding() -> None:
-    assert [b.indices for b in cut(jobs(40, 20, 19), 3, chunk=None, pads=True)] == [(0, 1), (2,)]
+    assert [b.indices for b in cut(jobs(40, 20, 19), 3, pads=True)] == [(0, 1), (2,)]
 
 
 def test_equal_lengths_only_where_padding_is_not_allowed() -> None:
-    batches = cut(jobs(5, 6, 5, 6, 6), 2, chunk=None, pads=False)
+    batches = cut(jobs(5, 6, 5, 6, 6), 2, pads=False)
     assert [batch.indices for batch in batches] == [(1, 3), (4,), (0, 2)]
 
 
 def test_prompts_that_go_on_longer_run_together() -> None:
     mixed = [Job(index=0, prompt_tokens=9, new_tokens=4), Job(index=1, prompt_tokens=3, new_tokens=64)]
-    (first, second) = cut(mixed, 2, chunk=None, pads=True)
+    (first, second) = cut(mixed, 2, pads=True)
     assert (first.indices, first.new_tokens) == ((1,), 64)
     assert (second.indices, second.new_tokens) == ((0,), 4)
 
@@ -152,3 +152,11 @@ def test_a_prefill_in_pieces_counts_until_its_last_piece() -> None:
 )
 def test_when_a_batch_is_made_smaller(live: int, rows: int, left: int, worth: bool) -> None:
     assert worth_compacting(live=live, rows=rows, steps_left=left) is worth
+
+
+def test_many_prompts_are_planned_in_no_time() -> None:
+    """The choices that are tried do not grow with the prompts."""
+    many = [Job(index=i, prompt_tokens=32 + i * 37 % 900, new_tokens=32) for i in range(5000)]
+    found = schedule(many, FOOTPRINT, machine(10**7))
+    assert sum(len(batch.indices) for batch in found.batches) == 5000
+    assert found.nbytes <= 10**7
