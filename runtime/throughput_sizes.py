@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -43,9 +44,11 @@ def footprint_of(config: Any, dtype: torch.dtype) -> Footprint:
 def rehearsed_footprint(
     path: str, estimate: Footprint, *, tokens: int, dtype: str | torch.dtype, on_cpu: bool, trust_remote_code: bool
 ) -> Footprint:
-    """What a sequence of so many tokens takes, measured by a run of the model on tensors without bytes.
+    """`estimate` with the keys and values, or states, of a sequence of so many tokens as they are in a run of the model
+    on tensors without bytes. Takes seconds.
 
-    `estimate` where that is not possible. Takes seconds.
+    Activations stay estimated: the peak of such a run is often that of the output layer, which a streamed model takes
+    in pieces.
     """
     from .sizing import measure_sizes  # imports half of torch again
 
@@ -60,15 +63,9 @@ def rehearsed_footprint(
     except PenstockError as error:
         logger.info("sizes are estimated from the config: %s", error)
         return estimate
-    if not sizes.most.kv or not sizes.most.workspace:
+    if not sizes.most.kv:
         return estimate
-    activations = max(0.0, sizes.most.workspace - estimate.logits_nbytes_per_sequence) / sizes.workload.context
-    return Footprint(
-        kv_nbytes_per_token=sizes.most.kv / sizes.workload.context * SLACK,
-        activation_nbytes_per_token=activations * SLACK,
-        held_nbytes_per_token=min(estimate.held_nbytes_per_token, activations),
-        logits_nbytes_per_sequence=estimate.logits_nbytes_per_sequence,
-    )
+    return replace(estimate, kv_nbytes_per_token=sizes.most.kv / sizes.workload.context * SLACK)
 
 
 def _kv_nbytes_per_token(config: Any, dtype: torch.dtype) -> int:

@@ -1,4 +1,4 @@
-"""Many prompts of different lengths: what is asked of every contender of the throughput benchmark, and how it reports."""
+"""Many prompts of different lengths: what every contender of the throughput benchmark is asked, and what it reports."""
 
 import argparse
 import json

@@ -80,7 +80,7 @@ def _run(
     work = start(loaded.model, prompts, sampling, limits=Limits(), choice=loaded.choice)
     began, waited = time.monotonic(), handle.statistics().waited_s
     with Completions(work, ordered=False, decode=None) as completions:
-        output.notes.print(_told(completions.statistics()))
+        output.notes.print(_told(completions.statistics(), streams=not handle.plan.resident))
         try:
             with _bar(output, completions.statistics):
                 for done in completions:
@@ -143,12 +143,12 @@ def _bar(output: Output, reached: Callable[[], ThroughputStatistics]) -> Iterato
         yield
 
 
-def _told(statistics: ThroughputStatistics) -> Text:
+def _told(statistics: ThroughputStatistics, *, streams: bool) -> Text:
     choice = statistics.schedule
     rows = max(len(batch.indices) for batch in choice.batches)
     text = f"{statistics.prompts} prompts in {len(choice.batches)} micro-batches of up to {rows}, {choice.lanes} at "
-    text += f"once: up to {format_size(choice.nbytes)} for keys, values and activations, about {choice.sweeps} sweeps"
-    return Text(text)
+    text += f"once: up to {format_size(choice.nbytes)} for keys, values and activations"
+    return Text(text + f", about {choice.sweeps} sweeps" if streams else text)
 
 
 def _pace(handle: Handle, reached: ThroughputStatistics, seconds: float, waited_s: float) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from zoo.budgets import DEVICES, PLENTY, find_budget, streamed
 
 import penstock
 from penstock.runtime.throughput_batch import ways_of
+from penstock.runtime.throughput_sizes import SLACK, footprint_of, rehearsed_footprint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -402,3 +403,25 @@ def test_lanes_are_few_and_their_threads_have_names(model: Any) -> None:
     finally:
         handle.remove()
     assert names <= {f"penstock-lane-{lane}" for lane in range(16)}
+
+
+def test_models_that_keep_a_calls_state_run_one_batch_at_a_time(model: Any, resident: Any) -> None:
+    model.model.rope_deltas = None
+    try:
+        run = penstock.generate_many(model, ragged(5, 9), max_new_tokens=NEW, rows=1)
+        assert {done.index: done.ids for done in run} == dict(enumerate(alone(resident, ragged(5, 9), do_sample=False)))
+        assert run.statistics().schedule.lanes == 1
+    finally:
+        del model.model.rope_deltas
+
+
+def test_sizes_by_config_and_by_rehearsal(folder: Path, resident: Any) -> None:
+    """Five layers, two heads of 16 for keys and values, fp32: 1280 bytes per token."""
+    estimate = footprint_of(resident.config, torch.float32)
+    assert estimate.kv_nbytes_per_token == 1280 * SLACK
+    measured = rehearsed_footprint(str(folder), estimate, tokens=40, dtype="auto", on_cpu=True, trust_remote_code=False)
+    assert measured.kv_nbytes_per_token == pytest.approx(1280 * SLACK, rel=0.05)
+    missing = rehearsed_footprint(
+        str(folder / "no"), estimate, tokens=40, dtype="auto", on_cpu=True, trust_remote_code=False
+    )
+    assert missing == estimate
