@@ -135,7 +135,7 @@ def test_results_need_prompts(checkpoint: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_too_little_memory_is_3(checkpoint: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(checkpoint, prompts, "--max-memory", "host=400KiB") == 3
+    assert run(checkpoint, prompts, "--max-memory", "host=200KiB") == 3
     assert "bytes" in capsys.readouterr().err
 
 
