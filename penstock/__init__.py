@@ -24,13 +24,14 @@ from .memory.errors import (
 )
 
 if TYPE_CHECKING:
-    from .api import close, explain, load, offload
+    from .api import close, explain, generate_many, load, offload
     from .runtime.profiler.profiler import Profiler
 
 _LAZY = {
     "Profiler": "runtime.profiler.profiler",
     "close": "api",
     "explain": "api",
+    "generate_many": "api",
     "load": "api",
     "offload": "api",
 }
@@ -50,6 +51,7 @@ __all__ = [
     "UsageError",
     "close",
     "explain",
+    "generate_many",
     "load",
     "offload",
 ]

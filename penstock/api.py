@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,11 @@ from .runtime.explain import Explanation
 from .runtime.handle import Handle
 from .runtime.loading import load as _load
 from .runtime.offloading import offload as _offload
+from .runtime.throughput import Completions
+from .runtime.throughput_choice import Sampling
+from .runtime.throughput_start import Asked, Limits, check_prompts, start
 from .runtime.tiers import Wanted
+from .sizes import parse_size
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 MaxMemory = str | Mapping[str, int | str]
@@ -108,6 +113,85 @@ def offload(
     )
 
 
+def generate_many(
+    model: Any,
+    prompts: Iterable[str | Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int] = 64,
+    tokenizer: Any | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int = 0,
+    ordered: bool = False,
+    memory: int | str = "auto",
+    rows: int | None = None,
+    lanes: int | None = None,
+) -> Completions:
+    """Continue many prompts, with all of them sharing every pass over the weights.
+
+    Prompts of like lengths form micro-batches. Several are under way at once, each in its own `generate`; all of them
+    use a block before the next one is brought, so a sweep reads the streamed weights once and gives every sequence a
+    token. As soon as a micro-batch has ended the next one begins, its prefill in the same sweeps as the others' tokens.
+
+    Returns an iterator of `Completion`s as they finish, each with the index of its prompt. The work begins at once, in
+    threads of its own; it ends with the iterator: when that is exhausted, closed, or dropped.
+
+    How prompts are batched is decided by the prompts and by `rows` and `lanes`; where these are not given, they follow
+    from the memory that is free. The same batches give the same bits. Other batches, or prompts run by themselves,
+    give results that are equal to rounding: where two tokens are almost equally likely, another one may be chosen.
+
+    Args:
+        model: What `load` or `offload` returned; a transformers model that continues texts.
+        prompts: Lists of token ids, or texts where a tokenizer is given.
+        max_new_tokens: The most to add to each prompt, or one number per prompt.
+        tokenizer: Turns texts into token ids, and new tokens into `Completion.text`.
+        temperature: Sample at this temperature; None or 0 takes the likeliest token.
+        top_p: Sample from this share of the probability; default: as the checkpoint says.
+        top_k: Sample from so many tokens; default: as the checkpoint says, or 50.
+        seed: What a prompt draws depends on this, its index, and the model's scores, not on the other prompts.
+        ordered: Give results in the order of the prompts; a finished one then waits for those before it.
+        memory: For keys, values and activations: bytes or a size; "auto" is what is free beside the weights.
+        rows: Prompts per micro-batch; default: chosen for the least time.
+        lanes: Micro-batches at once, at most 16; default: chosen.
+
+    Raises:
+        UsageError: an argument has no meaning, or a prompt is empty or too long for the model; it is named.
+        DoesNotFitError: the memory does not suffice for one prompt at a time.
+        PenstockError: while iterating: the run failed. What was finished before has come before.
+    """
+    handle_of(model)
+    listed = _token_ids(prompts, tokenizer)
+    if not listed:
+        raise UsageError("there are no prompts: give at least one")
+    counts = [max_new_tokens] * len(listed) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(counts) != len(listed):
+        raise UsageError(f"max_new_tokens has {len(counts)} numbers for {len(listed)} prompts: give one for each")
+    limits = Limits(room_nbytes=None if memory == "auto" else parse_size(memory), rows=rows, lanes=lanes)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    asked = [
+        Asked(index=index, ids=tuple(ids), new_tokens=count, name=f"prompt {index}")
+        for index, (ids, count) in enumerate(zip(listed, counts, strict=True))
+    ]
+    check_prompts(model, asked)
+    decode = None if tokenizer is None else partial(tokenizer.decode, skip_special_tokens=True)
+    return Completions(start(model, asked, sampling, limits=limits), ordered=ordered, decode=decode)
+
+
+def _token_ids(prompts: Iterable[str | Sequence[int]], tokenizer: Any | None) -> list[list[int]]:
+    if isinstance(prompts, str):
+        raise UsageError("prompts is one text: give a list of prompts")
+    found: list[list[int]] = []
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            found.append([int(token) for token in prompt])
+        elif tokenizer is None:
+            raise UsageError(f"prompt {index} is a text: give tokenizer=, or token ids")
+        else:
+            found.append(list(tokenizer(prompt)["input_ids"]))
+    return found
+
+
 def close(model: nn.Module) -> None:
     """Free everything that a streamed model holds: memory, threads, scratch files. It cannot run afterwards."""
     handle_of(model).close()
@@ -141,4 +225,4 @@ def _folders(disk: Folders | None) -> list[str]:
     return [os.fspath(folder) for folder in named]
 
 
-__all__ = ["Device", "close", "explain", "handle_of", "link_cache", "load", "offload"]
+__all__ = ["Device", "close", "explain", "generate_many", "handle_of", "link_cache", "load", "offload"]

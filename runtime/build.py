@@ -147,6 +147,11 @@ class Machinery:
         if isinstance(self.front_arena, HostArena):
             self.front_arena.allow_fork()
 
+    @property
+    def closing(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
     def on_close(self, callback: Callable[[], None]) -> None:
         """Have something released at the end."""
         self._on_close.append(callback)

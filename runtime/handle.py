@@ -63,6 +63,11 @@ class Handle:
             self._finalizer = weakref.finalize(module, _close_elsewhere, machinery)
 
     @property
+    def machinery(self) -> Machinery | None:
+        """What runs the model, for the rest of the runtime; None where a module was left as it was."""
+        return self._machinery
+
+    @property
     def timeline(self) -> Timeline:
         """Records of reads, copies and waits."""
         return Timeline(1) if self._machinery is None else self._machinery.timeline

@@ -1,7 +1,8 @@
 """A streamed model while it runs: leases around forwards, one root call at a time.
 
 The top of the data path, per call of a module that anchors blocks: acquire and bind its blocks, run its own forward,
-unbind and release. The outermost such call is the root call: it takes the model's lock and tells the executor.
+unbind and release. The outermost such call is the root call: it takes the model's lock and tells the executor. Several
+root calls may go on together as members of a sweep (`sweep.py`), of which one at a time computes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,24 +22,19 @@ from ..memory.arena import AnyArena
 from ..memory.errors import ClosedError, ForkError, UsageError
 from ..scheduler.executor import WATCH_S, Executor
 from ..scheduler.lease import Lease
+from ..scheduler.mover import Event
 from .binding import Binding
+from .calls import Frame, RootCall
 from .devices.base import Device
 from .intercept import absent_class, is_linear, rows_wanted
 from .oncpu import OnCpu
 from .operands import copy_in_place_of, storage_address, swap, unfolded
 from .saved import SavedTensors
+from .sweep import Sweep
 from .tables import Table
+from .views import aliases, without_views
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class _Frame:
-    """One call of a wrapped module."""
-
-    leases: list[Lease] = field(default_factory=list)
-    own: int = 0
-    """How many of them the module itself asked for; the others are kept for views that it took."""
 
 
 class Session:
@@ -82,10 +77,10 @@ class Session:
         for table in tables.values():
             self.vanish(table.parameter)
         self._saved = SavedTensors(self)
-        self._frames: list[_Frame] = []
         self._root = threading.RLock()
-        self._owner: int | None = None
-        self._contexts: list[AbstractContextManager[Any]] = []
+        self._run: RootCall | None = None
+        """The root call that computes now."""
+        self._sweep: Sweep | None = None
         self.bind_lock = threading.RLock()
         self.returned = threading.Condition(self.bind_lock)
         """Told when the CPU gives weights back."""
@@ -116,7 +111,7 @@ class Session:
                         result = inner(*args, **kwargs)
                 else:
                     result = inner(*args, **kwargs)
-                result = self._without_views(result)
+                result = without_views(result, self._base)
                 failed = False
                 return result
             finally:
@@ -135,13 +130,13 @@ class Session:
         finally:
             self._leave(frame, failed)
 
-    def _enter(self, key: Hashable, blocks: tuple[int, ...]) -> _Frame:
+    def _enter(self, key: Hashable, blocks: tuple[int, ...]) -> Frame:
         if not self.running_here():
             self._begin(key)
         elif torch.is_grad_enabled():
             self._refuse_other_hooks()
-        frame = _Frame()
-        self._frames.append(frame)
+        frame = Frame()
+        self._frames().append(frame)
         try:
             for block in blocks:
                 frame.leases.append(self.lend(block))
@@ -151,14 +146,20 @@ class Session:
             raise
         return frame
 
-    def _leave(self, frame: _Frame, failed: bool) -> None:
-        assert self._frames[-1] is frame, "frames do not nest"
+    def _leave(self, frame: Frame, failed: bool) -> None:
+        frames = self._frames()
+        assert frames[-1] is frame, "frames do not nest"
         try:
             self._release(frame.leases)
         finally:
-            self._frames.pop()
-            if not self._frames:
+            frames.pop()
+            if not frames:
                 self._end(failed)
+
+    def _frames(self) -> list[Frame]:
+        """The calls under way in the root call that computes."""
+        assert self._run is not None
+        return self._run.frames
 
     def _release(self, leases: list[Lease]) -> None:
         failure: BaseException | None = None
@@ -176,30 +177,58 @@ class Session:
                 "a streamed model cannot run in a forked child: its threads and its memory are not there. Load it in "
                 "the child, or use the 'spawn' start method"
             )
+        sweep = self._sweep if self._sweep is not None and self._sweep.takes_part() else None
+        if sweep is not None:
+            sweep.begin(key)
+        else:
+            self._lock()
+            try:
+                self.executor.begin(key)
+            except BaseException:
+                self._root.release()
+                raise
+        self._run = run = RootCall(thread=threading.get_ident(), sweep=sweep)
+        try:
+            if torch.is_grad_enabled():
+                hooks = self._saved.hooks()
+                hooks.__enter__()
+                run.contexts.append(hooks)
+        except BaseException:
+            self._end(True)
+            raise
+
+    def _lock(self) -> None:
+        """Wait until nobody else runs this model.
+
+        Raises:
+            ClosedError: it was closed.
+        """
         while not self._root.acquire(timeout=WATCH_S):
+            run = self._run
             logger.warning(
                 "thread %d waits for its turn: thread %s runs this model. If that one waits for this one (a forward "
                 "that calls its submodules in other threads), neither will go on",
                 threading.get_ident(),
-                self._owner,
+                None if run is None else run.thread,
             )
-        try:
-            if self.closed:
-                raise ClosedError("the model was closed by penstock.close(); load it again")
-            self.executor.begin(key)
-            self._owner = threading.get_ident()
-            try:
-                for context in self._root_contexts():
-                    context.__enter__()
-                    self._contexts.append(context)
-            except BaseException:
-                self._leave_contexts()
-                self.executor.end(failed=True)
-                raise
-        except BaseException:
-            self._owner = None
+        if self.closed:
             self._root.release()
-            raise
+            raise ClosedError("the model was closed by penstock.close(); load it again")
+
+    @contextmanager
+    def alone(self, sweep: Sweep | None = None) -> Iterator[None]:
+        """Keep the model from all other threads, except the members of a sweep, while the context lasts.
+
+        Raises:
+            ClosedError: it was closed.
+        """
+        self._lock()
+        self._sweep = sweep
+        try:
+            yield
+        finally:
+            self._sweep = None
+            self._root.release()
 
     def _refuse_other_hooks(self) -> None:
         """torch applies only the innermost saved-tensor hooks: others than ours would keep views of slots, silently."""
@@ -210,27 +239,24 @@ class Session:
                 "that are about to be replaced, and give wrong gradients: switch them off, or run under torch.no_grad()"
             )
 
-    def _root_contexts(self) -> Iterator[AbstractContextManager[Any]]:
-        if torch.is_grad_enabled():
-            yield self._saved.hooks()
-
-    def _leave_contexts(self) -> None:
-        while self._contexts:
-            self._contexts.pop().__exit__(None, None, None)
-
     def _end(self, failed: bool) -> None:
+        run = self._run
+        assert run is not None
         try:
             if self.on_cpu is not None:
                 self.on_cpu.end_of_call()
-            self._leave_contexts()
-            self.executor.end(failed=failed)
+            while run.contexts:
+                run.contexts.pop().__exit__(None, None, None)
+            (self.executor if run.sweep is None else run.sweep).end(failed=failed)
         finally:
-            self._owner = None
-            self._root.release()
+            self._run = None
+            if run.sweep is None:
+                self._root.release()
 
     def running_here(self) -> bool:
         """Whether the calling thread is inside a root call."""
-        return self._owner == threading.get_ident()
+        run = self._run
+        return run is not None and run.thread == threading.get_ident()
 
     def flagged(self) -> bool:
         """Whether lent weights are to want a gradient, as those of `from_pretrained` do, where none is recorded.
@@ -244,7 +270,7 @@ class Session:
 
     def lend(self, block: int, *, observed: bool = True) -> Lease:
         """Acquire a block and lend its bytes to its parameters; `observed` if it is part of the model's own run."""
-        lease = self.executor.acquire(block, observed=observed)
+        lease = self._acquire(block, observed=observed)
         try:
             self.device.compute_waits(lease.residence.event)
             binding = self.bindings[block]
@@ -263,8 +289,21 @@ class Session:
                     raise
             return lease
         except BaseException:  # an interrupt while the copy was waited for must not cost a slot
-            self.executor.release(lease)
+            self._give_back(lease, None)
             raise
+
+    def _acquire(self, block: int, *, observed: bool = True) -> Lease:
+        run = self._run
+        if not observed or run is None or run.sweep is None:
+            return self.executor.acquire(block, observed=observed)
+        try:
+            return run.sweep.acquire(block)
+        finally:
+            self._run = run  # others may have run meanwhile
+
+    def _give_back(self, lease: Lease, event: Event) -> None:
+        giver = self.executor if self._sweep is None else self._sweep
+        giver.release(lease, event)
 
     def take_back(self, lease: Lease) -> None:
         """Leave placeholders and release the block after what the compute stream holds now."""
@@ -276,7 +315,7 @@ class Session:
                 finally:
                     self._mark_absent(binding)
         finally:
-            self.executor.release(lease, self.device.computed())
+            self._give_back(lease, self.device.computed())
 
     def appear(self, parameter: nn.Parameter) -> None:
         """Its bytes are there, or about to be: operations use them as they are."""
@@ -306,9 +345,11 @@ class Session:
             for block in dict.fromkeys(h for p in missing if isinstance(h := self._homes.get(id(p)), int)):
                 leases.append(self.lend(block))
             result = func(*args, **kwargs)
-            if self._aliases(result):  # a view was taken: it must stay valid until the module that took it returns
+            if aliases(
+                result, self._base
+            ):  # a view was taken: it must stay valid until the module that took it returns
                 if self._can_keep(leases):
-                    self._frames[-1].leases.extend(leases)
+                    self._frames()[-1].leases.extend(leases)
                     leases = []
                 else:
                     copies = {id(p): copy_in_place_of(p) for p in missing}
@@ -319,9 +360,13 @@ class Session:
 
     def _can_keep(self, leases: list[Lease]) -> bool:
         """Whether slots are to spare for leases that last longer than a call; slots of resident blocks always are."""
+        run = self._run
+        if run is None or not run.frames:
+            return False
         ring = [lease for lease in leases if not lease.residence.permanent]
-        kept = sum(not lease.residence.permanent for frame in self._frames for lease in frame.leases[frame.own :])
-        return bool(self._frames) and (not ring or kept + len(ring) <= self._spare_slots)
+        kept = sum(not lease.residence.permanent for frame in run.frames for lease in frame.leases[frame.own :])
+        spare = self._spare_slots if run.sweep is None else 0  # each member would take its own
+        return not ring or kept + len(ring) <= spare
 
     def _call_table(self, table: Table, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows = rows_wanted(func, args, kwargs)
@@ -333,7 +378,8 @@ class Session:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             if weight is table.parameter and not isinstance(bias, self._absent_class):
                 whole_x, x = x, self._folded(x, table.parameter)
-                if (self.on_cpu is not None and self.on_cpu.serves(table, x)) or table.splits(x):
+                served = self.on_cpu is not None and self.on_cpu.serves(table, x)
+                if served or self._sweep is not None or table.splits(x):  # a sweep is equal to rounding
                     inside = bias if x is whole_x else None
                     elsewhere = None if self.on_cpu is None else self.on_cpu.product(x, inside)
                     return unfolded(table.product(x, inside, self._lend_piece, elsewhere), whole_x, bias)
@@ -349,38 +395,16 @@ class Session:
         return x.reshape(-1, x.shape[-1])
 
     def _lend_piece(self, block: int) -> tuple[torch.Tensor, Callable[[], None]]:
-        lease = self.executor.acquire(block)
+        lease = self._acquire(block)
         try:
             self.device.compute_waits(lease.residence.event)
             binding = self.bindings[block]
             view = binding.views(self.arena, lease.residence.slot)[0].detach()
             view.requires_grad_(binding.tensors[0].parameter.requires_grad)
         except BaseException:
-            self.executor.release(lease)
+            self._give_back(lease, None)
             raise
-        return view, lambda: self.executor.release(lease, self.device.computed())
-
-    def _without_views(self, result: Any) -> Any:
-        """A module's result with fresh copies in the place of views of its weights, which are about to leave."""
-        if isinstance(result, torch.Tensor):
-            if isinstance(result, nn.Parameter) or not self._aliases(result):
-                return result
-            return result.clone()
-        if type(result) is tuple or type(result) is list:
-            found = [self._without_views(value) for value in result]
-            same = all(a is b for a, b in zip(found, result, strict=True))
-            return result if same else type(result)(found)
-        if isinstance(result, dict):  # transformers' outputs are dicts too
-            for key, value in result.items():
-                fresh = self._without_views(value)
-                if fresh is not value:
-                    result[key] = fresh
-        return result
-
-    def _aliases(self, result: Any) -> bool:
-        """Whether a result shares the arena's memory."""
-        values = result if isinstance(result, tuple | list) else (result,)
-        return any(isinstance(v, torch.Tensor) and storage_address(v) == self._base for v in values)
+        return view, lambda: self._give_back(lease, self.device.computed())
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

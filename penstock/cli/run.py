@@ -1,53 +1,81 @@
-"""`penstock run`: continue a prompt with a checkpoint that may be larger than memory."""
+"""`penstock run`: continue one prompt, or many, with a checkpoint that may be larger than memory."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..memory.errors import UsageError
 from .options import MACHINE, Disk, Dtype, MaxMemory, TrustRemoteCode
 from .output import Output
+from .prompts import ManyRequest, digest, read_prompts
 from .request import Request, Sampling, read_prompt
+from .results import ResultFile
 
-_PROMPT = "Prompt (one of three)"
+_PROMPT = "Prompt (one of four)"
+_MANY = "Many prompts"
 _CHOICE = "Choice of tokens"
+
+_Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Folder of a safetensors checkpoint, or a Hub id.")]
+_Prompt = Annotated[str | None, typer.Option(help="Text to continue.", rich_help_panel=_PROMPT)]
+_PromptFile = Annotated[
+    Path | None, typer.Option(help="File with the text to continue; - is stdin.", rich_help_panel=_PROMPT)
+]
+_PromptIds = Annotated[
+    str | None, typer.Option(help="Token ids to continue: 1,2,3.", metavar="IDS", rich_help_panel=_PROMPT)
+]
+_Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        help='File of prompts, one JSON value per line: "a text", or {"prompt": "a text"}; - is stdin.',
+        rich_help_panel=_PROMPT,
+    ),
+]
+_Chat = Annotated[bool, typer.Option("--chat", help="Put the text into the chat template.", rich_help_panel=_PROMPT)]
+_Results = Annotated[
+    Path | None, typer.Option("--output", help="File for the results, one JSON line each.", rich_help_panel=_MANY)
+]
+_Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the results that are there.", rich_help_panel=_MANY)
+]
+_Force = Annotated[bool, typer.Option("--force", help="Write a file of results anew.", rich_help_panel=_MANY)]
+_MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after so many tokens.", metavar="N")]
+_Temperature = Annotated[
+    float | None, typer.Option(min=0, help="Sample at this temperature. Default: greedy.", rich_help_panel=_CHOICE)
+]
+_TopP = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Sample from this share of the probability.", rich_help_panel=_CHOICE)
+]
+_TopK = Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.", rich_help_panel=_CHOICE)]
+_Seed = Annotated[int | None, typer.Option(help="Make sampling repeatable.", rich_help_panel=_CHOICE)]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or emulated:h2d=1GiB/s.", rich_help_panel=MACHINE)]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")]
 
 
 def run(
-    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Folder of a safetensors checkpoint, or a Hub id.")],
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.", rich_help_panel=_PROMPT)] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="File with the text to continue; - is stdin.", rich_help_panel=_PROMPT)
-    ] = None,
-    prompt_ids: Annotated[
-        str | None, typer.Option(help="Token ids to continue: 1,2,3.", metavar="IDS", rich_help_panel=_PROMPT)
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the text into the chat template.", rich_help_panel=_PROMPT)
-    ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.", metavar="N")] = 64,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0, help="Sample at this temperature. Default: greedy.", rich_help_panel=_CHOICE),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Sample from this share of the probability.", rich_help_panel=_CHOICE),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=1, help="Sample from so many tokens.", rich_help_panel=_CHOICE)
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Make sampling repeatable.", rich_help_panel=_CHOICE)] = None,
+    checkpoint: _Checkpoint,
+    prompt: _Prompt = None,
+    prompt_file: _PromptFile = None,
+    prompt_ids: _PromptIds = None,
+    prompts: _Prompts = None,
+    results: _Results = None,
+    resume: _Resume = False,
+    force: _Force = False,
+    chat: _Chat = False,
+    max_new_tokens: _MaxNewTokens = 64,
+    temperature: _Temperature = None,
+    top_p: _TopP = None,
+    top_k: _TopK = None,
+    seed: _Seed = None,
     max_memory: MaxMemory = "auto",
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:N, or emulated:h2d=1GiB/s.", rich_help_panel=MACHINE)
-    ] = "auto",
+    device: _Device = "auto",
     disk: Disk = None,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Continue a prompt with a checkpoint that may be larger than memory.
 
@@ -55,20 +83,50 @@ def run(
     how close the run came to the machine's limit go to stderr.
 
     Example: penstock run ./llama --prompt "The sea" --max-memory host=8GiB
+
+    With --prompts, many prompts share every pass over the weights. Their results go to --output, or to stdout, as they
+    finish. A run that was interrupted goes on with --resume.
     """
-    request = Request(
-        checkpoint=checkpoint,
-        prompt=read_prompt(text=prompt, file=prompt_file, ids=prompt_ids, chat=chat),
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
-        max_memory=max_memory,
-        device=device,
-        disk=disk,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        as_json=as_json,
-    )
+    common: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "max_new_tokens": max_new_tokens,
+        "sampling": Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+        "max_memory": max_memory,
+        "device": device,
+        "disk": disk,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "as_json": as_json,
+    }
+    if prompts is not None:
+        others = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompt-ids": prompt_ids}
+        if given := [name for name, value in others.items() if value is not None]:
+            raise UsageError(f"--prompts and {given[0]} exclude each other: give one of them")
+        _run_many(ManyRequest(file=prompts, output=results, resume=resume, force=force, chat=chat, **common))
+        return
+    if results is not None or resume or force:
+        raise UsageError("--output, --resume and --force are about results of many prompts: give those by --prompts")
+    request = Request(prompt=read_prompt(text=prompt, file=prompt_file, ids=prompt_ids, chat=chat), **common)
     output = Output()
     with output.busy("starting"):
         from .generation import carry_out  # torch and transformers take seconds
     carry_out(request, output)
+
+
+def _run_many(request: ManyRequest) -> None:
+    lines = read_prompts(request.file)
+    output = Output()
+    with ExitStack() as stack:
+        results = None
+        if request.output is not None:
+            found = ResultFile(
+                request.output,
+                prompts=len(lines),
+                digest=digest(lines, request),
+                resume=request.resume,
+                force=request.force,
+            )
+            results = stack.enter_context(found)
+        with output.busy("starting"):
+            from .batch import carry_out_many  # as above
+        carry_out_many(request, lines, results, output)

@@ -39,11 +39,11 @@ def framework_cost(device: torch.device, *, seconds: float, timer: Timer, clock:
     """
     with quietly():
         config = LlamaConfig(**_CONFIG)
-        rehearsed = LlamaForCausalLM(config).eval()
+        rehearsed = LlamaForCausalLM(config).train(False)
         make_fake(rehearsed)
         calls = programs(rehearsed, Workload(batch=1, context=PROMPT + 2), prompt=PROMPT)
         launches = sum(operation.launches for operation in calls[-1].operations())
-        model = LlamaForCausalLM(config).eval().to(device)
+        model = LlamaForCausalLM(config).to(device).train(False)
         ids = torch.ones(1, PROMPT, dtype=torch.long, device=device)
         cache = model(input_ids=ids, use_cache=True).past_key_values
 

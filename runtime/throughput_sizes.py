@@ -1,0 +1,88 @@
+"""What sequences take beside the weights, and what there is for them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+
+from ..memory.capacity import host_capacity
+from ..memory.errors import PenstockError
+from ..memory.ledger import process_ledger
+from ..scheduler.microbatches import Footprint
+from ..scheduler.sizes import Workload
+from .headroom import FRAMEWORK, headroom_nbytes
+
+logger = logging.getLogger(__name__)
+
+SLACK: Final = 1.15
+"""Caches grow by copying; this is what the allocator keeps of the old ones."""
+_HELD: Final = 0.55
+"""The part of a prefill's activations that stays while others have their turn in the middle of a layer."""
+
+
+def footprint_of(config: Any, dtype: torch.dtype) -> Footprint:
+    """What sequences of a model take, estimated from its config."""
+
+    def needs(tokens: int, sequences: int) -> int:
+        return headroom_nbytes(config, dtype, context=tokens, batch=sequences)
+
+    per_token = needs(3, 1) - needs(2, 1)
+    per_sequence = needs(1, 2) - needs(1, 1) - per_token
+    kv = _kv_nbytes_per_token(config, dtype)
+    activations = max(per_token - kv, 0)
+    return Footprint(
+        kv_nbytes_per_token=kv * SLACK,
+        activation_nbytes_per_token=activations * SLACK,
+        held_nbytes_per_token=activations * _HELD,
+        logits_nbytes_per_sequence=max(per_sequence, 0),
+    )
+
+
+def rehearsed_footprint(
+    path: str, estimate: Footprint, *, tokens: int, dtype: str | torch.dtype, on_cpu: bool, trust_remote_code: bool
+) -> Footprint:
+    """`estimate` with the keys and values, or states, of a sequence of so many tokens as they are in a run of the model
+    on tensors without bytes. Takes seconds.
+
+    Activations stay estimated: the peak of such a run is often that of the output layer, which a streamed model takes
+    in pieces.
+    """
+    from .sizing import measure_sizes  # imports half of torch again
+
+    try:
+        sizes = measure_sizes(
+            path,
+            workload=Workload(batch=1, context=max(tokens, 2)),
+            dtype=dtype,
+            on_cpu=on_cpu,
+            trust_remote_code=trust_remote_code,
+        )
+    except PenstockError as error:
+        logger.info("sizes are estimated from the config: %s", error)
+        return estimate
+    if not sizes.most.kv:
+        return estimate
+    return replace(estimate, kv_nbytes_per_token=sizes.most.kv / sizes.workload.context * SLACK)
+
+
+def _kv_nbytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+    def number(names: tuple[str, ...], default: int) -> int:
+        found = (getattr(text, name, None) for name in names)
+        return next((value for value in found if isinstance(value, int) and value > 0), default)
+
+    layers = number(("num_hidden_layers", "num_layers", "n_layer", "decoder_layers"), 12)
+    hidden = number(("hidden_size", "d_model", "n_embd"), 1024)
+    heads = number(("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads"), 16)
+    head = number(("head_dim",), max(hidden // heads, 1))
+    return 2 * layers * number(("num_key_value_heads",), heads) * head * torch.empty((), dtype=dtype).element_size()
+
+
+def free_host_nbytes() -> int:
+    """Host memory that sequences may take: what can be allocated and no model has reserved, less what torch and
+    libraries take later."""
+    return max(0, host_capacity().available_nbytes - process_ledger().untouched("host") - FRAMEWORK)

@@ -1,0 +1,132 @@
+"""From prompts to a run: what is checked before anything slow, and the choice of micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..memory.errors import ClosedError, UsageError
+from ..scheduler.microbatches import MEMORY_RATE, MOST_LANES, Job, Machine, Schedule, schedule
+from .handle import Handle
+from .throughput import Work
+from .throughput_batch import Row, Ways, ways_of
+from .throughput_choice import Choice, Sampling, warpers_for
+from .throughput_sizes import footprint_of, free_host_nbytes
+
+_DEVICE_MEMORY_RATE: Final = 1e12
+"""Bytes per second at which a GPU reads its own memory, roughly; it only ranks choices."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """One prompt."""
+
+    index: int
+    """Its number, which its results and its random numbers go by."""
+    ids: tuple[int, ...]
+    new_tokens: int
+    name: str
+    """How an error calls it."""
+
+    @property
+    def job(self) -> Job:
+        """What a schedule needs to know of it."""
+        return Job(index=self.index, prompt_tokens=len(self.ids), new_tokens=self.new_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What the choice of micro-batches is bound to; None is free."""
+
+    room_nbytes: int | None = None
+    """Memory for keys, values and activations; None is what is free."""
+    rows: int | None = None
+    lanes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and self.rows < 1:
+            raise UsageError(f"rows={self.rows} has no meaning: give 1 or more")
+        if self.lanes is not None and not 1 <= self.lanes <= MOST_LANES:
+            raise UsageError(f"lanes={self.lanes} has no meaning: give 1 to {MOST_LANES}")
+
+
+def check_prompts(model: Any, prompts: Sequence[Asked]) -> None:
+    """Refuse what `generate` would fail at hours later. Needs no weights: `model` may be on the meta device.
+
+    Raises:
+        UsageError: the model does not continue texts; or a prompt is empty, has a token that the model does not know,
+            or is too long for it.
+    """
+    if not model.can_generate() or model.main_input_name != "input_ids":
+        raise UsageError(f"a {type(model).__name__} does not continue texts")
+    text = model.config.get_text_config(decoder=True)
+    vocabulary = getattr(text, "vocab_size", None)
+    longest = None if model.config.is_encoder_decoder else getattr(text, "max_position_embeddings", None)
+    for asked in prompts:
+        tokens, count = len(asked.ids), asked.new_tokens
+        if not tokens:
+            raise UsageError(f"{asked.name} has no tokens: give a longer text, or leave it out")
+        if count < 1:
+            raise UsageError(f"{asked.name}: {count} new tokens have no meaning; give 1 or more")
+        wrong = next((t for t in asked.ids if t < 0 or (isinstance(vocabulary, int) and t >= vocabulary)), None)
+        if wrong is not None:
+            raise UsageError(f"{asked.name} has the token {wrong}; the model knows 0 to {(vocabulary or 0) - 1}")
+        if isinstance(longest, int) and tokens + count > longest:
+            raise UsageError(
+                f"{asked.name} has {tokens} tokens; with {count} new ones that is more than the {longest} positions of "
+                f"this model: shorten one of them"
+            )
+
+
+def start(
+    model: Any, prompts: Sequence[Asked], sampling: Sampling, *, limits: Limits, choice: Schedule | None = None
+) -> Work:
+    """Begin to continue prompts, in the micro-batches of `choice`; where it is None, they are chosen within `limits`.
+
+    Raises:
+        ClosedError: the model was closed.
+        DoesNotFitError: not one prompt at a time fits.
+        UsageError: this thread is inside a call of the model.
+    """
+    handle: Handle = model.penstock
+    machinery = handle.machinery
+    if handle.closed:
+        raise ClosedError("the model was closed by penstock.close(); load it again")
+    if machinery is not None and machinery.session.running_here():
+        raise UsageError("the model cannot continue other prompts while it runs: call generate_many outside of it")
+    ways = ways_of(model)
+    warpers = None if sampling.greedy else warpers_for(sampling, model.generation_config)
+    rows = [
+        Row(
+            index=asked.index,
+            prompt=asked.ids,
+            new_tokens=asked.new_tokens,
+            choice=None if warpers is None else Choice(warpers, seed=sampling.seed, index=asked.index),
+        )
+        for asked in prompts
+    ]
+    return Work(model, machinery, choice or _choose(model, ways, prompts, limits), rows, ways)
+
+
+def _choose(model: Any, ways: Ways, prompts: Sequence[Asked], limits: Limits) -> Schedule:
+    handle: Handle = model.penstock
+    plan, machinery = handle.plan, handle.machinery
+    room = limits.room_nbytes
+    if room is None:
+        on_device = None if machinery is None else machinery.device.available_nbytes()
+        room = free_host_nbytes() if on_device is None else on_device
+    together = not plan.resident and ways.interleaves  # what does not stream has no reads to share
+    return schedule(
+        [asked.job for asked in prompts],
+        footprint_of(model.config, model.dtype),
+        Machine(
+            room_nbytes=room,
+            weights_nbytes=plan.weights_nbytes,
+            sweep_s=0.0 if plan.resident else plan.bound_s(),
+            memory_rate=MEMORY_RATE if model.device.type == "cpu" else _DEVICE_MEMORY_RATE,
+        ),
+        pads=ways.pads,
+        rows=limits.rows,
+        lanes=limits.lanes if together else 1,
+    )
