@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from .budget import parse_budget
-from .caches import link_cache
+from .caches import calibration_cache, link_cache
 from .devices import open_device
 from .memory.errors import UsageError
+from .runtime.deciding import Decisions
 from .runtime.devices.base import Device
 from .runtime.explain import Explanation
 from .runtime.handle import Handle
@@ -23,6 +24,7 @@ from .runtime.throughput import Completions
 from .runtime.throughput_choice import Sampling
 from .runtime.throughput_start import Asked, Limits, check_prompts, start
 from .runtime.tiers import Wanted
+from .scheduler.cost import CostModel
 from .sizes import parse_size
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -45,8 +47,10 @@ def load(
 
     Returns the transformers model that its config names, in eval mode, with `requires_grad=False` as long as it is
     streamed; `generate()` and the forward are transformers' own. Weights are read from the original safetensors files
-    as they are needed; what fits the budget stays. Answers are bit-identical to the resident model's: nothing splits
-    work over processors yet, so every run is what `exact=True` asks for.
+    as they are needed; what fits the budget stays. Answers are bit-identical to the resident model's, with one
+    exception: on a machine with a device that has been calibrated (`penstock calibrate`), layers that stay in host
+    memory are computed there by the CPU where that is faster than to copy them, and results are then equal to rounding.
+    The plan says where; `exact=True` forbids it.
 
     Args:
         path: A folder, or a Hub id.
@@ -58,7 +62,7 @@ def load(
             user's cache.
         context: Tokens per sequence to leave room for, in automatic budgets.
         batch: Sequences to leave room for, likewise.
-        exact: Forbid whatever gives results that are only equal to rounding. Met by every plan there is so far.
+        exact: Forbid whatever gives results that are only equal to rounding. The plan says what that costs.
         trust_remote_code: Run code that comes with the checkpoint.
 
     Raises:
@@ -67,17 +71,29 @@ def load(
         UsageError: an argument has no meaning.
     """
     wanted, folders = _wanted(max_memory), _folders(disk)  # before a device is opened, which starts threads
+    opened = open_device(device)
     return _load(
         path,
         wanted=wanted,
-        device=open_device(device),
+        device=opened,
         dtype=dtype,
         disk=folders,
         context=context,
         batch=batch,
         trust_remote_code=trust_remote_code,
         cache=link_cache(),
+        decisions=_decisions(opened, batch=batch or 1, exact=exact),
     )
+
+
+def _decisions(device: Device, *, batch: int, exact: bool) -> Decisions | None:
+    """What a calibration of this machine decides; None where there is none that holds, or nothing to decide."""
+    if not device.separate:
+        return None
+    kept = calibration_cache().read(device)
+    if kept.trusted is None:
+        return None
+    return Decisions(costs=CostModel(hardware=kept.trusted.hardware), rows=batch, exact=exact)
 
 
 def offload(

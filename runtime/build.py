@@ -28,10 +28,10 @@ from .backing import Backing, ModuleBacking, Portion
 from .binding import Binding, Bound, placeholder
 from .devices.base import Device
 from .guess import guess_of
+from .layout import Draft, Layout
 from .mover import BlockMover
 from .oncpu import OnCpu
 from .partition import callable_module
-from .planning import Draft, Layout
 from .session import Session
 from .tables import Piece, Table
 from .units import find_units

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Final
@@ -20,16 +20,19 @@ from ..memory.errors import DoesNotFitError
 from ..memory.layout import ITEMSIZE, FileSpan, TensorSource
 from ..scheduler.cost import CostModel
 from ..scheduler.hardware import Hardware
+from ..scheduler.operations import Operation
 from ..scheduler.plan import Links, Plan
 from ..scheduler.program import Program
 from ..scheduler.simulator import Prediction, Setting, simulate
 from ..scheduler.sizes import Workload
 from .backing import CheckpointBacking
+from .deciding import Decisions
 from .dtypes import stored_dtype
 from .feeding import with_context
 from .headroom import headroom_nbytes
+from .layout import Budgets, Layout
 from .planned import make_plan
-from .planning import Budgets, Layout, Planner
+from .planning import Planner
 from .pretrained import outline
 from .programs import programs
 from .rehearsal import make_fake
@@ -147,6 +150,7 @@ class Foresight:
         batch: int = 1,
         room: Room | None = None,
         threads: int = 0,
+        exact: bool = False,
         warm: bool = False,
     ) -> Forecast:
         """Plan and simulate `batch` answers of `generated` tokens to prompts of `prompt` tokens.
@@ -160,14 +164,18 @@ class Foresight:
         workload = with_context(self.model, Workload(batch=batch, context=prompt + generated))
         headroom = headroom_nbytes(self.model.config, self.model.dtype, context=workload.context, batch=batch)
         budgets = self._budgets(hardware, room or Room(), headroom)
+        cost = CostModel(hardware=hardware, threads=threads)
+        decisions = Decisions(costs=cost, rows=batch, exact=exact) if hardware.gpu is not None else None
         layout = Planner(
             self.model,
             self._backing,
             budgets,
             buffers_nbytes=sum(buffer.nbytes for buffer in self.model.buffers()),
             keep_skew=hardware.gpu is None,
+            work=None if decisions is None else decisions.of(self.model),
         ).best()
-        cost = CostModel(hardware=hardware, threads=threads)
+        if decisions is not None and layout.back is not None:
+            layout = replace(layout, on_cpu=decisions.processors(self.model, layout))
         calls = self.programs(workload, prompt)
         setting = setting_of(layout)
         answer = (*calls[:-1], *[calls[-1]] * DECODED)
@@ -182,7 +190,7 @@ class Foresight:
             generated=generated if len(calls) > 1 else 1,
             batch=batch,
             headroom_nbytes=headroom,
-            busy_s=_busy(layout, calls, cost),
+            busy_s=_busy(layout, calls, cost, batch, str(self.model.dtype).removeprefix("torch.")),
         )
 
     def _budgets(self, hardware: Hardware, room: Room, headroom: int) -> Budgets:
@@ -228,15 +236,24 @@ def _device(hardware: Hardware) -> str:
     return "emulated" if hardware.emulated else hardware.gpu.name
 
 
-def _busy(layout: Layout, calls: Sequence[Program], cost: CostModel) -> dict[str, float]:
+def _busy(layout: Layout, calls: Sequence[Program], cost: CostModel, rows: int, dtype: str) -> dict[str, float]:
     """What the last call takes of each resource."""
     where = "GPU" if cost.hardware.gpu is not None else "CPU"
     found = {where: cost.compute_s(calls[-1].operations(), "gpu")}
+    on_cpu = [block for block in layout.streamed() if layout.on_cpu.get(block.id, 0) > rows]
+    if on_cpu:
+        products = [
+            Operation(kind="linear", nbytes=layout.per_token(b) * b.image.data_nbytes, rows=rows, dtype=dtype)
+            for b in on_cpu
+        ]
+        found["CPU"] = cost.compute_s(products, "cpu")
+        found[where] = max(found[where] - cost.compute_s(products, "gpu"), 0.0)
     disk = sum(layout.per_token(block) * block.image.read_nbytes for block in layout.on_disk())
     if disk:
         found["disk"] = cost.read_s(disk, 4 * 2**20)
     if layout.back is not None:
-        link = sum(layout.per_token(block) * block.image.data_nbytes for block in layout.streamed())
+        copied = [block for block in layout.streamed() if block not in on_cpu]
+        link = sum(layout.per_token(block) * block.image.data_nbytes for block in copied)
         if link:
             found["host-to-device link"] = cost.copy_s(link, 4 * 2**20)
     return found

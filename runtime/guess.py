@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..scheduler.processors import ALWAYS
-from .planning import Layout
+from .layout import Layout
 
 
 class Root(NamedTuple):

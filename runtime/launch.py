@@ -19,7 +19,7 @@ from .build import Machinery
 from .devices.base import Device
 from .export import Exporter
 from .handle import Handle, refuse_moves
-from .planning import Layout
+from .layout import Layout
 from .profiler.environment import start_if_asked
 from .profiler.registry import process_registry
 from .tiers import reserve

@@ -15,6 +15,7 @@ from ..memory.layout import TensorSource
 from ..scheduler.plan import Links
 from .backing import CheckpointBacking
 from .binding import placeholder
+from .deciding import Decisions
 from .devices.base import Device
 from .dtypes import stored_dtype
 from .headroom import headroom_nbytes
@@ -40,11 +41,13 @@ def load(
     trust_remote_code: bool,
     cache: LinkCache,
     processors: Processors | None = None,
+    decisions: Decisions | None = None,
 ) -> nn.Module:
     """Build the model, plan it, and start reading. See `penstock.load`.
 
     Args:
         processors: Chooses what the CPU computes; nothing without.
+        decisions: Choose that, and what stays where, by what a token costs; None where that is not known.
     """
     with ExitStack() as held:
         held.callback(device.close)
@@ -66,7 +69,16 @@ def load(
             link_rate=links.h2d,
         )
         buffers = sum(buffer.nbytes for buffer in model.buffers())
-        layout = Planner(model, backing, budgets, buffers_nbytes=buffers, keep_skew=skewed(device)).best()
+        layout = Planner(
+            model,
+            backing,
+            budgets,
+            buffers_nbytes=buffers,
+            keep_skew=skewed(device),
+            work=None if decisions is None else decisions.of(model),
+        ).best()
+        if decisions is not None and processors is None:
+            processors = decisions.processors
         layout, stays = settled(model, layout, device, processors)
         launch(
             model,
@@ -74,7 +86,14 @@ def load(
             device=device,
             layout=layout,
             plan=lambda: make_plan(
-                layout, device.name, budgets, links, sum(b.image.data_nbytes for b in layout.blocks), stays
+                layout,
+                device.name,
+                budgets,
+                links,
+                sum(b.image.data_nbytes for b in layout.blocks),
+                stays,
+                exact=decisions is not None and decisions.exact,
+                exact_cost_s=None if decisions is None else decisions.exact_cost_s(model, layout),
             ),
             backing=backing,
             export_folder=_temporary_folder(),

@@ -19,10 +19,11 @@ from .devices.base import Device
 from .handle import Handle
 from .headroom import FRAMEWORK, headroom_nbytes
 from .launch import check_room, launch, open_scratch, scratch_files
+from .layout import Layout
 from .links import LinkCache, disk_read_rate, link_rate
 from .partition import streamable
 from .planned import make_plan, untouched_plan
-from .planning import Layout, Planner
+from .planning import Planner
 from .profiler.registry import process_registry
 from .tiers import Wanted, resolve_budgets, skewed
 from .units import Processors, settled

@@ -13,7 +13,7 @@ from ..scheduler.placement import BlockClass, Mode, Problem, Rates, Rings, Use, 
 from ..scheduler.residency import MAX_SLOTS, Residency
 
 if TYPE_CHECKING:
-    from .planning import Draft
+    from .layout import Draft
 
 REQUEST: Final = 4 * 2**20
 SLOT_SIZES: Final = 5
@@ -44,17 +44,19 @@ def place_on_tiers(
     worth: Mapping[int, float],
     min_slots: int,
     depth_nbytes: int,
+    passing_nbytes: int = 0,
 ) -> tuple[Residency, Residency] | None:
     """What stays on the device, and what on the host; None where nothing fits.
 
     Args:
-        blocks: In the order of use; what is always resident is not among them.
+        blocks: In the order of use; what is always on the device is not among them.
         work: What a token costs.
         device_nbytes: Room on the device.
         host_nbytes: Room on the host.
         worth: Uses of each block per token.
         min_slots: That the device's ring must have.
         depth_nbytes: Bytes that rings should hold to keep links busy.
+        passing_nbytes: Of what else comes to the device through the host's ring.
     """
     classes = _classes(blocks, work, worth)
     hardware = work.costs.hardware
@@ -68,7 +70,7 @@ def place_on_tiers(
             dram=work.costs.memory_rate("cpu"),
         ),
     )
-    found = place(problem, _rings(classes, min_slots, depth_nbytes, device_nbytes, host_nbytes))
+    found = place(problem, _rings(classes, min_slots, depth_nbytes, device_nbytes, host_nbytes, passing_nbytes))
     if found is None:
         return None
     sizes = {block.id: block for block in blocks}
@@ -122,10 +124,15 @@ def _use(work: Work, nbytes: int, times: float) -> Use:
 
 
 def _rings(
-    classes: Sequence[BlockClass], min_slots: int, depth_nbytes: int, device_nbytes: int, host_nbytes: int
+    classes: Sequence[BlockClass],
+    min_slots: int,
+    depth_nbytes: int,
+    device_nbytes: int,
+    host_nbytes: int,
+    passing_nbytes: int,
 ) -> Iterator[Rings]:
     fronts = _sizes({each.front_nbytes for each in classes})
-    largest_host = max(each.host_nbytes for each in classes)
+    largest_host = max(passing_nbytes, *(each.host_nbytes for each in classes))
     for slot in fronts:
         for part in (1, 2, 4):
             front = _slots(min(depth_nbytes // part, max(0, device_nbytes) // 8), slot, min_slots)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..scheduler.plan import Home, Links, Plan, PlannedBlock
-from .planning import Budgets, Layout
+from .layout import Budgets, Layout
 
 
 def make_plan(

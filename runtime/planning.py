@@ -9,18 +9,20 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 from torch import nn
 
 from ..memory.disk import DiskEngine
 from ..memory.errors import DoesNotFitError
-from ..memory.image import STAGING, DeviceImage, Image, device_image
+from ..memory.image import STAGING, device_image
 from ..memory.layout import ITEMSIZE
 from ..scheduler.residency import Residency, Sized, choose_residency, smallest_budget
 from .backing import Backing, Portion
+from .layout import Budgets, Draft, Layout
 from .partition import cut, embedding_only, limits, streamable, table_candidates
 from .phases import ONCE, once_per_answer
+from .placing import Work, place_on_tiers
 
 DEPTH = 96 * 2**20
 """Bytes of ring, besides the block in use, that keep a drive busy: 8 requests of 4 MiB under way, the rest ready."""
@@ -29,100 +31,6 @@ SHALLOWER = (1, 2, 4)
 """Parts of DEPTH that are tried: where little is streamed, blocks that stay are worth more than a deep ring."""
 SHALLOW_COST = 0.15
 """What a sweep loses, at most, to a ring too short to keep the link busy; an estimate that only ranks drafts."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Budgets:
-    """Bytes of each tier that the model may take, and the rates that weigh them against each other."""
-
-    host: int
-    device: int | None
-    """None where device and host are one tier."""
-    disk_rate: float
-    link_rate: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Draft:
-    """One block."""
-
-    id: int
-    name: str
-    portions: tuple[Portion, ...]
-    image: Image
-    device_image: DeviceImage | None
-
-    @property
-    def front_nbytes(self) -> int:
-        """Bytes of the slot that the consumer leases."""
-        return self.image.nbytes if self.device_image is None else self.device_image.nbytes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """A complete draft."""
-
-    blocks: tuple[Draft, ...]
-    """In definition order. Block 0 holds the small tensors and is always resident."""
-    leases: Mapping[str, tuple[int, ...]]
-    """Blocks that each module's forward leases."""
-    expected: Mapping[str, tuple[int, ...]]
-    """The same with the pieces of tables: what the first run is expected to use, in definition order."""
-    uses: Mapping[int, int]
-    """How many modules use each block, where it is more than one: an embedding that encoder and decoder share."""
-    seldom: frozenset[int]
-    """Blocks that are used once per answer, not once per token."""
-    tables: Mapping[str, tuple[int, ...]]
-    """Pieces of each parameter served by rows."""
-    front: Residency
-    back: Residency | None
-    spare_slots: int
-    """Slots beyond what nested forwards and one prefetch need."""
-    staging_nbytes: int
-    own_host_nbytes: int
-    """Host memory besides the arena: staging and buffers."""
-    on_cpu: Mapping[int, int] = field(default_factory=dict)
-    """Of blocks that stay in the host tier of a separate device: calls of fewer rows than this are computed there."""
-
-    @property
-    def resident(self) -> bool:
-        """Whether nothing is ever streamed."""
-        return not self.front.slots and not self.tables
-
-    def streamed(self) -> list[Draft]:
-        """Blocks that do not stay on the tier that computes."""
-        return [block for block in self.blocks if block.id not in self.front.resident]
-
-    def on_disk(self) -> list[Draft]:
-        """Blocks that stay nowhere."""
-        kept = self.front.resident | (self.back.resident if self.back else frozenset())
-        return [block for block in self.blocks if block.id not in kept]
-
-    @property
-    def disk_nbytes(self) -> int:
-        """Bytes read from disk per sweep in which each module is called once."""
-        return sum(self.uses.get(block.id, 1) * block.image.read_nbytes for block in self.on_disk())
-
-    @property
-    def link_nbytes(self) -> int:
-        """Bytes copied to the device per sweep."""
-        if self.back is None:
-            return 0
-        return sum(self.uses.get(block.id, 1) * block.image.data_nbytes for block in self.streamed())
-
-    def per_token(self, block: Draft) -> float:
-        """How often a block is used per token."""
-        return self.uses.get(block.id, 1) * (ONCE if block.id in self.seldom else 1.0)
-
-    @property
-    def host_nbytes(self) -> int:
-        """Bytes of host memory that it takes."""
-        return self.own_host_nbytes + (self.back or self.front).nbytes
-
-    @property
-    def device_nbytes(self) -> int:
-        """Bytes of device memory that it takes."""
-        return self.front.nbytes if self.back else 0
 
 
 class Planner:
@@ -136,8 +44,11 @@ class Planner:
         *,
         buffers_nbytes: int,
         keep_skew: bool,
+        work: Work | None = None,
     ) -> None:
+        """`work` says what a token costs; without it bytes are what counts."""
         self.module = module
+        self.work = work
         self.backing = backing
         self.budgets = budgets
         self.buffers_nbytes = buffers_nbytes
@@ -264,10 +175,13 @@ class Planner:
         seldom = frozenset(counts.keys() - always)
         worth = {block: uses.get(block, 1) * (ONCE if block in seldom else 1.0) for block in counts}
         small = blocks[0]
+        placed = self._placed(blocks[1:], small, worth, min_slots, own, depth)
         front_budget = self.budgets.host - own if self.budgets.device is None else self.budgets.device
         front = self._front(blocks[1:], small, front_budget, min_slots, own, worth, depth)
         back: Residency | None = None
-        if self.budgets.device is not None:
+        if placed is not None:
+            front, back = placed
+        elif self.budgets.device is not None:
             if front is None:
                 return None
             passing = [block for block in blocks if block.id in front.resident]
@@ -291,6 +205,33 @@ class Planner:
             staging_nbytes=max(staging, 4096),
             own_host_nbytes=own,
         )
+
+    def _placed(
+        self, blocks: list[Draft], small: Draft, worth: Mapping[int, float], min_slots: int, own: int, depth: int
+    ) -> tuple[Residency, Residency] | None:
+        """Both tiers at once, by what a token costs; None where that is not known, or all fits the device."""
+        device = self.budgets.device
+        if self.work is None or device is None:
+            return None
+        room = device - small.front_nbytes
+        if sum(block.front_nbytes for block in blocks) <= room:
+            return None
+        found = place_on_tiers(
+            blocks,
+            work=self.work,
+            device_nbytes=room,
+            host_nbytes=self.budgets.host - own,
+            worth=worth,
+            min_slots=min_slots,
+            depth_nbytes=depth,
+            passing_nbytes=small.image.nbytes,
+        )
+        if found is None:
+            return None
+        front, back = found
+        return replace(
+            front, resident=front.resident | {small.id}, resident_nbytes=front.resident_nbytes + small.front_nbytes
+        ), back
 
     def _staging(self, blocks: list[Draft], pieces: Mapping[str, tuple[int, ...]]) -> int:
         """Bytes of the buffers that reads bounce through."""

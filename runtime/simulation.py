@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ..scheduler.residency import Residency
 from ..scheduler.simulated import Moved
 from ..scheduler.simulator import Ring, Setting
-from .planning import Layout
+from .layout import Layout
 
 
 def setting_of(layout: Layout) -> Setting:
@@ -30,6 +30,7 @@ def setting_of(layout: Layout) -> Setting:
         back=_ring(layout.back, {block.id: block.image.nbytes for block in layout.blocks}) if layout.back else None,
         uses=leases,
         pieces=pieces,
+        on_cpu=layout.on_cpu,
     )
 
 

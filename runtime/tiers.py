@@ -8,7 +8,7 @@ from ..memory.capacity import host_capacity
 from ..memory.errors import UsageError
 from ..memory.ledger import Reservation, process_ledger
 from .devices.base import Device
-from .planning import Budgets
+from .layout import Budgets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,8 +18,8 @@ from torch import nn
 from ..memory.image import ALIGN
 from ..memory.layout import ITEMSIZE
 from .devices.base import Device
+from .layout import Draft, Layout
 from .partition import callable_module
-from .planning import Draft, Layout
 
 _ATTENTIONS: Final = frozenset({"", "eager", "sdpa"})
 """Implementations of attention that the CPU has."""

@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import Any, Final
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ...scheduler.sizes import Workload
@@ -43,7 +44,8 @@ def framework_cost(device: torch.device, *, seconds: float, timer: Timer, clock:
         make_fake(rehearsed)
         calls = programs(rehearsed, Workload(batch=1, context=PROMPT + 2), prompt=PROMPT)
         launches = sum(operation.launches for operation in calls[-1].operations())
-        model = LlamaForCausalLM(config).to(device).train(False)
+        model = LlamaForCausalLM(config).train(False)
+        nn.Module.to(model, device)
         ids = torch.ones(1, PROMPT, dtype=torch.long, device=device)
         cache = model(input_ids=ids, use_cache=True).past_key_values
 

@@ -18,7 +18,7 @@ import penstock
 from penstock.api import _wanted, link_cache
 from penstock.devices import open_device
 from penstock.runtime import loading
-from penstock.runtime.planning import Layout
+from penstock.runtime.layout import Layout
 from penstock.scheduler.processors import ALWAYS
 
 pytestmark = [

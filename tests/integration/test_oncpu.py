@@ -25,7 +25,7 @@ from penstock.api import _wanted, link_cache
 from penstock.devices import open_device
 from penstock.runtime import loading, offloading
 from penstock.runtime.build import Machinery
-from penstock.runtime.planning import Layout
+from penstock.runtime.layout import Layout
 from penstock.scheduler.processors import ALWAYS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -9,9 +9,10 @@ from torch import nn
 from zoo import ZOO
 
 from penstock.runtime.backing import ModuleBacking
+from penstock.runtime.layout import Budgets, Layout
 from penstock.runtime.partition import streamable
 from penstock.runtime.phases import once_per_answer
-from penstock.runtime.planning import Budgets, Layout, Planner
+from penstock.runtime.planning import Planner
 
 
 def layout_of(module: nn.Module, host: int) -> Layout:

@@ -1,0 +1,80 @@
+"""What a calibration decides when a model is loaded: where blocks live, and which processor computes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from ..scheduler.cost import CostModel
+from ..scheduler.operations import Operation
+from ..scheduler.processors import Candidate, Traffic, choose, cpu_s, device_s
+from .layout import Draft, Layout
+from .placing import REQUEST, Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """For models on a calibrated machine.
+
+    Args:
+        costs: Of the machine.
+        rows: Sequences at a time while they are continued.
+        exact: Whether only one processor may compute.
+    """
+
+    costs: CostModel
+    rows: int
+    exact: bool
+
+    def of(self, model: nn.Module) -> Work:
+        """What a token of a model costs."""
+        dtypes = Counter[torch.dtype]()
+        for parameter in model.parameters():
+            dtypes[parameter.dtype] += parameter.numel()
+        dtype = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
+        return Work(costs=self.costs, rows=self.rows, dtype=dtype, exact=self.exact)
+
+    def processors(self, model: nn.Module, layout: Layout) -> Mapping[int, int]:
+        """For blocks that stay on the host: below how many rows the CPU computes them."""
+        if self.exact:
+            return {}
+        return choose(_candidates(layout, self.of(model)), self.costs, traffic=_traffic(layout))
+
+    def exact_cost_s(self, model: nn.Module, layout: Layout) -> float | None:
+        """Seconds per token that one processor costs more than two; None where there is nothing to choose."""
+        traffic, saved = _traffic(layout), 0.0
+        for each in _candidates(layout, self.of(model)):
+            on_device = device_s(each, self.costs, self.rows, traffic)
+            saved += max(on_device - cpu_s(each, self.costs, self.rows, traffic), 0.0)
+        return saved or None
+
+
+def _traffic(layout: Layout) -> Traffic:
+    return Traffic(copying=bool(layout.streamed()), reading=bool(layout.on_disk()))
+
+
+def _candidates(layout: Layout, work: Work) -> Iterator[Candidate]:
+    if layout.back is None:
+        return
+    for block in layout.blocks:
+        if block.id in layout.back.resident and block.id not in layout.front.resident:
+            nbytes = block.image.data_nbytes
+            product = Operation(kind="linear", nbytes=nbytes, dtype=work.dtype)
+            yield Candidate(
+                block=block.id,
+                operations=(product,),
+                nbytes=nbytes,
+                request_nbytes=min(REQUEST, nbytes),
+                row_nbytes=_row_nbytes(block),
+            )
+
+
+def _row_nbytes(block: Draft) -> float:
+    """Bytes of activations that go in, or come out, for each row: as wide as the widest side of its largest matrix."""
+    largest = max(block.image.places.values(), key=lambda place: place.nbytes)
+    return max(largest.shape, default=1) * largest.nbytes / max(prod(largest.shape), 1)

@@ -1,0 +1,105 @@
+"""A layout: blocks, which of them stay where, and the rings that the others pass through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..memory.image import DeviceImage, Image
+from ..scheduler.residency import Residency
+from .backing import Portion
+from .phases import ONCE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budgets:
+    """Bytes of each tier that the model may take, and the rates that weigh them against each other."""
+
+    host: int
+    device: int | None
+    """None where device and host are one tier."""
+    disk_rate: float
+    link_rate: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """One block."""
+
+    id: int
+    name: str
+    portions: tuple[Portion, ...]
+    image: Image
+    device_image: DeviceImage | None
+
+    @property
+    def front_nbytes(self) -> int:
+        """Bytes of the slot that the consumer leases."""
+        return self.image.nbytes if self.device_image is None else self.device_image.nbytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """A complete draft."""
+
+    blocks: tuple[Draft, ...]
+    """In definition order. Block 0 holds the small tensors and is always resident."""
+    leases: Mapping[str, tuple[int, ...]]
+    """Blocks that each module's forward leases."""
+    expected: Mapping[str, tuple[int, ...]]
+    """The same with the pieces of tables: what the first run is expected to use, in definition order."""
+    uses: Mapping[int, int]
+    """How many modules use each block, where it is more than one: an embedding that encoder and decoder share."""
+    seldom: frozenset[int]
+    """Blocks that are used once per answer, not once per token."""
+    tables: Mapping[str, tuple[int, ...]]
+    """Pieces of each parameter served by rows."""
+    front: Residency
+    back: Residency | None
+    spare_slots: int
+    """Slots beyond what nested forwards and one prefetch need."""
+    staging_nbytes: int
+    own_host_nbytes: int
+    """Host memory besides the arena: staging and buffers."""
+    on_cpu: Mapping[int, int] = field(default_factory=dict)
+    """Of blocks that stay in the host tier of a separate device: calls of fewer rows than this are computed there."""
+
+    @property
+    def resident(self) -> bool:
+        """Whether nothing is ever streamed."""
+        return not self.front.slots and not self.tables
+
+    def streamed(self) -> list[Draft]:
+        """Blocks that do not stay on the tier that computes."""
+        return [block for block in self.blocks if block.id not in self.front.resident]
+
+    def on_disk(self) -> list[Draft]:
+        """Blocks that stay nowhere."""
+        kept = self.front.resident | (self.back.resident if self.back else frozenset())
+        return [block for block in self.blocks if block.id not in kept]
+
+    @property
+    def disk_nbytes(self) -> int:
+        """Bytes read from disk per sweep in which each module is called once."""
+        return sum(self.uses.get(block.id, 1) * block.image.read_nbytes for block in self.on_disk())
+
+    @property
+    def link_nbytes(self) -> int:
+        """Bytes copied to the device per sweep."""
+        if self.back is None:
+            return 0
+        return sum(self.uses.get(block.id, 1) * block.image.data_nbytes for block in self.streamed())
+
+    def per_token(self, block: Draft) -> float:
+        """How often a block is used per token."""
+        return self.uses.get(block.id, 1) * (ONCE if block.id in self.seldom else 1.0)
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of host memory that it takes."""
+        return self.own_host_nbytes + (self.back or self.front).nbytes
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes of device memory that it takes."""
+        return self.front.nbytes if self.back else 0
