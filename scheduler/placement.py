@@ -22,6 +22,11 @@ there, where that was found to be cheaper. disk: read, and copied, for every use
 MODES: Final[tuple[Mode, ...]] = ("device", "host", "cpu", "disk")
 
 
+UNHIDDEN: Final = 0.05
+"""The part of a resource's work that shows, though another one binds: the first block of a ring, the last of a call.
+Without it, a disk that is read for nothing would cost nothing as long as the link binds."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Use:
     """What a block takes in one phase (a prompt, a token), all its uses together."""
@@ -170,11 +175,13 @@ class Problem:
         return {name: _dot(rows, counts) for name, rows in self.terms[phase].items()}
 
     def seconds(self, counts: Counts) -> float:
-        """What all phases take: each as long as its busiest resource."""
-        return sum(
-            weight * (max(self.by_resource(counts, phase).values()) + _dot(self.overhead_s(phase), counts))
-            for phase, weight in enumerate(self.weights)
-        )
+        """What all phases take: each as long as its busiest resource, and a little for all others."""
+        total = 0.0
+        for phase, weight in enumerate(self.weights):
+            busy = self.by_resource(counts, phase)
+            longest = (1 - UNHIDDEN) * max(busy.values()) + UNHIDDEN * sum(busy.values())
+            total += weight * (longest + _dot(self.overhead_s(phase), counts))
+        return total
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,11 +245,14 @@ def _solve(problem: Problem, rings: Rings) -> Counts | None:
     for phase in range(phases):
         for coefficients in problem.terms[phase].values():
             constrain(coefficients, -np.inf, 0, phase)
-    costs = sum(weight * np.ravel(problem.overhead_s(p)) for p, weight in enumerate(problem.weights))
+    costs = np.zeros(size)
+    for phase, weight in enumerate(problem.weights):
+        costs += weight * np.ravel(problem.overhead_s(phase))
+        costs += weight * UNHIDDEN * sum(np.ravel(each) for each in problem.terms[phase].values())
     counts = [len(each.blocks) if may else 0 for each, row in zip(problem.classes, problem.allowed(rings), strict=True)
               for may in row]  # fmt: skip
     found = milp(
-        np.concatenate([costs, problem.weights]),
+        np.concatenate([costs, (1 - UNHIDDEN) * np.array(problem.weights)]),
         integrality=[1] * size + [0] * phases,
         bounds=Bounds(0, [*counts, *[np.inf] * phases]),
         constraints=LinearConstraint(np.array(rows), low, high),

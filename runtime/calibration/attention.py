@@ -134,4 +134,4 @@ def attention_curve(
         for _ in range(max(nbytes // (per_key * keys), 1))
     ]
     measured: dict[float, Callable[[], float]] = {p.rows: Attention(caches, p, timer).once for p in points}
-    return curve(in_turns(measured, seconds=seconds, clock=clock))
+    return curve(in_turns(measured, seconds=seconds, clock=clock, pick=max))

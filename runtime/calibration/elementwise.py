@@ -78,6 +78,7 @@ def elementwise_curve(
         {0: timed(small), **{nbytes: timed(mixture) for nbytes, mixture in mixtures.items()}},
         seconds=seconds,
         clock=clock,
+        pick=min,
     )
     started = found.pop(0).value
     rates = {

@@ -61,5 +61,6 @@ def launch_cost(
         {1: lambda: timer.seconds(operations) / calls, 2: lambda: timer.seconds(modules) / calls},
         seconds=seconds,
         clock=clock,
+        pick=min,
     )
     return LaunchCost(operation=found[1], module=found[2])

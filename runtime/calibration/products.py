@@ -145,7 +145,7 @@ def linear_curve(
     weights = Weights(device, dtype, nbytes, largest)
     tokens = weights.tokens(max(rows))
     points: dict[float, Callable[[], float]] = {n: Product(weights, tokens, n, timer).once for n in rows}
-    return curve(in_turns(points, seconds=seconds, clock=clock))
+    return curve(in_turns(points, seconds=seconds, clock=clock, pick=max))
 
 
 def one_row(device: torch.device, dtype: torch.dtype, *, nbytes: int, timer: Timer) -> Callable[[], float]:

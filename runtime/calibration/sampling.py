@@ -22,17 +22,25 @@ MOST: Final = 9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
-    """A median and how far its repetitions lay apart."""
+    """What repetitions came to, and how far they lay apart."""
 
     value: float
     spread: float
-    """(highest - lowest) / median."""
+    """(highest - lowest) / value."""
 
 
-def figure(samples: Sequence[float]) -> Figure:
-    """The median of some positive samples, and their spread."""
-    middle = statistics.median(samples)
-    return Figure(value=middle, spread=(max(samples) - min(samples)) / middle)
+Pick = Callable[[Sequence[float]], float]
+"""What a figure makes of repetitions.
+
+What processors do is the best of them (`max` of rates, `min` of seconds): threads that wait for each other lose whole
+time slices to any other program, and that is not the processor's. Drives and links are told by their median: what
+others take of them is likely to be taken again."""
+
+
+def figure(samples: Sequence[float], pick: Pick = statistics.median) -> Figure:
+    """What some positive samples come to, and their spread."""
+    value = pick(samples)
+    return Figure(value=value, spread=(max(samples) - min(samples)) / value)
 
 
 def in_turns(
@@ -42,6 +50,7 @@ def in_turns(
     clock: Clock,
     least: int = LEAST,
     most: int = MOST,
+    pick: Pick = statistics.median,
 ) -> dict[float, Figure]:
     """Measure points in turns until the time is up.
 
@@ -51,6 +60,7 @@ def in_turns(
         clock: For `seconds` only.
         least: Repetitions of each point.
         most: Repetitions after which to stop even before.
+        pick: What a figure makes of them.
 
     Raises:
         PenstockError: a repetition measured nothing.
@@ -67,7 +77,7 @@ def in_turns(
             if not (math.isfinite(sample) and sample > 0):
                 raise PenstockError(f"a measurement gave {sample}: the clock of this machine is too coarse for it")
             found[x].append(sample)
-    return {x: figure(samples) for x, samples in found.items()}
+    return {x: figure(samples, pick) for x, samples in found.items()}
 
 
 def curve(figures: Mapping[float, Figure]) -> Curve:

@@ -51,7 +51,7 @@ def test_everything_there_is(emulated: EmulatedDevice, tmp_path: Path) -> None:
     assert hardware.emulated
     assert hardware.gpu == hardware.cpu
     assert hardware.link is not None
-    assert hardware.cpu.linear.keys() == hardware.cpu.attention.keys() == {"float32"}
+    assert hardware.cpu.linear.keys() == hardware.cpu.attention.keys() == hardware.cpu.elementwise.keys() == {"float32"}
     assert hardware.cpu.memory.x[0] == 1
     assert min(hardware.cpu.adam, hardware.cpu.launch_s, hardware.cpu.module_call_s, hardware.disk_read) > 0
     assert found.device == "emulated:h2d=8000000000,d2h=8000000000"
@@ -61,8 +61,10 @@ def test_everything_there_is(emulated: EmulatedDevice, tmp_path: Path) -> None:
         "cpu memory",
         "cpu linear float32",
         "cpu attention float32",
+        "cpu elementwise float32",
         "cpu AdamW",
         "cpu launch",
+        "cpu framework",
         "link to emulated",
         "products while copying",
         f"file on the drive of {tmp_path}",
