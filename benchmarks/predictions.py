@@ -20,7 +20,7 @@ from .streams import Figure, Job, Runner, arguments_of, finish, made_by, main_or
 
 MEDIAN_GOAL, WORST_GOAL = 0.08, 0.20
 STEADY = 0.15
-REPEATS = 3
+REPEATS = 2
 MIB = 2**20
 
 
@@ -49,7 +49,7 @@ EMULATED = "emulated:h2d=2GiB/s,d2h=2GiB/s"
 def cases(only: str | None) -> Iterator[Case]:
     """What is run."""
     if only in (None, "cpu"):
-        for budget in ("host=1500MiB", "host=3GiB", "host=4500MiB", "host=8GiB"):
+        for budget in ("host=2GiB", "host=3500MiB", "host=8GiB"):
             for batch, prompt in ((1, 32), (8, 32), (1, 256), (16, 64)):
                 yield _case("reference", "cpu", budget, batch, prompt)
     if only in (None, "emulated"):
@@ -63,7 +63,7 @@ def cases(only: str | None) -> Iterator[Case]:
 
 
 def _case(checkpoint: str, device: str, budget: str, batch: int, prompt: int) -> Case:
-    tokens = 6 if checkpoint == "reference" else 24
+    tokens = 5 if checkpoint == "reference" else 24
     return Case(checkpoint=checkpoint, device=device, budget=budget, batch=batch, prompt=prompt, new_tokens=tokens)
 
 

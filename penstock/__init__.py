@@ -24,7 +24,7 @@ from .memory.errors import (
 )
 
 if TYPE_CHECKING:
-    from .api import close, explain, generate_many, load, offload
+    from .api import close, explain, generate_many, load, offload, save_plan
     from .runtime.profiler.profiler import Profiler
 
 _LAZY = {
@@ -34,6 +34,7 @@ _LAZY = {
     "generate_many": "api",
     "load": "api",
     "offload": "api",
+    "save_plan": "api",
 }
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "generate_many",
     "load",
     "offload",
+    "save_plan",
 ]
 
 

@@ -25,6 +25,8 @@ from .runtime.throughput_choice import Sampling
 from .runtime.throughput_start import Asked, Limits, check_prompts, start
 from .runtime.tiers import Wanted
 from .scheduler.cost import CostModel
+from .scheduler.plan import Plan
+from .scheduler.planfile import read_plan, write_plan
 from .sizes import parse_size
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -41,6 +43,7 @@ def load(
     context: int | None = None,
     batch: int | None = None,
     exact: bool = False,
+    plan: Plan | str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """Load a Hugging Face checkpoint that may be larger than memory, without ever materialising it.
@@ -63,14 +66,19 @@ def load(
         context: Tokens per sequence to leave room for, in automatic budgets.
         batch: Sequences to leave room for, likewise.
         exact: Forbid whatever gives results that are only equal to rounding. The plan says what that costs.
+        plan: A plan to carry out as it is, or the file of one, from `save_plan` or `penstock plan --save`; it may have
+            been edited (homes, slots, processors). Budgets that `max_memory` does not name are the plan's.
         trust_remote_code: Run code that comes with the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or disagrees with its config.
         DoesNotFitError: the budget is too small even for streaming; nothing was loaded.
-        UsageError: an argument has no meaning.
+        UsageError: an argument has no meaning, or the plan is for another model or another kind of device.
     """
     wanted, folders = _wanted(max_memory), _folders(disk)  # before a device is opened, which starts threads
+    given = plan if plan is None or isinstance(plan, Plan) else read_plan(plan)
+    if given is not None:
+        wanted = _as_planned(wanted, given, exact)
     opened = open_device(device)
     return _load(
         path,
@@ -82,8 +90,28 @@ def load(
         batch=batch,
         trust_remote_code=trust_remote_code,
         cache=link_cache(),
-        decisions=_decisions(opened, batch=batch or 1, exact=exact),
+        decisions=None if given is not None else _decisions(opened, batch=batch or 1, exact=exact),
+        plan=given,
     )
+
+
+def save_plan(plan: Plan, path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Write a plan, such as `model.penstock.plan`, to a file that can be edited and given to `load(plan=…)`.
+
+    Raises:
+        UsageError: there is something at `path`, and `force` is false.
+        DiskError: the file cannot be written.
+    """
+    write_plan(path, plan, force=force)
+
+
+def _as_planned(wanted: Wanted, plan: Plan, exact: bool) -> Wanted:
+    """Budgets as asked for, or else as the plan needs them."""
+    if exact and any(block.cpu_rows_below for block in plan.blocks):
+        raise UsageError("the plan has blocks computed on the CPU, which exact=True forbids: set cpu_rows_below to 0")
+    host = wanted.host if wanted.host is not None else plan.host_budget_nbytes
+    device = wanted.device if wanted.device is not None else plan.device_budget_nbytes
+    return Wanted(host=host, device=device, disk=wanted.disk)
 
 
 def _decisions(device: Device, *, batch: int, exact: bool) -> Decisions | None:
@@ -241,4 +269,4 @@ def _folders(disk: Folders | None) -> list[str]:
     return [os.fspath(folder) for folder in named]
 
 
-__all__ = ["Device", "close", "explain", "generate_many", "handle_of", "link_cache", "load", "offload"]
+__all__ = ["Device", "close", "explain", "generate_many", "handle_of", "link_cache", "load", "offload", "save_plan"]

@@ -61,6 +61,10 @@ class Layout:
     staging_nbytes: int
     own_host_nbytes: int
     """Host memory besides the arena: staging and buffers."""
+    limit_nbytes: int = 0
+    """What parameters were cut by: blocks are no larger, but for parameters that are."""
+    token_s: float | None = None
+    """What a token takes where blocks were placed by that; None where bytes were what counted."""
     on_cpu: Mapping[int, int] = field(default_factory=dict)
     """Of blocks that stay in the host tier of a separate device: calls of fewer rows than this are computed there."""
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..memory.disk import DiskEngine
 from ..memory.layout import TensorSource
-from ..scheduler.plan import Links
+from ..scheduler.plan import Links, Plan
 from .backing import CheckpointBacking
 from .binding import placeholder
 from .deciding import Decisions
@@ -42,12 +42,14 @@ def load(
     cache: LinkCache,
     processors: Processors | None = None,
     decisions: Decisions | None = None,
+    plan: Plan | None = None,
 ) -> nn.Module:
     """Build the model, plan it, and start reading. See `penstock.load`.
 
     Args:
         processors: Chooses what the CPU computes; nothing without.
         decisions: Choose that, and what stays where, by what a token costs; None where that is not known.
+        plan: To be carried out as it is, within the budgets; nothing is decided then.
     """
     with ExitStack() as held:
         held.callback(device.close)
@@ -69,15 +71,16 @@ def load(
             link_rate=links.h2d,
         )
         buffers = sum(buffer.nbytes for buffer in model.buffers())
-        layout = Planner(
+        planner = Planner(
             model,
             backing,
             budgets,
             buffers_nbytes=buffers,
             keep_skew=skewed(device),
             work=None if decisions is None else decisions.of(model),
-        ).best()
-        if decisions is not None and processors is None:
+        )
+        layout = planner.best() if plan is None else planner.as_planned(plan)
+        if decisions is not None and processors is None and plan is None:
             processors = decisions.processors
         layout, stays = settled(model, layout, device, processors)
         launch(

@@ -45,8 +45,8 @@ def place_on_tiers(
     min_slots: int,
     depth_nbytes: int,
     passing_nbytes: int = 0,
-) -> tuple[Residency, Residency] | None:
-    """What stays on the device, and what on the host; None where nothing fits.
+) -> tuple[Residency, Residency, float] | None:
+    """What stays on the device, what on the host, and the seconds of a token; None where nothing fits.
 
     Args:
         blocks: In the order of use; what is always on the device is not among them.
@@ -89,7 +89,7 @@ def place_on_tiers(
     rings = found.rings
     front = residency(("device",), rings.front_slots, rings.front_slot_nbytes, {b.id: b.front_nbytes for b in blocks})
     back = residency(("host", "cpu"), rings.back_slots, rings.back_slot_nbytes, {b.id: b.image.nbytes for b in blocks})
-    return front, back
+    return front, back, found.seconds
 
 
 def _classes(blocks: Sequence[Draft], work: Work, worth: Mapping[int, float]) -> list[BlockClass]:

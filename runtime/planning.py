@@ -9,20 +9,22 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from ..memory.disk import DiskEngine
-from ..memory.errors import DoesNotFitError
+from ..memory.errors import DoesNotFitError, UsageError
 from ..memory.image import STAGING, device_image
 from ..memory.layout import ITEMSIZE
+from ..scheduler.plan import Plan
 from ..scheduler.residency import Residency, Sized, choose_residency, smallest_budget
 from .backing import Backing, Portion
 from .layout import Budgets, Draft, Layout
 from .partition import cut, embedding_only, limits, streamable, table_candidates
 from .phases import ONCE, once_per_answer
 from .placing import Work, place_on_tiers
+from .replanning import check_fits, check_same, check_tables, residencies
 
 DEPTH = 96 * 2**20
 """Bytes of ring, besides the block in use, that keep a drive busy: 8 requests of 4 MiB under way, the rest ready."""
@@ -31,6 +33,38 @@ SHALLOWER = (1, 2, 4)
 """Parts of DEPTH that are tried: where little is streamed, blocks that stay are worth more than a deep ring."""
 SHALLOW_COST = 0.15
 """What a sweep loses, at most, to a ring too short to keep the link busy; an estimate that only ranks drafts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Cut:
+    """A module in blocks, before anything has a home."""
+
+    limit_nbytes: int
+    blocks: list[Draft]
+    leases: dict[str, tuple[int, ...]]
+    expected: dict[str, tuple[int, ...]]
+    pieces: dict[str, tuple[int, ...]]
+    min_slots: int
+    staging_nbytes: int
+    own_nbytes: int
+    once: frozenset[str]
+
+    @property
+    def counts(self) -> Counter[int]:
+        """How many modules use each block."""
+        return Counter(block for held in self.expected.values() for block in held)
+
+    @property
+    def seldom(self) -> frozenset[int]:
+        """Blocks that are used once per answer."""
+        always = {block for path, held in self.expected.items() if path not in self.once for block in held}
+        return frozenset(self.counts.keys() - always)
+
+    @property
+    def worth(self) -> dict[int, float]:
+        """Uses of each block per token."""
+        seldom = self.seldom
+        return {block: count * (ONCE if block in seldom else 1.0) for block, count in self.counts.items()}
 
 
 class Planner:
@@ -93,6 +127,29 @@ class Planner:
         return self._try(limit, tables)
 
     def _try(self, limit: int, tables: set[str]) -> Layout | None:
+        made = self._cut(limit, tables)
+        placed = [self._place(made, DEPTH // part) for part in SHALLOWER]
+        return min((layout for layout in placed if layout is not None), key=self._seconds, default=None)
+
+    def as_planned(self, plan: Plan) -> Layout:
+        """The layout that a plan describes, perhaps one that was edited.
+
+        Raises:
+            UsageError: it is a plan for another model, or one that cannot be carried out.
+            DoesNotFitError: it takes more than the budgets.
+        """
+        check_tables(plan, self.parameters)
+        made = self._cut(plan.limit_nbytes, set(plan.tables))
+        check_same(plan, made.blocks)
+        small = made.blocks[0]
+        front, back = residencies(plan, made.blocks, separate=self.budgets.device is not None)
+        if small.id not in front.resident:
+            raise UsageError("the plan has block 0 streamed: it holds the small tensors, which always stay")
+        layout = self._layout(made, front, back)
+        check_fits(layout, self.budgets, min_slots=made.min_slots)
+        return replace(layout, on_cpu={b.id: b.cpu_rows_below for b in plan.blocks if b.cpu_rows_below})
+
+    def _cut(self, limit: int, tables: set[str]) -> _Cut:
         partition = cut(self.module, self.sizes, limit=limit, tables=tables, apart=self._once)
         blocks: list[Draft] = [self._draft(0, "small tensors", [Portion(name=n) for n in partition.small.names])]
         home: dict[str, int] = {}
@@ -112,8 +169,18 @@ class Planner:
                 blocks.append(self._draft(len(blocks), f"{name}[{rows[0]}:{rows[1]}]", [Portion(name=name, rows=rows)]))
             pieces[name] = tuple(ids)
         leases, expected = self._uses(partition.uses, home, pieces)
-        placed = [self._place(blocks, leases, expected, pieces, DEPTH // part) for part in SHALLOWER]
-        return min((layout for layout in placed if layout is not None), key=self._seconds, default=None)
+        staging = self._staging(blocks, pieces)
+        return _Cut(
+            limit_nbytes=limit,
+            blocks=blocks,
+            leases=leases,
+            expected=expected,
+            pieces=pieces,
+            min_slots=self._nesting(leases) + 1,
+            staging_nbytes=staging,
+            own_nbytes=self._own(staging),
+            once=self._once,
+        )
 
     def _draft(self, number: int, name: str, portions: list[Portion]) -> Draft:
         image = self.backing.image(portions, move=self.budgets.device is None)
@@ -158,59 +225,50 @@ class Planner:
             deepest = max(deepest, len(held))
         return deepest
 
-    def _place(
-        self,
-        blocks: list[Draft],
-        leases: dict[str, tuple[int, ...]],
-        expected: dict[str, tuple[int, ...]],
-        pieces: dict[str, tuple[int, ...]],
-        depth: int,
-    ) -> Layout | None:
-        min_slots = self._nesting(leases) + 1
-        staging = self._staging(blocks, pieces)
-        own = self._own(staging)
-        counts = Counter(block for held in expected.values() for block in held)
-        uses = {block: count for block, count in counts.items() if count > 1}
-        always = {block for path, held in expected.items() if path not in self._once for block in held}
-        seldom = frozenset(counts.keys() - always)
-        worth = {block: uses.get(block, 1) * (ONCE if block in seldom else 1.0) for block in counts}
-        small = blocks[0]
-        placed = self._placed(blocks[1:], small, worth, min_slots, own, depth)
-        front_budget = self.budgets.host - own if self.budgets.device is None else self.budgets.device
-        front = self._front(blocks[1:], small, front_budget, min_slots, own, worth, depth)
-        back: Residency | None = None
+    def _place(self, made: _Cut, depth: int) -> Layout | None:
+        blocks, small = made.blocks, made.blocks[0]
+        placed = self._placed(made, depth)
         if placed is not None:
-            front, back = placed
-        elif self.budgets.device is not None:
-            if front is None:
-                return None
-            passing = [block for block in blocks if block.id in front.resident]
-            streamed = [block for block in blocks if block.id not in front.resident]
-            transit = max((block.image.nbytes for block in passing), default=0)
-            back = self._back(streamed, self.budgets.host - own, transit, own, worth, depth)
-            if back is None:
-                return None
-        elif front is None:
+            front, back, token_s = placed
+            return replace(self._layout(made, front, back), token_s=token_s)
+        own, worth = made.own_nbytes, made.worth
+        front_budget = self.budgets.host - own if self.budgets.device is None else self.budgets.device
+        found = self._front(blocks[1:], small, front_budget, made.min_slots, own, worth, depth)
+        if found is None:
             return None
+        if self.budgets.device is None:
+            return self._layout(made, found, None)
+        passing = [block for block in blocks if block.id in found.resident]
+        streamed = [block for block in blocks if block.id not in found.resident]
+        transit = max((block.image.nbytes for block in passing), default=0)
+        kept = self._back(streamed, self.budgets.host - own, transit, own, worth, depth)
+        return None if kept is None else self._layout(made, found, kept)
+
+    def _layout(self, made: _Cut, front: Residency, back: Residency | None) -> Layout:
+        for block in made.blocks:
+            assert block.id in front.resident or block.front_nbytes <= front.slot_nbytes, f"{block.name} fits no slot"
+            passes = back is not None and block.id not in back.resident
+            assert not passes or (back is not None and block.image.nbytes <= back.slot_nbytes), (
+                f"{block.name} fits none"
+            )
         return Layout(
-            blocks=tuple(blocks),
-            leases=leases,
-            expected=expected,
-            uses=uses,
-            seldom=seldom,
-            tables=pieces,
+            blocks=tuple(made.blocks),
+            leases=made.leases,
+            expected=made.expected,
+            uses={block: count for block, count in made.counts.items() if count > 1},
+            seldom=made.seldom,
+            tables=made.pieces,
             front=front,
             back=back,
-            spare_slots=max(0, front.slots - min_slots),
-            staging_nbytes=max(staging, 4096),
-            own_host_nbytes=own,
+            spare_slots=max(0, front.slots - made.min_slots),
+            staging_nbytes=max(made.staging_nbytes, 4096),
+            own_host_nbytes=made.own_nbytes,
+            limit_nbytes=made.limit_nbytes,
         )
 
-    def _placed(
-        self, blocks: list[Draft], small: Draft, worth: Mapping[int, float], min_slots: int, own: int, depth: int
-    ) -> tuple[Residency, Residency] | None:
+    def _placed(self, made: _Cut, depth: int) -> tuple[Residency, Residency, float] | None:
         """Both tiers at once, by what a token costs; None where that is not known, or all fits the device."""
-        device = self.budgets.device
+        device, small, blocks = self.budgets.device, made.blocks[0], made.blocks[1:]
         if self.work is None or device is None:
             return None
         room = device - small.front_nbytes
@@ -220,18 +278,17 @@ class Planner:
             blocks,
             work=self.work,
             device_nbytes=room,
-            host_nbytes=self.budgets.host - own,
-            worth=worth,
-            min_slots=min_slots,
+            host_nbytes=self.budgets.host - made.own_nbytes,
+            worth=made.worth,
+            min_slots=made.min_slots,
             depth_nbytes=depth,
             passing_nbytes=small.image.nbytes,
         )
         if found is None:
             return None
-        front, back = found
-        return replace(
-            front, resident=front.resident | {small.id}, resident_nbytes=front.resident_nbytes + small.front_nbytes
-        ), back
+        front, back, token_s = found
+        kept, nbytes = front.resident | {small.id}, front.resident_nbytes + small.front_nbytes
+        return replace(front, resident=kept, resident_nbytes=nbytes), back, token_s
 
     def _staging(self, blocks: list[Draft], pieces: Mapping[str, tuple[int, ...]]) -> int:
         """Bytes of the buffers that reads bounce through."""
@@ -293,6 +350,8 @@ class Planner:
         return found
 
     def _seconds(self, layout: Layout) -> float:
+        if layout.token_s is not None:
+            return layout.token_s
         streamed = sum(layout.per_token(block) for block in layout.streamed())
         disk = sum(layout.per_token(b) * b.image.read_nbytes for b in layout.on_disk()) / self.budgets.disk_rate
         copied = sum(layout.per_token(b) * b.image.data_nbytes for b in layout.streamed()) if layout.back else 0

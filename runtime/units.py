@@ -102,7 +102,8 @@ def settled(
         f"{count} blocks are computed on the device, not on the CPU: {reason}"
         for reason, count in Counter(found.refused.values()).items()
     )
-    return replace(layout, on_cpu=found.on_cpu), notes
+    own = layout.own_host_nbytes + found.small_nbytes
+    return replace(layout, on_cpu=found.on_cpu, own_host_nbytes=own), notes
 
 
 class _Finder:

@@ -117,8 +117,8 @@ class Problem:
         for each in self.classes:
             front = rings.front_slots > 0 and each.front_nbytes <= rings.front_slot_nbytes
             back = rings.back_slots > 0 and each.host_nbytes <= rings.back_slot_nbytes
-            copies = any(not use.on_cpu for use in each.uses)
-            fits = {"device": back, "host": front, "cpu": front or not copies, "disk": front and back}
+            # What the CPU computes is copied for calls of many rows, so that it must fit a slot, too.
+            fits = {"device": back, "host": front, "cpu": front, "disk": front and back}
             found.append([mode in each.modes and fits[mode] for mode in MODES])
         return found
 

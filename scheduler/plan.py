@@ -57,11 +57,14 @@ class Plan:
     slot_nbytes: int
     host_slots: int
     """Slots of the host ring on the way to a separate device."""
+    host_slot_nbytes: int = 0
     disk_nbytes_per_sweep: int
     """Bytes read per sweep in which every block is used once."""
     link_nbytes_per_sweep: int
     """Bytes copied host → device per sweep of one token: blocks that the CPU computes then are not copied."""
     links: Links
+    limit_nbytes: int = 0
+    """What the parameters were cut by into blocks: another limit gives other blocks."""
     depth: int
     """Blocks that can be on their way or ready ahead of the one in use."""
     notes: tuple[str, ...] = ()

@@ -36,6 +36,8 @@ def carry_out(request: Request, output: Output) -> None:
             disk=request.disk,
             context=len(prompt) + request.max_new_tokens,
             batch=1,
+            exact=request.exact,
+            plan=request.plan,
             trust_remote_code=request.trust_remote_code,
         )
     try:

@@ -10,6 +10,7 @@ import typer
 
 from ..budget import parse_budget
 from ..memory.errors import UsageError
+from ..scheduler.planfile import write_plan
 from ..scheduler.sizes import DEFAULT_CONTEXT, Training, Workload
 from .options import MACHINE, Disk, Dtype, Json, MaxMemory, TrustRemoteCode
 from .output import Output
@@ -86,6 +87,10 @@ def plan(
     profile: Annotated[
         Path | None,
         typer.Option(help="Write the predicted run as a profile for `penstock prof`.", rich_help_panel=_ANSWER),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Write the plan as a file, for load(plan=…) and run --plan.", rich_help_panel=_ANSWER),
     ] = None,
     top: Annotated[
         int, typer.Option(min=1, help="With --sizes: show so many modules.", metavar="N", rich_help_panel=_ANSWER)
@@ -189,6 +194,8 @@ def plan(
         assert machine is not None
         title = f"{source} on {machine.name}: {asked_sweep.name}"
         return show_sweep(output, asked_sweep, points, title=title, chart=chart, force=force, as_json=as_json)
+    if save is not None:
+        write_plan(save, outlook.forecast.plan, force=force)
     title = title_of(forecaster.foresight, outlook.forecast)
     show(output, outlook, title=title, as_json=as_json, profile=profile, force=force)
     return 0

@@ -61,6 +61,9 @@ class Request:
     dtype: str
     trust_remote_code: bool
     as_json: bool
+    plan: Path | None = None
+    """Of a run; None to make one."""
+    exact: bool = False
 
     def __post_init__(self) -> None:
         parse_budget(self.max_memory)  # raises before the slow imports rather than after

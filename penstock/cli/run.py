@@ -52,6 +52,12 @@ _TopP = Annotated[
 _TopK = Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.", rich_help_panel=_CHOICE)]
 _Seed = Annotated[int | None, typer.Option(help="Make sampling repeatable.", rich_help_panel=_CHOICE)]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or emulated:h2d=1GiB/s.", rich_help_panel=MACHINE)]
+_Plan = Annotated[
+    Path | None, typer.Option(help="Carry out this plan (penstock plan --save), as it is.", rich_help_panel=MACHINE)
+]
+_Exact = Annotated[
+    bool, typer.Option("--exact", help="Forbid what is equal to rounding only.", rich_help_panel=MACHINE)
+]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")]
 
 
@@ -74,6 +80,8 @@ def run(
     device: _Device = "auto",
     disk: Disk = None,
     dtype: Dtype = "auto",
+    plan: _Plan = None,
+    exact: _Exact = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: _AsJson = False,
 ) -> None:
@@ -102,11 +110,14 @@ def run(
         others = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompt-ids": prompt_ids}
         if given := [name for name, value in others.items() if value is not None]:
             raise UsageError(f"--prompts and {given[0]} exclude each other: give one of them")
+        if plan is not None or exact:
+            raise UsageError("--plan and --exact are about one prompt: many are planned and cut by themselves")
         _run_many(ManyRequest(file=prompts, output=results, resume=resume, force=force, chat=chat, **common))
         return
     if results is not None or resume or force:
         raise UsageError("--output, --resume and --force are about results of many prompts: give those by --prompts")
-    request = Request(prompt=read_prompt(text=prompt, file=prompt_file, ids=prompt_ids, chat=chat), **common)
+    asked = read_prompt(text=prompt, file=prompt_file, ids=prompt_ids, chat=chat)
+    request = Request(prompt=asked, plan=plan, exact=exact, **common)
     output = Output()
     with output.busy("starting"):
         from .generation import carry_out  # torch and transformers take seconds

@@ -23,7 +23,7 @@ from .storages import storage_key, tier_of
 
 LEAST_NBYTES: Final = 1 << 16
 """Smaller tensors weigh nothing where a peak is, and there are many of them."""
-FIRST_STEPS: Final = 4
+FIRST_STEPS: Final = 2
 """All of these are looked at: the first ones make gradients, states and caches."""
 SHARE: Final = 100
 """Afterwards, looking may take one part in so many of the time."""

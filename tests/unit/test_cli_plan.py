@@ -111,9 +111,11 @@ def test_usage(folder: Path, capsys: pytest.CaptureFixture[str], options: tuple[
     assert "Traceback" not in error
 
 
-def test_without_sizes_there_is_nothing_to_show(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(folder)]) == 2
-    assert "add --sizes" in capsys.readouterr().err
+def test_options_of_sizes_need_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(folder), "--train", "adamw"]) == 2
+    assert "belong to --sizes" in capsys.readouterr().err
+    assert main(["plan"]) == 2
+    assert "give CKPT" in capsys.readouterr().err
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
