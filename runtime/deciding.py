@@ -49,6 +49,8 @@ class Decisions:
         """Seconds per token that one processor costs more than two; None where there is nothing to choose."""
         traffic, saved = _traffic(layout), 0.0
         for each in _candidates(layout, self.of(model)):
+            if not self.exact and each.block not in layout.on_cpu:
+                continue  # the CPU cannot compute it anyway
             on_device = device_s(each, self.costs, self.rows, traffic)
             saved += max(on_device - cpu_s(each, self.costs, self.rows, traffic), 0.0)
         return saved or None

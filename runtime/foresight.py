@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from transformers import PreTrainedModel
 
-from ..memory.errors import DoesNotFitError
+from ..memory.errors import DoesNotFitError, UsageError
 from ..memory.layout import ITEMSIZE, FileSpan, TensorSource
 from ..scheduler.cost import CostModel
 from ..scheduler.hardware import Hardware
@@ -64,6 +64,8 @@ class Forecast:
     generated: int
     """Tokens of each answer."""
     batch: int
+    warm: bool
+    """Whether the model has answered before."""
     headroom_nbytes: int
     """Left for keys and values, activations and logits on the tier that computes."""
     busy_s: Mapping[str, float]
@@ -72,7 +74,8 @@ class Forecast:
     @property
     def first_token_s(self) -> float:
         """From the moment that the model is known: what stays is read with the prompt."""
-        return self.prediction.turns[0].end_ns / 1e9
+        first = self.prediction.turns[0]
+        return first.seconds if self.warm else first.end_ns / 1e9
 
     @property
     def token_s(self) -> float:
@@ -161,6 +164,10 @@ class Foresight:
             DoesNotFitError: some tier is too small to run at all; the message says how much it needs.
             UnknownInputError: what the model reads is not known.
         """
+        if not hardware.drives:
+            raise UsageError(
+                f"{hardware.name}: no drive is known, which weights are read from: give it one under drives"
+            )
         workload = with_context(self.model, Workload(batch=batch, context=prompt + generated))
         headroom = headroom_nbytes(self.model.config, self.model.dtype, context=workload.context, batch=batch)
         budgets = self._budgets(hardware, room or Room(), headroom)
@@ -171,7 +178,7 @@ class Foresight:
             self._backing,
             budgets,
             buffers_nbytes=sum(buffer.nbytes for buffer in self.model.buffers()),
-            keep_skew=hardware.gpu is None,
+            keep_skew=hardware.gpu is None or hardware.emulated,
             work=None if decisions is None else decisions.of(self.model),
         ).best()
         if decisions is not None and layout.back is not None:
@@ -189,6 +196,7 @@ class Foresight:
             prompt=prompt,
             generated=generated if len(calls) > 1 else 1,
             batch=batch,
+            warm=warm,
             headroom_nbytes=headroom,
             busy_s=_busy(layout, calls, cost, batch, str(self.model.dtype).removeprefix("torch.")),
         )

@@ -24,6 +24,7 @@ from torch import nn
 from ..kernels.linear_rows import linear_piece
 from ..memory.arena import AnyArena
 from ..memory.errors import ReadOnlyWeightError
+from ..scheduler.executor import WATCH_S
 from ..scheduler.lease import Lease
 from . import caches
 from .arguments import Bundle, portable, rows_of, rows_of_root
@@ -116,6 +117,8 @@ class OnCpu:
 
     def root(self, key: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         """What the executor is to know a root call by, so that the order of few rows is apart from that of many."""
+        if self._session.sweeping:
+            return key
         rows = rows_of_root(args, kwargs)
         under = None if rows is None else next((each for each in self._thresholds if rows < each), None)
         return key if under is None else Root(key, under)
@@ -149,6 +152,8 @@ class OnCpu:
         return stranger is None
 
     def _allowed(self) -> bool:
+        if self._session.sweeping:  # many rows share each copy, and lanes of any number of rows must share orders
+            return False
         kind = self._session.device.torch_device.type
         return not torch.is_grad_enabled() and (kind == "cpu" or not torch.is_autocast_enabled(kind))
 
@@ -160,7 +165,8 @@ class OnCpu:
         returned = self._session.returned
         with returned:
             while state.on_cpu:
-                returned.wait()
+                if not returned.wait(WATCH_S):
+                    logger.warning("%s waits for the device: the CPU is still computing it", unit.path)
             state.on_device += 1
         try:
             for value in (*args, *kwargs.values()):
@@ -319,7 +325,9 @@ class OnCpu:
     def serves(self, table: Table, x: torch.Tensor) -> bool:
         """Whether all pieces of a product are computed on a CPU that is another processor than the one of x: no bits
         are kept then, and none need to be."""
-        return x.device.type != "cpu" and all(self._piece_here(piece, x) for piece in table.pieces)
+        return (
+            x.device.type != "cpu" and bool(table.pieces) and all(self._piece_here(piece, x) for piece in table.pieces)
+        )
 
     def _piece_here(self, piece: Piece, x: torch.Tensor) -> bool:
         rows = x.numel() // max(x.shape[-1], 1)

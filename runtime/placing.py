@@ -44,6 +44,7 @@ def place_on_tiers(
     worth: Mapping[int, float],
     min_slots: int,
     depth_nbytes: int,
+    disk_rate: float,
     passing_nbytes: int = 0,
 ) -> tuple[Residency, Residency, float] | None:
     """What stays on the device, what on the host, and the seconds of a token; None where nothing fits.
@@ -56,6 +57,7 @@ def place_on_tiers(
         worth: Uses of each block per token.
         min_slots: That the device's ring must have.
         depth_nbytes: Bytes that rings should hold to keep links busy.
+        disk_rate: Bytes per second of reading the files that the blocks are in.
         passing_nbytes: Of what else comes to the device through the host's ring.
     """
     classes = _classes(blocks, work, worth)
@@ -65,7 +67,7 @@ def place_on_tiers(
         device_nbytes=device_nbytes,
         host_nbytes=host_nbytes,
         rates=Rates(
-            disk=hardware.disk_read or 1.0,
+            disk=disk_rate,
             link=hardware.link.h2d.best if hardware.link is not None else 1e12,
             dram=work.costs.memory_rate("cpu"),
         ),
@@ -133,11 +135,14 @@ def _rings(
 ) -> Iterator[Rings]:
     fronts = _sizes({each.front_nbytes for each in classes})
     largest_host = max(passing_nbytes, *(each.host_nbytes for each in classes))
+    seen: set[tuple[int, int, int]] = set()
     for slot in fronts:
         for part in (1, 2, 4):
             front = _slots(min(depth_nbytes // part, max(0, device_nbytes) // 8), slot, min_slots)
             back = _slots(min(depth_nbytes // part, max(0, host_nbytes) // 4), largest_host, 2)
-            yield Rings(front_slots=front, front_slot_nbytes=slot, back_slots=back, back_slot_nbytes=largest_host)
+            if (slot, front, back) not in seen:
+                seen.add((slot, front, back))
+                yield Rings(front_slots=front, front_slot_nbytes=slot, back_slots=back, back_slot_nbytes=largest_host)
 
 
 def _sizes(sizes: set[int]) -> list[int]:

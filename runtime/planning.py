@@ -24,7 +24,7 @@ from .layout import Budgets, Draft, Layout
 from .partition import cut, embedding_only, limits, streamable, table_candidates
 from .phases import ONCE, once_per_answer
 from .placing import Work, place_on_tiers
-from .replanning import check_fits, check_same, check_tables, residencies
+from .replanning import check_fits, check_rings, check_same, check_tables, residencies
 
 DEPTH = 96 * 2**20
 """Bytes of ring, besides the block in use, that keep a drive busy: 8 requests of 4 MiB under way, the rest ready."""
@@ -112,7 +112,11 @@ class Planner:
             found.append(whole)
         if not found:
             raise self._does_not_fit()
-        return min(found, key=lambda layout: (not layout.resident, self._seconds(layout)))
+        by_time = any(layout.token_s is not None for layout in found)  # which no weighing of bytes can be compared with
+        return min(
+            found,
+            key=lambda layout: (not layout.resident, by_time and layout.token_s is None, self._seconds(layout)),
+        )
 
     def _try_limit(self, limit: int) -> Layout | None:
         lookups = embedding_only(self.module)
@@ -128,7 +132,8 @@ class Planner:
 
     def _try(self, limit: int, tables: set[str]) -> Layout | None:
         made = self._cut(limit, tables)
-        placed = [self._place(made, DEPTH // part) for part in SHALLOWER]
+        parts = SHALLOWER if self.work is None else SHALLOWER[:1]  # placing tries shallower rings itself
+        placed = [self._place(made, DEPTH // part) for part in parts]
         return min((layout for layout in placed if layout is not None), key=self._seconds, default=None)
 
     def as_planned(self, plan: Plan) -> Layout:
@@ -145,8 +150,9 @@ class Planner:
         front, back = residencies(plan, made.blocks, separate=self.budgets.device is not None)
         if small.id not in front.resident:
             raise UsageError("the plan has block 0 streamed: it holds the small tensors, which always stay")
+        front, back = check_rings(made.blocks, front, back, min_slots=made.min_slots)
         layout = self._layout(made, front, back)
-        check_fits(layout, self.budgets, min_slots=made.min_slots)
+        check_fits(layout, self.budgets)
         return replace(layout, on_cpu={b.id: b.cpu_rows_below for b in plan.blocks if b.cpu_rows_below})
 
     def _cut(self, limit: int, tables: set[str]) -> _Cut:
@@ -282,6 +288,7 @@ class Planner:
             worth=made.worth,
             min_slots=made.min_slots,
             depth_nbytes=depth,
+            disk_rate=self.budgets.disk_rate,
             passing_nbytes=small.image.nbytes,
         )
         if found is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
 
 from torch import nn
 
@@ -11,6 +13,9 @@ from ..scheduler.plan import Home, Plan
 from ..scheduler.residency import Residency
 from .layout import Budgets, Draft, Layout
 
+PADDING_NBYTES: Final = 64 * 2**10
+"""By so much a block may take more of a slot than a plan from a config alone says."""
+
 
 def check_tables(plan: Plan, parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuse a plan that has tables which the model has not got.
@@ -18,6 +23,8 @@ def check_tables(plan: Plan, parameters: Mapping[str, nn.Parameter]) -> None:
     Raises:
         UsageError: it does; the message names one.
     """
+    if plan.blocks and plan.limit_nbytes < 1:
+        raise UsageError(f"the plan's limit_nbytes is {plan.limit_nbytes}: it is what parameters are cut by, 1 or more")
     for name in plan.tables:
         if name not in parameters or parameters[name].dim() != 2:
             raise UsageError(f"the plan has {name} read by rows, which this model has not got: it is for another model")
@@ -29,6 +36,8 @@ def check_same(plan: Plan, blocks: Sequence[Draft]) -> None:
     Raises:
         UsageError: they are not; the message names the first that differs.
     """
+    if not plan.blocks:
+        raise UsageError("the plan has no blocks: it is of a module that was left as it was, and cannot be carried out")
     if len(plan.blocks) != len(blocks):
         raise UsageError(
             f"the plan has {len(plan.blocks)} blocks, this model has {len(blocks)} with the plan's limit_nbytes of "
@@ -58,6 +67,11 @@ def residencies(plan: Plan, blocks: Sequence[Draft], *, separate: bool) -> tuple
         if planned.home == "device" and not separate:
             raise UsageError(
                 f"block {planned.id} ({planned.name}) is to live on the device, and there is none: use host"
+            )
+        if (planned.processor == "cpu") is not bool(planned.cpu_rows_below):
+            raise UsageError(
+                f"block {planned.id} ({planned.name}) is for the {planned.processor} with cpu_rows_below "
+                f"{planned.cpu_rows_below}: give a block of the CPU the rows below which it computes, and others 0"
             )
         if planned.cpu_rows_below and planned.home != "host":
             raise UsageError(
@@ -92,17 +106,45 @@ def _residency(nbytes: Mapping[int, int], kept: frozenset[int], slots: int, slot
     )
 
 
-def check_fits(layout: Layout, budgets: Budgets, *, min_slots: int) -> None:
-    """Refuse a layout that could not run, or that takes more than there is.
+def check_rings(
+    blocks: Sequence[Draft], front: Residency, back: Residency | None, *, min_slots: int
+) -> tuple[Residency, Residency | None]:
+    """The rings of a plan, their slots a little larger where that is what blocks take.
+
+    A plan that was made from a config does not know where tensors lie in files: a block may take some pages more.
 
     Raises:
         UsageError: a streamed block is larger than the slots, or there are too few.
+    """
+    front = _ring("slot", front, {b.id: b.front_nbytes for b in blocks if b.id not in front.resident}, min_slots)
+    if back is None:
+        return front, None
+    passing = {b.id: b.image.nbytes for b in blocks if b.id not in back.resident}
+    return front, _ring("host_slot", back, passing, 2)
+
+
+def _ring(name: str, ring: Residency, passing: Mapping[int, int], least: int) -> Residency:
+    if not passing:
+        return ring
+    if ring.slots < least:
+        raise UsageError(
+            f"the plan has {ring.slots} {name}s: {least} are needed at least, for blocks in use and to come"
+        )
+    block, nbytes = max(passing.items(), key=lambda item: item[1])
+    if nbytes > ring.slot_nbytes + PADDING_NBYTES:
+        raise UsageError(
+            f"block {block} takes {nbytes} bytes of a slot, and the plan's {name}s have {ring.slot_nbytes}: let the "
+            f"block stay, or make {name}_nbytes larger"
+        )
+    return replace(ring, slot_nbytes=max(ring.slot_nbytes, nbytes))
+
+
+def check_fits(layout: Layout, budgets: Budgets) -> None:
+    """Refuse a layout that takes more than there is.
+
+    Raises:
         DoesNotFitError: it takes more than a budget.
     """
-    _check_ring("slots", layout.front, {b.id: b.front_nbytes for b in layout.streamed()}, min_slots)
-    if layout.back is not None:
-        passing = {b.id: b.image.nbytes for b in layout.blocks if b.id not in layout.back.resident}
-        _check_ring("host_slots", layout.back, passing, 2)
     for tier, needed, budget in (
         ("host", layout.host_nbytes, budgets.host),
         ("device", layout.device_nbytes, budgets.device),
@@ -115,18 +157,3 @@ def check_fits(layout: Layout, budgets: Budgets, *, min_slots: int) -> None:
                 needed_nbytes=needed,
                 available_nbytes=budget,
             )
-
-
-def _check_ring(name: str, ring: Residency, passing: Mapping[int, int], least: int) -> None:
-    if not passing:
-        return
-    if ring.slots < least:
-        raise UsageError(
-            f"the plan has {ring.slots} {name}: {least} are needed at least, for blocks in use and to come"
-        )
-    block, nbytes = max(passing.items(), key=lambda item: item[1])
-    if nbytes > ring.slot_nbytes:
-        raise UsageError(
-            f"block {block} takes {nbytes} bytes of a slot, and the plan's {name} have {ring.slot_nbytes}: let the "
-            f"block stay, or make them larger"
-        )

@@ -253,6 +253,11 @@ class Session:
             if run.sweep is None:
                 self._root.release()
 
+    @property
+    def sweeping(self) -> bool:
+        """Whether several calls share each pass over the weights."""
+        return self._sweep is not None
+
     def running_here(self) -> bool:
         """Whether the calling thread is inside a root call."""
         run = self._run
@@ -294,7 +299,7 @@ class Session:
 
     def _acquire(self, block: int, *, observed: bool = True) -> Lease:
         run = self._run
-        if not observed or run is None or run.sweep is None:
+        if not observed or run is None or run.sweep is None or not self.running_here():
             return self.executor.acquire(block, observed=observed)
         try:
             return run.sweep.acquire(block)
@@ -379,7 +384,8 @@ class Session:
             if weight is table.parameter and not isinstance(bias, self._absent_class):
                 whole_x, x = x, self._folded(x, table.parameter)
                 served = self.on_cpu is not None and self.on_cpu.serves(table, x)
-                if served or self._sweep is not None or table.splits(x):  # a sweep is equal to rounding
+                together = self._sweep is not None and bool(table.pieces)  # a sweep is equal to rounding
+                if served or together or table.splits(x):
                     inside = bias if x is whole_x else None
                     elsewhere = None if self.on_cpu is None else self.on_cpu.product(x, inside)
                     return unfolded(table.product(x, inside, self._lend_piece, elsewhere), whole_x, bias)

@@ -123,7 +123,7 @@ def _choose(model: Any, ways: Ways, prompts: Sequence[Asked], limits: Limits) ->
         Machine(
             room_nbytes=room,
             weights_nbytes=plan.weights_nbytes,
-            sweep_s=0.0 if plan.resident else plan.bound_s(),
+            sweep_s=0.0 if plan.resident else plan.with_all_copied().bound_s(),
             memory_rate=MEMORY_RATE if model.device.type == "cpu" else _DEVICE_MEMORY_RATE,
         ),
         pads=ways.pads,

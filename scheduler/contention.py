@@ -8,6 +8,7 @@ whenever one begins or ends.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -72,7 +73,8 @@ class Contention:
     def _due(self) -> None:
         self._timer = None
         self._advance()
-        ended = [activity for activity in self._active if activity.left_s <= 1e-12]
+        rounding = max(1e-12, 4 * math.ulp(self._since))
+        ended = [activity for activity in self._active if activity.left_s <= rounding]
         self._active = [activity for activity in self._active if activity not in ended]
         for activity in ended:
             if not activity.done.done():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Home = Literal["device", "host", "disk"]
@@ -68,6 +68,11 @@ class Plan:
     depth: int
     """Blocks that can be on their way or ready ahead of the one in use."""
     notes: tuple[str, ...] = ()
+
+    def with_all_copied(self) -> Plan:
+        """The plan of calls of many rows: what the CPU computes for few of them is copied, too."""
+        more = sum(block.nbytes for block in self.blocks if block.cpu_rows_below > 1)
+        return replace(self, link_nbytes_per_sweep=self.link_nbytes_per_sweep + more)
 
     @property
     def terms(self) -> dict[str, float]:

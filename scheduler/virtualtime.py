@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import selectors
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -22,6 +23,8 @@ class _JumpingSelector(selectors.SelectSelector):
         if timeout is None:
             raise DeadlockError(f"nothing can run any more, at {self.loop.now:.6f} s")
         self.loop.now += timeout
+        # Timers are due when they are due, not a nanosecond before; but what rounds to now is now.
+        self.loop._clock_resolution = max(1e-12, 4 * math.ulp(self.loop.now))
         return []
 
 
@@ -33,7 +36,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         selector = _JumpingSelector()
         selector.loop = self
         super().__init__(selector)
-        self._clock_resolution = 1e-12  # timers are due when they are due, not a nanosecond before
+        self._clock_resolution = 1e-12
 
     def time(self) -> float:
         """Simulated seconds."""

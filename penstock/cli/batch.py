@@ -169,11 +169,12 @@ def _pace(handle: Handle, reached: ThroughputStatistics, seconds: float, waited_
     }
     if sweeps:
         computing = max(seconds - waited_s, 0.0) / sweeps
-        bound = handle.plan.bound_s(computing)
+        plan = handle.plan.with_all_copied()
+        bound = plan.bound_s(computing)
         pace |= {
             "s_per_sweep": seconds / sweeps,
             "bound_s_per_sweep": bound,
-            "bound_by": handle.plan.binds(computing),
+            "bound_by": plan.binds(computing),
             "distance": seconds / sweeps / bound,
         }
     return pace

@@ -95,6 +95,8 @@ class Forecaster:
         try:
             found = self.on(hardware, budget)
         except DoesNotFitError as error:
+            if budget is not None and (budget.host is not None or budget.device is not None):
+                raise  # it says which budget to raise
             raise self._with_remedy(error, hardware) from None
         if budget is not None and (budget.host is not None or budget.device is not None):
             return Outlook(forecast=found, advice=None)  # the plan itself says what a larger budget would do

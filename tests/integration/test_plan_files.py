@@ -127,7 +127,7 @@ def test_a_plan_that_lets_the_cpu_compute_is_no_exact_one(folder: Path, tmp_path
 
     def on_cpu(document: dict[str, Any]) -> None:
         for block in kept:
-            document["blocks"][block]["cpu_rows_below"] = 100
+            document["blocks"][block].update(cpu_rows_below=100, processor="cpu")
 
     edited(path, on_cpu)
     with pytest.raises(UsageError, match="exact=True forbids"):

@@ -168,3 +168,9 @@ def test_what_waits_for_itself_is_an_error_at_once() -> None:
 
     with pytest.raises(DeadlockError, match=r"at 0\.000000 s"):
         run_virtually(VirtualLoop(), never())
+
+
+def test_clocks_go_on_where_floats_are_coarse() -> None:
+    found = run(setting(6, 10 * MIB, ring=3), machine(disk=0.001 * MIB), layers=6, calls=2, compute_nbytes=MIB)
+    assert found.turns[-1].end_ns > 100_000 * 1e9  # more than a day, of which a float of seconds has no picoseconds
+    assert found.seconds("decode") == pytest.approx(6 * 10_000, rel=1e-3)
