@@ -200,5 +200,5 @@ def test_after_some_steps_looking_takes_a_share_of_the_time(monkeypatch: pytest.
             now[0] += 1000
             if watch.looking:
                 watch.spent_ns += 15
-    # the share of 6000 is 60, which four steps have taken
-    assert looked == [True] * 4 + [False, False, True, False]
+    # after two steps 30 are spent, which is the share of 3000; and so on
+    assert looked == [True, True, False, True, False, True, True, False]

@@ -76,7 +76,7 @@ def test_what_is_missing_is_named(files: Path, capsys: pytest.CaptureFixture[str
     assert main(["plan", "--system", "flexgen", "--hardware", "t4-gcp"]) == 2
     assert "--system needs --model and --workload" in capsys.readouterr().err
     assert main(["plan", "--sizes"]) == 2
-    assert "CKPT is missing" in capsys.readouterr().err
+    assert "give CKPT" in capsys.readouterr().err
     assert plan(files, "nosuch") == 2
     assert "use accelerate" in capsys.readouterr().err
 
