@@ -204,6 +204,13 @@ class Foresight:
     def _budgets(self, hardware: Hardware, room: Room, headroom: int) -> Budgets:
         separate = hardware.gpu is not None
         host, device = room.host, room.device
+        if device is not None and not separate:
+            raise UsageError(f"{hardware.name} has no GPU: leave the device budget out, host is the one that counts")
+        if host is not None and host > hardware.host_nbytes:
+            raise UsageError(
+                f"{hardware.name} has {hardware.host_nbytes} bytes of host memory: a budget of {host} bytes is more "
+                f"than there is. Name a machine that has it"
+            )
         if host is None:
             host = hardware.host_nbytes - SYSTEM_NBYTES - (0 if separate else headroom)
         if separate and device is None:

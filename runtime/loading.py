@@ -69,6 +69,7 @@ def load(
             headroom_nbytes=headroom_nbytes(bones.config, model.dtype, context=context, batch=batch),
             disk_rate=links.disk_read,
             link_rate=links.h2d,
+            on_cpu=decisions is not None and not decisions.exact,
         )
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         planner = Planner(

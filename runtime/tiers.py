@@ -21,9 +21,18 @@ class Wanted:
 
 
 def resolve_budgets(
-    wanted: Wanted, device: Device, *, headroom_nbytes: int, disk_rate: float | None, link_rate: float | None
+    wanted: Wanted,
+    device: Device,
+    *,
+    headroom_nbytes: int,
+    disk_rate: float | None,
+    link_rate: float | None,
+    on_cpu: bool = False,
 ) -> Budgets:
     """Fill in what is auto.
+
+    With `on_cpu`, layers may be computed on the CPU beside a separate device: keys and values are then in host memory,
+    and a run's headroom is left there, too.
 
     `auto` takes what can still be allocated and no other model has reserved, less the headroom of a run (which goes to
     the tier that computes) and, of the host, what an emulated device takes of it.
@@ -34,7 +43,7 @@ def resolve_budgets(
     if lies_in_host(device):
         on_device, on_host = 0, headroom_nbytes + (wanted.device or 0)
     elif device.separate:
-        on_device, on_host = headroom_nbytes, 96 * 2**20
+        on_device, on_host = headroom_nbytes, 96 * 2**20 + (headroom_nbytes if on_cpu else 0)
     else:
         on_device, on_host = 0, headroom_nbytes
     host = wanted.host

@@ -163,6 +163,7 @@ class _Simulation:
             orders=AccessOrders(lambda root: order, first=0),
             clock=self._loop.nanoseconds,
             timeline=timeline,
+            on_cpu=sorted(setting.on_cpu),
             inflight_nbytes=max(INFLIGHT, 2 * max((m.read_nbytes for m in setting.moved.values()), default=0)),
         )
 
@@ -233,6 +234,7 @@ class _Simulation:
         began = self._loop.nanoseconds()
         blocks = self._setting.uses.get(path, ())
         if blocks and all(self._setting.on_cpu.get(block, 0) > rows[path] for block in blocks):
+            await self._cross()
             return _Frame(path=path, began_ns=began, leases=[], where="cpu")
         return _Frame(path=path, began_ns=began, leases=[await self._acquire(block) for block in blocks], where=where)
 
@@ -240,10 +242,23 @@ class _Simulation:
         """A product with a table: piece by piece, each leased while it is used."""
         total = sum(self._setting.moved[piece].read_nbytes for piece in pieces) or 1
         for piece in pieces:
-            lease = await self._acquire(piece)
             share = self._setting.moved[piece].read_nbytes / total
-            await self._compute([msgspec.structs.replace(operation, nbytes=operation.nbytes * share)], stack)
+            part = msgspec.structs.replace(operation, nbytes=operation.nbytes * share)
+            if self._setting.on_cpu.get(piece, 0) > operation.rows:
+                frame = _Frame(path=stack[-1].path, began_ns=0, leases=[], where="cpu")
+                await self._cross()
+                await self._compute([part], [frame])
+                continue
+            lease = await self._acquire(piece)
+            await self._compute([part], stack)
             self._release([lease])
+
+    async def _cross(self) -> None:
+        """Inputs go to the CPU, and results come back: two waits for the link."""
+        if self._ahead is not None:
+            await self._ahead
+        link = self._cost.hardware.link
+        await asyncio.sleep(2 * link.latency_s if link is not None else 0.0)
 
     async def _compute(self, operations: Sequence[Operation], stack: Sequence[_Frame]) -> None:
         """Operations of the innermost module under way."""

@@ -136,6 +136,22 @@ def plan(
 
         penstock plan ./llama --sizes --train adamw --batch 4 --context 2048
     """
+    given = {
+        "--sizes": sizes,
+        "--target": target,
+        "--sweep": sweep,
+        "--hardware": hardware,
+        "--max-memory": max_memory != "auto",
+        "--device": device != "auto",
+        "--disk": disk,
+        "--save": save,
+        "--profile": profile,
+        "--workload": workload,
+        "--throughput": throughput,
+    }
+    _refuse_together(
+        {name for name, value in given.items() if value} | ({"--system"} if system != "penstock" else set())
+    )
     if system != "penstock":
         from .plan_system import plan_system
 
@@ -199,6 +215,24 @@ def plan(
     title = title_of(forecaster.foresight, outlook.forecast)
     show(output, outlook, title=title, as_json=as_json, profile=profile, force=force)
     return 0
+
+
+_APART: tuple[tuple[str, str], ...] = (
+    ("--system", "--sizes --target --sweep --max-memory --device --disk --save --profile --throughput"),
+    ("--sizes", "--target --sweep --hardware --save --profile --workload --throughput"),
+    ("--target", "--sweep --hardware --max-memory --device --disk --save --profile"),
+    ("--sweep", "--save --profile"),
+    ("--hardware", "--device --disk"),
+    ("--workload", "--throughput"),
+)
+"""Options with which others have no meaning."""
+
+
+def _refuse_together(given: set[str]) -> None:
+    for option, others in _APART:
+        clash = [other for other in others.split() if other in given]
+        if option in given and clash:
+            raise UsageError(f"{option} and {clash[0]} exclude each other: leave one of them out")
 
 
 def _training(train: str | None, batch: int, context: int | None, rank: int) -> Workload:

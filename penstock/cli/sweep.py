@@ -8,6 +8,8 @@ from math import log2
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from ..budget import MemoryBudget
 from ..memory.errors import DoesNotFitError, UsageError
 from ..runtime.foresight import Forecast
@@ -70,10 +72,20 @@ def sweep(forecaster: Forecaster, hardware: Hardware, budget: MemoryBudget, aske
         batch = value if asked.name == "batch" else None
         changed = budget if batch else replace(budget, **{asked.name: value})
         try:
-            found.append((value, forecaster.on(hardware, changed, batch=batch)))
+            found.append((value, forecaster.on(_with_room(hardware, asked, value), changed, batch=batch)))
         except DoesNotFitError:
             found.append((value, None))
     return found
+
+
+def _with_room(hardware: Hardware, asked: Sweep, value: int) -> Hardware:
+    """The machine with at least the memory that is asked about, and some to spare for the run itself."""
+    if asked.name == "host":
+        return msgspec.structs.replace(hardware, host_nbytes=max(hardware.host_nbytes, 2 * value))
+    if asked.name == "device" and hardware.gpu is not None:
+        gpu = msgspec.structs.replace(hardware.gpu, memory_nbytes=max(hardware.gpu.memory_nbytes, 2 * value))
+        return msgspec.structs.replace(hardware, gpu=gpu)
+    return hardware
 
 
 def show_sweep(

@@ -137,8 +137,6 @@ def test_a_workload_file_says_what_is_to_be_done(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--target", "fast"), "5tok/s"),
-        (("--target", "-1tok/s"), "5tok/s"),
         (("--sweep", "host=8GiB"), "host=16GiB:128GiB"),
         (("--sweep", "colour=1:2"), "host=16GiB:128GiB"),
         (("--sweep", "host=8GiB:4GiB"), "below the last one"),
@@ -148,6 +146,12 @@ def test_a_workload_file_says_what_is_to_be_done(
         (("--prompt", "600"), "512 positions"),
         (("--hardware", "nowhere"), "is no file and no machine known here"),
         (("--system", "nobody"), "nobody"),
+        (("--sizes",), "--sizes and --hardware exclude each other"),
+        (("--target", "5tok/s"), "--target and --hardware exclude"),
+        (("--sweep", "host=1MiB:2MiB", "--save", "x.json"), "--sweep and --save exclude"),
+        (("--device", "cpu"), "--hardware and --device exclude"),
+        (("--max-memory", "device=1GiB"), "has no GPU"),
+        (("--max-memory", "host=500GiB"), "is more than there is"),
     ],
 )
 def test_usage(folder: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], words: str) -> None:
@@ -156,6 +160,12 @@ def test_usage(folder: Path, capsys: pytest.CaptureFixture[str], options: tuple[
     assert out == ""
     assert words in error
     assert "Traceback" not in error
+
+
+def test_targets_are_rates(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("fast", "-1tok/s", "5"):
+        assert main(["plan", str(folder), "--target", text]) == 2
+        assert "write for example 5tok/s" in capsys.readouterr().err
 
 
 def test_sweeps_go_up_by_a_constant_factor() -> None:
