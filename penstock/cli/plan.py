@@ -130,7 +130,7 @@ def plan(
 
     Examples:
 
-        penstock plan ./llama --hardware rtx4090 --prompt 512 --generate 64
+        penstock plan ./llama --hardware rtx4090-1ssd --prompt 512 --generate 64
 
         penstock plan ./llama --sweep host=16GiB:128GiB --chart sweep.html
 
