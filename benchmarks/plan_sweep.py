@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .inference import parse_nbytes
+from .inference import ContenderFailedError, parse_nbytes
 from .streams import Figure, Job, Runner, arguments_of, finish, made_by, main_or_worker, table
 
 GOAL = 1.05
@@ -123,7 +123,7 @@ def main() -> None:
                 write_plan(path, plan, force=True)
                 try:
                     token_s = runner.run({**job, "do": "run"})["token_s"]
-                except Exception as error:  # a setting that does not fit is none
+                except ContenderFailedError as error:  # a setting that does not fit is none
                     print(f"{name}: {error}", flush=True)
                     continue
                 found.setdefault(name, []).append(token_s)
