@@ -10,16 +10,21 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import gcd
 from typing import Final
 
 import torch
 from torch.nn import functional
 
+from .linear_samples import copies_agree, copies_weight, linear_by_sample
+
 PAGE: Final = 4096
 PERIOD: Final = 1 << 20
-"""Bytes after which the probe's weight repeats, about."""
+"""Bytes after which the probe's weight repeats, about: more for one that would need too many mappings."""
+MAPPINGS: Final = 4096
+"""Mappings that the probe makes at most; a process may have 65530 in all."""
 
 
 def reference(x: torch.Tensor, pieces: Sequence[torch.Tensor], bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -35,7 +40,11 @@ def linear_piece(
 ) -> torch.Tensor:
     """One piece: columns `start` to `start + N_i` of the product, into `out` [..., N] if given."""
     stop = start + piece.shape[0]
-    part = functional.linear(x, piece, None if bias is None else bias[start:stop])
+    some = None if bias is None else bias[start:stop]
+    if not (torch.is_grad_enabled() and x.requires_grad) and copies_weight(x, piece, some):
+        part = linear_by_sample(x, piece, some)
+    else:
+        part = functional.linear(x, piece, some)
     if out is None:
         return part
     out[..., start:stop] = part
@@ -43,33 +52,56 @@ def linear_piece(
 
 
 def splits_exactly(
-    like: torch.Tensor, rows: int, piece_rows: int, *, skew: int = 0, requires_grad: bool = False
+    like: torch.Tensor,
+    rows: int,
+    piece_rows: int,
+    *,
+    skew: int = 0,
+    requires_grad: bool = False,
+    biased: bool = False,
 ) -> bool:
-    """Whether pieces of `piece_rows` rows give the bits of the whole [rows, K] on this CPU.
+    """Whether pieces of `piece_rows` rows, as `linear_piece` takes them, give the bits of the whole on this CPU.
 
     Everything that a library may choose a kernel by is as in the real product: the shape, strides and dtype of x (those
-    of `like` [..., K]), how many bytes after a 64-byte boundary the weight starts (`skew`), and whether it wants a
-    gradient (torch folds strided operands by that). The whole weight is never allocated: a little memory is mapped
-    again and again, back to back, so that the probe takes the address range of the whole and the memory of a few rows.
+    of `like` [..., K]), how many bytes after a 64-byte boundary the weight [rows, K] starts (`skew`), whether it wants
+    a gradient (torch folds strided operands by that), and whether there is a bias. The whole weight is never allocated:
+    a little memory is mapped again and again, back to back, so that the probe takes the address range of the whole and
+    the memory of a few rows. The kernel counts such memory as resident once for each place (RssShmem).
     """
     columns, dtype = like.shape[-1], like.dtype
     generator = torch.Generator().manual_seed(0)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
     x = torch.randn(extent, generator=generator).to(dtype).as_strided(like.shape, like.stride())  # expanded ones too
-    unit = columns * x.element_size()
-    step = PAGE // gcd(unit, PAGE)
-    period = -(-max(1, PERIOD // unit) // step) * step
-    with torch.no_grad(), _Repeated(period * unit, -(-rows // period) + 1) as buffer:
-        virtual = torch.frombuffer(buffer, dtype=dtype, offset=skew, count=rows * columns).view(rows, columns)
-        lent = min(period, rows)
-        virtual[:lent].copy_(torch.randn(lent, columns, generator=generator))
-        whole = functional.linear(x, virtual.detach().requires_grad_(requires_grad))
-        for start in range(0, rows, piece_rows):
-            stop = min(start + piece_rows, rows)
-            piece = virtual[start:stop].detach().requires_grad_(requires_grad)
-            if not torch.equal(functional.linear(x, piece), whole[..., start:stop]):
-                return False
+    bias = torch.randn(rows, generator=generator).to(dtype) if biased else None
+    with torch.no_grad():
+        if copies_weight(x, torch.empty(0, requires_grad=requires_grad), bias):
+            samples = x.shape[:-2].numel()
+            with _virtual(samples * columns, rows, dtype, 0, generator) as transposed:
+                return copies_agree(x, transposed.view(samples, columns, rows), piece_rows)
+        with _virtual(rows, columns, dtype, skew, generator) as weight:
+            whole = functional.linear(x, weight.detach().requires_grad_(requires_grad), bias)
+            for start in range(0, rows, piece_rows):
+                stop = min(start + piece_rows, rows)
+                piece = weight[start:stop].detach().requires_grad_(requires_grad)
+                part = functional.linear(x, piece, None if bias is None else bias[start:stop])
+                if not torch.equal(part, whole[..., start:stop]):
+                    return False
     return True
+
+
+@contextmanager
+def _virtual(
+    rows: int, columns: int, dtype: torch.dtype, skew: int, generator: torch.Generator
+) -> Iterator[torch.Tensor]:
+    """A matrix [rows, columns] of random numbers that repeat after about PERIOD bytes, which is what it takes."""
+    unit = columns * dtype.itemsize
+    step = PAGE // gcd(unit, PAGE)
+    period = -(-max(1, PERIOD // unit, rows // MAPPINGS) // step) * step
+    with _Repeated(period * unit, -(-rows // period) + 1) as buffer:
+        made = torch.frombuffer(buffer, dtype=dtype, offset=skew, count=rows * columns).view(rows, columns)
+        lent = min(period, rows)
+        made[:lent].copy_(torch.randn(lent, columns, generator=generator))
+        yield made
 
 
 class _Repeated:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.linear_samples import is_laid_flat
 from ..memory.image import ALIGN
 
 
@@ -15,6 +16,11 @@ def swap(value: Any, others: Mapping[int, torch.Tensor]) -> Any:
     if type(value) is list or type(value) is tuple:
         return type(value)(swap(item, others) for item in value)
     return others.get(id(value), value) if isinstance(value, torch.Tensor) else value
+
+
+def folded(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A strided operand as a matrix, as torch folds it when the weight wants a gradient (see `Session.flagged`)."""
+    return x if x.dim() < 3 or is_laid_flat(x, bias) else x.reshape(-1, x.shape[-1])
 
 
 def unfolded(product: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -28,7 +28,7 @@ from .calls import Frame, RootCall
 from .devices.base import Device
 from .intercept import absent_class, is_linear, rows_wanted
 from .oncpu import OnCpu
-from .operands import copy_in_place_of, storage_address, swap, unfolded
+from .operands import copy_in_place_of, folded, storage_address, swap, unfolded
 from .saved import SavedTensors
 from .sweep import Sweep
 from .tables import Table
@@ -382,23 +382,19 @@ class Session:
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             if weight is table.parameter and not isinstance(bias, self._absent_class):
-                whole_x, x = x, self._folded(x, table.parameter)
+                whole_x = x
+                if self._pretrained or weight.requires_grad:
+                    x = folded(x, bias)
+                inside = bias if x is whole_x else None
                 served = self.on_cpu is not None and self.on_cpu.serves(table, x)
                 together = self._sweep is not None and bool(table.pieces)  # a sweep is equal to rounding
-                if served or together or table.splits(x):
-                    inside = bias if x is whole_x else None
+                if served or together or table.splits(x, biased=inside is not None):
                     elsewhere = None if self.on_cpu is None else self.on_cpu.product(x, inside)
                     return unfolded(table.product(x, inside, self._lend_piece, elsewhere), whole_x, bias)
         whole = table.whole()
         swapped = [swap(value, {id(table.parameter): whole}) for value in args]
         named = {name: swap(value, {id(table.parameter): whole}) for name, value in kwargs.items()}
         return func(*swapped, **named)  # another table may be among the arguments: torch finds it
-
-    def _folded(self, x: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
-        """A strided operand as a matrix, as torch folds it when the weight wants a gradient (see `flagged`)."""
-        if x.dim() < 3 or x.is_contiguous() or not (self._pretrained or weight.requires_grad):
-            return x
-        return x.reshape(-1, x.shape[-1])
 
     def _lend_piece(self, block: int) -> tuple[torch.Tensor, Callable[[], None]]:
         lease = self._acquire(block)

@@ -96,19 +96,19 @@ class Table:
     def _row_reads(self, row: int, offset: int) -> list[Bounce]:
         return bounces_of(self.source.slice_rows(row, row + 1), self.dtype, offset)
 
-    def splits(self, x: torch.Tensor) -> bool:
-        """Whether a product with x [..., K] may take the pieces one by one and still give the same bits."""
+    def splits(self, x: torch.Tensor, *, biased: bool = False) -> bool:
+        """Whether a product with x [..., K], and a bias, may take pieces one by one and still give the same bits."""
         if not self.pieces:
             return False
         wants_grad = self.parameter.requires_grad
-        key = (tuple(x.shape), tuple(x.stride()), x.dtype, wants_grad)
+        key = (tuple(x.shape), tuple(x.stride()), x.dtype, wants_grad, biased)
         if key not in self._exact:
             rows = self.parameter.shape[0]
             piece = self.pieces[0].stop - self.pieces[0].start
             if not x.numel():
                 exact = True
             elif x.device.type == "cpu":
-                exact = splits_exactly(x, rows, piece, skew=self.skew, requires_grad=wants_grad)
+                exact = splits_exactly(x, rows, piece, skew=self.skew, requires_grad=wants_grad, biased=biased)
             else:
                 exact = _splits_exactly_on_device(x, rows, piece)
             if not exact:
