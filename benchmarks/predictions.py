@@ -4,9 +4,12 @@
     python -m benchmarks.predictions --only emulated --json predictions.json --plot docs/predictions.svg
 
 Each run has a process of its own. In it the machine is calibrated (quick: 5 s), the answer is predicted from the
-config alone, then the model is loaded with the same budgets and answers twice; the second answer is measured, and the
-machine is calibrated again. The disk of a shared machine drifts: where the two calibrations' read rates differ by more
-than 15 %, the run is repeated, and the prediction takes the mean of both. Nothing is fitted to the runs.
+config alone, then the model is loaded with the same budgets, batch and length, plans by the same calibration, and
+answers five times, and the machine is calibrated again. Of the last four answers the median and the best are told.
+What processors do is calibrated as the best of several repetitions, since other tenants of a shared machine are no
+property of it, so the best answer is what the prediction is held against. The disk drifts: where the two calibrations'
+read rates differ by more than 15 %, the run is repeated, and the prediction takes the mean of both. Nothing is fitted
+to the runs.
 """
 
 import argparse
@@ -21,6 +24,8 @@ from .streams import Figure, Job, Runner, arguments_of, finish, made_by, main_or
 MEDIAN_GOAL, WORST_GOAL = 0.08, 0.20
 STEADY = 0.15
 REPEATS = 2
+ANSWERS = 5
+"""The first brings what stays, and is not measured."""
 MIB = 2**20
 
 
@@ -77,6 +82,8 @@ class Row:
     predicted_prompt_s: float
     predicted_token_s: float
     binds: str
+    median_s: float
+    """Of the answers; all other measured figures are of the best one."""
     read_rate: float
     repeats: int
 
@@ -104,6 +111,7 @@ def worker(job: Job) -> dict[str, Any]:
 
     import penstock
     from penstock.budget import parse_budget
+    from penstock.caches import calibration_cache
     from penstock.devices import open_device
     from penstock.runtime.calibration.calibrate import calibrate
     from penstock.runtime.foresight import Foresight, Room
@@ -111,24 +119,33 @@ def worker(job: Job) -> dict[str, Any]:
     def calibrated() -> Any:
         device = open_device(job["device"])
         try:
-            return calibrate(device, quick=True).hardware
+            calibration = calibrate(device, quick=True)
+            calibration_cache().write(calibration, device)  # what load decides by is what the prediction knows
+            return calibration.hardware
         finally:
             device.close()
 
     before = calibrated()
     budget = parse_budget(job["budget"])
     foresight = Foresight(job["path"])
-    model = penstock.load(job["path"], device=job["device"], max_memory=job["budget"])
+    model = penstock.load(
+        job["path"],
+        device=job["device"],
+        max_memory=job["budget"],
+        context=job["prompt"] + job["new_tokens"],
+        batch=job["batch"],
+    )
     ids = torch.randint(300, 1000, (job["batch"], job["prompt"]), generator=torch.Generator().manual_seed(0))
-    seconds: list[float] = []
+    answers: list[list[float]] = []
     with torch.no_grad():
-        for _ in range(2):
-            cache, given = None, ids
+        for _ in range(ANSWERS):
+            cache, given, seconds = None, ids, []
             for _ in range(job["new_tokens"]):
                 start = time.perf_counter()
                 output = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 cache, given = output.past_key_values, output.logits[:, -1:].argmax(-1)
                 seconds.append(time.perf_counter() - start)
+            answers.append(seconds)
     penstock.close(model)
     del model, cache, output
     after = calibrated()
@@ -143,10 +160,11 @@ def worker(job: Job) -> dict[str, Any]:
         )
         for hardware in (before, after)
     ]
-    second = seconds[job["new_tokens"] :]
+    best = min(answers[1:], key=sum)
     return {
-        "prompt_s": second[0],
-        "token_s": statistics.mean(second[1:]),
+        "prompt_s": best[0],
+        "token_s": statistics.mean(best[1:]),
+        "median_s": statistics.median(sum(seconds) for seconds in answers[1:]),
         "predicted_prompt_s": statistics.mean(found.prediction.turns[0].seconds for found in predictions),
         "predicted_token_s": statistics.mean(found.token_s for found in predictions),
         "binds": predictions[0].binds,
@@ -221,6 +239,7 @@ COLUMNS = (
     "predicted\nprompt",
     "s/token",
     "error of\nthe answer",
+    "median/\nbest",
     "bound by",
     "runs",
 )
@@ -243,6 +262,7 @@ def main() -> None:
             f"{row.predicted_prompt_s:.3f}",
             f"{row.predicted_token_s:.3f}",
             f"{row.error:+.1%}",
+            f"{row.median_s / row.answer_s:.2f}",
             row.binds,
             str(row.repeats),
         ]

@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterable
+from concurrent.futures import Future
 from typing import Any, Final
 
-from ..memory.errors import ClosedError, DoesNotFitError
+from ..memory.errors import ClosedError
+from .choice import Choice
 from .exchange import exchanges
 from .lease import Lease, Wish
 from .mover import Event, Mover
 from .order import AccessOrders
-from .prefetch import first_unloaded, next_fetch, victim_for_demand
 from .residence import Residence, Tier
 from .tally import ExecutorStatistics, Tally, who_waits
 from .timeline import Kind, Timeline
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 REPEATS: Final = 3
 """Calls of one steady order before what stays is chosen anew: parts that run a few times each in turn must not push
 each other out."""
-HORIZON: Final = 1024
-"""Predicted accesses that a decision looks at."""
 
 
 class Core:
@@ -61,24 +59,27 @@ class Core:
         on_cpu: Iterable[int] = (),
     ) -> None:
         self.front, self.back = front, back
-        self._unasked = deque(on_cpu)
-        """Those of `on_cpu` that nobody has asked for yet."""
         self.lock = threading.Lock()
         self.orders = orders
         self.timeline = timeline
         self._tally = Tally(timeline=timeline, clock=clock, nbytes=nbytes)
-        self._nbytes = nbytes
+        self._choice = Choice(
+            front=front,
+            back=back,
+            orders=orders,
+            nbytes=nbytes,
+            inflight_nbytes=inflight_nbytes,
+            on_cpu=on_cpu,
+            grant=self._grant,
+        )
         self._mover = mover
         self._clock = clock
-        self._inflight_limit = inflight_nbytes
         self._poison = poison
         self._steady: frozenset[int] = frozenset()
         self._repeats = 0
         """How many calls in a row ended a steady order of these blocks."""
         self._adapted: frozenset[int] = frozenset()
         """The blocks of the order for which what stays was chosen last."""
-        self._wishes: list[Wish] = []
-        self._failed: dict[int, Exception] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
@@ -97,10 +98,12 @@ class Core:
         with self.lock:
             if self._broken is not None:
                 raise self._broken
-            self._failed.pop(block, None)  # what a prefetch met may be over; if it is not, this demand meets it again
+            self._choice.failed.pop(
+                block, None
+            )  # what a prefetch met may be over; if it is not, this demand meets it again
             predicted = not observed or self.orders.observe(block)
             held = self.front.holding.get(block)
-            if held is not None and held.ready:
+            if held is not None and held.ready and block not in self._choice.away:
                 held.leases += 1
                 held.used = True
                 self._tally.on_time += 1
@@ -114,7 +117,7 @@ class Core:
                 else:
                     self._tally.late += 1
                 wish = Wish(block=block, since_ns=self._clock())
-                self._wishes.append(wish)
+                self._choice.wishes.append(wish)
                 result = wish
             if not predicted:
                 self._tally.instant("mismatch" if held is not None else "demand", block)
@@ -129,23 +132,23 @@ class Core:
         with self.lock:
             if self._broken is not None:
                 raise self._broken
-            self._failed.pop(block, None)
+            self._choice.failed.pop(block, None)
             self._tally.on_cpu += 1
             held = back.holding.get(block)
-            if held is not None and held.ready:
+            if held is not None and held.ready and block not in self._choice.away:
                 held.leases += 1
                 held.used = True
                 return Lease(residence=held)
             wish = Wish(block=block, since_ns=self._clock(), host=True)
-            self._wishes.append(wish)
+            self._choice.wishes.append(wish)
         self.wake()
         return wish
 
     def forget(self, wish: Wish) -> None:
         """The consumer that waited was interrupted."""
         with self.lock:
-            if wish in self._wishes:
-                self._wishes.remove(wish)
+            if wish in self._choice.wishes:
+                self._choice.wishes.remove(wish)
                 return
         if wish.granted.done() and wish.granted.exception() is None:
             self.release(wish.granted.result(), None)
@@ -160,8 +163,49 @@ class Core:
             if event is not None:
                 held.slot.guard = event
             idle = held.leases == 0 and not held.permanent
+            self._retire(held.block)
         if idle:
             self.wake()
+
+    def withdraw(self, block: int) -> Future[None]:
+        """Let nobody have a block until `readmit`: its bytes are about to change.
+
+        Done once no lease is left, nothing moves it, and every copy of it has been dropped except the one to be
+        changed: the one that stays in host memory, where the block stays there. Whoever asks meanwhile waits.
+        """
+        with self.lock:
+            assert block not in self._choice.away, f"block {block} is withdrawn already"
+            gone: Future[None] = Future()
+            self._choice.away[block] = gone
+            self._retire(block)
+        return gone
+
+    def leaving(self, block: int) -> Future[None]:
+        """What `withdraw` gave for a block."""
+        with self.lock:
+            return self._choice.away[block]
+
+    def readmit(self, block: int) -> None:
+        """Its bytes are what they are to be, in host memory if it stays there, and on disk."""
+        with self.lock:
+            gone = self._choice.away.pop(block)
+            assert gone.done(), f"block {block} was not gone yet"
+        self.wake()
+
+    def _retire(self, block: int) -> None:
+        """Drop the copies of a withdrawn block as soon as nobody uses them."""
+        gone = self._choice.away.get(block)
+        if gone is None or gone.done():
+            return
+        home = self.front if self.back is None else self.back
+        copies = [(tier, tier.holding[block]) for tier in (self.front, self.back) if tier and block in tier.holding]
+        if any(not held.ready or held.leases or held.pins for _, held in copies):
+            return
+        for tier, held in copies:
+            if tier is not home or not held.permanent:
+                held.used = True  # it was brought for nothing, but not by a wrong guess
+                tier.drop(block)
+        gone.set_result(None)
 
     def begin(self, root: Hashable) -> None:
         """A root call starts."""
@@ -222,17 +266,21 @@ class Core:
 
     async def stop(self, reason: Exception) -> None:
         """Cancel everything under way and tell every waiter why."""
-        self._break(reason)
+        self.fail(reason)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _break(self, reason: Exception) -> None:
+    def fail(self, reason: Exception) -> None:
+        """Give nothing out any more; tell every waiter why."""
         with self.lock:
             self._broken = self._broken or reason
-            wishes, self._wishes = self._wishes, []
+            wishes, self._choice.wishes = self._choice.wishes, []
+            withdrawn = [gone for gone in self._choice.away.values() if not gone.done()]
         for wish in wishes:
             wish.granted.set_exception(reason)
+        for gone in withdrawn:
+            gone.set_exception(reason)
 
     def _pump(self) -> None:
         self._pump_scheduled = False
@@ -241,11 +289,11 @@ class Core:
         starts: list[Callable[[], Coroutine[Any, Any, None]]] = []
         with self.lock:
             now = self._clock()
-            for held in self._serve_wishes() + self._prefetch(self.front):
+            for held in self._choice.for_front():
                 held.issued_ns = now
                 starts.append(lambda held=held: self._copy(held) if self.back else self._read(self.front, held))  # type: ignore[misc]
             if self.back is not None:
-                fed = self._feed_back()
+                fed = self._choice.for_back()
                 for held in fed:
                     held.issued_ns = now
                     starts.append(lambda held=held: self._read(self.back, held))  # type: ignore[misc]
@@ -267,118 +315,7 @@ class Core:
             logger.error("the executor failed", exc_info=task.exception())
             error = ClosedError(f"the executor stopped after an internal error: {task.exception()!r}")
             error.__cause__ = task.exception()
-            self._break(error)
-
-    def _serve_wishes(self) -> list[Residence]:
-        """Places for blocks that consumers wait for and that are neither held nor on their way."""
-        placed = []
-        for wish in [wish for wish in self._wishes if not wish.host]:
-            held = self.front.holding.get(wish.block)
-            if held is not None:
-                if held.ready:  # it arrived between the consumer's look and now
-                    self._grant(wish, held)
-                continue
-            victim = None
-            if wish.block not in self.front.permanent and not self.front.free:
-                victim = victim_for_demand(self.orders.upcoming(self._horizon()), evictable=self.front.evictable())
-                if victim is None:
-                    self._refuse_if_hopeless(wish)
-                    continue
-            placed.append(self.front.place(wish.block, urgent=True, victim=victim))
-        return placed
-
-    def _refuse_if_hopeless(self, wish: Wish) -> None:
-        """Every slot leased at once: no completion will ever free one for this wish."""
-        held = [self.front.holding[block] for block in self.front.in_ring()]
-        if not held or not all(h.leases and h.ready for h in held):
-            return
-        self._wishes.remove(wish)
-        slot = held[0].slot.nbytes
-        wish.granted.set_exception(
-            DoesNotFitError(
-                f"block {wish.block} is needed while all {len(held)} {self.front.name} slots of {slot} bytes are in "
-                f"use at once: raise the {self.front.name} budget by at least {slot} bytes, or gather fewer modules "
-                f"at a time",
-                tier=self.front.name,
-                needed_nbytes=slot * (len(held) + 1),
-                available_nbytes=slot * len(held),
-            )
-        )
-
-    def _prefetch(self, tier: Tier) -> list[Residence]:
-        """Places for the next blocks of the predicted order, as far as slots and the in-flight limit allow."""
-        placed: list[Residence] = []
-        flying = sum(self._nbytes[block] for block in tier.arriving)
-        while flying < self._inflight_limit:
-            block = self._next(tier)
-            if block is None:
-                break
-            placed.append(block)
-            flying += self._nbytes[block.block]
-        return placed
-
-    def _next(self, tier: Tier) -> Residence | None:
-        ring = (block for block in self._upcoming() if block not in tier.permanent)
-        fetch = next_fetch(ring, present=tier.in_ring(), evictable=tier.evictable(), free_slots=len(tier.free))
-        loading = first_unloaded(self._upcoming(), tier.unloaded) if tier.unloaded else None
-        if loading is not None and (fetch is None or self._is_sooner(loading, fetch.block)):
-            return tier.place(loading, urgent=False)
-        if fetch is None:
-            return None
-        return tier.place(fetch.block, urgent=False, victim=fetch.victim)
-
-    def _upcoming(self) -> Iterator[int]:
-        """The next accesses as predicted, without blocks that could not be brought."""
-        return (block for block in self.orders.upcoming(self._horizon()) if block not in self._failed)
-
-    def _is_sooner(self, block: int, other: int) -> bool:
-        """Whether one of two blocks to come is used before the other."""
-        return next(each for each in self._upcoming() if each in (block, other)) == block
-
-    def _horizon(self) -> int:
-        return min(len(self._nbytes) + 1, HORIZON)
-
-    def _serve_host_wishes(self, back: Tier) -> list[Residence]:
-        """Places for blocks that are waited for where they stay."""
-        placed = []
-        for wish in [wish for wish in self._wishes if wish.host]:
-            held = back.holding.get(wish.block)
-            if held is None:
-                placed.append(back.place(wish.block, urgent=True))
-            elif held.ready:
-                self._grant(wish, held)
-        return placed
-
-    def _feed_back(self) -> list[Residence]:
-        """Host places: for those who wait there, for blocks that the device is about to take, then ahead of it."""
-        back = self.back
-        assert back is not None
-        placed = self._serve_host_wishes(back)
-        wanted = [held for held in self.front.arriving.values() if held.block not in back.holding]
-        wanted.sort(key=lambda held: not held.urgent)
-        needed = self.front.arriving.keys()
-        for held in wanted:
-            victim = None
-            if held.block not in back.permanent and not back.free:
-                victim = victim_for_demand(self.orders.upcoming(self._horizon()), evictable=back.evictable() - needed)
-                if victim is None:
-                    return placed
-            placed.append(back.place(held.block, urgent=held.urgent, victim=victim))
-        flying = sum(self._nbytes[block] for block in back.arriving)
-        for block in self._upcoming():
-            if flying >= self._inflight_limit:
-                break
-            if block in self.front.holding or block in back.holding:
-                continue
-            if block in back.permanent or back.free:
-                placed.append(back.place(block, urgent=False))
-                flying += self._nbytes[block]
-        while self._unasked and flying < self._inflight_limit:
-            block = self._unasked.popleft()
-            if block in back.unloaded:
-                placed.append(back.place(block, urgent=False))
-                flying += self._nbytes[block]
-        return placed
+            self.fail(error)
 
     async def _read(self, tier: Tier, held: Residence) -> None:
         """Fill a host slot from disk."""
@@ -443,6 +380,7 @@ class Core:
             if gone and not source.pins and self.back.holding.get(source.block) is source:
                 source.used = True
                 self.back.drop(source.block)
+            self._retire(source.block)
         self.wake()
 
     def _settle(self, tier: Tier, held: Residence, error: Exception | None) -> None:
@@ -454,17 +392,19 @@ class Core:
             # a read ahead of need fails for the consumer too: nobody would notice, and it would be tried for ever
             unseen = error is not None and not held.pins and held.block not in self.front.holding
             here = tier is self.back
-            waiting = [w for w in self._wishes if w.block == held.block and (unseen or w.host == here)]
+            waiting = [w for w in self._choice.wishes if w.block == held.block and (unseen or w.host == here)]
             for wish in waiting:
                 if error is None:
-                    self._grant(wish, held)
+                    if held.block not in self._choice.away:
+                        self._grant(wish, held)
                 else:
-                    self._wishes.remove(wish)
+                    self._choice.wishes.remove(wish)
                     wish.granted.set_exception(error)
             if error is not None and not waiting and (unseen or not here):
-                self._failed[held.block] = error
+                self._choice.failed[held.block] = error
             if error is not None and not held.pins:
                 tier.drop(held.block)
+            self._retire(held.block)
         self.wake()
 
     def _grant(self, wish: Wish, held: Residence) -> None:
@@ -472,7 +412,7 @@ class Core:
         held.leases += 1
         held.used = True
         self._tally.waited_ns += waited
-        self._wishes.remove(wish)
+        self._choice.wishes.remove(wish)
         self._tally.span("wait", wish.block, wish.since_ns)
         if not wish.host:
             self._tally.used(held, wish.since_ns)
@@ -483,7 +423,7 @@ class Core:
     def report(self) -> str:
         """Who waits for what, on one line: the watchdog's text."""
         with self.lock:
-            return who_waits(self._wishes, self.front, self.back)
+            return who_waits(self._choice.wishes, self.front, self.back)
 
     def statistics(self) -> ExecutorStatistics:
         """A frozen record of the totals."""

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Hashable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Final
+from typing import Final, TypeVar
 
 from ..memory.errors import ClosedError, ForkError, StallError
 from .core import Core
@@ -22,6 +22,8 @@ from .mover import Event, Mover
 from .tally import ExecutorStatistics
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 WATCH_S: Final = 10.0
 STALL_S: Final = 120.0
@@ -101,7 +103,7 @@ class Executor:
             self.core.forget(got)
             raise
 
-    def _wait(self, granted: Future[Lease], block: int) -> Lease:
+    def _wait(self, granted: Future[T], block: int) -> T:
         quiet_s, last = 0.0, self._mover.progress()
         while True:
             try:
@@ -123,6 +125,30 @@ class Executor:
     def release(self, lease: Lease, event: Event = None) -> None:
         """Give a lease back; the slot may be refilled after `event`."""
         self.core.release(lease, event)
+
+    def withdraw(self, block: int) -> None:
+        """Wait until nobody has a block, and let nobody have it until `readmit`: its bytes are about to change.
+
+        What it leaves is the copy that stays in host memory, where there is one; every other copy is dropped.
+
+        Raises:
+            ClosedError: the executor was closed.
+            StallError: somebody kept it, and nothing moved, for too long.
+        """
+        self._check_process()
+        self._wait(self.core.withdraw(block), block)
+
+    def withdrawn(self, block: int) -> None:
+        """Wait for a block that `core.withdraw` has been called for. Raises as `withdraw` does."""
+        self._wait(self.core.leaving(block), block)
+
+    def fail(self, error: Exception) -> None:
+        """Nothing can be had any more: whoever waits, and whoever asks from now on, gets the error."""
+        self.core.fail(error)
+
+    def readmit(self, block: int) -> None:
+        """Let a withdrawn block be used again; what was changed is in host memory and on disk."""
+        self.core.readmit(block)
 
     def statistics(self) -> ExecutorStatistics:
         """A frozen record of the totals."""
