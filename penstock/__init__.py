@@ -26,23 +26,34 @@ from .memory.errors import (
 if TYPE_CHECKING:
     from .api import close, explain, generate_many, load, offload, save_plan
     from .runtime.profiler.profiler import Profiler
+    from .runtime.training.optimizers import SGD, AdamW, Lion
+    from .training import prepare, resume, save
 
 _LAZY = {
+    "SGD": "runtime.training.optimizers",
+    "AdamW": "runtime.training.optimizers",
+    "Lion": "runtime.training.optimizers",
     "Profiler": "runtime.profiler.profiler",
     "close": "api",
     "explain": "api",
     "generate_many": "api",
     "load": "api",
     "offload": "api",
+    "prepare": "training",
+    "resume": "training",
+    "save": "training",
     "save_plan": "api",
 }
 
 __all__ = [
+    "SGD",
+    "AdamW",
     "CheckpointError",
     "ClosedError",
     "DiskError",
     "DoesNotFitError",
     "ForkError",
+    "Lion",
     "PenstockError",
     "ProfileError",
     "Profiler",
@@ -55,6 +66,9 @@ __all__ = [
     "generate_many",
     "load",
     "offload",
+    "prepare",
+    "resume",
+    "save",
     "save_plan",
 ]
 

@@ -45,13 +45,22 @@ class Machinery:
 
     Args:
         share: What the ledger has booked of the host; it is told how much of that the arenas have touched.
+        trains: Weights will change: a block has one home, in host memory or on disk, and every other copy follows it.
     """
 
     def __init__(
-        self, *, device: Device, layout: Layout, backing: Backing, module: nn.Module, share: Reservation
+        self,
+        *,
+        device: Device,
+        layout: Layout,
+        backing: Backing,
+        module: nn.Module,
+        share: Reservation,
+        trains: bool = False,
     ) -> None:
         self.device = device
         self.layout = layout
+        self.trains = trains
         self.timeline = Timeline()
         self.plan: Plan | None = None
         """What the layout means, once the links have been measured."""
@@ -68,11 +77,11 @@ class Machinery:
         share.touched = partial(_touched, {self.host, self.front_arena}, layout.own_host_nbytes)
         self.engine = DiskEngine(throttle=device.disk_throttle, staging_nbytes=layout.staging_nbytes)
         made.callback(self.engine.close)  # before the arenas: it joins the threads that use them
-        droppable = _droppable(layout, backing)
+        droppable = frozenset() if self.trains else _droppable(layout, backing)
         self.units = find_units(module, layout, device)
         on_cpu = self.units.on_cpu
         self.front, self.back = _tiers(layout, self.host, self.front_arena, droppable, on_cpu.keys())
-        self.images = _images(layout, backing)
+        self.images = _images(self, backing)
         self.parameters = dict(module.named_parameters())
         if isinstance(backing, ModuleBacking):
             _preload(self, backing)
@@ -240,13 +249,12 @@ def _tiers(
     return front, back
 
 
-def _images(layout: Layout, backing: Backing) -> dict[int, Image]:
+def _images(machinery: Machinery, backing: Backing) -> dict[int, Image]:
     """Host images by block. What goes to a scratch file gets its place there."""
-    images = {block.id: block.image for block in layout.blocks}
+    images = {block.id: block.image for block in machinery.layout.blocks}
     if isinstance(backing, ModuleBacking):
-        kept = layout.front.resident | (layout.back.resident if layout.back else frozenset())
-        for block in layout.blocks:
-            if block.id not in kept:
+        for block in machinery.layout.blocks:
+            if not _stays(machinery, block):
                 images[block.id] = backing.place(block.image)
     return images
 
@@ -277,8 +285,10 @@ def _preload(machinery: Machinery, backing: ModuleBacking) -> None:
 
 
 def _stays(machinery: Machinery, block: Draft) -> bool:
+    """Whether the only copy of a built module's block is in an arena."""
     back = machinery.back
-    return block.id in machinery.front.permanent or (back is not None and block.id in back.permanent)
+    on_device = block.id in machinery.front.permanent and not (machinery.trains and back is not None)
+    return on_device or (back is not None and block.id in back.permanent)
 
 
 def _free(machinery: Machinery, name: str) -> None:

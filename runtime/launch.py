@@ -36,6 +36,7 @@ def launch(
     export_folder: str,
     held: ExitStack,
     freed_nbytes: int = 0,
+    trains: bool = False,
 ) -> None:
     """Start streaming a module, or fill it for good where everything fits, and give it its handle.
 
@@ -46,6 +47,7 @@ def launch(
         held: What must be closed with the model: the device, scratch folders. It is emptied; the model owns it from
             now on, or it is closed where this fails.
         freed_nbytes: Host memory that the module gives up on the way.
+        trains: Weights will change, so that they are leased even where all of them stay.
 
     Raises:
         DoesNotFitError: the memory is not there, or other models have reserved it. Nothing was loaded.
@@ -57,10 +59,10 @@ def launch(
     for reservation in booked:
         held.callback(reservation.release)
     start_if_asked()  # here, where a file that is there already costs a built module nothing
-    machinery = Machinery(device=device, layout=layout, backing=backing, module=module, share=booked[0])
+    machinery = Machinery(device=device, layout=layout, backing=backing, module=module, share=booked[0], trains=trains)
     machinery.on_close(held.pop_all().close)
     try:
-        if layout.resident:
+        if layout.resident and not trains:
             machinery.load_all(module)
             if layout.back is not None:  # the weights only passed through the host
                 booked[0].give_back(layout.back.nbytes)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from ..memory.image import DeviceImage, Image
 from ..scheduler.residency import Residency
@@ -20,6 +20,14 @@ class Budgets:
     """None where device and host are one tier."""
     disk_rate: float
     link_rate: float
+
+    def without(self, nbytes: int) -> Budgets:
+        """The same with so much less of the host."""
+        return replace(self, host=max(0, self.host - nbytes))
+
+
+Apart = Callable[[int, int], int]
+"""Host memory that training takes beside weights: from the bytes of all of them, and of the largest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

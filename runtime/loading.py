@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..memory.disk import DiskEngine
-from ..memory.layout import TensorSource
+from ..memory.layout import ITEMSIZE, TensorSource
 from ..scheduler.plan import Links, Plan
 from .backing import CheckpointBacking
 from .binding import placeholder
@@ -20,6 +21,7 @@ from .devices.base import Device
 from .dtypes import stored_dtype
 from .headroom import headroom_nbytes
 from .launch import launch
+from .layout import Apart
 from .links import LinkCache, disk_read_rate, link_rate
 from .planned import make_plan
 from .planning import Planner
@@ -43,6 +45,7 @@ def load(
     processors: Processors | None = None,
     decisions: Decisions | None = None,
     plan: Plan | None = None,
+    trains: Apart | None = None,
 ) -> nn.Module:
     """Build the model, plan it, and start reading. See `penstock.load`.
 
@@ -50,6 +53,7 @@ def load(
         processors: Chooses what the CPU computes; nothing without.
         decisions: Choose that, and what stays where, by what a token costs; None where that is not known.
         plan: To be carried out as it is, within the budgets; nothing is decided then.
+        trains: Weights will change; what that takes beside them. None where they are only read.
     """
     with ExitStack() as held:
         held.callback(device.close)
@@ -71,6 +75,9 @@ def load(
             link_rate=links.h2d,
             on_cpu=decisions is not None and not decisions.exact,
         )
+        if trains is not None:
+            nbytes = [prod(shape) * ITEMSIZE[dtypes[name]] for name, shape in shapes.items()]
+            budgets = budgets.without(trains(sum(nbytes), max(nbytes)))
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         planner = Planner(
             model,
@@ -79,6 +86,7 @@ def load(
             buffers_nbytes=buffers,
             keep_skew=skewed(device),
             work=None if decisions is None else decisions.of(model),
+            trains=trains is not None,
         )
         layout = planner.best() if plan is None else planner.as_planned(plan)
         if decisions is not None and processors is None and plan is None:
@@ -102,8 +110,9 @@ def load(
             backing=backing,
             export_folder=_temporary_folder(),
             held=held,
+            trains=trains is not None,
         )
-        if layout.resident:
+        if layout.resident and trains is None:
             _as_pretrained(model)
     return model
 

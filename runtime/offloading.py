@@ -19,7 +19,7 @@ from .devices.base import Device
 from .handle import Handle
 from .headroom import FRAMEWORK, headroom_nbytes
 from .launch import check_room, launch, open_scratch, scratch_files
-from .layout import Layout
+from .layout import Apart, Layout
 from .links import LinkCache, disk_read_rate, link_rate
 from .partition import streamable
 from .planned import make_plan, untouched_plan
@@ -41,11 +41,13 @@ def offload(
     batch: int | None,
     cache: LinkCache,
     processors: Processors | None = None,
+    trains: Apart | None = None,
 ) -> nn.Module:
     """Plan the module and move its weights. See `penstock.offload`.
 
     Args:
         processors: Chooses what the CPU computes; nothing without.
+        trains: Weights will change; what that takes beside them. None where they are only read.
     """
     with ExitStack() as held:
         held.callback(device.close)
@@ -58,18 +60,22 @@ def offload(
         headroom = FRAMEWORK if config is None else headroom_nbytes(config, dtype, context=context, batch=batch)
         rate = link_rate(device, cache)
         budgets = resolve_budgets(wanted, device, headroom_nbytes=headroom, disk_rate=None, link_rate=rate)
+        if trains is not None:
+            budgets = budgets.without(trains(total, max((p.nbytes for p in parameters.values()), default=0)))
         backing = ModuleBacking(parameters)
-        layout = Planner(module, backing, budgets, buffers_nbytes=0, keep_skew=skewed(device)).best()
+        layout = Planner(
+            module, backing, budgets, buffers_nbytes=0, keep_skew=skewed(device), trains=trains is not None
+        ).best()
         layout, stays = settled(module, layout, device, processors)
-        if layout.resident and not device.separate:
+        if layout.resident and not device.separate and trains is None:
             untouched = untouched_plan(device.name, budgets, total, "everything fits: the module was left as it is")
             module.penstock = Handle(module, untouched, None)  # type: ignore[assignment]
             return module
         export_folder = tempfile.gettempdir()
-        if needs_scratch(layout):
+        if needs_scratch(layout, trains=trains is not None):
             scratches = open_scratch(disk, held)
             export_folder = os.fspath(scratches[0].path)
-            kept = layout.front.resident | (layout.back.resident if layout.back else frozenset())
+            kept = kept_in_memory(layout, trains=trains is not None)
             needed = sum(block.image.nbytes for block in layout.blocks if block.id not in kept)
             needed += sum(parameters[name].nbytes for name in layout.tables)
             check_room(scratches, needed, wanted.disk)
@@ -92,6 +98,7 @@ def offload(
                 export_folder=export_folder,
                 held=held,
                 freed_nbytes=freed,
+                trains=trains is not None,
             )
         except BaseException:
             for child, name, buffer in where_buffers_were:
@@ -100,9 +107,16 @@ def offload(
     return module
 
 
-def needs_scratch(layout: Layout) -> bool:
+def kept_in_memory(layout: Layout, *, trains: bool) -> frozenset[int]:
+    """Blocks whose only copy is in an arena. Weights that change are not kept on a device apart alone."""
+    if layout.back is None:
+        return layout.front.resident
+    return layout.back.resident | (frozenset() if trains else layout.front.resident)
+
+
+def needs_scratch(layout: Layout, *, trains: bool = False) -> bool:
     """Whether something will live on disk."""
-    kept = layout.front.resident | (layout.back.resident if layout.back else frozenset())
+    kept = kept_in_memory(layout, trains=trains)
     return bool(layout.tables) or any(block.id not in kept for block in layout.blocks)
 
 

@@ -79,9 +79,16 @@ class Planner:
         buffers_nbytes: int,
         keep_skew: bool,
         work: Work | None = None,
+        trains: bool = False,
     ) -> None:
-        """`work` says what a token costs; without it bytes are what counts."""
+        """Make one.
+
+        Args:
+            work: Says what a token costs; without it bytes are what counts.
+            trains: Weights will change: none is served by rows, where a gradient would have no place to go.
+        """
         self.module = module
+        self._trains = trains
         self.work = work
         self.backing = backing
         self.budgets = budgets
@@ -122,7 +129,7 @@ class Planner:
         lookups = embedding_only(self.module)
         tables = {
             name
-            for name in table_candidates(self.module)
+            for name in (() if self._trains else table_candidates(self.module))
             if name in self.sizes
             and (self.sizes[name] > limit or (name in lookups and self.sizes[name] > 2**20))
             and len(self.parameters[name].shape) == 2

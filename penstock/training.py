@@ -1,0 +1,167 @@
+"""The public functions of training: prepare, save, resume."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .api import Folders, MaxMemory, _folders, _wanted, handle_of
+from .caches import link_cache
+from .devices import open_device
+from .memory.errors import UsageError
+from .memory.store import Commit
+from .runtime.loading import load as _load
+from .runtime.offloading import offload as _offload
+from .runtime.training.facade import StreamedOptimizer
+from .runtime.training.optimizers import SGD, AdamW, Lion, OptimizerChoice
+from .runtime.training.preparing import apart_nbytes, attach, go_on, run_folders, state_of_run, trainable
+from .runtime.training.run import Origin
+
+
+def prepare(
+    model: nn.Module | str | os.PathLike[str],
+    *,
+    optimizer: OptimizerChoice,
+    disk: Folders,
+    max_memory: MaxMemory = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    nonfinite: Literal["raise", "skip"] = "raise",
+    trust_remote_code: bool = False,
+) -> tuple[Any, StreamedOptimizer]:
+    """Train a model whose weights, gradients and optimizer states are larger than memory.
+
+    Use what is returned as in plain PyTorch: `loss.backward(); optimizer.step(); optimizer.zero_grad()`. Losses and
+    weights have the bits of a run in memory with an fp32 master of each trained parameter.
+
+    Args:
+        model: A module that is built, or a checkpoint (a folder, or a Hub id). Of a module those parameters are trained
+            that have `requires_grad`; of a checkpoint all of them.
+        optimizer: `penstock.AdamW(…)`, `penstock.SGD(…)` or `penstock.Lion(…)`.
+        disk: The folder of the run, or one on each of several drives: masters and states lie there, 12 bytes per
+            parameter for AdamW, twice, so that the last commit stays whole while the next one grows. It must be empty.
+        max_memory: As for `load`; `host` bounds weights, gradients and what updates pass through.
+        device: As for `load`.
+        dtype: What a checkpoint is computed in.
+        nonfinite: What `step()` does where a gradient is infinite or not a number: raise, or skip that step.
+        trust_remote_code: Run code that comes with the checkpoint.
+
+    Raises:
+        DoesNotFitError: the memory or a drive is too small.
+        StoreError: the folder holds a run already (`penstock.resume`), or something else.
+        UsageError: an argument has no meaning, or nothing is to be trained.
+    """
+    folders = run_folders(_folders(disk))
+    made, origin = _streamed(model, max_memory, device, dtype, trust_remote_code)
+    try:
+        return made, attach(made, optimizer, folders, origin=origin, skip_nonfinite=nonfinite == "skip")
+    except BaseException:
+        handle_of(made).close()
+        raise
+
+
+def save(model: nn.Module, optimizer: StreamedOptimizer, *, scheduler: Any = None, extra: Any = None) -> Commit:
+    """Make the present state of a run durable: a commit of what is on disk already. Nothing is copied.
+
+    Returns a handle at once; the commit is published when the updates of the last step have landed (`handle.wait()`).
+
+    Args:
+        model: What `prepare` or `resume` returned.
+        optimizer: Likewise.
+        scheduler: Of the learning rate; its `state_dict()` is kept.
+        extra: Anything that JSON can hold, such as the position in the data. `optimizer.extra` after `resume`.
+
+    Raises:
+        UsageError: `extra` cannot be written.
+        PenstockError: what the last step met in the background.
+    """
+    handle_of(model)
+    return optimizer.commit(None if scheduler is None else scheduler.state_dict(), extra)
+
+
+def resume(
+    folder: Folders,
+    *,
+    model: nn.Module | None = None,
+    max_memory: MaxMemory = "auto",
+    device: str | torch.device = "auto",
+    nonfinite: Literal["raise", "skip"] = "raise",
+    scheduler: Any = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, StreamedOptimizer]:
+    """Go on from the last commit of a run: weights, optimizer, random numbers.
+
+    Args:
+        folder: What was `disk` of `prepare`.
+        model: The module as it was built before `prepare`, where that was not given a checkpoint. Its weights are
+            replaced; parameters that are not trained keep what they have.
+        max_memory: As for `prepare`; it may differ.
+        device: Likewise.
+        nonfinite: Likewise.
+        scheduler: Called with the optimizer to make the learning rate's scheduler, which then goes on; it becomes
+            `optimizer.scheduler`.
+        trust_remote_code: Run code that comes with the checkpoint.
+
+    Raises:
+        StoreError: there is no run, or nothing was committed.
+        UsageError: the model is another one, or none was given where one is needed.
+    """
+    folders = run_folders(_folders(folder))
+    state = state_of_run(folders)
+    if model is None and state.source is None:
+        raise UsageError("the run was begun with a module, not a checkpoint: give it to resume(…, model=…), as built")
+    source: Any = state.source if model is None else model
+    made, origin = _streamed(source, max_memory, device, state.dtype, trust_remote_code)
+    try:
+        optimizer = go_on(made, folders, origin=origin, skip_nonfinite=nonfinite == "skip")
+        if scheduler is not None:
+            optimizer.scheduler = scheduler(optimizer)
+            if optimizer.saved_scheduler is not None:
+                optimizer.scheduler.load_state_dict(optimizer.saved_scheduler)
+        return made, optimizer
+    except BaseException:
+        handle_of(made).close()
+        raise
+
+
+def _streamed(
+    model: nn.Module | str | os.PathLike[str],
+    max_memory: MaxMemory,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    trust_remote_code: bool,
+) -> tuple[nn.Module, Origin]:
+    wanted = _wanted(max_memory)
+    opened = open_device(device)
+    if isinstance(model, nn.Module):
+        made = _offload(
+            model,
+            wanted=wanted,
+            device=opened,
+            disk=[],
+            context=None,
+            batch=None,
+            cache=link_cache(),
+            trains=apart_nbytes,
+        )
+        return made, Origin()
+    made = _load(
+        model,
+        wanted=wanted,
+        device=opened,
+        dtype=dtype,
+        disk=[],
+        context=None,
+        batch=None,
+        trust_remote_code=trust_remote_code,
+        cache=link_cache(),
+        trains=apart_nbytes,
+    )
+    trainable(made)
+    return made, Origin(source=os.fspath(model), dtype=str(dtype).removeprefix("torch."))
+
+
+__all__ = ["SGD", "AdamW", "Lion", "OptimizerChoice", "StreamedOptimizer", "prepare", "resume", "save"]

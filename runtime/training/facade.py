@@ -1,0 +1,117 @@
+"""The optimizer as torch's own code sees it: schedulers, Trainer, accelerate. It owns no state; `Training` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from ...memory.errors import UsageError
+from ...memory.store import BlockStore, Commit
+from .optimizers import OptimizerChoice
+from .run import Origin, RunState, encode, plain_groups, random_state
+from .training import Training
+
+
+class StreamedOptimizer(torch.optim.Optimizer):
+    """What `penstock.prepare` returns beside the model. Use it as any optimizer of torch.
+
+    `step()` returns before the update is done: each part of the model is updated before its next use. Learning rates
+    and other hyperparameters are those of the moment of `step()`.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        choice: OptimizerChoice,
+        store: BlockStore,
+        *,
+        origin: Origin,
+        skip_nonfinite: bool,
+        state: RunState | None = None,
+    ) -> None:
+        """`state`: of the commit that the run goes on from; None for a new one."""
+        self._training = training
+        self._choice = choice
+        self._store = store
+        self._origin = origin
+        self._skip_nonfinite = skip_nonfinite
+        self.scheduler: Any = None
+        """Of the learning rate, where `resume` made one."""
+        self.saved_scheduler = None if state is None else state.scheduler
+        self.extra = None if state is None else state.extra
+        """What was given to `save`, in a run that goes on."""
+        parameters = [each.parameter for each in training.trained]
+        self._index = {id(parameter): index for index, parameter in enumerate(parameters)}
+        made = choice.grouped([each.name for each in training.trained])
+        groups = [{"params": [parameters[index] for index in members], **hyper} for hyper, members in made]
+        if state is not None:
+            groups = [{**_exact(group), "params": [parameters[i] for i in group["params"]]} for group in state.groups]
+        super().__init__(groups, choice.defaults())
+
+    @property
+    def training(self) -> Training:
+        """What carries the steps out."""
+        return self._training
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Raises:
+            NonFiniteGradientError: a gradient is infinite or not a number; nothing was changed.
+            PenstockError: what the step before it met in the background.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._training.step(self._hypers(), max_norm=self._choice.max_grad_norm, skip_nonfinite=self._skip_nonfinite)
+        return loss
+
+    def _hypers(self) -> list[Any]:
+        """Hyperparameters of each parameter, as the groups have them now."""
+        kernel = self._choice.kernel
+        found: list[Any] = [None] * len(self._training.trained)
+        for group in self.param_groups:
+            hyper = kernel.hyper_of(group)
+            for parameter in group["params"]:
+                found[self._index[id(parameter)]] = hyper
+        return found
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients that no step has used."""
+        self._training.gradients.clear()
+
+    def commit(self, scheduler: dict[str, Any] | None, extra: Any) -> Commit:
+        """Make the present state durable. See `penstock.save`."""
+        self._training.finish()
+        state = RunState(
+            names=tuple(each.name for each in self._training.trained),
+            steps=tuple(self._training.steps),
+            mathematics=self._choice.mathematics,
+            groups=plain_groups(self.param_groups, self._index),
+            random=random_state(),
+            source=self._origin.source,
+            dtype=self._origin.dtype,
+            max_grad_norm=self._choice.max_grad_norm,
+            scheduler=scheduler,
+            extra=extra,
+        )
+        return self._store.commit(encode(state))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Not of states that are larger than memory."""
+        self._refuse("state_dict", "penstock.save(model, optimizer) makes what is on disk durable")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Not of states that are larger than memory."""
+        self._refuse("load_state_dict", "penstock.resume(folder) goes on from the last commit")
+
+    def _refuse(self, what: str, remedy: str) -> NoReturn:
+        raise UsageError(f"{what} is not possible for a streamed optimizer: {remedy}")
+
+
+def _exact(group: dict[str, Any]) -> dict[str, Any]:
+    """A group as it was: JSON has lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}

@@ -1,0 +1,105 @@
+"""Gradients as they leave backward: taken from each parameter as soon as they are whole, added up, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...kernels.accumulation import accumulate
+from ...kernels.optimizer import Scratch
+from ...memory.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """One parameter that is trained."""
+
+    name: str
+    parameter: nn.Parameter
+    stride: tuple[int, ...]
+    """Of its elements in memory, when its weights are there."""
+
+    @property
+    def elements(self) -> int:
+        """How many."""
+        return self.parameter.numel()
+
+
+class Gradients:
+    """The gradients of one step.
+
+    A gradient of one backward keeps its dtype; a second one is added in fp32, and so is every further one.
+    """
+
+    def __init__(self, trained: Sequence[Trained], scratch: Scratch) -> None:
+        """`scratch`: of the thread in which backward runs."""
+        self._trained = trained
+        self._scratch = scratch
+        self._kept: list[torch.Tensor | None] = [None] * len(trained)
+        self._hooks = []
+        for index, each in enumerate(trained):
+            hook: Any = each.parameter.register_post_accumulate_grad_hook
+            self._hooks.append(hook(self._taker(index)))
+
+    def _taker(self, index: int) -> object:
+        def take(parameter: torch.Tensor) -> None:
+            grad = parameter.grad
+            parameter.grad = None
+            if grad is not None:
+                self.add(index, grad)
+
+        return take
+
+    def add(self, index: int, grad: torch.Tensor) -> None:
+        """Take one in, of the parameter's shape.
+
+        Raises:
+            UsageError: it is sparse.
+        """
+        each = self._trained[index]
+        if grad.layout is not torch.strided:
+            raise UsageError(
+                f"the gradient of {each.name} is sparse, and only dense ones can be streamed: make its embedding with "
+                "sparse=False"
+            )
+        flat = _as_in_memory(grad.detach(), each)
+        kept = self._kept[index]
+        if kept is None:
+            self._kept[index] = flat.cpu()
+            return
+        if kept.dtype != torch.float32:
+            kept = kept.to(torch.float32)
+        accumulate(kept, flat.cpu(), first=False, scratch=self._scratch)
+        self._kept[index] = kept
+
+    def take(self) -> list[torch.Tensor | None]:
+        """All of them, flat and in host memory; None where no backward reached a parameter. None is kept."""
+        kept, self._kept = self._kept, [None] * len(self._trained)
+        return kept
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self.take()
+
+    @property
+    def nbytes(self) -> int:
+        """Of host memory, now."""
+        return sum(grad.nbytes for grad in self._kept if grad is not None)
+
+    def close(self) -> None:
+        """Leave the parameters alone from now on."""
+        for hook in self._hooks:
+            hook.remove()
+        self.clear()
+
+
+def _as_in_memory(grad: torch.Tensor, each: Trained) -> torch.Tensor:
+    """A gradient as one row, its elements in the order in which those of the weight lie in memory."""
+    if tuple(grad.stride()) != each.stride:
+        ordered = torch.empty_strided(tuple(grad.shape), each.stride, dtype=grad.dtype, device=grad.device)
+        grad = ordered.copy_(grad)
+    return grad.as_strided((grad.numel(),), (1,))

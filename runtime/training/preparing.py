@@ -1,0 +1,271 @@
+"""`penstock.prepare`: a streamed model and its optimizer, with masters and states in a folder of the run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...kernels.optimizer import Optimizer, Scratch
+from ...memory.errors import StoreError, UsageError
+from ...memory.store import BlockSpec, BlockStore
+from ..build import Machinery
+from ..launch import open_scratch, scratch_files
+from .facade import StreamedOptimizer
+from .gradients import Gradients, Trained
+from .optimizers import SGD, AdamW, Lion, OptimizerChoice
+from .pipeline import BUFFERS, ShardPipeline
+from .run import Origin, RunState, decode, set_random_state
+from .shards import ELEMENTS, Shard, cut_shards
+from .training import Training
+from .weights import TrainedWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolders:
+    """Where a run lies: one folder, or one on each drive."""
+
+    folders: Sequence[str]
+
+    @property
+    def states(self) -> list[str]:
+        """Of the block store."""
+        return [os.path.join(folder, "states") for folder in self.folders]
+
+    @property
+    def scratch(self) -> list[str]:
+        """Of weights that stream; worth nothing after the run."""
+        return [os.path.join(folder, "scratch") for folder in self.folders]
+
+
+def attach(
+    model: nn.Module, choice: OptimizerChoice, folders: RunFolders, *, origin: Origin, skip_nonfinite: bool
+) -> StreamedOptimizer:
+    """Train a streamed model (loaded or offloaded for it), from the weights it has.
+
+    Raises:
+        UsageError: nothing wants a gradient.
+        StoreError: the folder holds a run already, or something else.
+        DoesNotFitError: a drive has not enough room.
+    """
+    machinery = machinery_of(model)
+    trained = find_trained(model, machinery)
+    shards = shards_of(trained, machinery)
+    arrays = arrays_of(choice)
+    with ExitStack() as made:
+        specs = [
+            BlockSpec(name=f"shard {shard.id}", kind="optimizer", nbytes=arrays * shard.array_nbytes)
+            for shard in shards
+        ]
+        store = BlockStore.create(folders.states, specs, identity=identity_of(trained, shards, choice.mathematics))
+        made.callback(store.close)
+        scratches = open_scratch(folders.scratch, made)
+        paths = scratch_files(scratches, "weights.bin")
+        training = assemble(machinery, trained, shards, store, choice.kernel, paths, arrays=arrays)
+        made.callback(training.close)
+        training.write_masters(master_of(machinery, trained))
+        optimizer = StreamedOptimizer(training, choice, store, origin=origin, skip_nonfinite=skip_nonfinite)
+        machinery.on_close(made.pop_all().close)
+    return optimizer
+
+
+def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, skip_nonfinite: bool) -> StreamedOptimizer:
+    """The same from the last commit of a run: weights are made of its masters.
+
+    Raises:
+        StoreError: there is no run.
+        UsageError: the model is another one.
+    """
+    machinery = machinery_of(model)
+    with ExitStack() as made:
+        store = BlockStore.open(folders.states)
+        made.callback(store.close)
+        state = decode(store.metadata)
+        only_trained(model, state.names)
+        trained = find_trained(model, machinery)
+        choice = choice_of(state)
+        shards = shards_of(trained, machinery)
+        if identity_of(trained, shards, state.mathematics) != store.identity:
+            raise UsageError(
+                f"{folders.states[0]} belongs to another model: its parameters have other names, shapes or places. "
+                "Give the one that the run was begun with"
+            )
+        scratches = open_scratch(folders.scratch, made)
+        paths = scratch_files(scratches, "weights.bin")
+        training = assemble(
+            machinery, trained, shards, store, choice.kernel, paths, arrays=arrays_of(choice), steps=state.steps
+        )
+        made.callback(training.close)
+        training.weights_from_masters()
+        optimizer = StreamedOptimizer(
+            training, choice, store, origin=origin, skip_nonfinite=skip_nonfinite, state=state
+        )
+        set_random_state(state.random)
+        machinery.on_close(made.pop_all().close)
+    return optimizer
+
+
+def state_of_run(folders: RunFolders) -> RunState:
+    """What the last commit of a run says.
+
+    Raises:
+        StoreError: there is no run, or nothing was committed.
+    """
+    with BlockStore.open(folders.states, readonly=True) as store:
+        if not store.committed:
+            raise StoreError(f"{folders.states[0]} holds no commit yet: begin anew with penstock.prepare")
+        return decode(store.metadata)
+
+
+def machinery_of(model: nn.Module) -> Machinery:
+    """What runs a streamed model."""
+    machinery = model.penstock.machinery  # type: ignore[union-attr]
+    assert isinstance(machinery, Machinery)
+    return machinery
+
+
+def arrays_of(choice: OptimizerChoice) -> int:
+    """Arrays of a shard: masters and states."""
+    return 1 + len(choice.kernel.states_of(choice.kernel.hyper_of(choice.defaults())))
+
+
+def apart_nbytes(weights_nbytes: int, largest_nbytes: int) -> int:
+    """Host memory that training takes beside weights.
+
+    All gradients of a step, in the dtype of the weights; the buffers that shards pass through; one that a block of
+    weights is put together in, which is no larger than the largest parameter or 64 MiB.
+    """
+    return weights_nbytes + BUFFERS * 3 * 4 * ELEMENTS + max(largest_nbytes, 1 << 26)
+
+
+def only_trained(model: nn.Module, names: Sequence[str]) -> None:
+    """Let these parameters want a gradient and no others.
+
+    Raises:
+        UsageError: the model has not all of them.
+    """
+    present = dict(model.named_parameters())
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise UsageError(f"the run trains {len(names)} parameters; {len(missing)} are not in this model: {missing[0]}")
+    wanted = set(names)
+    for name, parameter in present.items():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(name in wanted)
+
+
+def choice_of(state: RunState) -> OptimizerChoice:
+    """The optimizer of a run, with the hyperparameters of its last group; the others come with `groups`."""
+    kinds: dict[str, type[OptimizerChoice]] = {kind.mathematics: kind for kind in (AdamW, SGD, Lion)}
+    kind = kinds[state.mathematics]
+    known = {f.name for f in fields(kind)}
+    last = {name: _exact(value) for name, value in state.groups[-1].items() if name in known}
+    return kind(max_grad_norm=state.max_grad_norm, **last)
+
+
+def _exact(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def find_trained(model: nn.Module, machinery: Machinery) -> list[Trained]:
+    """The parameters that want a gradient, in the order of `parameters()`.
+
+    Raises:
+        UsageError: there is none, or one is not streamed.
+    """
+    strides = {bound.name: bound.stride for binding in machinery.bindings.values() for bound in binding.tensors}
+    found = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name not in strides:
+            raise UsageError(f"parameter {name} is not penstock's (a tensor subclass?): freeze it to train the others")
+        found.append(Trained(name=name, parameter=parameter, stride=strides[name]))
+    if not found:
+        raise UsageError("no parameter wants a gradient: set requires_grad on those that are to be trained")
+    return found
+
+
+def shards_of(trained: Sequence[Trained], machinery: Machinery) -> tuple[Shard, ...]:
+    """The shards of these parameters, block by block in the order in which a forward uses them."""
+    number = {each.name: index for index, each in enumerate(trained)}
+    blocks = {
+        block.id: [number[portion.name] for portion in block.portions if portion.name in number]
+        for block in machinery.layout.blocks
+    }
+    return cut_shards([each.elements for each in trained], blocks)
+
+
+def assemble(
+    machinery: Machinery,
+    trained: Sequence[Trained],
+    shards: Sequence[Shard],
+    store: BlockStore,
+    kernel: Optimizer[Any],
+    paths: Sequence[str],
+    *,
+    arrays: int,
+    steps: Sequence[int] = (),
+) -> Training:
+    """Everything that trains, around a store."""
+    return Training(
+        machinery=machinery,
+        trained=trained,
+        gradients=Gradients(trained, Scratch.of()),
+        shards=shards,
+        pipeline=ShardPipeline(store=store, engine=machinery.engine, shards=shards, arrays=arrays),
+        weights=TrainedWeights(machinery, paths),
+        optimizer=kernel,
+        steps=steps,
+    )
+
+
+def master_of(machinery: Machinery, trained: Sequence[Trained]) -> Callable[[int], torch.Tensor]:
+    """Gives a parameter's present weights in fp32, flat, as they lie in memory."""
+    session = machinery.session
+    home = {bound.name: binding for binding in machinery.bindings.values() for bound in binding.tensors}
+
+    def value(index: int) -> torch.Tensor:
+        each = trained[index]
+        lease = session.lend(home[each.name].block, observed=False)
+        try:
+            weight = each.parameter.detach()
+            return weight.as_strided((weight.numel(),), (1,)).to("cpu", torch.float32, copy=True)
+        finally:
+            session.take_back(lease)
+
+    return value
+
+
+def identity_of(trained: Sequence[Trained], shards: Sequence[Shard], mathematics: str) -> str:
+    """What a run's folder is told apart by: the trained parameters, how they are cut, and the optimizer."""
+    pieces = [(p.parameter, p.start, p.stop, p.at) for shard in shards for p in shard.pieces]
+    text = mathematics + "".join(f"\n{each.name} {tuple(each.parameter.shape)}" for each in trained) + repr(pieces)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_folders(disk: Sequence[str]) -> RunFolders:
+    """Where a run is to lie.
+
+    Raises:
+        UsageError: no folder was named.
+    """
+    if not disk:
+        raise UsageError(
+            'training needs a folder for masters and optimizer states, twice 12 bytes per parameter: disk="run/"'
+        )
+    return RunFolders(folders=[os.fspath(Path(folder)) for folder in disk])
+
+
+def trainable(model: Any) -> None:
+    """Let every floating-point parameter want a gradient: those of a loaded checkpoint do not."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)

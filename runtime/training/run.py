@@ -1,0 +1,112 @@
+"""What a commit says beside the blocks: how far the run is, hyperparameters, random numbers, the caller's own state."""
+
+from __future__ import annotations
+
+import base64
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from ...memory.errors import UsageError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a model came from, to be written into commits."""
+
+    source: str | None = None
+    """The checkpoint; None for a module that was built."""
+    dtype: str = "auto"
+
+
+class RunState(msgspec.Struct, frozen=True, kw_only=True):
+    """The metadata document of one commit."""
+
+    format: int = FORMAT
+    names: tuple[str, ...]
+    """Of the trained parameters."""
+    steps: tuple[int, ...]
+    """Updates of each."""
+    mathematics: str
+    """Name of the optimizer."""
+    groups: tuple[dict[str, Any], ...]
+    """Hyperparameters as they are now, and the numbers of the group's parameters under `params`."""
+    random: dict[str, str]
+    """State of the generators, by whose it is."""
+    source: str | None = None
+    """The checkpoint that the model was loaded from."""
+    dtype: str = "auto"
+    max_grad_norm: float | None = None
+    scheduler: dict[str, Any] | None = None
+    """`state_dict()` of the learning rate's scheduler."""
+    extra: Any = None
+    """The caller's own: where it is in its data, for one."""
+
+
+def encode(state: RunState) -> bytes:
+    """As bytes.
+
+    Raises:
+        UsageError: the caller's state cannot be written as JSON.
+    """
+    try:
+        return msgspec.json.encode(state)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"a commit cannot hold this: {error}. Give plain numbers, texts, lists and dicts") from error
+
+
+def decode(document: bytes) -> RunState:
+    """From bytes.
+
+    Raises:
+        UsageError: they are of another version, or of something else.
+    """
+    try:
+        state = msgspec.json.decode(document, type=RunState)
+    except msgspec.DecodeError as error:
+        raise UsageError(f"the folder's commit was not written by penstock.save: {error}") from error
+    if state.format != FORMAT:
+        raise UsageError(f"the run was saved in format {state.format}; this penstock reads {FORMAT}")
+    return state
+
+
+def random_state() -> dict[str, str]:
+    """The generators that training draws from: torch's, numpy's, Python's."""
+    found = {"torch": _text(torch.get_rng_state().numpy().tobytes())}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        found["cuda"] = _text(torch.cuda.get_rng_state().numpy().tobytes())
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    found["numpy"] = msgspec.json.encode([kind, np.asarray(keys).tolist(), position, has_gauss, gauss]).decode()
+    found["python"] = msgspec.json.encode(random.getstate()).decode()
+    return found
+
+
+def set_random_state(found: dict[str, str]) -> None:
+    """Have the generators go on from there."""
+    torch.set_rng_state(_tensor(found["torch"]))
+    if "cuda" in found and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_tensor(found["cuda"]))
+    kind, keys, position, has_gauss, gauss = msgspec.json.decode(found["numpy"])
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, following = msgspec.json.decode(found["python"])
+    random.setstate((version, tuple(internal), following))
+
+
+def plain_groups(groups: Sequence[dict[str, Any]], index: dict[int, int]) -> tuple[dict[str, Any], ...]:
+    """Parameter groups without tensors."""
+    return tuple({**group, "params": [index[id(each)] for each in group["params"]]} for group in groups)
+
+
+def _text(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()
+
+
+def _tensor(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

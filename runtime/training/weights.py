@@ -1,0 +1,106 @@
+"""Where new weights go: into the slot of a block that stays in host memory, or through a buffer into a scratch file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from ...memory.arena import HostArena, round_up
+from ...memory.disk import DiskEngine
+from ...memory.image import Image, Place, whole_window
+from ..build import Machinery
+from ..dtypes import torch_dtype
+
+
+class TrainedWeights:
+    """The weights of a streamed model, in the dtype that computes, while they change.
+
+    A block that does not stay in host memory is read from where its weights came from until it changes first; from then
+    on from a scratch file, where its slot lies as it is.
+
+    Args:
+        machinery: What runs the model. Its images are changed.
+        paths: Scratch files, one per drive; blocks take turns.
+    """
+
+    def __init__(self, machinery: Machinery, paths: Sequence[str]) -> None:
+        self._images = machinery.images
+        self._engine: DiskEngine = machinery.engine
+        self._host = machinery.host
+        home = machinery.front if machinery.back is None else machinery.back
+        self._slots = dict(home.permanent)
+        self._portions = {b.id: [portion.name for portion in b.portions] for b in machinery.layout.blocks}
+        moving = [image.nbytes for block, image in self._images.items() if block not in self._slots]
+        self._staging = HostArena(max(moving, default=1), tier="staging")
+        self._paths = paths
+        self._ends = [0] * len(paths)
+        self._scratch: dict[int, tuple[str, int]] = {}
+        self._open: int | None = None
+
+    @staticmethod
+    def needed_nbytes(machinery: Machinery) -> int:
+        """Host memory that it would take."""
+        home = machinery.front if machinery.back is None else machinery.back
+        return max((image.nbytes for b, image in machinery.images.items() if b not in home.permanent), default=0)
+
+    def names(self, block: int) -> Sequence[str]:
+        """The parameters of a block."""
+        return self._portions[block]
+
+    def begin(self, block: int, *, whole: bool) -> Mapping[str, torch.Tensor]:
+        """The weights of a block, to be written to: flat, as they lie in memory, by the parameter's name.
+
+        Args:
+            block: One at a time; nobody else has it.
+            whole: Whether all of them will be written; else those that are not keep their values.
+
+        Raises:
+            DiskError: the present ones cannot be read.
+        """
+        assert self._open is None, f"block {self._open} is not finished"
+        image = self._images[block]
+        slot = self._slots.get(block)
+        if slot is not None:
+            raw = self._host.view(slot.offset, slot.nbytes)
+        else:
+            raw = self._staging.view(0, image.nbytes)
+            if not whole:
+                self._engine.read(image.windows, image.bounces, raw, urgent=True).wait()
+            self._open = block
+        return {name: _flat(raw, image.places[name]) for name in self._portions[block]}
+
+    def end(self, block: int) -> None:
+        """All that was to be written to it has been: from now on this is what is read.
+
+        Raises:
+            DiskError: it cannot be written.
+        """
+        if block in self._slots:
+            return
+        assert self._open == block, f"block {block} was not begun"
+        image = self._images[block]
+        nbytes = round_up(image.nbytes)
+        if block not in self._scratch:
+            drive = len(self._scratch) % len(self._paths)
+            self._scratch[block] = (self._paths[drive], self._ends[drive])
+            self._ends[drive] += nbytes
+        path, offset = self._scratch[block]
+        self._engine.write(path, offset, self._staging.view(0, nbytes)).wait()
+        self._images[block] = _as_it_lies(image, path, offset)
+        self._open = None
+
+    def close(self) -> None:
+        """Give the buffer back."""
+        self._staging.close()
+
+
+def _flat(raw: memoryview, place: Place) -> torch.Tensor:
+    dtype = torch_dtype(place.dtype)
+    return torch.frombuffer(raw, dtype=dtype, count=place.nbytes // dtype.itemsize, offset=place.offset)
+
+
+def _as_it_lies(image: Image, path: str, offset: int) -> Image:
+    """The image of a slot that was written to a file byte for byte."""
+    return replace(image, windows=(whole_window(path, offset, image.nbytes),), bounces=())
