@@ -68,3 +68,38 @@ class ProfileError(PenstockError):
 
 class CalibrationError(PenstockError):
     """A kept calibration cannot be used: its file is damaged, or of another version."""
+
+
+class StoreError(PenstockError):
+    """A block store cannot do what was asked: there is none, it is unfinished, or it stopped after a failure."""
+
+
+class StoreBusyError(StoreError):
+    """The store is open for writing in another place. The message names who holds it."""
+
+
+class StoreVersionError(StoreError):
+    """The store was written in a format that this penstock does not read."""
+
+
+class StoreIdentityError(StoreError):
+    """The store holds the state of another model, or of another way to train it."""
+
+
+class StoreDamagedError(StoreError):
+    """A file of the store is missing, truncated, or not what was written."""
+
+
+class CorruptBlockError(StoreDamagedError):
+    """The bytes of a block are not those that were committed."""
+
+    def __init__(
+        self, message: str, *, block: int, path: str, offset: int, expected_checksum: int, found_checksum: int
+    ) -> None:
+        super().__init__(message)
+        self.block = block
+        self.path = path
+        self.offset = offset
+        """Where the block starts in the file, in bytes."""
+        self.expected_checksum = expected_checksum
+        self.found_checksum = found_checksum
