@@ -1,0 +1,1 @@
+"""What fine-tuning needs beyond a model: its data."""
