@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,8 +18,8 @@ from .runtime.loading import load as _load
 from .runtime.offloading import offload as _offload
 from .runtime.training.facade import StreamedOptimizer
 from .runtime.training.optimizers import SGD, AdamW, Lion, OptimizerChoice
-from .runtime.training.preparing import apart_nbytes, attach, go_on, run_folders, state_of_run, trainable
-from .runtime.training.run import Origin
+from .runtime.training.preparing import attach, changing, go_on, run_folders, state_of_run, trainable
+from .runtime.training.run import Origin, Settings
 
 
 def prepare(
@@ -29,6 +30,7 @@ def prepare(
     max_memory: MaxMemory = "auto",
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    accumulate: int = 1,
     nonfinite: Literal["raise", "skip"] = "raise",
     trust_remote_code: bool = False,
 ) -> tuple[Any, StreamedOptimizer]:
@@ -46,6 +48,7 @@ def prepare(
         max_memory: As for `load`; `host` bounds weights, gradients and what updates pass through.
         device: As for `load`.
         dtype: What a checkpoint is computed in.
+        accumulate: Backward passes of each step, at most; their gradients are added up in fp32.
         nonfinite: What `step()` does where a gradient is infinite or not a number: raise, or skip that step.
         trust_remote_code: Run code that comes with the checkpoint.
 
@@ -55,9 +58,10 @@ def prepare(
         UsageError: an argument has no meaning, or nothing is to be trained.
     """
     folders = run_folders(_folders(disk))
-    made, origin = _streamed(model, max_memory, device, dtype, trust_remote_code)
+    settings = _settings(accumulate, nonfinite)
+    made, origin = _streamed(model, max_memory, device, dtype, trust_remote_code, settings)
     try:
-        return made, attach(made, optimizer, folders, origin=origin, skip_nonfinite=nonfinite == "skip")
+        return made, attach(made, optimizer, folders, origin=origin, settings=settings)
     except BaseException:
         handle_of(made).close()
         raise
@@ -89,6 +93,7 @@ def resume(
     max_memory: MaxMemory = "auto",
     device: str | torch.device = "auto",
     nonfinite: Literal["raise", "skip"] = "raise",
+    accumulate: int = 1,
     scheduler: Any = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, StreamedOptimizer]:
@@ -101,6 +106,7 @@ def resume(
         max_memory: As for `prepare`; it may differ.
         device: Likewise.
         nonfinite: Likewise.
+        accumulate: Likewise.
         scheduler: Called with the optimizer to make the learning rate's scheduler, which then goes on; it becomes
             `optimizer.scheduler`.
         trust_remote_code: Run code that comes with the checkpoint.
@@ -114,9 +120,10 @@ def resume(
     if model is None and state.source is None:
         raise UsageError("the run was begun with a module, not a checkpoint: give it to resume(…, model=…), as built")
     source: Any = state.source if model is None else model
-    made, origin = _streamed(source, max_memory, device, state.dtype, trust_remote_code)
+    settings = _settings(accumulate, nonfinite)
+    made, origin = _streamed(source, max_memory, device, state.dtype, trust_remote_code, settings)
     try:
-        optimizer = go_on(made, folders, origin=origin, skip_nonfinite=nonfinite == "skip")
+        optimizer = go_on(made, folders, origin=origin, settings=settings)
         if scheduler is not None:
             optimizer.scheduler = scheduler(optimizer)
             if optimizer.saved_scheduler is not None:
@@ -127,14 +134,22 @@ def resume(
         raise
 
 
+def _settings(accumulate: int, nonfinite: str) -> Settings:
+    if nonfinite not in ("raise", "skip"):
+        raise UsageError(f'nonfinite is {nonfinite!r}: use "raise" or "skip"')
+    return Settings(accumulate=accumulate, skip_nonfinite=nonfinite == "skip")
+
+
 def _streamed(
     model: nn.Module | str | os.PathLike[str],
     max_memory: MaxMemory,
     device: str | torch.device,
     dtype: str | torch.dtype,
     trust_remote_code: bool,
+    settings: Settings,
 ) -> tuple[nn.Module, Origin]:
     wanted = _wanted(max_memory)
+    trains = partial(changing, accumulate=settings.accumulate)
     opened = open_device(device)
     if isinstance(model, nn.Module):
         made = _offload(
@@ -145,7 +160,7 @@ def _streamed(
             context=None,
             batch=None,
             cache=link_cache(),
-            trains=apart_nbytes,
+            trains=trains,
         )
         return made, Origin()
     made = _load(
@@ -158,7 +173,7 @@ def _streamed(
         batch=None,
         trust_remote_code=trust_remote_code,
         cache=link_cache(),
-        trains=apart_nbytes,
+        trains=trains,
     )
     trainable(made)
     return made, Origin(source=os.fspath(model), dtype=str(dtype).removeprefix("torch."))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 from ..memory.image import DeviceImage, Image
 from ..scheduler.residency import Residency
@@ -21,13 +21,19 @@ class Budgets:
     disk_rate: float
     link_rate: float
 
-    def without(self, nbytes: int) -> Budgets:
-        """The same with so much less of the host."""
-        return replace(self, host=max(0, self.host - nbytes))
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changing:
+    """What it takes that weights change."""
+
+    own_nbytes: int
+    """Host memory beside the weights: gradients, and what updates pass through."""
+    block_nbytes: int
+    """Blocks are no larger, but for parameters that are: each is put together in host memory before it is written."""
 
 
-Apart = Callable[[int, int], int]
-"""Host memory that training takes beside weights: from the bytes of all of them, and of the largest."""
+Trains = Callable[[Collection[int]], Changing]
+"""Says so, from the bytes of each weight."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

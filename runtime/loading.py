@@ -21,7 +21,7 @@ from .devices.base import Device
 from .dtypes import stored_dtype
 from .headroom import headroom_nbytes
 from .launch import launch
-from .layout import Apart
+from .layout import Trains
 from .links import LinkCache, disk_read_rate, link_rate
 from .planned import make_plan
 from .planning import Planner
@@ -45,7 +45,7 @@ def load(
     processors: Processors | None = None,
     decisions: Decisions | None = None,
     plan: Plan | None = None,
-    trains: Apart | None = None,
+    trains: Trains | None = None,
 ) -> nn.Module:
     """Build the model, plan it, and start reading. See `penstock.load`.
 
@@ -75,9 +75,6 @@ def load(
             link_rate=links.h2d,
             on_cpu=decisions is not None and not decisions.exact,
         )
-        if trains is not None:
-            nbytes = [prod(shape) * ITEMSIZE[dtypes[name]] for name, shape in shapes.items()]
-            budgets = budgets.without(trains(sum(nbytes), max(nbytes)))
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         planner = Planner(
             model,
@@ -86,7 +83,7 @@ def load(
             buffers_nbytes=buffers,
             keep_skew=skewed(device),
             work=None if decisions is None else decisions.of(model),
-            trains=trains is not None,
+            changing=trains and trains([prod(shape) * ITEMSIZE[dtypes[name]] for name, shape in shapes.items()]),
         )
         layout = planner.best() if plan is None else planner.as_planned(plan)
         if decisions is not None and processors is None and plan is None:

@@ -19,7 +19,7 @@ from .devices.base import Device
 from .handle import Handle
 from .headroom import FRAMEWORK, headroom_nbytes
 from .launch import check_room, launch, open_scratch, scratch_files
-from .layout import Apart, Layout
+from .layout import Layout, Trains
 from .links import LinkCache, disk_read_rate, link_rate
 from .partition import streamable
 from .planned import make_plan, untouched_plan
@@ -41,7 +41,7 @@ def offload(
     batch: int | None,
     cache: LinkCache,
     processors: Processors | None = None,
-    trains: Apart | None = None,
+    trains: Trains | None = None,
 ) -> nn.Module:
     """Plan the module and move its weights. See `penstock.offload`.
 
@@ -60,12 +60,9 @@ def offload(
         headroom = FRAMEWORK if config is None else headroom_nbytes(config, dtype, context=context, batch=batch)
         rate = link_rate(device, cache)
         budgets = resolve_budgets(wanted, device, headroom_nbytes=headroom, disk_rate=None, link_rate=rate)
-        if trains is not None:
-            budgets = budgets.without(trains(total, max((p.nbytes for p in parameters.values()), default=0)))
         backing = ModuleBacking(parameters)
-        layout = Planner(
-            module, backing, budgets, buffers_nbytes=0, keep_skew=skewed(device), trains=trains is not None
-        ).best()
+        changing = trains and trains([parameter.nbytes for parameter in parameters.values()])
+        layout = Planner(module, backing, budgets, buffers_nbytes=0, keep_skew=skewed(device), changing=changing).best()
         layout, stays = settled(module, layout, device, processors)
         if layout.resident and not device.separate and trains is None:
             untouched = untouched_plan(device.name, budgets, total, "everything fits: the module was left as it is")

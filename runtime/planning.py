@@ -20,7 +20,7 @@ from ..memory.layout import ITEMSIZE
 from ..scheduler.plan import Plan
 from ..scheduler.residency import Residency, Sized, choose_residency, smallest_budget
 from .backing import Backing, Portion
-from .layout import Budgets, Draft, Layout
+from .layout import Budgets, Changing, Draft, Layout
 from .partition import cut, embedding_only, limits, streamable, table_candidates
 from .phases import ONCE, once_per_answer
 from .placing import Work, place_on_tiers
@@ -79,16 +79,17 @@ class Planner:
         buffers_nbytes: int,
         keep_skew: bool,
         work: Work | None = None,
-        trains: bool = False,
+        changing: Changing | None = None,
     ) -> None:
         """Make one.
 
         Args:
             work: Says what a token costs; without it bytes are what counts.
-            trains: Weights will change: none is served by rows, where a gradient would have no place to go.
+            changing: Weights will change, and it takes so much. None is served by rows then, where a gradient would
+                have no place to go.
         """
         self.module = module
-        self._trains = trains
+        self._changing = changing
         self.work = work
         self.backing = backing
         self.budgets = budgets
@@ -129,7 +130,7 @@ class Planner:
         lookups = embedding_only(self.module)
         tables = {
             name
-            for name in (() if self._trains else table_candidates(self.module))
+            for name in (table_candidates(self.module) if self._changing is None else ())
             if name in self.sizes
             and (self.sizes[name] > limit or (name in lookups and self.sizes[name] > 2**20))
             and len(self.parameters[name].shape) == 2
@@ -138,6 +139,8 @@ class Planner:
         return self._try(limit, tables)
 
     def _try(self, limit: int, tables: set[str]) -> Layout | None:
+        if self._changing is not None:
+            limit = min(limit, self._changing.block_nbytes)
         made = self._cut(limit, tables)
         parts = SHALLOWER if self.work is None else SHALLOWER[:1]  # placing tries shallower rings itself
         placed = [self._place(made, DEPTH // part) for part in parts]
@@ -312,7 +315,8 @@ class Planner:
 
     def _own(self, staging: int) -> int:
         """Host memory besides the arena."""
-        return self.buffers_nbytes + (DiskEngine.own_nbytes(staging) if staging else 0)
+        changing = 0 if self._changing is None else self._changing.own_nbytes
+        return changing + self.buffers_nbytes + (DiskEngine.own_nbytes(staging) if staging else 0)
 
     def _front(
         self,

@@ -10,7 +10,7 @@ import torch
 from ...memory.errors import UsageError
 from ...memory.store import BlockStore, Commit
 from .optimizers import OptimizerChoice
-from .run import Origin, RunState, encode, plain_groups, random_state
+from .run import Origin, RunState, Settings, encode, plain_groups, random_state
 from .training import Training
 
 
@@ -28,7 +28,7 @@ class StreamedOptimizer(torch.optim.Optimizer):
         store: BlockStore,
         *,
         origin: Origin,
-        skip_nonfinite: bool,
+        settings: Settings,
         state: RunState | None = None,
     ) -> None:
         """`state`: of the commit that the run goes on from; None for a new one."""
@@ -36,7 +36,7 @@ class StreamedOptimizer(torch.optim.Optimizer):
         self._choice = choice
         self._store = store
         self._origin = origin
-        self._skip_nonfinite = skip_nonfinite
+        self._settings = settings
         self.scheduler: Any = None
         """Of the learning rate, where `resume` made one."""
         self.saved_scheduler = None if state is None else state.scheduler
@@ -66,7 +66,9 @@ class StreamedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._training.step(self._hypers(), max_norm=self._choice.max_grad_norm, skip_nonfinite=self._skip_nonfinite)
+        self._training.step(
+            self._hypers(), max_norm=self._choice.max_grad_norm, skip_nonfinite=self._settings.skip_nonfinite
+        )
         return loss
 
     def _hypers(self) -> list[Any]:

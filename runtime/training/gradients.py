@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...kernels.accumulation import accumulate
-from ...kernels.optimizer import Scratch
+from ...kernels.scratch import Scratch
 from ...memory.errors import UsageError
 
 
@@ -35,9 +35,11 @@ class Gradients:
     A gradient of one backward keeps its dtype; a second one is added in fp32, and so is every further one.
     """
 
-    def __init__(self, trained: Sequence[Trained], scratch: Scratch) -> None:
-        """`scratch`: of the thread in which backward runs."""
+    def __init__(self, trained: Sequence[Trained], scratch: Scratch, *, most: int = 1) -> None:
+        """`scratch`: of the thread in which backward runs. `most`: backward passes of a step."""
         self._trained = trained
+        self._most = most
+        self._came = [0] * len(trained)
         self._scratch = scratch
         self._kept: list[torch.Tensor | None] = [None] * len(trained)
         self._hooks = []
@@ -58,9 +60,16 @@ class Gradients:
         """Take one in, of the parameter's shape.
 
         Raises:
-            UsageError: it is sparse.
+            UsageError: it is sparse, or comes from more backward passes than a step was said to have.
         """
         each = self._trained[index]
+        if self._came[index] == self._most:
+            raise UsageError(
+                f"{each.name} has a gradient of {self._most} backward passes, and another one comes before step(): "
+                f"memory was set aside for so many. Say how many there are: penstock.prepare(…, accumulate="
+                f"{self._most + 1})"
+            )
+        self._came[index] += 1
         if grad.layout is not torch.strided:
             raise UsageError(
                 f"the gradient of {each.name} is sparse, and only dense ones can be streamed: make its embedding with "
@@ -79,6 +88,7 @@ class Gradients:
     def take(self) -> list[torch.Tensor | None]:
         """All of them, flat and in host memory; None where no backward reached a parameter. None is kept."""
         kept, self._kept = self._kept, [None] * len(self._trained)
+        self._came = [0] * len(self._trained)
         return kept
 
     def clear(self) -> None:

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
-from ...kernels.optimizer import Optimizer, Scratch
+from ...kernels.optimizer import Optimizer
+from ...kernels.scratch import SUBCHUNK, Scratch
+from ...memory.arena import round_up
 from ...memory.errors import StoreError, UsageError
 from ...memory.store import BlockSpec, BlockStore
 from ..build import Machinery
 from ..launch import open_scratch, scratch_files
+from ..layout import Changing
 from .facade import StreamedOptimizer
 from .gradients import Gradients, Trained
 from .optimizers import SGD, AdamW, Lion, OptimizerChoice
 from .pipeline import BUFFERS, ShardPipeline
-from .run import Origin, RunState, decode, set_random_state
-from .shards import ELEMENTS, Shard, cut_shards
+from .run import Origin, RunState, Settings, decode, set_random_state
+from .shards import ELEMENTS, GRAIN, Shard, cut_shards
 from .training import Training
 from .weights import TrainedWeights
+
+MOST_BLOCK: Final = 64 << 20
+ARRAYS: Final = 3
+"""Of a shard, at most: masters and two states."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +53,7 @@ class RunFolders:
 
 
 def attach(
-    model: nn.Module, choice: OptimizerChoice, folders: RunFolders, *, origin: Origin, skip_nonfinite: bool
+    model: nn.Module, choice: OptimizerChoice, folders: RunFolders, *, origin: Origin, settings: Settings
 ) -> StreamedOptimizer:
     """Train a streamed model (loaded or offloaded for it), from the weights it has.
 
@@ -68,15 +75,15 @@ def attach(
         made.callback(store.close)
         scratches = open_scratch(folders.scratch, made)
         paths = scratch_files(scratches, "weights.bin")
-        training = assemble(machinery, trained, shards, store, choice.kernel, paths, arrays=arrays)
+        training = assemble(machinery, trained, shards, store, choice.kernel, paths, settings, arrays=arrays)
         made.callback(training.close)
         training.write_masters(master_of(machinery, trained))
-        optimizer = StreamedOptimizer(training, choice, store, origin=origin, skip_nonfinite=skip_nonfinite)
+        optimizer = StreamedOptimizer(training, choice, store, origin=origin, settings=settings)
         machinery.on_close(made.pop_all().close)
     return optimizer
 
 
-def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, skip_nonfinite: bool) -> StreamedOptimizer:
+def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Settings) -> StreamedOptimizer:
     """The same from the last commit of a run: weights are made of its masters.
 
     Raises:
@@ -100,13 +107,19 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, skip_nonfini
         scratches = open_scratch(folders.scratch, made)
         paths = scratch_files(scratches, "weights.bin")
         training = assemble(
-            machinery, trained, shards, store, choice.kernel, paths, arrays=arrays_of(choice), steps=state.steps
+            machinery,
+            trained,
+            shards,
+            store,
+            choice.kernel,
+            paths,
+            settings,
+            arrays=arrays_of(choice),
+            steps=state.steps,
         )
         made.callback(training.close)
         training.weights_from_masters()
-        optimizer = StreamedOptimizer(
-            training, choice, store, origin=origin, skip_nonfinite=skip_nonfinite, state=state
-        )
+        optimizer = StreamedOptimizer(training, choice, store, origin=origin, settings=settings, state=state)
         set_random_state(state.random)
         machinery.on_close(made.pop_all().close)
     return optimizer
@@ -136,13 +149,17 @@ def arrays_of(choice: OptimizerChoice) -> int:
     return 1 + len(choice.kernel.states_of(choice.kernel.hyper_of(choice.defaults())))
 
 
-def apart_nbytes(weights_nbytes: int, largest_nbytes: int) -> int:
-    """Host memory that training takes beside weights.
+def changing(weights: Collection[int], *, accumulate: int) -> Changing:
+    """Host memory that training takes beside weights of so many bytes each.
 
-    All gradients of a step, in the dtype of the weights; the buffers that shards pass through; one that a block of
-    weights is put together in, which is no larger than the largest parameter or 64 MiB.
+    All gradients of a step, in the dtype of the weights, or in fp32 where several are added up; the buffers that shards
+    pass through; what norms and updates compute with; one buffer that a block of weights is put together in.
     """
-    return weights_nbytes + BUFFERS * 3 * 4 * ELEMENTS + max(largest_nbytes, 1 << 26)
+    total, largest = sum(weights), max(weights, default=0)
+    block = max(largest, min(MOST_BLOCK, total // 8))
+    shards = BUFFERS * ARRAYS * 4 * min(ELEMENTS, round_up(total // 2, GRAIN))
+    gradients = total if accumulate == 1 else 2 * total
+    return Changing(own_nbytes=gradients + shards + 2 * largest + 2 * 12 * SUBCHUNK + block, block_nbytes=block)
 
 
 def only_trained(model: nn.Module, names: Sequence[str]) -> None:
@@ -210,6 +227,7 @@ def assemble(
     store: BlockStore,
     kernel: Optimizer[Any],
     paths: Sequence[str],
+    settings: Settings,
     *,
     arrays: int,
     steps: Sequence[int] = (),
@@ -218,7 +236,7 @@ def assemble(
     return Training(
         machinery=machinery,
         trained=trained,
-        gradients=Gradients(trained, Scratch.of()),
+        gradients=Gradients(trained, Scratch.of(), most=settings.accumulate),
         shards=shards,
         pipeline=ShardPipeline(store=store, engine=machinery.engine, shards=shards, arrays=arrays),
         weights=TrainedWeights(machinery, paths),

@@ -26,6 +26,20 @@ class Origin:
     dtype: str = "auto"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How steps are taken."""
+
+    accumulate: int = 1
+    """Backward passes of each."""
+    skip_nonfinite: bool = False
+    """Whether a step without a finite gradient is left out, rather than an error."""
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise UsageError(f"accumulate is {self.accumulate}: a step needs 1 backward pass at least")
+
+
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
     """The metadata document of one commit."""
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from ...kernels.norms import GradientNorms, clip_coefficient
-from ...kernels.optimizer import Clip, Optimizer, Scratch
+from ...kernels.optimizer import Clip, Optimizer
+from ...kernels.scratch import Scratch
 from ...memory.errors import ClosedError, PenstockError
 from ..build import Machinery
 from .gradients import Gradients, Trained
