@@ -19,7 +19,7 @@ from .runtime.offloading import offload as _offload
 from .runtime.training.facade import StreamedOptimizer
 from .runtime.training.optimizers import SGD, AdamW, Lion, OptimizerChoice
 from .runtime.training.preparing import attach, changing, go_on, run_folders, state_of_run, trainable
-from .runtime.training.run import Origin, Settings
+from .runtime.training.run import Activations, Origin, Settings
 
 
 def prepare(
@@ -31,6 +31,7 @@ def prepare(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     accumulate: int = 1,
+    activations: Activations = "auto",
     nonfinite: Literal["raise", "skip"] = "raise",
     trust_remote_code: bool = False,
 ) -> tuple[Any, StreamedOptimizer]:
@@ -49,6 +50,8 @@ def prepare(
         device: As for `load`.
         dtype: What a checkpoint is computed in.
         accumulate: Backward passes of each step, at most; their gradients are added up in fp32.
+        activations: "keep" them in memory, or "recompute" those of layers in backward, which takes about a third more
+            time and little memory; "auto" does so where weights are streamed.
         nonfinite: What `step()` does where a gradient is infinite or not a number: raise, or skip that step.
         trust_remote_code: Run code that comes with the checkpoint.
 
@@ -58,8 +61,8 @@ def prepare(
         UsageError: an argument has no meaning, or nothing is to be trained.
     """
     folders = run_folders(_folders(disk))
-    settings = _settings(accumulate, nonfinite)
-    made, origin = _streamed(model, max_memory, device, dtype, trust_remote_code, settings)
+    settings = _settings(accumulate, activations, nonfinite)
+    made, origin = _streamed(model, max_memory, device, dtype, trust_remote_code, settings, optimizer.max_grad_norm)
     try:
         return made, attach(made, optimizer, folders, origin=origin, settings=settings)
     except BaseException:
@@ -94,6 +97,7 @@ def resume(
     device: str | torch.device = "auto",
     nonfinite: Literal["raise", "skip"] = "raise",
     accumulate: int = 1,
+    activations: Activations = "auto",
     scheduler: Any = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, StreamedOptimizer]:
@@ -107,6 +111,7 @@ def resume(
         device: Likewise.
         nonfinite: Likewise.
         accumulate: Likewise.
+        activations: Likewise.
         scheduler: Called with the optimizer to make the learning rate's scheduler, which then goes on; it becomes
             `optimizer.scheduler`.
         trust_remote_code: Run code that comes with the checkpoint.
@@ -120,8 +125,8 @@ def resume(
     if model is None and state.source is None:
         raise UsageError("the run was begun with a module, not a checkpoint: give it to resume(…, model=…), as built")
     source: Any = state.source if model is None else model
-    settings = _settings(accumulate, nonfinite)
-    made, origin = _streamed(source, max_memory, device, state.dtype, trust_remote_code, settings)
+    settings = _settings(accumulate, activations, nonfinite)
+    made, origin = _streamed(source, max_memory, device, state.dtype, trust_remote_code, settings, state.max_grad_norm)
     try:
         optimizer = go_on(made, folders, origin=origin, settings=settings)
         if scheduler is not None:
@@ -134,10 +139,10 @@ def resume(
         raise
 
 
-def _settings(accumulate: int, nonfinite: str) -> Settings:
+def _settings(accumulate: int, activations: Activations, nonfinite: str) -> Settings:
     if nonfinite not in ("raise", "skip"):
         raise UsageError(f'nonfinite is {nonfinite!r}: use "raise" or "skip"')
-    return Settings(accumulate=accumulate, skip_nonfinite=nonfinite == "skip")
+    return Settings(accumulate=accumulate, activations=activations, skip_nonfinite=nonfinite == "skip")
 
 
 def _streamed(
@@ -147,9 +152,10 @@ def _streamed(
     dtype: str | torch.dtype,
     trust_remote_code: bool,
     settings: Settings,
+    max_grad_norm: float | None,
 ) -> tuple[nn.Module, Origin]:
     wanted = _wanted(max_memory)
-    trains = partial(changing, accumulate=settings.accumulate)
+    trains = partial(changing, accumulate=settings.accumulate, early=settings.early(max_grad_norm))
     opened = open_device(device)
     if isinstance(model, nn.Module):
         made = _offload(

@@ -6,11 +6,14 @@ error. So a saved view of the arena is packed as (block, place) and fetched agai
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .recompute import Pending, Segment
 
 if TYPE_CHECKING:
     from .session import Session
@@ -57,13 +60,49 @@ class SavedTensors:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._segment: Segment | None = None
+        """Whose first forward runs."""
+        self._again: Segment | None = None
+        """Whose second one does."""
         self._base = session.arena.untyped_storage().data_ptr()
 
     def hooks(self) -> AbstractContextManager[Any]:
         """The context in which saved tensors are packed."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
-    def _pack(self, tensor: torch.Tensor) -> SavedTensor | _Reference:
+    @property
+    def in_segment(self) -> bool:
+        """Whether a segment is running, for the first or the second time."""
+        return self._segment is not None or self._again is not None
+
+    @contextmanager
+    def within(self, segment: Segment) -> Iterator[None]:
+        """Have what is saved made again later."""
+        self._segment = segment
+        try:
+            yield
+        finally:
+            self._segment = None
+
+    @contextmanager
+    def again(self, segment: Segment) -> Iterator[None]:
+        """Give what is saved to a segment that runs again."""
+        before, self._again = self._again, segment
+        try:
+            yield
+        finally:
+            self._again = before
+
+    def _pack(self, tensor: torch.Tensor) -> SavedTensor | _Reference | Pending | None:
+        if self._segment is not None:
+            return self._segment.hold(tensor)
+        packed = self._packed(tensor)
+        if self._again is not None:
+            self._again.keep(tensor, packed)
+            return None  # of a graph that nobody will go back through
+        return packed
+
+    def _packed(self, tensor: torch.Tensor) -> SavedTensor | _Reference:
         if tensor.layout is not torch.strided or tensor.untyped_storage().data_ptr() != self._base:
             return SavedTensor(tensor)
         at = tensor.storage_offset() * tensor.element_size()
@@ -79,7 +118,10 @@ class SavedTensors:
                 )
         return SavedTensor(tensor.detach().clone())  # a piece of a table: leased without a binding
 
-    def _unpack(self, saved: SavedTensor | _Reference) -> torch.Tensor:
+    def _unpack(self, saved: SavedTensor | _Reference | Pending) -> torch.Tensor:
+        if isinstance(saved, Pending):
+            saved = saved.segment.take(saved.index)
+        assert not isinstance(saved, Pending)
         if isinstance(saved, SavedTensor):
             return saved.unpack()
         session = self._session

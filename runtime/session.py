@@ -76,7 +76,7 @@ class Session:
                 self.vanish(bound.parameter)
         for table in tables.values():
             self.vanish(table.parameter)
-        self._saved = SavedTensors(self)
+        self.saved = SavedTensors(self)
         self._root = threading.RLock()
         self._run: RootCall | None = None
         """The root call that computes now."""
@@ -190,7 +190,7 @@ class Session:
         self._run = run = RootCall(thread=threading.get_ident(), sweep=sweep)
         try:
             if torch.is_grad_enabled():
-                hooks = self._saved.hooks()
+                hooks = self.saved.hooks()
                 hooks.__enter__()
                 run.contexts.append(hooks)
         except BaseException:
@@ -233,7 +233,7 @@ class Session:
     def _refuse_other_hooks(self) -> None:
         """torch applies only the innermost saved-tensor hooks: others than ours would keep views of slots, silently."""
         top = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        if top is None or getattr(top[0], "__self__", None) is not self._saved:
+        if top is None or getattr(top[0], "__self__", None) is not self.saved:
             raise UsageError(
                 "saved-tensor hooks inside a streamed model (save_on_cpu, gradient checkpointing) would keep weights "
                 "that are about to be replaced, and give wrong gradients: switch them off, or run under torch.no_grad()"

@@ -49,6 +49,8 @@ class StreamedOptimizer(torch.optim.Optimizer):
         if state is not None:
             groups = [{**_exact(group), "params": [parameters[i] for i in group["params"]]} for group in state.groups]
         super().__init__(groups, choice.defaults())
+        if settings.early(choice.max_grad_norm):
+            training.begin_early(self._hypers)
 
     @property
     def training(self) -> Training:
@@ -90,7 +92,7 @@ class StreamedOptimizer(torch.optim.Optimizer):
         self._training.finish()
         state = RunState(
             names=tuple(each.name for each in self._training.trained),
-            steps=tuple(self._training.steps),
+            steps=tuple(self._training.counts),
             mathematics=self._choice.mathematics,
             groups=plain_groups(self.param_groups, self._index),
             random=random_state(),

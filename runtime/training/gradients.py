@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,8 @@ class Gradients:
         self._trained = trained
         self._most = most
         self._came = [0] * len(trained)
+        self.on_whole: Callable[[int], None] | None = None
+        """Called with the number of each parameter whose gradients of a step have all come."""
         self._scratch = scratch
         self._kept: list[torch.Tensor | None] = [None] * len(trained)
         self._hooks = []
@@ -70,6 +72,11 @@ class Gradients:
                 f"{self._most + 1})"
             )
         self._came[index] += 1
+        self._take_in(index, grad, each)
+        if self.on_whole is not None and self._came[index] == self._most:
+            self.on_whole(index)
+
+    def _take_in(self, index: int, grad: torch.Tensor, each: Trained) -> None:
         if grad.layout is not torch.strided:
             raise UsageError(
                 f"the gradient of {each.name} is sparse, and only dense ones can be streamed: make its embedding with "
@@ -84,6 +91,12 @@ class Gradients:
             kept = kept.to(torch.float32)
         accumulate(kept, flat.cpu(), first=False, scratch=self._scratch)
         self._kept[index] = kept
+
+    def pop(self, index: int) -> torch.Tensor:
+        """One that is there, flat and in host memory. It is not kept."""
+        gradient, self._kept[index] = self._kept[index], None
+        assert gradient is not None
+        return gradient
 
     def take(self) -> list[torch.Tensor | None]:
         """All of them, flat and in host memory; None where no backward reached a parameter. None is kept."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -60,11 +60,11 @@ class ShardPipeline:
         """What it would take."""
         return BUFFERS * max(arrays * shard.array_nbytes for shard in shards)
 
-    def run(self, order: Iterable[int], work: Work, *, new: bool = False, write: bool = True) -> None:
-        """Work on shards in this order; returns when the last has been written.
+    def run(self, take: Callable[[], int | None], work: Work, *, new: bool = False, write: bool = True) -> None:
+        """Work on shards until there are no more; returns when the last has been written.
 
         Args:
-            order: Ids of shards, each once.
+            take: Gives the id of the next shard, or None where there is none now. It must not wait.
             work: What to do with each.
             new: They are not there yet: nothing is read, and the arrays start as zeros.
             write: Write them back. Without, they are only looked at.
@@ -72,11 +72,9 @@ class ShardPipeline:
         Raises:
             PenstockError: a shard could not be read or written, or is damaged.
         """
-        waiting = deque(order)
         ahead: deque[tuple[Shard, Slot, Transfer | None]] = deque()
         try:
-            while waiting or ahead:
-                self._read_ahead(waiting, ahead, new)
+            while self._read_ahead(take, ahead, new):
                 shard, slot, transfer = ahead.popleft()
                 writing = False
                 try:
@@ -97,14 +95,18 @@ class ShardPipeline:
             self._all_back()
         self._raise()
 
-    def _read_ahead(self, waiting: deque[int], ahead: deque[tuple[Shard, Slot, Transfer | None]], new: bool) -> None:
-        """Start reading as many as there are buffers for; one at least."""
-        while waiting:
-            slot = self._take(wait=not ahead)
-            if slot is None:
-                return
-            shard = self._shards[waiting.popleft()]
+    def _read_ahead(
+        self, take: Callable[[], int | None], ahead: deque[tuple[Shard, Slot, Transfer | None]], new: bool
+    ) -> bool:
+        """Start reading as many as there are buffers for, one at least. Whether there is anything to work on."""
+        while (slot := self._take(wait=not ahead)) is not None:
+            number = take()
+            if number is None:
+                self._give_back(slot)
+                break
+            shard = self._shards[number]
             ahead.append((shard, slot, None if new else self._read(shard, slot)))
+        return bool(ahead)
 
     def _read(self, shard: Shard, slot: Slot) -> Transfer:
         span = self._store.location(shard.id)

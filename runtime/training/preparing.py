@@ -21,13 +21,15 @@ from ...memory.store import BlockSpec, BlockStore
 from ..build import Machinery
 from ..launch import open_scratch, scratch_files
 from ..layout import Changing
+from ..recompute import recompute
 from .facade import StreamedOptimizer
 from .gradients import Gradients, Trained
 from .optimizers import SGD, AdamW, Lion, OptimizerChoice
 from .pipeline import BUFFERS, ShardPipeline
 from .run import Origin, RunState, Settings, decode, set_random_state
 from .shards import ELEMENTS, GRAIN, Shard, cut_shards
-from .training import Training
+from .training import BEHIND, Training
+from .updater import Updater
 from .weights import TrainedWeights
 
 MOST_BLOCK: Final = 64 << 20
@@ -64,6 +66,7 @@ def attach(
     """
     machinery = machinery_of(model)
     trained = find_trained(model, machinery)
+    _activations(model, machinery, settings)
     shards = shards_of(trained, machinery)
     arrays = arrays_of(choice)
     with ExitStack() as made:
@@ -97,6 +100,7 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
         state = decode(store.metadata)
         only_trained(model, state.names)
         trained = find_trained(model, machinery)
+        _activations(model, machinery, settings)
         choice = choice_of(state)
         shards = shards_of(trained, machinery)
         if identity_of(trained, shards, state.mathematics) != store.identity:
@@ -115,7 +119,7 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
             paths,
             settings,
             arrays=arrays_of(choice),
-            steps=state.steps,
+            counts=state.steps,
         )
         made.callback(training.close)
         training.weights_from_masters()
@@ -137,6 +141,11 @@ def state_of_run(folders: RunFolders) -> RunState:
         return decode(store.metadata)
 
 
+def _activations(model: nn.Module, machinery: Machinery, settings: Settings) -> None:
+    if settings.activations == "recompute" or (settings.activations == "auto" and not machinery.layout.resident):
+        recompute(machinery.session, model)
+
+
 def machinery_of(model: nn.Module) -> Machinery:
     """What runs a streamed model."""
     machinery = model.penstock.machinery  # type: ignore[union-attr]
@@ -149,16 +158,18 @@ def arrays_of(choice: OptimizerChoice) -> int:
     return 1 + len(choice.kernel.states_of(choice.kernel.hyper_of(choice.defaults())))
 
 
-def changing(weights: Collection[int], *, accumulate: int) -> Changing:
+def changing(weights: Collection[int], *, accumulate: int, early: bool) -> Changing:
     """Host memory that training takes beside weights of so many bytes each.
 
-    All gradients of a step, in the dtype of the weights, or in fp32 where several are added up; the buffers that shards
-    pass through; what norms and updates compute with; one buffer that a block of weights is put together in.
+    Gradients: of all weights in their dtype, in fp32 where several are added up, or only of those blocks that wait for
+    their update where updates begin early. The buffers that shards pass through; what norms and updates compute with;
+    one buffer that a block of weights is put together in.
     """
     total, largest = sum(weights), max(weights, default=0)
     block = max(largest, min(MOST_BLOCK, total // 8))
     shards = BUFFERS * ARRAYS * 4 * min(ELEMENTS, round_up(total // 2, GRAIN))
-    gradients = total if accumulate == 1 else 2 * total
+    waiting = min(total, (BEHIND + 1) * block + total // 32)  # the small tensors wait until the end
+    gradients = 2 * total if accumulate > 1 else waiting if early else total
     return Changing(own_nbytes=gradients + shards + 2 * largest + 2 * 12 * SUBCHUNK + block, block_nbytes=block)
 
 
@@ -230,18 +241,27 @@ def assemble(
     settings: Settings,
     *,
     arrays: int,
-    steps: Sequence[int] = (),
+    counts: Sequence[int] = (),
 ) -> Training:
     """Everything that trains, around a store."""
+    pipeline = ShardPipeline(store=store, engine=machinery.engine, shards=shards, arrays=arrays)
+    weights = TrainedWeights(machinery, paths)
     return Training(
         machinery=machinery,
         trained=trained,
         gradients=Gradients(trained, Scratch.of(), most=settings.accumulate),
         shards=shards,
-        pipeline=ShardPipeline(store=store, engine=machinery.engine, shards=shards, arrays=arrays),
-        weights=TrainedWeights(machinery, paths),
-        optimizer=kernel,
-        steps=steps,
+        pipeline=pipeline,
+        weights=weights,
+        updater=Updater(
+            executor=machinery.executor,
+            shards=shards,
+            names=[each.name for each in trained],
+            pipeline=pipeline,
+            weights=weights,
+            kernel=kernel,
+        ),
+        counts=counts,
     )
 
 

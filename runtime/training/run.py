@@ -6,7 +6,7 @@ import base64
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from ...memory.errors import UsageError
 
 FORMAT = 1
+Activations = Literal["auto", "keep", "recompute"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +35,18 @@ class Settings:
     """Backward passes of each."""
     skip_nonfinite: bool = False
     """Whether a step without a finite gradient is left out, rather than an error."""
+    activations: Activations = "auto"
+    """keep: in memory. recompute: layers run again in backward. auto: recompute where weights are streamed."""
+
+    def early(self, max_grad_norm: float | None) -> bool:
+        """Whether updates may begin before the last gradient is there."""
+        return max_grad_norm is None and not self.skip_nonfinite
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:
             raise UsageError(f"accumulate is {self.accumulate}: a step needs 1 backward pass at least")
+        if self.activations not in get_args(Activations):
+            raise UsageError(f"activations is {self.activations!r}: use {', '.join(get_args(Activations))}")
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):

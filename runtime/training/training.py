@@ -1,49 +1,39 @@
-"""One model in training: gradients come in, and a step changes weights block by block while the next forward begins.
+"""One model in training: gradients come in, and steps change the weights, block by block, beside all else.
 
-`step` takes the gradients, withdraws the blocks that they change, and returns; a thread updates them in the order in
-which the next forward uses them, and gives each back as soon as its new weights are there. Whoever asks for a block
-before that waits for it, and for nothing else. Nothing is read that a later block has not been updated for, so losses,
-gradients and weights are those of a step that is carried out at once.
+Where gradients are clipped, or a step may have to be left out, no weight can change before the last gradient is there:
+`step` submits all blocks in the order in which the next forward uses them, and returns; whoever asks for a block before
+its new weights are there waits for it, and for nothing else. Otherwise a block is submitted by backward itself, as soon
+as its last gradient is there, and gradients do not pile up. Either way losses, gradients and weights are those of steps
+that are carried out at once: nothing is read that has not been updated for its step.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ...kernels.norms import GradientNorms, clip_coefficient
-from ...kernels.optimizer import Clip, Optimizer
-from ...kernels.scratch import Scratch
-from ...memory.errors import ClosedError, PenstockError
+from ...kernels.optimizer import Clip
+from ...memory.errors import ClosedError, PenstockError, UsageError
 from ..build import Machinery
 from .gradients import Gradients, Trained
 from .pipeline import ShardPipeline
 from .shards import Shard
+from .updater import SMALL, Step, Updater
 from .weights import TrainedWeights
 
 logger = logging.getLogger(__name__)
-SMALL = 0
-"""The block of small tensors, which is lent for good: it is updated before `step` returns."""
+BEHIND = 3
+"""Blocks whose gradients wait for their update, before backward waits for that."""
+Hypers = Callable[[], Sequence[Any]]
+"""Hyperparameters of each parameter, as they are now."""
 
 
 class NonFiniteGradientError(PenstockError):
-    """A gradient is infinite or not a number. Nothing was changed; its gradients are gone."""
-
-
-@dataclass(kw_only=True, eq=False)
-class Step:
-    """One update of all weights, on its way."""
-
-    gradients: list[torch.Tensor | None]
-    hypers: Sequence[Any]
-    """Of each parameter, as they were when `step` was called."""
-    clip: Clip | None
-    done: threading.Event = field(default_factory=threading.Event)
+    """A gradient is infinite or not a number."""
 
 
 class Training:
@@ -56,8 +46,8 @@ class Training:
         shards: Of these, too.
         pipeline: Reads and writes them.
         weights: Where new weights go.
-        optimizer: Its mathematics.
-        steps: How many updates each parameter has had.
+        updater: Changes them.
+        counts: How many updates each parameter has had.
     """
 
     def __init__(
@@ -69,25 +59,33 @@ class Training:
         shards: Sequence[Shard],
         pipeline: ShardPipeline,
         weights: TrainedWeights,
-        optimizer: Optimizer[Any],
-        steps: Sequence[int] = (),
+        updater: Updater,
+        counts: Sequence[int] = (),
     ) -> None:
         self.trained = trained
         self.gradients = gradients
-        self.optimizer = optimizer
-        self.steps = list(steps) or [0] * len(trained)
+        self.counts = list(counts) or [0] * len(trained)
         self._machinery = machinery
         self._executor = machinery.executor
         self._shards = shards
         self._pipeline = pipeline
         self._weights = weights
+        self._updater = updater
         self._names = [each.name for each in trained]
-        self._scratch = Scratch.of()
-        self._under_way: Step | None = None
-        self._error: Exception | None = None
+        self._blocks = [SMALL] * len(trained)
+        """Of each parameter."""
+        for shard in shards:
+            for piece in shard.pieces:
+                self._blocks[piece.parameter] = shard.block
         self._last_norm: torch.Tensor | None = None
+        self._hypers: Hypers | None = None
+        """Where blocks are submitted by backward."""
+        self._step: Step | None = None
+        """The one that backward has begun to submit."""
+        self._missing: dict[int, int] = {}
+        """Of that one: parameters of each block whose gradients have not come."""
 
-    # --- a step -----------------------------------------------------------------------------------------------------
+    # --- a step that begins when all gradients are there --------------------------------------------------------------
 
     def step(self, hypers: Sequence[Any], *, max_norm: float | None, skip_nonfinite: bool) -> bool:
         """Update all parameters that have a gradient. Returns before most of it has happened.
@@ -104,7 +102,10 @@ class Training:
             NonFiniteGradientError: a gradient is not finite. Nothing was changed.
             PenstockError: what the step before it met in the background.
         """
-        self.finish()
+        self.check()
+        if self._hypers is not None:
+            return self._end_early_step(hypers)
+        self._updater.wait()
         gradients = self.gradients.take()
         norm = self._norm(gradients)
         if norm is None:
@@ -120,18 +121,20 @@ class Training:
             )
         clip = None if max_norm is None else Clip(coefficient=clip_coefficient(norm, max_norm), widen=True)
         for index, gradient in enumerate(gradients):
-            self.steps[index] += gradient is not None
-        step = Step(gradients=gradients, hypers=hypers, clip=clip)
-        blocks = self._blocks(gradients)
-        for block in blocks:
-            if block != SMALL:
-                self._executor.core.withdraw(block)
-        if SMALL in blocks:
-            self._update(step, [SMALL])
-        self._under_way = step
-        rest = [block for block in blocks if block != SMALL]
-        threading.Thread(target=self._carry_out, args=(step, rest), name="penstock-update", daemon=True).start()
+            self.counts[index] += gradient is not None
+        step = Step(gradients=gradients, hypers=hypers, counts=tuple(self.counts), clip=clip)
+        blocks = self._having(gradients)
+        self._submit(step, blocks)
         return True
+
+    def _submit(self, step: Step, blocks: Iterable[int]) -> None:
+        """Submit blocks; the small tensors, which cannot be withdrawn, are changed before this returns."""
+        blocks = list(blocks)
+        if SMALL in blocks:
+            self._updater.submit(step, [SMALL], urgent=True)
+        self._updater.submit(step, (block for block in blocks if block != SMALL))
+        if SMALL in blocks:
+            self._updater.wait(SMALL)
 
     def _norm(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """The norm of all gradients in fp32, as `clip_grad_norm_` has it; None if there is none."""
@@ -141,74 +144,59 @@ class Training:
                 norms.add(index, gradient if gradient.dtype == torch.float32 else gradient.to(torch.float32))
         return norms.total() if any(gradient is not None for gradient in gradients) else None
 
-    def _blocks(self, gradients: Sequence[torch.Tensor | None]) -> list[int]:
-        """Blocks that change, in the order in which a forward uses them."""
-        return list(
-            dict.fromkeys(
-                shard.block
-                for shard in self._shards
-                if any(gradients[piece.parameter] is not None for piece in shard.pieces)
+    def _having(self, gradients: Sequence[torch.Tensor | None]) -> list[int]:
+        """Blocks with a gradient, in the order in which a forward uses them."""
+        return sorted({self._blocks[index] for index, gradient in enumerate(gradients) if gradient is not None})
+
+    # --- a step that backward begins ----------------------------------------------------------------------------------
+
+    def begin_early(self, hypers: Hypers) -> None:
+        """Submit each block as soon as its last gradient is there, from now on."""
+        self._hypers = hypers
+        self.gradients.on_whole = self._arrived
+
+    def _arrived(self, index: int) -> None:
+        """A gradient is whole (called in backward)."""
+        assert self._hypers is not None
+        if self._step is None:
+            self.check()
+            self._step = Step(
+                gradients=[None] * len(self.trained),
+                hypers=self._hypers(),
+                counts=[count + 1 for count in self.counts],
+                clip=None,
             )
-        )
+            self._missing = {}
+            for block in self._blocks:
+                self._missing[block] = self._missing.get(block, 0) + 1
+        gradient = self.gradients.pop(index)
+        if not bool(torch.isfinite(gradient.sum(dtype=torch.float32))) and not bool(torch.isfinite(gradient).all()):
+            raise NonFiniteGradientError(
+                f"the gradient of {self._names[index]} is not finite, and parts of the model have been updated with "
+                "others of this backward already: go on from the last commit with penstock.resume, or have whole "
+                'steps skipped with nonfinite="skip"'
+            )
+        self._step.gradients[index] = gradient
+        self.counts[index] += 1
+        block = self._blocks[index]
+        self._missing[block] -= 1
+        if block != SMALL and not self._missing[block]:
+            self._updater.wait_below(BEHIND)
+            self._updater.submit(self._step, [block])
 
-    def _carry_out(self, step: Step, blocks: Sequence[int]) -> None:
-        try:
-            self._update(step, blocks)
-        except Exception as error:  # it must surface in the thread that trains, and free whoever waits for a block
-            logger.debug("an update failed", exc_info=True)
-            self._error = error
-            self._executor.fail(error)
-        finally:
-            step.done.set()
-
-    def _update(self, step: Step, blocks: Sequence[int]) -> None:
-        wanted = set(blocks)
-        shards = [
-            shard
-            for shard in self._shards
-            if shard.block in wanted and any(step.gradients[piece.parameter] is not None for piece in shard.pieces)
-        ]
-        last = {shard.block: shard.id for shard in shards}
-        views: Mapping[str, torch.Tensor] = {}
-
-        def work(shard: Shard, arrays: Sequence[torch.Tensor]) -> None:
-            nonlocal views
-            if not views:
-                views = self._open(shard.block, step)
-            for piece in shard.pieces:
-                gradient = step.gradients[piece.parameter]
-                if gradient is None:
-                    continue
-                here = slice(piece.at, piece.at + piece.elements)
-                self.optimizer.update(
-                    arrays[0][here],
-                    [array[here] for array in arrays[1:]],
-                    gradient[piece.start : piece.stop],
-                    step.hypers[piece.parameter],
-                    step=self.steps[piece.parameter],
-                    scratch=self._scratch,
-                    out=views[self._names[piece.parameter]][piece.start : piece.stop],
-                    clip=step.clip,
-                )
-                if piece.stop == len(gradient):
-                    step.gradients[piece.parameter] = None
-            if last[shard.block] == shard.id:
-                self._close(shard.block)
-                views = {}
-
-        self._pipeline.run([shard.id for shard in shards], work)
-
-    def _open(self, block: int, step: Step) -> Mapping[str, torch.Tensor]:
-        if block != SMALL:
-            self._executor.withdrawn(block)
-        present = {piece.parameter for shard in self._shards if shard.block == block for piece in shard.pieces}
-        names = {self._names[index] for index in present if step.gradients[index] is not None}
-        return self._weights.begin(block, whole=names == set(self._weights.names(block)))
-
-    def _close(self, block: int) -> None:
-        self._weights.end(block)
-        if block != SMALL:
-            self._executor.readmit(block)
+    def _end_early_step(self, hypers: Sequence[Any]) -> bool:
+        """Submit what is not whole: blocks of which some parameters had no gradient, and the small tensors."""
+        step, self._step = self._step, None
+        self.gradients.clear()
+        if step is None:
+            return False
+        if list(hypers) != list(step.hypers):
+            raise UsageError(
+                "a learning rate, or another hyperparameter, was changed between backward and step(), when parts of "
+                "the model had been updated already: change it after step(), as schedulers do"
+            )
+        self._submit(step, self._having(step.gradients))
+        return True
 
     # --- masters ----------------------------------------------------------------------------------------------------
 
@@ -223,7 +211,7 @@ class Training:
                     held[piece.parameter] = value(piece.parameter)
                 arrays[0][piece.at : piece.at + piece.elements] = held[piece.parameter][piece.start : piece.stop]
 
-        self._pipeline.run(range(len(self._shards)), work, new=True)
+        self._pipeline.run(_each(self._shards), work, new=True)
 
     def weights_from_masters(self) -> None:
         """Make all weights anew, by rounding their masters: what a run that goes on begins with."""
@@ -239,10 +227,12 @@ class Training:
                 here = slice(piece.at, piece.at + piece.elements)
                 views[self._names[piece.parameter]][piece.start : piece.stop].copy_(arrays[0][here])
             if last[shard.block] == shard.id:
-                self._close(shard.block)
+                self._weights.end(shard.block)
+                if shard.block != SMALL:
+                    self._executor.readmit(shard.block)
                 views = {}
 
-        self._pipeline.run(range(len(self._shards)), work, write=False)
+        self._pipeline.run(_each(self._shards), work, write=False)
 
     def _bring(self, block: int) -> None:
         """Have a block withdrawn, and its old weights where they stay, if they do: else they would come later."""
@@ -257,25 +247,30 @@ class Training:
         """The norm of all gradients of the last step, before clipping; 0-dim, fp32."""
         return self._last_norm
 
-    def finish(self) -> None:
-        """Wait until the last step has been carried out.
+    def check(self) -> None:
+        """See that it can go on.
 
         Raises:
-            PenstockError: it failed. The last commit is what is left.
+            PenstockError: an update failed. The last commit is what is left.
+            ClosedError: the model was closed.
         """
-        step, self._under_way = self._under_way, None
-        if step is not None:
-            step.done.wait()
-        if self._error is not None:
-            raise self._error
+        self._updater.check()
         if self._machinery.closing:
             raise ClosedError("the model was closed by penstock.close(); resume the run")
 
+    def finish(self) -> None:
+        """Wait until the last step has been carried out. Raises as `check` does."""
+        self.check()
+        self._updater.wait()
+
     def close(self) -> None:
         """End the step under way, and give all memory back."""
-        step, self._under_way = self._under_way, None
-        if step is not None:
-            step.done.wait()
+        self._updater.close()
         self.gradients.close()
         self._weights.close()
         self._pipeline.close()
+
+
+def _each(shards: Sequence[Shard]) -> Callable[[], int | None]:
+    left = iter(range(len(shards)))
+    return lambda: next(left, None)

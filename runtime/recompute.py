@@ -1,0 +1,177 @@
+"""Activations of a part of the model: not kept, but made again when backward comes to it (Chen et al., 2016).
+
+torch's own checkpointing keeps what the second forward saves, views of weights among it, which a streamed model
+replaces in the meantime. So this one packs through the session's saved tensors: what a segment saves is a number while
+forward runs; when backward asks for the first of them, the segment runs once more, and what it saves this time is what
+counts. The graph is the one of the first forward, so gradients have the bits of a run that kept everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..memory.errors import PenstockError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .session import Session
+
+
+class RecomputeError(PenstockError):
+    """A segment did something else when it ran again."""
+
+
+class _EnoughError(Exception):
+    """Everything has been made again; what would follow is not needed."""
+
+
+class Pending:
+    """A tensor of a segment that will be made again."""
+
+    __slots__ = ("index", "segment")
+
+    def __init__(self, segment: Segment, index: int) -> None:
+        self.segment = segment
+        self.index = index
+
+
+class Segment:
+    """One forward of one part of a model.
+
+    Args:
+        session: Of the model.
+        module: The part.
+        forward: Its forward, as it was called.
+    """
+
+    def __init__(
+        self, session: Session, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> None:
+        self._session = session
+        self._module = module
+        self._forward = forward
+        self._args, self._kwargs = args, kwargs
+        self._around = _Surroundings(module)
+        self._shapes: list[tuple[torch.Size, torch.dtype]] = []
+        self._found: dict[int, Any] = {}
+        self._next = 0
+
+    def hold(self, tensor: torch.Tensor) -> Pending:
+        """Called for what the first forward saves."""
+        self._shapes.append((tensor.shape, tensor.dtype))
+        return Pending(self, len(self._shapes) - 1)
+
+    def keep(self, tensor: torch.Tensor, packed: Any) -> None:
+        """Called for what the second forward saves, packed as it would be without a segment."""
+        index = self._next
+        if index >= len(self._shapes) or self._shapes[index] != (tensor.shape, tensor.dtype):
+            first = self._shapes[index] if index < len(self._shapes) else "nothing"
+            raise RecomputeError(
+                f"{type(self._module).__name__} saved {first} as number {index} and {tuple(tensor.shape)} of "
+                f"{tensor.dtype} when it ran again for backward: it does not do the same twice. Keep its activations: "
+                'activations="keep"'
+            )
+        self._next += 1
+        self._found[index] = packed
+        if self._next == len(self._shapes):
+            raise _EnoughError
+
+    def take(self, index: int) -> Any:
+        """What was saved under this number; the segment runs again if it has to."""
+        if index not in self._found:
+            self._run_again()
+        return self._found.pop(index)
+
+    def _run_again(self) -> None:
+        self._next = 0
+        self._found.clear()
+        session = self._session
+        with ExitStack() as around:
+            around.enter_context(torch.enable_grad())
+            around.enter_context(self._around.restored(self._module))
+            around.enter_context(session.call(("again", id(self._module))))
+            around.enter_context(session.saved.again(self))
+            try:
+                self._forward(*self._args, **self._kwargs)
+            except _EnoughError:
+                return
+        raise RecomputeError(
+            f"{type(self._module).__name__} saved {len(self._shapes)} tensors and {self._next} when it ran again for "
+            'backward: it does not do the same twice. Keep its activations: activations="keep"'
+        )
+
+
+class _Surroundings:
+    """What a forward depends on beside its arguments: random numbers, autocast. And what it changes: buffers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._random = torch.get_rng_state() if module.training else None
+        on_cuda = module.training and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._random_cuda = torch.cuda.get_rng_state() if on_cuda else None
+        self._autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
+        ]
+        self._cached = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def restored(self, module: nn.Module) -> Iterator[None]:
+        """As it was then; afterwards as it is now."""
+        random = torch.get_rng_state() if self._random is not None else None
+        random_cuda = torch.cuda.get_rng_state() if self._random_cuda is not None else None
+        buffers = [(buffer, buffer.clone()) for buffer in module.buffers()] if module.training else []
+        with ExitStack() as around:
+            for kind, enabled, dtype in self._autocast:
+                if enabled or torch.is_autocast_enabled(kind):
+                    around.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=self._cached))
+            try:
+                if self._random is not None:
+                    torch.set_rng_state(self._random)
+                if self._random_cuda is not None:
+                    torch.cuda.set_rng_state(self._random_cuda)
+                yield
+            finally:
+                if random is not None:
+                    torch.set_rng_state(random)
+                if random_cuda is not None:
+                    torch.cuda.set_rng_state(random_cuda)
+                with torch.no_grad():
+                    for buffer, value in buffers:
+                        buffer.copy_(value)
+
+
+def recompute(session: Session, module: nn.Module) -> list[str]:
+    """Have the parts of a model that come in lists make their activations again. Returns their names."""
+    found: list[str] = []
+    for path, child in module.named_modules():
+        if any(path.startswith(f"{name}.") for name in found):
+            continue
+        if isinstance(child, nn.ModuleList | nn.Sequential):
+            for name, part in child.named_children():
+                if _worth_it(part):
+                    found.append(f"{path}.{name}" if path else name)
+                    _wrap(session, part)
+    return found
+
+
+def _worth_it(part: nn.Module) -> bool:
+    """Whether it does more than one operation, whose input would have to be kept all the same."""
+    has_forward = type(part).forward is not nn.Module.forward
+    return has_forward and any(True for _ in part.children()) and any(True for _ in part.parameters())
+
+
+def _wrap(session: Session, module: nn.Module) -> None:
+    inner = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or not session.running_here() or session.saved.in_segment:
+            return inner(*args, **kwargs)
+        with session.saved.within(Segment(session, module, inner, args, kwargs)):
+            return inner(*args, **kwargs)
+
+    module.__dict__["forward"] = forward

@@ -1,0 +1,229 @@
+"""Updates on their way: a queue of blocks, and a thread that changes one after the other.
+
+A block that is submitted is withdrawn at once: nobody gets a lease on it until its new weights are there. Then its
+shards pass through the pipeline, back to back with those of the blocks before and after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from ...kernels.optimizer import Clip, Optimizer
+from ...kernels.scratch import Scratch
+from ...memory.errors import ClosedError
+from ...scheduler.executor import Executor
+from .pipeline import ShardPipeline
+from .shards import Shard
+from .weights import TrainedWeights
+
+logger = logging.getLogger(__name__)
+SMALL: Final = 0
+"""The block of small tensors, which is lent for good and cannot be withdrawn."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """One update of all weights."""
+
+    gradients: list[torch.Tensor | None]
+    """By parameter, flat. Each is dropped when it has been used."""
+    hypers: Sequence[Any]
+    """Of each parameter."""
+    counts: Sequence[int]
+    """Which update of each parameter it is, from 1."""
+    clip: Clip | None
+
+
+@dataclass(kw_only=True, eq=False)
+class _Job:
+    """One block of one step."""
+
+    step: Step
+    block: int
+    left: deque[int]
+    """Shards that have not been taken yet."""
+    open: int
+    """Shards that have not been changed yet."""
+    views: Mapping[str, torch.Tensor] | None = None
+
+
+class Updater:
+    """Changes blocks, in the order in which they are submitted.
+
+    Args:
+        executor: Of the model.
+        shards: All there are.
+        names: Of the parameters.
+        pipeline: Reads and writes shards.
+        weights: Where new weights go.
+        kernel: The optimizer's mathematics.
+    """
+
+    def __init__(
+        self,
+        *,
+        executor: Executor,
+        shards: Sequence[Shard],
+        names: Sequence[str],
+        pipeline: ShardPipeline,
+        weights: TrainedWeights,
+        kernel: Optimizer[Any],
+    ) -> None:
+        self._executor = executor
+        self._names = names
+        self._pipeline = pipeline
+        self._weights = weights
+        self._kernel = kernel
+        self._scratch = Scratch.of()
+        self._shards: dict[int, list[Shard]] = {}
+        for shard in shards:
+            self._shards.setdefault(shard.block, []).append(shard)
+        self._queue: deque[_Job] = deque()
+        self._taken: dict[int, _Job] = {}
+        """By shard."""
+        self._unfinished: set[int] = set()
+        """Blocks."""
+        self._changed = threading.Condition()
+        self._closed = False
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="penstock-update", daemon=True)
+        self._thread.start()
+
+    # --- called by the thread that trains -----------------------------------------------------------------------------
+
+    def submit(self, step: Step, blocks: Iterable[int], *, urgent: bool = False) -> None:
+        """Change blocks after those that were submitted before; `urgent`: before those that have not been begun.
+
+        Raises:
+            PenstockError: what an update before met.
+        """
+        self.check()
+        for block in blocks:
+            shards = [
+                shard.id
+                for shard in self._shards[block]
+                if any(step.gradients[piece.parameter] is not None for piece in shard.pieces)
+            ]
+            job = _Job(step=step, block=block, left=deque(shards), open=len(shards))
+            if block != SMALL:
+                self._executor.core.withdraw(block)
+            with self._changed:
+                self._unfinished.add(block)
+                (self._queue.appendleft if urgent else self._queue.append)(job)
+                self._changed.notify_all()
+
+    def wait(self, block: int | None = None) -> None:
+        """Wait until a block has been changed, or all have.
+
+        Raises:
+            PenstockError: it could not be.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._error or not (self._unfinished if block is None else block in self._unfinished)
+            )
+        self.check()
+
+    def wait_below(self, count: int) -> None:
+        """Wait until fewer blocks than this are waiting or being changed. Raises as `wait` does."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or len(self._unfinished) < count)
+        self.check()
+
+    def check(self) -> None:
+        """Raise what an update met."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Finish what was submitted, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if not self._queue:
+                    return
+            try:
+                self._pipeline.run(self._take, self._work)
+            except Exception as error:  # it must surface in the thread that trains, and free whoever waits for a block
+                logger.debug("an update failed", exc_info=True)
+                self._fail(error)
+                return
+
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
+            self._error = error
+            self._queue.clear()
+            self._changed.notify_all()
+        self._executor.fail(ClosedError(f"an update of the weights failed: {error}"))
+
+    def _take(self) -> int | None:
+        """The next shard; None where there is none now."""
+        with self._changed:
+            while self._queue:
+                job = self._queue[0]
+                if job.left:
+                    shard = job.left.popleft()
+                    if not job.left:  # an urgent one may come before the next block, not between shards of this one
+                        self._queue.popleft()
+                    self._taken[shard] = job
+                    return shard
+                self._queue.popleft()
+            return None
+
+    def _work(self, shard: Shard, arrays: Sequence[torch.Tensor]) -> None:
+        with self._changed:
+            job = self._taken.pop(shard.id)
+        if job.views is None:
+            job.views = self._begin(job)
+        step = job.step
+        for piece in shard.pieces:
+            gradient = step.gradients[piece.parameter]
+            if gradient is None:
+                continue
+            here = slice(piece.at, piece.at + piece.elements)
+            self._kernel.update(
+                arrays[0][here],
+                [array[here] for array in arrays[1:]],
+                gradient[piece.start : piece.stop],
+                step.hypers[piece.parameter],
+                step=step.counts[piece.parameter],
+                scratch=self._scratch,
+                out=job.views[self._names[piece.parameter]][piece.start : piece.stop],
+                clip=step.clip,
+            )
+            if piece.stop == len(gradient):
+                step.gradients[piece.parameter] = None
+        job.open -= 1
+        if not job.open:
+            self._finish(job)
+
+    def _begin(self, job: _Job) -> Mapping[str, torch.Tensor]:
+        if job.block != SMALL:
+            self._executor.withdrawn(job.block)
+        trained = {piece.parameter for shard in self._shards[job.block] for piece in shard.pieces}
+        changed = {self._names[index] for index in trained if job.step.gradients[index] is not None}
+        return self._weights.begin(job.block, whole=changed == set(self._weights.names(job.block)))
+
+    def _finish(self, job: _Job) -> None:
+        self._weights.end(job.block)
+        job.views = None
+        if job.block != SMALL:
+            self._executor.readmit(job.block)
+        with self._changed:
+            self._unfinished.discard(job.block)
+            self._changed.notify_all()
