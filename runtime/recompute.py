@@ -47,14 +47,22 @@ class Segment:
     Args:
         session: Of the model.
         module: The part.
+        key: Its number, as a root call.
         forward: Its forward, as it was called.
     """
 
     def __init__(
-        self, session: Session, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+        self,
+        session: Session,
+        module: nn.Module,
+        key: int,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Any,
     ) -> None:
         self._session = session
         self._module = module
+        self._key = key
         self._forward = forward
         self._args, self._kwargs = args, kwargs
         self._around = _Surroundings(module)
@@ -95,7 +103,7 @@ class Segment:
         with ExitStack() as around:
             around.enter_context(torch.enable_grad())
             around.enter_context(self._around.restored(self._module))
-            around.enter_context(session.call(("again", id(self._module))))
+            around.enter_context(session.call(self._key))
             around.enter_context(session.saved.again(self))
             try:
                 self._forward(*self._args, **self._kwargs)
@@ -148,6 +156,7 @@ class _Surroundings:
 def recompute(session: Session, module: nn.Module) -> list[str]:
     """Have the parts of a model that come in lists make their activations again. Returns their names."""
     found: list[str] = []
+    keys = {path: key for key, (path, _) in enumerate(module.named_modules())}
     for path, child in module.named_modules():
         if any(path.startswith(f"{name}.") for name in found):
             continue
@@ -155,7 +164,7 @@ def recompute(session: Session, module: nn.Module) -> list[str]:
             for name, part in child.named_children():
                 if _worth_it(part):
                     found.append(f"{path}.{name}" if path else name)
-                    _wrap(session, part)
+                    _wrap(session, part, keys[found[-1]])
     return found
 
 
@@ -165,13 +174,13 @@ def _worth_it(part: nn.Module) -> bool:
     return has_forward and any(True for _ in part.children()) and any(True for _ in part.parameters())
 
 
-def _wrap(session: Session, module: nn.Module) -> None:
+def _wrap(session: Session, module: nn.Module, key: int) -> None:
     inner = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or not session.running_here() or session.saved.in_segment:
             return inner(*args, **kwargs)
-        with session.saved.within(Segment(session, module, inner, args, kwargs)):
+        with session.saved.within(Segment(session, module, key, inner, args, kwargs)):
             return inner(*args, **kwargs)
 
     module.__dict__["forward"] = forward

@@ -83,7 +83,7 @@ class Training:
         self._step: Step | None = None
         """The one that backward has begun to submit."""
         self._missing: dict[int, int] = {}
-        """Of that one: parameters of each block whose gradients have not come."""
+        """Of that one: parameters of each block whose gradients have not come. A block is submitted when none is."""
 
     # --- a step that begins when all gradients are there --------------------------------------------------------------
 
@@ -195,7 +195,7 @@ class Training:
                 "a learning rate, or another hyperparameter, was changed between backward and step(), when parts of "
                 "the model had been updated already: change it after step(), as schedulers do"
             )
-        self._submit(step, self._having(step.gradients))
+        self._submit(step, [block for block in self._having(step.gradients) if block == SMALL or self._missing[block]])
         return True
 
     # --- masters ----------------------------------------------------------------------------------------------------
