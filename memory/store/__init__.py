@@ -1,4 +1,13 @@
-"""The durable block store of training: blocks that change all the time, and a last commit that is always whole."""
+"""The durable block store of training: blocks that change all the time, and a last commit that is always whole.
+
+    location ► read ► check                    where the newest state of a block is, and whether it is what was written
+    begin_write ► write ► written              the next state, to the slot that no manifest names
+    commit ► fdatasync ► manifest ► rename     in the background; the slots of the commit before are free afterwards
+
+Copy on write, per block: every block has two slots, and the manifest says which one is committed. Blocks that are not
+written cost nothing, and a commit moves no block. What is on disk and how it is replaced stands in `folder`, the rules
+of slots in `slots`, the order of a publication in `publisher`.
+"""
 
 from .audit import VerifyReport, verify
 from .blockstore import BlockStore, BlockStoreStatistics

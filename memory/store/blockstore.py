@@ -22,7 +22,7 @@ from .publisher import Publisher
 from .slotmap import BlockSpec
 
 STALL_S = 120.0
-"""How long a wait may last without anything happening before it is given up."""
+"""How long a wait may last before it is given up, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +83,7 @@ class BlockStore:
             identity: Fingerprint of what the blocks belong to, to be compared when the store is opened.
             metadata: The caller's own document of commit 0.
             files: The filesystem; a seam for fault injection.
-            stall_s: How long a wait may last without anything happening.
+            stall_s: How long a wait may last before it is given up, in seconds.
 
         Raises:
             DoesNotFitError: a drive has not enough room.
@@ -116,7 +116,7 @@ class BlockStore:
             identity: What the store must belong to; None to take any.
             readonly: Look only.
             files: The filesystem; a seam for fault injection.
-            stall_s: How long a wait may last without anything happening.
+            stall_s: How long a wait may last before it is given up, in seconds.
 
         Raises:
             StoreError: there is no store, or its creation was cut off.
@@ -310,6 +310,8 @@ class BlockStore:
             StoreError, DiskError, StallError: what went wrong with a write or a commit.
         """
         with self._in_use() as publisher:
+            if publisher.failure is not None:
+                raise publisher.failure
             if not publisher.wait_until(lambda: not publisher.slots.writing, "writes to land", timeout):
                 return False
             commits = list(publisher.commits)

@@ -45,7 +45,7 @@ class Commit:
             if not self._done.is_set():
                 self._callbacks.append(callback)
                 return
-        callback(self)
+        self._call(callback)
 
     def finish(self, error: Exception | None) -> None:
         """Say that it is over. For the publisher."""
@@ -54,4 +54,10 @@ class Commit:
             self._done.set()
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
+            self._call(callback)
+
+    def _call(self, callback: Callable[[Commit], None]) -> None:
+        try:
             callback(self)
+        except Exception:  # a caller's mistake must not end the thread that later commits need
+            logger.exception("a callback of commit %d failed", self.number)

@@ -90,6 +90,8 @@ def _make_folder(files: StoreFiles, path: Path, undo: ExitStack) -> None:
     """Make a folder that only this user may enter, and its parents, and see that they are still there tomorrow."""
     if path.is_dir():
         return
+    if path.exists():
+        raise DiskError(f"{path} is not a folder. Choose another with --disk.")
     missing = [path, *(parent for parent in path.parents if not parent.exists())]
     for folder in reversed(missing):
         try:

@@ -36,6 +36,7 @@ class DataFiles:
 
         Raises:
             StoreDamagedError: a file is missing, or not as long as it was made.
+            StoreError: it is no plain file.
             DoesNotFitError: a drive has not enough room for what was pruned.
             DiskError: a file cannot be opened, for writing unless `readonly`.
         """

@@ -50,7 +50,8 @@ def read_file(files: StoreFiles, path: str) -> bytes:
 
     Raises:
         FileNotFoundError: there is none.
-        StoreDamagedError: it is no plain file, or absurdly long.
+        StoreError: it is no plain file.
+        StoreDamagedError: it is absurdly long.
         DiskError: it cannot be read.
     """
     fd = open_plain(files, path, os.O_RDONLY)
@@ -68,22 +69,20 @@ def open_plain(files: StoreFiles, path: str, flags: int) -> int:
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is none.
-        StoreDamagedError: it is something else than a plain file.
+        StoreError: it is something else than a plain file.
         DiskError: it cannot be opened.
     """
     try:
-        fd = files.open(path, flags)
+        fd = files.open(path, flags | os.O_NONBLOCK)  # to come back from a pipe that nobody writes to
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise StoreDamagedError(
-                f"{path} is a symbolic link; penstock makes none: put the file itself there"
-            ) from error
+            raise StoreError(f"{path} is a symbolic link; penstock makes none: put the file itself there") from error
         raise disk_error("open", path, 0, 0, error) from error
     if not stat.S_ISREG(files.stat(fd).st_mode):
         files.close(fd)
-        raise StoreDamagedError(f"{path} is not a plain file; it was not made by penstock")
+        raise StoreError(f"{path} is not a plain file; it was not made by penstock")
     return fd
 
 

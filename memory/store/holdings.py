@@ -60,6 +60,8 @@ class Holdings:
 
     def forget(self) -> None:
         """In a forked child: keep no file open, since an open one would keep its lock after the parent's death."""
+        if self._closed:  # the numbers of its files may be others' by now
+            return
         self.data.close()
         for lock in self._locks:
             with suppress(OSError):

@@ -87,7 +87,7 @@ class Publisher:
         Raises:
             StoreError: the store failed meanwhile, so that it would be in vain.
             ClosedError: it was closed meanwhile.
-            StallError: there was no timeout, and nothing happened for too long.
+            StallError: there was no timeout, and the wait was longer than any publication takes.
         """
         started = time.monotonic()
         limit = self._stall_s if timeout is None else timeout

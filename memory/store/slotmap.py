@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from ..arena import PAGE, round_up
 from ..errors import UsageError
 from ..layout import FileSpan
 
-SLOTS = 2
+SLOTS: Final = 2
 """Per block: one holds what is committed while the other takes what is written after it."""
 
 
