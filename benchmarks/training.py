@@ -23,6 +23,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,8 +262,8 @@ def run(job: Job, *, capped: bool, timeout_s: float) -> dict[str, Any]:
             inside.mkdir()
         command = [sys.executable, "-m", "benchmarks.training", WORKER, json.dumps({**asdict(job), "run": str(inside)})]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PENSTOCK_BENCHMARK_STARTED": str(started)}
-        popen: Any = group.popen if group else subprocess.Popen
-        process = popen(command, stdout=output, stderr=subprocess.PIPE, cwd=CHECKOUT, env=environment, text=True)
+        popen: Any = group.popen if group else partial(subprocess.Popen, text=True)
+        process = popen(command, stdout=output, stderr=subprocess.PIPE, cwd=CHECKOUT, env=environment)
         peak, timed_out = _watch(process, timeout_s, started, memory)
         complained = process.stderr.read().strip().splitlines()
         output.seek(0)
