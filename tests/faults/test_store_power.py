@@ -187,14 +187,14 @@ def test_random_disks_of_long_stories(tmp_path: Path) -> None:
         story = long_story(tmp_path / f"story{seed}", seed)
         folders = {str(folder.resolve()): tmp_path / f"found{drive}" for drive, folder in enumerate(story.folders)}
         draw = random.Random(seed)
-        for case in range(75):
+        for case in range(40):
             moment = crash(story.log, draw.randrange(story.log.done[0][0], story.log.now + 1))
             write_disk(disk_after(moment, random_fate(moment, draw)), folders)
             problem = examine(story, moment, list(folders.values()), go_on=case % 5 == 0)
             assert not problem, f"story {seed}, case {case}, at {moment.at}: {problem}"
             cases += 1
             found_later += bool(moment.open_events)
-    assert cases >= 1000
+    assert cases >= 600
     assert found_later > cases / 2, "most moments must have something to lose"
 
 
@@ -218,10 +218,12 @@ def test_a_store_that_wrote_to_a_slot_too_early_would_be_caught(
 
 
 def _first_problem(story: Story, place: Path) -> str:
+    """By drawing: what is never synced stays open for good, so that there would be no end of disks."""
     log_folder = str(story.folders[0].resolve())
-    for moment, disk in every_disk(story):
-        if moment.done >= 0:
-            write_disk(disk, {log_folder: place})
-            if problem := examine(story, moment, [place]):
-                return problem
+    draw = random.Random(0)
+    for _ in range(600):
+        moment = crash(story.log, draw.randrange(story.log.done[0][0], story.log.now + 1))
+        write_disk(disk_after(moment, random_fate(moment, draw)), {log_folder: place})
+        if problem := examine(story, moment, [place]):
+            return problem
     return ""
