@@ -62,15 +62,11 @@ class MortalFiles(SystemFiles):
         return super().pwrite(fd, data, offset)
 
     def fdatasync(self, fd: int) -> None:
-        last = self._count()
-        super().fdatasync(fd)
-        if last:
+        if self._count():  # and nothing else: the page cache survives the process
             die()
 
     def fsync(self, fd: int) -> None:
-        last = self._count()
-        super().fsync(fd)
-        if last:
+        if self._count():
             die()
 
     def rename(self, source: str, target: str) -> None:

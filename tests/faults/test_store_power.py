@@ -7,7 +7,9 @@ over it, in which whatever no sync covered is there, or not, or torn.
 
 from __future__ import annotations
 
+import os
 import random
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,9 +170,17 @@ def every_disk(story: Story) -> Iterator[tuple[Crash, Disk]]:
                 yield moment, disk
 
 
-def test_every_disk_of_a_short_story(tmp_path: Path) -> None:
+@pytest.fixture
+def found_place(tmp_path: Path) -> Iterator[Path]:
+    """Where disks are rebuilt by the hundred: in memory, where there is such a place."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
+        yield Path(folder)
+
+
+def test_every_disk_of_a_short_story(tmp_path: Path, found_place: Path) -> None:
     story = small_story(tmp_path / "story")
-    log_folder, place = str(story.folders[0].resolve()), tmp_path / "found"
+    log_folder, place = str(story.folders[0].resolve()), found_place / "found"
     cases = 0
     for cases, (moment, disk) in enumerate(every_disk(story), 1):  # noqa: B007
         write_disk(disk, {log_folder: place})
@@ -180,21 +190,21 @@ def test_every_disk_of_a_short_story(tmp_path: Path) -> None:
     assert len(story.states) == 5
 
 
-def test_random_disks_of_long_stories(tmp_path: Path) -> None:
+def test_random_disks_of_long_stories(tmp_path: Path, found_place: Path) -> None:
     cases = 0
     found_later = 0
     for seed in range(16):
         story = long_story(tmp_path / f"story{seed}", seed)
-        folders = {str(folder.resolve()): tmp_path / f"found{drive}" for drive, folder in enumerate(story.folders)}
+        folders = {str(folder.resolve()): found_place / f"found{drive}" for drive, folder in enumerate(story.folders)}
         draw = random.Random(seed)
-        for case in range(75):
+        for case in range(40):
             moment = crash(story.log, draw.randrange(story.log.done[0][0], story.log.now + 1))
             write_disk(disk_after(moment, random_fate(moment, draw)), folders)
             problem = examine(story, moment, list(folders.values()), go_on=case % 5 == 0)
             assert not problem, f"story {seed}, case {case}, at {moment.at}: {problem}"
             cases += 1
             found_later += bool(moment.open_events)
-    assert cases >= 1000
+    assert cases >= 600
     assert found_later > cases / 2, "most moments must have something to lose"
 
 
@@ -218,10 +228,12 @@ def test_a_store_that_wrote_to_a_slot_too_early_would_be_caught(
 
 
 def _first_problem(story: Story, place: Path) -> str:
+    """By drawing: what is never synced stays open for good, so that there would be no end of disks."""
     log_folder = str(story.folders[0].resolve())
-    for moment, disk in every_disk(story):
-        if moment.done >= 0:
-            write_disk(disk, {log_folder: place})
-            if problem := examine(story, moment, [place]):
-                return problem
+    draw = random.Random(0)
+    for _ in range(600):
+        moment = crash(story.log, draw.randrange(story.log.done[0][0], story.log.now + 1))
+        write_disk(disk_after(moment, random_fate(moment, draw)), {log_folder: place})
+        if problem := examine(story, moment, [place]):
+            return problem
     return ""
