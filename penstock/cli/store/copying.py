@@ -115,7 +115,7 @@ def _compute(tensor: ExportedTensor, source: Converted, sink: Sink) -> None:
         engine.close()
     (value,) = source.convert(stored).values()
     raw = value.contiguous().view(-1).view(torch.uint8).numpy()
-    _put(sink, tensor, 0, memoryview(raw), stored_dtype(value.dtype))
+    _put(sink, tensor, 0, raw.data.cast("B"), stored_dtype(value.dtype))
 
 
 def _put(sink: Sink, tensor: ExportedTensor, at: int, data: memoryview, dtype: str) -> int:
