@@ -17,6 +17,7 @@ from .doctor import doctor
 from .plan import plan
 from .prof.verbs import prof
 from .run import run
+from .store.verbs import store
 
 VERBS: Final[dict[str, Callable[..., int | None]]] = {
     "demo": demo,
@@ -28,5 +29,6 @@ VERBS: Final[dict[str, Callable[..., int | None]]] = {
 
 GROUPS: Final[dict[str, Callable[[], typer.Typer]]] = {
     "prof": prof,
+    "store": store,
 }
 """Verbs that have verbs of their own."""
