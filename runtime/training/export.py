@@ -219,7 +219,7 @@ def _shards(
     chooses from, and the store's identity tells which it was.
     """
     number = {each.name: index for index, each in enumerate(trained)}
-    most = changing(sizes.values(), accumulate=1).block_nbytes
+    most = changing(sizes.values(), accumulate=1, early=False).block_nbytes
     tried = [max(sum(sizes.values()) // 8, 1), *limits(model, sizes)]
     apart = once_per_answer(model)
     for limit in dict.fromkeys(min(each, most) for each in tried):

@@ -48,6 +48,8 @@ class ShardPipeline:
         self._arena = HostArena(BUFFERS * round_up(each), tier="shards")
         self._free = deque(self._arena.cut(each) for _ in range(BUFFERS))
         self._changed = threading.Condition()
+        self._writing: set[int] = set()
+        """Shards whose writes have not landed: what is on disk is older than what they hold."""
         self._error: Exception | None = None
 
     @property
@@ -64,7 +66,8 @@ class ShardPipeline:
         """Work on shards until there are no more; returns when the last has been written.
 
         Args:
-            take: Gives the id of the next shard, or None where there is none now. It must not wait.
+            take: Gives the id of the next shard, or None where there is none now. It must not wait. A shard may come
+                again when the work on it has been done, whether it has been written or not.
             work: What to do with each.
             new: They are not there yet: nothing is read, and the arrays start as zeros.
             write: Write them back. Without, they are only looked at.
@@ -109,6 +112,9 @@ class ShardPipeline:
         return bool(ahead)
 
     def _read(self, shard: Shard, slot: Slot) -> Transfer:
+        with self._changed:
+            if not self._changed.wait_for(lambda: shard.id not in self._writing or self._error, timeout=STALL_S):
+                raise _stalled()
         span = self._store.location(shard.id)
         window = whole_window(span.path, span.offset, round_up(span.nbytes))
         return self._engine.read([window], [], self._arena.view(slot.offset, slot.nbytes))
@@ -127,6 +133,8 @@ class ShardPipeline:
         found = checksum(raw)
         span = self._store.begin_write(shard.id)
         assert span is not None
+        with self._changed:
+            self._writing.add(shard.id)
         transfer = self._engine.write(span.path, span.offset, raw)
 
         def landed(done: Transfer) -> None:
@@ -139,6 +147,8 @@ class ShardPipeline:
             except Exception as error:  # it must surface where the work is done, not in a thread of the drive
                 self._fail(error)
             finally:
+                with self._changed:
+                    self._writing.discard(shard.id)
                 self._give_back(slot)
 
         transfer.add_done_callback(landed)

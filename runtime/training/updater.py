@@ -91,6 +91,8 @@ class Updater:
         self._unfinished: set[int] = set()
         """Blocks."""
         self._changed = threading.Condition()
+        self._busy = False
+        """Whether anything was submitted whose shards have not all been written."""
         self._closed = False
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="penstock-update", daemon=True)
@@ -116,18 +118,19 @@ class Updater:
                 self._executor.core.withdraw(block)
             with self._changed:
                 self._unfinished.add(block)
+                self._busy = True
                 (self._queue.appendleft if urgent else self._queue.append)(job)
                 self._changed.notify_all()
 
     def wait(self, block: int | None = None) -> None:
-        """Wait until a block has been changed, or all have.
+        """Wait until a block has its new weights, or until all have, and masters and states are in the store.
 
         Raises:
             PenstockError: it could not be.
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self._error or not (self._unfinished if block is None else block in self._unfinished)
+                lambda: self._error or not (self._busy if block is None else block in self._unfinished)
             )
         self.check()
 
@@ -163,6 +166,9 @@ class Updater:
                 logger.debug("an update failed", exc_info=True)
                 self._fail(error)
                 return
+            with self._changed:
+                self._busy = bool(self._queue)
+                self._changed.notify_all()
 
     def _fail(self, error: Exception) -> None:
         with self._changed:
