@@ -49,4 +49,4 @@ def open_board(folder: Path, *, after: int) -> Board | None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return Board(SummaryWriter(log_dir=str(folder), purge_step=after + 1))  # type: ignore[no-untyped-call]
+    return Board(SummaryWriter(log_dir=str(folder), purge_step=after + 1))

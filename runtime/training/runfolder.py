@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -45,6 +46,7 @@ class RunFolder:
         if resume and force:
             raise UsageError("to go on with a run and to take it away exclude each other: give one of the two")
         self.path = path
+        self._made = not path.exists()
         self._lock: FileLock | None = self._take()
         try:
             if force:
@@ -83,10 +85,13 @@ class RunFolder:
         return self.path / "states"
 
     def close(self) -> None:
-        """Let others have it."""
+        """Let others have it. A folder that was made here and has nothing in it goes again."""
         lock, self._lock = self._lock, None
         if lock is not None:
             lock.release()
+            if self._made:
+                with suppress(OSError):
+                    self.path.rmdir()
 
     def __enter__(self) -> RunFolder:
         return self
