@@ -14,6 +14,7 @@ import typer
 from .calibrate import calibrate
 from .demo import demo
 from .doctor import doctor
+from .finetune import finetune
 from .plan import plan
 from .prof.verbs import prof
 from .run import run
@@ -23,6 +24,7 @@ VERBS: Final[dict[str, Callable[..., int | None]]] = {
     "demo": demo,
     "run": run,
     "plan": plan,
+    "finetune": finetune,
     "calibrate": calibrate,
     "doctor": doctor,
 }
