@@ -127,11 +127,11 @@ def serve() -> None:
         folder, last = line.rsplit(maxsplit=1)
         pid = os.fork()
         if pid == 0:
+            say(f"pid {os.getpid()}")  # itself, so that it is heard before all else
             try:
                 live(Path(folder), int(last))
             finally:
                 os._exit(1)
-        say(f"pid {pid}")
         os.waitpid(pid, 0)
         say("end")
 
