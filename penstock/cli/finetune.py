@@ -68,7 +68,7 @@ _NoDecay = Annotated[
     str | None,
     typer.Option(
         metavar="PATTERNS",
-        help="Parameters without weight decay: *bias,*norm*; none decays all. Default: norms and biases.",
+        help="Parameters without weight decay: `*bias,*norm*`; none decays all. Default: norms and biases.",
         rich_help_panel=_RATE,
     ),
 ]
