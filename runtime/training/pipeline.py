@@ -104,7 +104,11 @@ class ShardPipeline:
             if slot is None:
                 return
             shard = self._shards[waiting.popleft()]
-            ahead.append((shard, slot, None if new else self._read(shard, slot)))
+            try:
+                ahead.append((shard, slot, None if new else self._read(shard, slot)))
+            except BaseException:  # the drive's threads have been stopped, for one
+                self._give_back(slot)
+                raise
 
     def _read(self, shard: Shard, slot: Slot) -> Transfer:
         span = self._store.location(shard.id)
