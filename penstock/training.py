@@ -121,7 +121,7 @@ def resume(
         raise UsageError("the run was begun with a module, not a checkpoint: give it to resume(…, model=…), as built")
     source: Any = state.source if model is None else model
     settings = _settings(accumulate, nonfinite)
-    made, origin = _streamed(source, max_memory, device, state.dtype, trust_remote_code, settings)
+    made, origin = _streamed(source, max_memory, device, state.dtype, trust_remote_code, settings, state.limit_nbytes)
     try:
         optimizer = go_on(made, folders, origin=origin, settings=settings)
         if scheduler is not None:
@@ -149,7 +149,8 @@ def _streamed(
     settings: Settings,
 ) -> tuple[nn.Module, Origin]:
     wanted = _wanted(max_memory)
-    trains = partial(changing, accumulate=settings.accumulate)
+    trains = partial(changing, accumulate=settings.accumulate, limit=limit)
+    limit: int | None = None,
     opened = open_device(device)
     if isinstance(model, nn.Module):
         made = _offload(

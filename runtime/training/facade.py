@@ -103,6 +103,7 @@ class StreamedOptimizer(torch.optim.Optimizer):
         return self._store.commit(encode(state))
 
     def state_dict(self) -> dict[str, Any]:
+            limit_nbytes=self._training.limit_nbytes,
         """Not of states that are larger than memory."""
         self._refuse("state_dict", "penstock.save(model, optimizer) makes what is on disk durable")
 

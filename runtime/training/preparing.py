@@ -149,7 +149,7 @@ def arrays_of(choice: OptimizerChoice) -> int:
     return 1 + len(choice.kernel.states_of(choice.kernel.hyper_of(choice.defaults())))
 
 
-def changing(weights: Collection[int], *, accumulate: int) -> Changing:
+def changing(weights: Collection[int], *, accumulate: int, limit: int | None = None) -> Changing:
     """Host memory that training takes beside weights of so many bytes each.
 
     All gradients of a step, in the dtype of the weights, or in fp32 where several are added up; the buffers that shards
@@ -159,7 +159,13 @@ def changing(weights: Collection[int], *, accumulate: int) -> Changing:
     block = max(largest, min(MOST_BLOCK, total // 8))
     shards = BUFFERS * ARRAYS * 4 * min(ELEMENTS, round_up(total // 2, GRAIN))
     gradients = total if accumulate == 1 else 2 * total
-    return Changing(own_nbytes=gradients + shards + 2 * largest + 2 * 12 * SUBCHUNK + block, block_nbytes=block)
+    own = gradients + shards + 2 * largest + 2 * 12 * SUBCHUNK + block
+    return Changing(own_nbytes=own, block_nbytes=block, limit_nbytes=limit)
+
+    Args:
+        weights: Bytes of each.
+        accumulate: Backward passes of a step.
+        limit: What the blocks of a run that goes on were cut by.
 
 
 def only_trained(model: nn.Module, names: Sequence[str]) -> None:

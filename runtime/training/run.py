@@ -59,6 +59,8 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
     max_grad_norm: float | None = None
     scheduler: dict[str, Any] | None = None
+    limit_nbytes: int | None = None
+    """What blocks were cut by."""
     """`state_dict()` of the learning rate's scheduler."""
     extra: Any = None
     """The caller's own: where it is in its data, for one."""

@@ -257,6 +257,11 @@ class Training:
         """The norm of all gradients of the last step, before clipping; 0-dim, fp32."""
         return self._last_norm
 
+    @property
+    def limit_nbytes(self) -> int:
+        """What blocks were cut by."""
+        return self._machinery.layout.limit_nbytes
+
     def finish(self) -> None:
         """Wait until the last step has been carried out.
 
