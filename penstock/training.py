@@ -127,6 +127,8 @@ def resume(
         if scheduler is not None:
             optimizer.scheduler = scheduler(optimizer)
             if optimizer.saved_scheduler is not None:
+            for group, saved in zip(optimizer.param_groups, groups, strict=True):
+                group.update(saved)  # a scheduler begins by setting the rate of its own first step
                 optimizer.scheduler.load_state_dict(optimizer.saved_scheduler)
         return made, optimizer
     except BaseException:
