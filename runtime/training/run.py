@@ -67,13 +67,13 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode(state: RunState) -> bytes:
-    """As bytes.
+    """As bytes; MessagePack, for JSON has no infinity and no numbers as keys, and schedulers have both.
 
     Raises:
-        UsageError: the caller's state cannot be written as JSON.
+        UsageError: the caller's state is more than plain data.
     """
     try:
-        return msgspec.json.encode(state)
+        return msgspec.msgpack.encode(state)
     except (TypeError, ValueError) as error:
         raise UsageError(f"a commit cannot hold this: {error}. Give plain numbers, texts, lists and dicts") from error
 
@@ -85,7 +85,7 @@ def decode(document: bytes) -> RunState:
         UsageError: they are of another version, or of something else.
     """
     try:
-        state = msgspec.json.decode(document, type=RunState)
+        state = msgspec.msgpack.decode(document, type=RunState, strict=True)
     except msgspec.DecodeError as error:
         raise UsageError(f"the folder's commit was not written by penstock.save: {error}") from error
     if state.format != FORMAT:
