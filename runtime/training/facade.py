@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from ...memory.errors import UsageError
 from ...memory.store import BlockStore, Commit
+from .buffers import pack_buffers
 from .optimizers import OptimizerChoice
 from .run import Origin, RunState, Settings, encode, plain_groups, random_state
 from .training import Training
@@ -27,11 +30,13 @@ class StreamedOptimizer(torch.optim.Optimizer):
         choice: OptimizerChoice,
         store: BlockStore,
         *,
+        model: nn.Module,
         origin: Origin,
         settings: Settings,
         state: RunState | None = None,
     ) -> None:
-        """`state`: of the commit that the run goes on from; None for a new one."""
+        """`model`: what is trained. `state`: of the commit that the run goes on from; None for a new one."""
+        self._model = weakref.ref(model)  # which owns what owns this
         self._training = training
         self._choice = choice
         self._store = store
@@ -88,12 +93,14 @@ class StreamedOptimizer(torch.optim.Optimizer):
     def commit(self, scheduler: dict[str, Any] | None, extra: Any) -> Commit:
         """Make the present state durable. See `penstock.save`."""
         self._training.finish()
+        model = self._model()
         state = RunState(
             names=tuple(each.name for each in self._training.trained),
             steps=tuple(self._training.steps),
             mathematics=self._choice.mathematics,
             groups=plain_groups(self.param_groups, self._index),
             random=random_state(),
+            buffers={} if model is None else pack_buffers(model),
             source=self._origin.source,
             dtype=self._origin.dtype,
             max_grad_norm=self._choice.max_grad_norm,

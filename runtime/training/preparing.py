@@ -21,6 +21,7 @@ from ...memory.store import BlockSpec, BlockStore
 from ..build import Machinery
 from ..launch import open_scratch, scratch_files
 from ..layout import Changing
+from .buffers import restore_buffers
 from .facade import StreamedOptimizer
 from .gradients import Gradients, Trained
 from .optimizers import SGD, AdamW, Lion, OptimizerChoice
@@ -119,7 +120,11 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
         )
         made.callback(training.close)
         training.weights_from_masters()
-        optimizer = StreamedOptimizer(training, choice, store, origin=origin, settings=settings, state=state)
+        finish_before_export(model, training)
+        restore_buffers(model, state.buffers)
+        optimizer = StreamedOptimizer(
+            training, choice, store, model=model, origin=origin, settings=settings, state=state
+        )
         set_random_state(state.random)
         machinery.on_close(made.pop_all().close)
     return optimizer

@@ -54,6 +54,8 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     """Hyperparameters as they are now, and the numbers of the group's parameters under `params`."""
     random: dict[str, str]
     """State of the generators, by whose it is."""
+    buffers: dict[str, bytes] = {}
+    """Running statistics and the like, by name."""
     source: str | None = None
     """The checkpoint that the model was loaded from."""
     dtype: str = "auto"
