@@ -79,7 +79,8 @@ def attach(
         training = assemble(machinery, trained, shards, store, choice.kernel, paths, settings, arrays=arrays)
         made.callback(training.close)
         training.write_masters(master_of(machinery, trained))
-        optimizer = StreamedOptimizer(training, choice, store, origin=origin, settings=settings)
+        finish_before_export(model, training)
+        optimizer = StreamedOptimizer(training, choice, store, model=model, origin=origin, settings=settings)
         machinery.on_close(made.pop_all().close)
     return optimizer
 
@@ -291,6 +292,16 @@ def run_folders(disk: Sequence[str]) -> RunFolders:
             'training needs a folder for masters and optimizer states, twice 12 bytes per parameter: disk="run/"'
         )
     return RunFolders(folders=[os.fspath(Path(folder)) for folder in disk])
+
+
+def finish_before_export(model: nn.Module, training: Training) -> None:
+    """Let `state_dict` of the model or of a part wait for the step that is being carried out."""
+
+    def finish(*_: object) -> None:
+        training.finish()
+
+    for child in model.modules():
+        child.register_state_dict_pre_hook(finish)  # type: ignore[no-untyped-call]
 
 
 def trainable(model: Any) -> None:
