@@ -125,10 +125,11 @@ def resume(
     try:
         optimizer = go_on(made, folders, origin=origin, settings=settings)
         if scheduler is not None:
+            groups = [{**group} for group in optimizer.param_groups]
             optimizer.scheduler = scheduler(optimizer)
-            if optimizer.saved_scheduler is not None:
             for group, saved in zip(optimizer.param_groups, groups, strict=True):
                 group.update(saved)  # a scheduler begins by setting the rate of its own first step
+            if optimizer.saved_scheduler is not None:
                 optimizer.scheduler.load_state_dict(optimizer.saved_scheduler)
         return made, optimizer
     except BaseException:
@@ -149,10 +150,10 @@ def _streamed(
     dtype: str | torch.dtype,
     trust_remote_code: bool,
     settings: Settings,
+    limit: int | None = None,
 ) -> tuple[nn.Module, Origin]:
     wanted = _wanted(max_memory)
     trains = partial(changing, accumulate=settings.accumulate, limit=limit)
-    limit: int | None = None,
     opened = open_device(device)
     if isinstance(model, nn.Module):
         made = _offload(

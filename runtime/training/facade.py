@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -103,6 +103,7 @@ class StreamedOptimizer(torch.optim.Optimizer):
             buffers={} if model is None else pack_buffers(model),
             source=self._origin.source,
             dtype=self._origin.dtype,
+            limit_nbytes=self._training.limit_nbytes,
             max_grad_norm=self._choice.max_grad_norm,
             scheduler=scheduler,
             extra=extra,
@@ -110,16 +111,30 @@ class StreamedOptimizer(torch.optim.Optimizer):
         return self._store.commit(encode(state))
 
     def state_dict(self) -> dict[str, Any]:
-            limit_nbytes=self._training.limit_nbytes,
-        """Not of states that are larger than memory."""
-        self._refuse("state_dict", "penstock.save(model, optimizer) makes what is on disk durable")
+        """Hyperparameters, and which moment of the run they belong to; masters and states stay where they are.
+
+        It is no checkpoint: `penstock.save` makes one. Trainers pass it around.
+        """
+        groups = plain_groups(self.param_groups, self._index)
+        return {"state": {}, "param_groups": list(groups), "steps": list(self._training.steps)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Not of states that are larger than memory."""
-        self._refuse("load_state_dict", "penstock.resume(folder) goes on from the last commit")
+        """Set hyperparameters to what `state_dict` gave at this moment of the run.
 
-    def _refuse(self, what: str, remedy: str) -> NoReturn:
-        raise UsageError(f"{what} is not possible for a streamed optimizer: {remedy}")
+        Raises:
+            UsageError: it is of another moment, or another optimizer's: its states are not there.
+        """
+        groups = state_dict.get("param_groups", [])
+        members = [group["params"] for group in plain_groups(self.param_groups, self._index)]
+        same = state_dict.get("steps") == self._training.steps and [group.get("params") for group in groups] == members
+        if not same or state_dict.get("state"):
+            raise UsageError(
+                "load_state_dict of a streamed optimizer takes what its state_dict gave since the last step, no other: "
+                "masters and states are not in it. Save with penstock.save(model, optimizer), and go on with "
+                "penstock.resume(folder)"
+            )
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
 
 
 def _exact(group: dict[str, Any]) -> dict[str, Any]:

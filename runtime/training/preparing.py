@@ -160,6 +160,11 @@ def changing(weights: Collection[int], *, accumulate: int, limit: int | None = N
 
     All gradients of a step, in the dtype of the weights, or in fp32 where several are added up; the buffers that shards
     pass through; what norms and updates compute with; one buffer that a block of weights is put together in.
+
+    Args:
+        weights: Bytes of each.
+        accumulate: Backward passes of a step.
+        limit: What the blocks of a run that goes on were cut by.
     """
     total, largest = sum(weights), max(weights, default=0)
     block = max(largest, min(MOST_BLOCK, total // 8))
@@ -167,11 +172,6 @@ def changing(weights: Collection[int], *, accumulate: int, limit: int | None = N
     gradients = total if accumulate == 1 else 2 * total
     own = gradients + shards + 2 * largest + 2 * 12 * SUBCHUNK + block
     return Changing(own_nbytes=own, block_nbytes=block, limit_nbytes=limit)
-
-    Args:
-        weights: Bytes of each.
-        accumulate: Backward passes of a step.
-        limit: What the blocks of a run that goes on were cut by.
 
 
 def only_trained(model: nn.Module, names: Sequence[str]) -> None:

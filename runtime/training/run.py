@@ -59,10 +59,10 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     source: str | None = None
     """The checkpoint that the model was loaded from."""
     dtype: str = "auto"
-    max_grad_norm: float | None = None
-    scheduler: dict[str, Any] | None = None
     limit_nbytes: int | None = None
     """What blocks were cut by."""
+    max_grad_norm: float | None = None
+    scheduler: dict[str, Any] | None = None
     """`state_dict()` of the learning rate's scheduler."""
     extra: Any = None
     """The caller's own: where it is in its data, for one."""
