@@ -140,6 +140,7 @@ def penstock_worker(job: Job) -> dict[str, Any]:
         max_memory={"host": host},
         device="cpu",
         activations="recompute",
+        updates="backward" if job.clip is None else "step",
     )
     found = measure_steps(
         job,

@@ -19,7 +19,7 @@ from .runtime.offloading import offload as _offload
 from .runtime.training.facade import StreamedOptimizer
 from .runtime.training.optimizers import SGD, AdamW, Lion, OptimizerChoice
 from .runtime.training.preparing import attach, changing, go_on, run_folders, state_of_run, trainable
-from .runtime.training.run import Activations, Origin, Settings
+from .runtime.training.run import Activations, Origin, Settings, Updates
 
 
 def prepare(
@@ -32,6 +32,7 @@ def prepare(
     dtype: str | torch.dtype = "auto",
     accumulate: int = 1,
     activations: Activations = "auto",
+    updates: Updates = "step",
     nonfinite: Literal["raise", "skip"] = "raise",
     trust_remote_code: bool = False,
 ) -> tuple[Any, StreamedOptimizer]:
@@ -52,6 +53,10 @@ def prepare(
         accumulate: Backward passes of each step, at most; their gradients are added up in fp32.
         activations: "keep" them in memory, or "recompute" those of layers in backward, which takes about a third more
             time and little memory; "auto" does so where weights are streamed.
+        updates: "step": all at `step()`, as in PyTorch; gradients of the whole model are in memory until then.
+            "backward": each part as soon as its last gradient is there, which needs memory for few gradients and works
+            beside backward. Then every backward pass (`accumulate` of them) must be followed by `step()`, gradients
+            cannot be clipped or dropped, and learning rates may change only after `step()`.
         nonfinite: What `step()` does where a gradient is infinite or not a number: raise, or skip that step.
         trust_remote_code: Run code that comes with the checkpoint.
 
@@ -61,8 +66,8 @@ def prepare(
         UsageError: an argument has no meaning, or nothing is to be trained.
     """
     folders = run_folders(_folders(disk))
-    settings = _settings(accumulate, activations, nonfinite)
-    made, origin = _streamed(model, max_memory, device, dtype, trust_remote_code, settings, optimizer.max_grad_norm)
+    settings = _settings(accumulate, activations, updates, nonfinite, optimizer.max_grad_norm)
+    made, origin = _streamed(model, max_memory, device, dtype, trust_remote_code, settings)
     try:
         return made, attach(made, optimizer, folders, origin=origin, settings=settings)
     except BaseException:
@@ -98,6 +103,7 @@ def resume(
     nonfinite: Literal["raise", "skip"] = "raise",
     accumulate: int = 1,
     activations: Activations = "auto",
+    updates: Updates = "step",
     scheduler: Any = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, StreamedOptimizer]:
@@ -112,6 +118,7 @@ def resume(
         nonfinite: Likewise.
         accumulate: Likewise.
         activations: Likewise.
+        updates: Likewise.
         scheduler: Called with the optimizer to make the learning rate's scheduler, which then goes on; it becomes
             `optimizer.scheduler`.
         trust_remote_code: Run code that comes with the checkpoint.
@@ -125,12 +132,23 @@ def resume(
     if model is None and state.source is None:
         raise UsageError("the run was begun with a module, not a checkpoint: give it to resume(…, model=…), as built")
     source: Any = state.source if model is None else model
-    settings = _settings(accumulate, activations, nonfinite)
-    made, origin = _streamed(source, max_memory, device, state.dtype, trust_remote_code, settings, state.max_grad_norm)
+    settings = _settings(accumulate, activations, updates, nonfinite, state.max_grad_norm)
+    made, origin = _streamed(
+        source,
+        max_memory,
+        device,
+        state.dtype,
+        trust_remote_code,
+        settings,
+        limit=state.limit_nbytes,
+    )
     try:
         optimizer = go_on(made, folders, origin=origin, settings=settings)
         if scheduler is not None:
+            groups = [{**group} for group in optimizer.param_groups]
             optimizer.scheduler = scheduler(optimizer)
+            for group, saved in zip(optimizer.param_groups, groups, strict=True):
+                group.update(saved)  # a scheduler begins by setting the rate of its own first step
             if optimizer.saved_scheduler is not None:
                 optimizer.scheduler.load_state_dict(optimizer.saved_scheduler)
         return made, optimizer
@@ -139,10 +157,16 @@ def resume(
         raise
 
 
-def _settings(accumulate: int, activations: Activations, nonfinite: str) -> Settings:
+def _settings(
+    accumulate: int, activations: Activations, updates: Updates, nonfinite: str, max_grad_norm: float | None
+) -> Settings:
     if nonfinite not in ("raise", "skip"):
         raise UsageError(f'nonfinite is {nonfinite!r}: use "raise" or "skip"')
-    return Settings(accumulate=accumulate, activations=activations, skip_nonfinite=nonfinite == "skip")
+    settings = Settings(
+        accumulate=accumulate, activations=activations, updates=updates, skip_nonfinite=nonfinite == "skip"
+    )
+    settings.check(max_grad_norm)
+    return settings
 
 
 def _streamed(
@@ -152,10 +176,12 @@ def _streamed(
     dtype: str | torch.dtype,
     trust_remote_code: bool,
     settings: Settings,
-    max_grad_norm: float | None,
+    *,
+    limit: int | None = None,
 ) -> tuple[nn.Module, Origin]:
     wanted = _wanted(max_memory)
-    trains = partial(changing, accumulate=settings.accumulate, early=settings.early(max_grad_norm))
+    early = settings.updates == "backward"
+    trains = partial(changing, accumulate=settings.accumulate, early=early, limit=limit)
     opened = open_device(device)
     if isinstance(model, nn.Module):
         made = _offload(

@@ -117,6 +117,10 @@ class ModuleBacking:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
+        self._strides = {  # now: parameters that have been moved do not say any more how they lay
+            name: tuple(parameter.stride()) if dense(parameter) else contiguous_stride(parameter.shape)
+            for name, parameter in parameters.items()
+        }
         self.paths: list[str] = []
         self._ends: list[int] = []
         self._turn = 0
@@ -132,8 +136,7 @@ class ModuleBacking:
 
     def stride(self, name: str) -> tuple[int, ...]:
         """Strides as the parameter has them, where they are dense; kernels may choose by them (channels last)."""
-        parameter = self._parameters[name]
-        return tuple(parameter.stride()) if dense(parameter) else contiguous_stride(parameter.shape)
+        return self._strides[name]
 
     def image(self, portions: Sequence[Portion], *, move: bool) -> Image:
         """A block of our own making: aligned, in one piece."""

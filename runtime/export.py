@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..memory.errors import UsageError
-from ..memory.image import Bounce, bounces_of
+from ..memory.image import Bounce, Window, bounces_of
 from ..memory.layout import ITEMSIZE, TensorSource
 from .backing import Backing, CheckpointBacking
 from .dtypes import torch_dtype
@@ -64,7 +64,7 @@ class Exporter:
         self._machinery = machinery
         self._backing = backing
         self._folder = folder
-        self._made: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+        self._made: weakref.WeakValueDictionary[object, torch.Tensor] = weakref.WeakValueDictionary()
 
     def install(self, module: nn.Module) -> None:
         """Hook every module that owns a streamed parameter."""
@@ -84,12 +84,20 @@ class Exporter:
 
     def value(self, parameter: nn.Parameter) -> torch.Tensor | None:
         """The values of a streamed parameter; None for one that is not streamed."""
-        made = self._made.get(id(parameter))
+        key = (id(parameter), self._where(parameter))
+        made = self._made.get(key)
         if made is None:
             made = self._value(parameter)
             if made is not None:
-                self._made[id(parameter)] = made
+                self._made[key] = made
         return made
+
+    def _where(self, parameter: nn.Parameter) -> tuple[Window, ...]:
+        """Where its block is read from: somewhere else once training has changed it."""
+        for binding in self._machinery.bindings.values():
+            if any(bound.parameter is parameter for bound in binding.tensors):
+                return self._machinery.images[binding.block].windows
+        return ()
 
     def _value(self, parameter: nn.Parameter) -> torch.Tensor | None:
         machinery = self._machinery
@@ -98,10 +106,17 @@ class Exporter:
         for binding in machinery.bindings.values():
             for index, bound in enumerate(binding.tensors):
                 if bound.parameter is parameter:
-                    if isinstance(self._backing, CheckpointBacking):
+                    if isinstance(self._backing, CheckpointBacking) and not self._may_differ(binding.block):
                         return self._map(bound.name, parameter)
                     return self._resident(binding.block, index)
         return None
+
+    def _may_differ(self, block: int) -> bool:
+        """Whether training may have changed a block since it was read from the checkpoint."""
+        machinery = self._machinery
+        home = machinery.front if machinery.back is None else machinery.back
+        unchanged = next(draft.image for draft in machinery.layout.blocks if draft.id == block)
+        return machinery.trains and (block in home.permanent or machinery.images[block] is not unchanged)
 
     def _map(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
         def read(bounces: list[Bounce], into: memoryview) -> None:
@@ -124,6 +139,7 @@ class Exporter:
         draft = next(b for b in machinery.layout.blocks if b.id == block)
         place = draft.image.places[draft.portions[index].key]
         if machinery.back is not None and block in machinery.back.permanent:
+            machinery.executor.release(machinery.executor.acquire(block, observed=False))  # it is there from now on
             flat = torch.frombuffer(
                 machinery.host.view(machinery.back.permanent[block].offset + place.offset, place.nbytes),
                 dtype=bound.parameter.dtype,

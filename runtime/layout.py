@@ -30,6 +30,8 @@ class Changing:
     """Host memory beside the weights: gradients, and what updates pass through."""
     block_nbytes: int
     """Blocks are no larger, but for parameters that are: each is put together in host memory before it is written."""
+    limit_nbytes: int | None = None
+    """Cut by this and no other: a run that goes on has states that lie by block, under whatever budgets."""
 
 
 Trains = Callable[[Collection[int]], Changing]

@@ -112,10 +112,12 @@ class Planner:
             DoesNotFitError: no layout fits.
         """
         total = sum(self.sizes.values())
-        whole = self._try(max(total // 8, 1), set())
+        fixed = None if self._changing is None else self._changing.limit_nbytes
+        whole = self._try(max(total // 8, 1) if fixed is None else fixed, set())
         if whole is not None and whole.resident:
             return whole
-        found = [layout for limit in limits(self.module, self.sizes) if (layout := self._try_limit(limit)) is not None]
+        tried = limits(self.module, self.sizes) if fixed is None else ()
+        found = [layout for limit in tried if (layout := self._try_limit(limit)) is not None]
         if whole is not None:
             found.append(whole)
         if not found:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from torch import nn
 
 from ...memory.errors import UsageError
 from ...memory.store import BlockStore, Commit
+from .buffers import pack_buffers
 from .optimizers import OptimizerChoice
 from .run import Origin, RunState, Settings, encode, plain_groups, random_state
 from .training import Training
@@ -27,11 +30,13 @@ class StreamedOptimizer(torch.optim.Optimizer):
         choice: OptimizerChoice,
         store: BlockStore,
         *,
+        model: nn.Module,
         origin: Origin,
         settings: Settings,
         state: RunState | None = None,
     ) -> None:
-        """`state`: of the commit that the run goes on from; None for a new one."""
+        """`model`: what is trained. `state`: of the commit that the run goes on from; None for a new one."""
+        self._model = weakref.ref(model)  # which owns what owns this
         self._training = training
         self._choice = choice
         self._store = store
@@ -49,7 +54,7 @@ class StreamedOptimizer(torch.optim.Optimizer):
         if state is not None:
             groups = [{**_exact(group), "params": [parameters[i] for i in group["params"]]} for group in state.groups]
         super().__init__(groups, choice.defaults())
-        if settings.early(choice.max_grad_norm):
+        if settings.updates == "backward":
             training.begin_early(self._hypers)
 
     @property
@@ -85,19 +90,22 @@ class StreamedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients that no step has used."""
-        self._training.gradients.clear()
+        self._training.forget()
 
     def commit(self, scheduler: dict[str, Any] | None, extra: Any) -> Commit:
         """Make the present state durable. See `penstock.save`."""
         self._training.finish()
+        model = self._model()
         state = RunState(
             names=tuple(each.name for each in self._training.trained),
             steps=tuple(self._training.counts),
             mathematics=self._choice.mathematics,
             groups=plain_groups(self.param_groups, self._index),
             random=random_state(),
+            buffers={} if model is None else pack_buffers(model),
             source=self._origin.source,
             dtype=self._origin.dtype,
+            limit_nbytes=self._training.limit_nbytes,
             max_grad_norm=self._choice.max_grad_norm,
             scheduler=scheduler,
             extra=extra,
@@ -105,15 +113,30 @@ class StreamedOptimizer(torch.optim.Optimizer):
         return self._store.commit(encode(state))
 
     def state_dict(self) -> dict[str, Any]:
-        """Not of states that are larger than memory."""
-        self._refuse("state_dict", "penstock.save(model, optimizer) makes what is on disk durable")
+        """Hyperparameters, and which moment of the run they belong to; masters and states stay where they are.
+
+        It is no checkpoint: `penstock.save` makes one. Trainers pass it around.
+        """
+        groups = plain_groups(self.param_groups, self._index)
+        return {"state": {}, "param_groups": list(groups), "steps": list(self._training.counts)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Not of states that are larger than memory."""
-        self._refuse("load_state_dict", "penstock.resume(folder) goes on from the last commit")
+        """Set hyperparameters to what `state_dict` gave at this moment of the run.
 
-    def _refuse(self, what: str, remedy: str) -> NoReturn:
-        raise UsageError(f"{what} is not possible for a streamed optimizer: {remedy}")
+        Raises:
+            UsageError: it is of another moment, or another optimizer's: its states are not there.
+        """
+        groups = state_dict.get("param_groups", [])
+        members = [group["params"] for group in plain_groups(self.param_groups, self._index)]
+        same = state_dict.get("steps") == self._training.counts and [group.get("params") for group in groups] == members
+        if not same or state_dict.get("state"):
+            raise UsageError(
+                "load_state_dict of a streamed optimizer takes what its state_dict gave since the last step, no other: "
+                "masters and states are not in it. Save with penstock.save(model, optimizer), and go on with "
+                "penstock.resume(folder)"
+            )
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
 
 
 def _exact(group: dict[str, Any]) -> dict[str, Any]:

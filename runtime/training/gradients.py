@@ -12,6 +12,7 @@ from torch import nn
 from ...kernels.accumulation import accumulate
 from ...kernels.scratch import Scratch
 from ...memory.errors import UsageError
+from .taken import TakenGradient
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +33,8 @@ class Trained:
 class Gradients:
     """The gradients of one step.
 
-    A gradient of one backward keeps its dtype; a second one is added in fp32, and so is every further one.
+    A gradient of one backward keeps its dtype; a second one is added in fp32, and so is every further one. Between
+    passes `.grad` shows a `TakenGradient`; who removes it (`model.zero_grad()`) removes the gradient.
     """
 
     def __init__(self, trained: Sequence[Trained], scratch: Scratch, *, most: int = 1) -> None:
@@ -44,19 +46,52 @@ class Gradients:
         """Called with the number of each parameter whose gradients of a step have all come."""
         self._scratch = scratch
         self._kept: list[torch.Tensor | None] = [None] * len(trained)
-        self._hooks = []
+        self._shown: list[TakenGradient | None] = [None] * len(trained)
+        """What `.grad` was left as, where a gradient is kept."""
+        self._hooks: list[Any] = []
         for index, each in enumerate(trained):
+            self._hooks.append(each.parameter.register_hook(self._clearer(index)))  # type: ignore[no-untyped-call]
             hook: Any = each.parameter.register_post_accumulate_grad_hook
             self._hooks.append(hook(self._taker(index)))
 
-    def _taker(self, index: int) -> object:
+    def _clearer(self, index: int) -> Callable[[torch.Tensor], None]:
+        """Called before a gradient is accumulated: what `.grad` shows must not be added to."""
+
+        def clear(_: torch.Tensor) -> None:
+            self._settle(index)
+
+        return clear
+
+    def _taker(self, index: int) -> Callable[[torch.Tensor], None]:
         def take(parameter: torch.Tensor) -> None:
             grad = parameter.grad
             parameter.grad = None
             if grad is not None:
                 self.add(index, grad)
+                parameter.grad = self._shown[index] = TakenGradient.of(parameter, lambda: self._present(index))
 
         return take
+
+    def _settle(self, index: int) -> None:
+        """Leave nothing in `.grad` that is ours; forget what is kept if the caller removed it there."""
+        parameter, shown = self._trained[index].parameter, self._shown[index]
+        if shown is None:
+            return
+        self._shown[index] = None
+        if parameter.grad is shown:
+            parameter.grad = None
+        else:
+            self._kept[index] = None
+            self._came[index] = 0
+
+    def _present(self, index: int) -> torch.Tensor:
+        kept = self._kept[index]
+        if kept is None:
+            raise UsageError(
+                f"the gradient of {self._trained[index].name} has gone into an update already, which nothing had to "
+                "wait for. Clip with max_grad_norm, as in penstock.AdamW(lr=…, max_grad_norm=1.0), not in .grad"
+            )
+        return kept
 
     def add(self, index: int, grad: torch.Tensor) -> None:
         """Take one in, of the parameter's shape.
@@ -99,14 +134,27 @@ class Gradients:
         return gradient
 
     def take(self) -> list[torch.Tensor | None]:
-        """All of them, flat and in host memory; None where no backward reached a parameter. None is kept."""
+        """All of them, flat and in host memory; None where no backward reached a parameter. None is kept.
+
+        Raises:
+            UsageError: one was put into `.grad` by hand, and does not fit what else is kept.
+        """
+        for index, each in enumerate(self._trained):
+            self._settle(index)
+            if each.parameter.grad is not None:  # by hand, or of a time before it was streamed
+                grad, each.parameter.grad = each.parameter.grad, None
+                self.add(index, grad)
         kept, self._kept = self._kept, [None] * len(self._trained)
         self._came = [0] * len(self._trained)
         return kept
 
     def clear(self) -> None:
         """Forget all of them."""
-        self.take()
+        for index, each in enumerate(self._trained):
+            self._settle(index)
+            each.parameter.grad = None
+        self._kept = [None] * len(self._trained)
+        self._came = [0] * len(self._trained)
 
     @property
     def nbytes(self) -> int:

@@ -108,7 +108,11 @@ class ShardPipeline:
                 self._give_back(slot)
                 break
             shard = self._shards[number]
-            ahead.append((shard, slot, None if new else self._read(shard, slot)))
+            try:
+                ahead.append((shard, slot, None if new else self._read(shard, slot)))
+            except BaseException:  # the drive's threads have been stopped, for one
+                self._give_back(slot)
+                raise
         return bool(ahead)
 
     def _read(self, shard: Shard, slot: Slot) -> Transfer:

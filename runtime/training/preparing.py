@@ -22,6 +22,7 @@ from ..build import Machinery
 from ..launch import open_scratch, scratch_files
 from ..layout import Changing
 from ..recompute import recompute
+from .buffers import restore_buffers
 from .facade import StreamedOptimizer
 from .gradients import Gradients, Trained
 from .optimizers import SGD, AdamW, Lion, OptimizerChoice
@@ -81,7 +82,8 @@ def attach(
         training = assemble(machinery, trained, shards, store, choice.kernel, paths, settings, arrays=arrays)
         made.callback(training.close)
         training.write_masters(master_of(machinery, trained))
-        optimizer = StreamedOptimizer(training, choice, store, origin=origin, settings=settings)
+        finish_before_export(model, training)
+        optimizer = StreamedOptimizer(training, choice, store, model=model, origin=origin, settings=settings)
         machinery.on_close(made.pop_all().close)
     return optimizer
 
@@ -123,7 +125,11 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
         )
         made.callback(training.close)
         training.weights_from_masters()
-        optimizer = StreamedOptimizer(training, choice, store, origin=origin, settings=settings, state=state)
+        finish_before_export(model, training)
+        restore_buffers(model, state.buffers)
+        optimizer = StreamedOptimizer(
+            training, choice, store, model=model, origin=origin, settings=settings, state=state
+        )
         set_random_state(state.random)
         machinery.on_close(made.pop_all().close)
     return optimizer
@@ -158,19 +164,26 @@ def arrays_of(choice: OptimizerChoice) -> int:
     return 1 + len(choice.kernel.states_of(choice.kernel.hyper_of(choice.defaults())))
 
 
-def changing(weights: Collection[int], *, accumulate: int, early: bool) -> Changing:
+def changing(weights: Collection[int], *, accumulate: int, early: bool, limit: int | None = None) -> Changing:
     """Host memory that training takes beside weights of so many bytes each.
 
     Gradients: of all weights in their dtype, in fp32 where several are added up, or only of those blocks that wait for
     their update where updates begin early. The buffers that shards pass through; what norms and updates compute with;
     one buffer that a block of weights is put together in.
+
+    Args:
+        weights: Bytes of each.
+        accumulate: Backward passes of a step.
+        early: Whether updates begin in backward.
+        limit: What the blocks of a run that goes on were cut by.
     """
     total, largest = sum(weights), max(weights, default=0)
     block = max(largest, min(MOST_BLOCK, total // 8))
     shards = BUFFERS * ARRAYS * 4 * min(ELEMENTS, round_up(total // 2, GRAIN))
     waiting = min(total, (BEHIND + 1) * block + total // 32)  # the small tensors wait until the end
     gradients = 2 * total if accumulate > 1 else waiting if early else total
-    return Changing(own_nbytes=gradients + shards + 2 * largest + 2 * 12 * SUBCHUNK + block, block_nbytes=block)
+    own = gradients + shards + 2 * largest + 2 * 12 * SUBCHUNK + block
+    return Changing(own_nbytes=own, block_nbytes=block, limit_nbytes=limit)
 
 
 def only_trained(model: nn.Module, names: Sequence[str]) -> None:
@@ -300,6 +313,16 @@ def run_folders(disk: Sequence[str]) -> RunFolders:
             'training needs a folder for masters and optimizer states, twice 12 bytes per parameter: disk="run/"'
         )
     return RunFolders(folders=[os.fspath(Path(folder)) for folder in disk])
+
+
+def finish_before_export(model: nn.Module, training: Training) -> None:
+    """Let `state_dict` of the model or of a part wait for the step that is being carried out."""
+
+    def finish(*_: object) -> None:
+        training.finish()
+
+    for child in model.modules():
+        child.register_state_dict_pre_hook(finish)  # type: ignore[no-untyped-call]
 
 
 def trainable(model: Any) -> None:

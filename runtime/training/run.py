@@ -16,6 +16,7 @@ from ...memory.errors import UsageError
 
 FORMAT = 1
 Activations = Literal["auto", "keep", "recompute"]
+Updates = Literal["step", "backward"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +39,31 @@ class Settings:
     activations: Activations = "auto"
     """keep: in memory. recompute: layers run again in backward. auto: recompute where weights are streamed."""
 
-    def early(self, max_grad_norm: float | None) -> bool:
-        """Whether updates may begin before the last gradient is there."""
-        return max_grad_norm is None and not self.skip_nonfinite
+    updates: Updates = "step"
+    """backward: a block is updated as soon as its last gradient is there. step: when all are."""
+
+    def check(self, max_grad_norm: float | None) -> None:
+        """See that updates may begin when they are to.
+
+        Raises:
+            UsageError: they would begin before it is known what they are.
+        """
+        if self.updates == "backward" and (max_grad_norm is not None or self.skip_nonfinite):
+            what = f"max_grad_norm={max_grad_norm}" if max_grad_norm is not None else 'nonfinite="skip"'
+            raise UsageError(
+                f'updates="backward" begins before all gradients are there, and {what} needs all of them first: leave '
+                "one of the two out"
+            )
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:
             raise UsageError(f"accumulate is {self.accumulate}: a step needs 1 backward pass at least")
-        if self.activations not in get_args(Activations):
-            raise UsageError(f"activations is {self.activations!r}: use {', '.join(get_args(Activations))}")
+        for name, value, known in (
+            ("activations", self.activations, get_args(Activations)),
+            ("updates", self.updates, get_args(Updates)),
+        ):
+            if value not in known:
+                raise UsageError(f"{name} is {value!r}: use {', '.join(known)}")
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,9 +80,13 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     """Hyperparameters as they are now, and the numbers of the group's parameters under `params`."""
     random: dict[str, str]
     """State of the generators, by whose it is."""
+    buffers: dict[str, bytes] = {}
+    """Running statistics and the like, by name."""
     source: str | None = None
     """The checkpoint that the model was loaded from."""
     dtype: str = "auto"
+    limit_nbytes: int | None = None
+    """What blocks were cut by."""
     max_grad_norm: float | None = None
     scheduler: dict[str, Any] | None = None
     """`state_dict()` of the learning rate's scheduler."""
@@ -74,13 +95,13 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode(state: RunState) -> bytes:
-    """As bytes.
+    """As bytes; MessagePack, for JSON has no infinity and no numbers as keys, and schedulers have both.
 
     Raises:
-        UsageError: the caller's state cannot be written as JSON.
+        UsageError: the caller's state is more than plain data.
     """
     try:
-        return msgspec.json.encode(state)
+        return msgspec.msgpack.encode(state)
     except (TypeError, ValueError) as error:
         raise UsageError(f"a commit cannot hold this: {error}. Give plain numbers, texts, lists and dicts") from error
 
@@ -92,7 +113,7 @@ def decode(document: bytes) -> RunState:
         UsageError: they are of another version, or of something else.
     """
     try:
-        state = msgspec.json.decode(document, type=RunState)
+        state = msgspec.msgpack.decode(document, type=RunState, strict=True)
     except msgspec.DecodeError as error:
         raise UsageError(f"the folder's commit was not written by penstock.save: {error}") from error
     if state.format != FORMAT:

@@ -84,6 +84,8 @@ class Training:
         """The one that backward has begun to submit."""
         self._missing: dict[int, int] = {}
         """Of that one: parameters of each block whose gradients have not come. A block is submitted when none is."""
+        self._used: set[int] = set()
+        """Parameters whose gradients have."""
 
     # --- a step that begins when all gradients are there --------------------------------------------------------------
 
@@ -166,10 +168,16 @@ class Training:
                 counts=[count + 1 for count in self.counts],
                 clip=None,
             )
-            self._missing = {}
+            self._missing, self._used = {}, set()
             for block in self._blocks:
                 self._missing[block] = self._missing.get(block, 0) + 1
         gradient = self.gradients.pop(index)
+        if index in self._used:
+            raise UsageError(
+                f"a second gradient of {self._names[index]} before step(), and the first has gone into an update "
+                "already: call step() after each backward pass, or say how many there are with accumulate=…"
+            )
+        self._used.add(index)
         if not bool(torch.isfinite(gradient.sum(dtype=torch.float32))) and not bool(torch.isfinite(gradient).all()):
             raise NonFiniteGradientError(
                 f"the gradient of {self._names[index]} is not finite, and parts of the model have been updated with "
@@ -183,6 +191,20 @@ class Training:
         if block != SMALL and not self._missing[block]:
             self._updater.wait_below(BEHIND)
             self._updater.submit(self._step, [block])
+
+    def forget(self) -> None:
+        """Drop the gradients that no step has used.
+
+        Raises:
+            UsageError: parts of the model have been updated with them.
+        """
+        if self._step is not None:
+            raise UsageError(
+                "zero_grad() after backward and without step(): parts of the model have been updated with these "
+                'gradients already, since nothing had to wait. With nonfinite="skip", or max_grad_norm, updates begin '
+                "at step()"
+            )
+        self.gradients.clear()
 
     def _end_early_step(self, hypers: Sequence[Any]) -> bool:
         """Submit what is not whole: blocks of which some parameters had no gradient, and the small tensors."""
@@ -246,6 +268,11 @@ class Training:
     def gradient_norm(self) -> torch.Tensor | None:
         """The norm of all gradients of the last step, before clipping; 0-dim, fp32."""
         return self._last_norm
+
+    @property
+    def limit_nbytes(self) -> int:
+        """What blocks were cut by."""
+        return self._machinery.layout.limit_nbytes
 
     def check(self) -> None:
         """See that it can go on.

@@ -29,6 +29,7 @@ class TrainedWeights:
         self._images = machinery.images
         self._engine: DiskEngine = machinery.engine
         self._host = machinery.host
+        self._device = machinery.device
         home = machinery.front if machinery.back is None else machinery.back
         self._slots = dict(home.permanent)
         self._portions = {b.id: [portion.name for portion in b.portions] for b in machinery.layout.blocks}
@@ -38,6 +39,10 @@ class TrainedWeights:
         self._ends = [0] * len(paths)
         self._scratch: dict[int, tuple[str, int]] = {}
         self._open: int | None = None
+        on_device = {} if machinery.back is None else machinery.front.permanent
+        self._lent = {0: on_device[0]} if on_device else {}
+        """Slots on a device apart of blocks that are lent for good: nobody asks for them again."""
+        self._device_images = {b.id: b.device_image for b in machinery.layout.blocks}
 
     @staticmethod
     def needed_nbytes(machinery: Machinery) -> int:
@@ -77,7 +82,9 @@ class TrainedWeights:
         Raises:
             DiskError: it cannot be written.
         """
-        if block in self._slots:
+        slot = self._slots.get(block)
+        if slot is not None:
+            self._refresh(block, self._host, slot.offset)
             return
         assert self._open == block, f"block {block} was not begun"
         image = self._images[block]
@@ -89,7 +96,22 @@ class TrainedWeights:
         path, offset = self._scratch[block]
         self._engine.write(path, offset, self._staging.view(0, nbytes)).wait()
         self._images[block] = _as_it_lies(image, path, offset)
+        self._refresh(block, self._staging, 0)
         self._open = None
+
+    def _refresh(self, block: int, source: HostArena, start: int) -> None:
+        """Copy a block that is lent for good to where it is lent. What computed with it must have been enqueued."""
+        slot = self._lent.get(block)
+        if slot is None:
+            return
+        image = self._device_images[block]
+        assert image is not None, block
+        self._device.copies_wait(self._device.computed())
+        for first, offset, nbytes in image.parts(0, self._images[block].nbytes):
+            self._device.copy(source, start + first, slot.arena, slot.offset + offset, nbytes)
+        copied = self._device.copied()
+        self._device.compute_waits(copied)
+        self._device.wait(copied)  # the source may be written to again
 
     def close(self) -> None:
         """Give the buffer back."""

@@ -1,0 +1,85 @@
+"""What `.grad` shows of a gradient that was taken away as soon as it was made: that there is one, and its norm.
+
+Were it None, `clip_grad_norm_` and `GradScaler` would find nothing to do, and say nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NoReturn
+
+import torch
+
+from ...memory.errors import UsageError
+from ..binding import placeholder
+
+_METADATA: Final = frozenset(
+    {
+        *("shape", "dtype", "device", "layout", "is_sparse", "is_cuda", "requires_grad", "grad_fn", "is_leaf", "ndim"),
+        *("size", "dim", "numel", "nelement", "element_size", "stride", "is_floating_point", "is_complex", "is_tensor"),
+        *("get_device", "__len__", "__hash__", "nbytes", "itemsize", "is_quantized", "is_meta", "data_ptr"),
+    }
+)
+_NORMS: Final = frozenset({"vector_norm", "linalg_vector_norm", "_foreach_norm"})
+_PRODUCTS: Final = frozenset({"mul_", "_foreach_mul_"})
+
+
+class TakenGradient(torch.Tensor):
+    """Stands in `.grad` for a gradient that is kept elsewhere. Its values are one NaN."""
+
+    _kept: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, parameter: torch.Tensor, kept: Callable[[], torch.Tensor]) -> TakenGradient:
+        """Make the one of a parameter; `kept` gives the gradient, flat."""
+        made = placeholder(parameter, parameter.device).as_subclass(cls)
+        made._kept = kept
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Say what is known without the values; refuse the rest.
+
+        Raises:
+            UsageError: values are wanted.
+        """
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+        if name in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if name in _NORMS and isinstance(args[0], TakenGradient):
+            return torch.linalg.vector_norm(args[0]._kept(), *args[1:2])
+        if name in _NORMS and isinstance(args[0], list | tuple):
+            return [torch.linalg.vector_norm(_values(each), *args[1:2]) for each in args[0]]
+        if name in _PRODUCTS and _is_one(args[1]):  # clip_grad_norm_ where there is nothing to clip
+            return args[0]
+        _refuse(name)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"TakenGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _values(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient._kept() if isinstance(gradient, TakenGradient) else gradient
+
+
+def _is_one(factor: object) -> bool:
+    if isinstance(factor, torch.Tensor):
+        return factor.numel() == 1 and bool(factor == 1)
+    return factor == 1
+
+
+def _refuse(what: str) -> NoReturn:
+    raise UsageError(
+        f"{what} on a gradient of a streamed model: it was taken as soon as it was made, and cannot be looked at or "
+        "changed in .grad. Clip with max_grad_norm, as in penstock.AdamW(lr=…, max_grad_norm=1.0), instead of "
+        "clip_grad_norm_ (max_grad_norm=0 for transformers' Trainer); use bfloat16 or float32, which need no GradScaler"
+    )
