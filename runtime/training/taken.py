@@ -63,7 +63,7 @@ class TakenGradient(torch.Tensor):
             return args[0]
         _refuse(name)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"TakenGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
