@@ -19,3 +19,12 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tensors, "objects_alive", lambda: [o for o in gc.get_objects() if id(o) not in known])
     yield
     others.clear()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny operations spend their time on waking threads, all the more where others use the processor."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

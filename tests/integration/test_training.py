@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from zoo import Outputs, differences, load_resident
 
 import penstock
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # transformers' own
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # transformers' own
+]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -22,6 +26,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # transformers' 
 def test_streamed_training_has_the_bits_of_the_resident_one(name: str, placement: str, tmp_path: Path) -> None:
     expected, left = resident(CASES[name])
     actual, state = train(CASES[name], tmp_path / "run", placement)
+    assert differences(expected.outputs(), actual.outputs()) == []
+    assert differences(dict(left), state) == []
+
+
+def test_several_threads_have_the_bits_of_as_many(tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    case = replace(CASES["gpt2"], name="gpt2 on two threads", steps=3)
+    expected, left = resident(case)
+    actual, state = train(case, tmp_path / "run", "smallest")
     assert differences(expected.outputs(), actual.outputs()) == []
     assert differences(dict(left), state) == []
 

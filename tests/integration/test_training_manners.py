@@ -17,7 +17,10 @@ from zoo import differences
 import penstock
 from penstock.runtime.training.training import NonFiniteGradientError
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # transformers' own
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # transformers' own
+]
 CASE = replace(CASES["tied"], name="manners", steps=3)
 
 

@@ -16,7 +16,10 @@ from zoo import differences
 import penstock
 from penstock.memory.errors import StoreBusyError, StoreError
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # transformers' own
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # transformers' own
+]
 
 
 def resumed(case: Case, folder: Path, placement: str) -> Streamed:

@@ -15,7 +15,10 @@ from zoo import differences, token_ids
 
 import penstock
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # transformers' own
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),  # transformers' own
+]
 CASE = CASES["tied"]
 STEPS = 4
 
