@@ -8,6 +8,7 @@ counts. The graph is the one of the first forward, so gradients have the bits of
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .session import Session
+
+
+logger = logging.getLogger(__name__)
 
 
 class RecomputeError(PenstockError):
@@ -174,11 +178,19 @@ def _worth_it(part: nn.Module) -> bool:
     return has_forward and any(True for _ in part.children()) and any(True for _ in part.parameters())
 
 
+def _is_cache(value: object) -> bool:
+    """Whether it holds keys and values, and gets more with each forward."""
+    return hasattr(value, "get_seq_length") or hasattr(value, "is_updated")
+
+
 def _wrap(session: Session, module: nn.Module, key: int) -> None:
     inner = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or not session.running_here() or session.saved.in_segment:
+            return inner(*args, **kwargs)
+        if any(_is_cache(value) for value in (*args, *kwargs.values())):
+            logger.info("%s is given a cache, which a second forward would find changed: kept", type(module).__name__)
             return inner(*args, **kwargs)
         with session.saved.within(Segment(session, module, key, inner, args, kwargs)):
             return inner(*args, **kwargs)

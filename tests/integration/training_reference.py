@@ -186,7 +186,7 @@ class Streamed:
         training, store = self.optimizer.training, self.optimizer._store
         training.finish()
         names = [each.name for each in training.trained]
-        kernel = training.optimizer
+        kernel = self.optimizer._choice.kernel
         kinds = ("master", *kernel.states_of(kernel.hyper_of(self.optimizer.defaults)))
         arrays = {
             name: torch.full((len(kinds), each.elements), float("nan"))
