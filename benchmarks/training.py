@@ -125,7 +125,8 @@ def penstock_worker(job: Job) -> dict[str, Any]:
     import penstock
     from penstock.memory.capacity import process_memory
 
-    taken = process_memory().anonymous_nbytes
+    now = process_memory()
+    taken = now.anonymous_nbytes + now.file_nbytes  # libraries are charged to the group as well
     Path(os.environ["PENSTOCK_BENCHMARK_STARTED"]).touch()
     tokens = job.batch * LENGTH
     config = json.loads((Path(job.checkpoint) / "config.json").read_text())

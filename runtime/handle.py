@@ -131,7 +131,7 @@ class Handle:
             ReadOnlyWeightError: on leaving, if a weight was changed.
         """
         machinery = self._machinery
-        if machinery is None or self.plan.resident:
+        if machinery is None or (self.plan.resident and not machinery.trains):
             yield module
             return
         if self.closed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate as accumulated
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 
 from ...kernels.accumulation import accumulate
 from ...kernels.scratch import Scratch
+from ...memory.arena import HostArena, round_up
 from ...memory.errors import UsageError
+from ...memory.image import ALIGN
 from .taken import TakenGradient
 
 
@@ -30,6 +33,34 @@ class Trained:
         return self.parameter.numel()
 
 
+class GradientRoom:
+    """A place for the gradient of every parameter, made once.
+
+    Kept where autograd puts them, between activations that come and go, gradients leave holes that malloc cannot use:
+    100 MiB and more of a few hundred. A place is used again in the next step: by then the forward has waited for the
+    update that used it.
+    """
+
+    def __init__(self, trained: Sequence[Trained], *, wide: bool) -> None:
+        """`wide`: in fp32, for gradients that are added up; else in the dtype of the parameter."""
+        self._dtypes = [torch.float32 if wide else each.parameter.dtype for each in trained]
+        sizes = [each.elements * dtype.itemsize for each, dtype in zip(trained, self._dtypes, strict=True)]
+        self._offsets = list(accumulated((round_up(size, ALIGN) for size in sizes), initial=0))
+        self._sizes = sizes
+        self._arena = HostArena(max(self._offsets[-1], 1), tier="gradients")
+
+    def put(self, index: int, flat: torch.Tensor) -> torch.Tensor:
+        """A copy of a gradient in its place."""
+        if not self._sizes[index]:
+            return flat.cpu()
+        raw = self._arena.view(self._offsets[index], self._sizes[index])
+        return torch.frombuffer(raw, dtype=self._dtypes[index]).copy_(flat)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._arena.close()
+
+
 class Gradients:
     """The gradients of one step.
 
@@ -37,9 +68,19 @@ class Gradients:
     passes `.grad` shows a `TakenGradient`; who removes it (`model.zero_grad()`) removes the gradient.
     """
 
-    def __init__(self, trained: Sequence[Trained], scratch: Scratch, *, most: int = 1) -> None:
-        """`scratch`: of the thread in which backward runs. `most`: backward passes of a step."""
+    def __init__(
+        self, trained: Sequence[Trained], scratch: Scratch, *, most: int = 1, room: GradientRoom | None = None
+    ) -> None:
+        """Take gradients in from now on.
+
+        Args:
+            trained: Whose.
+            scratch: Of the thread in which backward runs.
+            most: Backward passes of a step.
+            room: Where they are kept; None to keep them where autograd put them.
+        """
         self._trained = trained
+        self._room = room
         self._most = most
         self._came = [0] * len(trained)
         self.on_whole: Callable[[int], None] | None = None
@@ -120,7 +161,7 @@ class Gradients:
         flat = _as_in_memory(grad.detach(), each)
         kept = self._kept[index]
         if kept is None:
-            self._kept[index] = flat.cpu()
+            self._kept[index] = flat.cpu() if self._room is None else self._room.put(index, flat)
             return
         if kept.dtype != torch.float32:
             kept = kept.to(torch.float32)
@@ -166,6 +207,8 @@ class Gradients:
         for hook in self._hooks:
             hook.remove()
         self.clear()
+        if self._room is not None:
+            self._room.close()
 
 
 def _as_in_memory(grad: torch.Tensor, each: Trained) -> torch.Tensor:

@@ -24,7 +24,7 @@ from ..layout import Changing
 from ..recompute import recompute
 from .buffers import restore_buffers
 from .facade import StreamedOptimizer
-from .gradients import Gradients, Trained
+from .gradients import GradientRoom, Gradients, Trained
 from .optimizers import SGD, AdamW, Lion, OptimizerChoice
 from .pipeline import BUFFERS, ShardPipeline
 from .run import Origin, RunState, Settings, decode, set_random_state
@@ -259,10 +259,12 @@ def assemble(
     """Everything that trains, around a store."""
     pipeline = ShardPipeline(store=store, engine=machinery.engine, shards=shards, arrays=arrays)
     weights = TrainedWeights(machinery, paths)
+    together = settings.updates == "step"
+    room = GradientRoom(trained, wide=settings.accumulate > 1) if together else None
     return Training(
         machinery=machinery,
         trained=trained,
-        gradients=Gradients(trained, Scratch.of(), most=settings.accumulate),
+        gradients=Gradients(trained, Scratch.of(), most=settings.accumulate, room=room),
         shards=shards,
         pipeline=pipeline,
         weights=weights,

@@ -64,12 +64,12 @@ class TrainedWeights:
         Raises:
             DiskError: the present ones cannot be read.
         """
-        assert self._open is None, f"block {self._open} is not finished"
         image = self._images[block]
         slot = self._slots.get(block)
         if slot is not None:
             raw = self._host.view(slot.offset, slot.nbytes)
         else:
+            assert self._open is None, f"block {self._open} is not finished"
             raw = self._staging.view(0, image.nbytes)
             if not whole:
                 self._engine.read(image.windows, image.bounces, raw, urgent=True).wait()

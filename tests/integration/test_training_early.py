@@ -105,6 +105,8 @@ def test_updates_in_backward_have_the_bits_of_those_at_the_end(
         assert found == losses
         state = model.state_dict()
         assert [name for name, value in weights.items() if not torch.equal(state[name], value)] == []
+        with model.penstock.gathered(model.model.layers[1]) as layer:
+            assert torch.equal(layer.mlp.up_proj.weight, weights["model.layers.1.mlp.up_proj.weight"])
 
 
 def backward(model: Any, number: int = 0) -> None:
