@@ -78,6 +78,8 @@ class Training:
             for piece in shard.pieces:
                 self._blocks[piece.parameter] = shard.block
         self._last_norm: torch.Tensor | None = None
+        self._wide: torch.Tensor | None = None
+        """One gradient in fp32."""
         self._hypers: Hypers | None = None
         """Where blocks are submitted by backward."""
         self._step: Step | None = None
@@ -143,8 +145,20 @@ class Training:
         norms = GradientNorms(len(gradients))
         for index, gradient in enumerate(gradients):
             if gradient is not None:
-                norms.add(index, gradient if gradient.dtype == torch.float32 else gradient.to(torch.float32))
+                norms.add(index, self._in_fp32(gradient))
         return norms.total() if any(gradient is not None for gradient in gradients) else None
+
+    def _in_fp32(self, gradient: torch.Tensor) -> torch.Tensor:
+        """A gradient in fp32, for as long as no other one is asked for.
+
+        In one buffer for all of them: of those that are allocated anew, the norms, small and long-lived, keep malloc
+        from giving half back until the next step.
+        """
+        if gradient.dtype == torch.float32:
+            return gradient
+        if self._wide is None:
+            self._wide = torch.empty(max(each.elements for each in self.trained), dtype=torch.float32)
+        return self._wide[: len(gradient)].copy_(gradient)
 
     def _having(self, gradients: Sequence[torch.Tensor | None]) -> list[int]:
         """Blocks with a gradient, in the order in which a forward uses them."""
