@@ -18,7 +18,17 @@ from .runtime.loading import load as _load
 from .runtime.offloading import offload as _offload
 from .runtime.training.facade import StreamedOptimizer
 from .runtime.training.optimizers import SGD, AdamW, Lion, OptimizerChoice
-from .runtime.training.preparing import attach, changing, go_on, run_folders, state_of_run, trainable
+from .runtime.training.preparing import (
+    RunFolders,
+    attach,
+    changing,
+    check_new,
+    check_trained,
+    go_on,
+    run_folders,
+    state_of_run,
+    trainable,
+)
 from .runtime.training.run import Activations, Origin, Settings, Updates
 
 
@@ -67,7 +77,10 @@ def prepare(
     """
     folders = run_folders(_folders(disk))
     settings = _settings(accumulate, activations, updates, nonfinite, optimizer.max_grad_norm)
-    made, origin = _streamed(model, max_memory, device, dtype, trust_remote_code, settings)
+    check_new(folders)  # before a module gives its weights up
+    if isinstance(model, nn.Module):
+        check_trained(model, optimizer)
+    made, origin = _streamed(model, max_memory, device, dtype, trust_remote_code, settings, folders)
     try:
         return made, attach(made, optimizer, folders, origin=origin, settings=settings)
     except BaseException:
@@ -78,7 +91,8 @@ def prepare(
 def save(model: nn.Module, optimizer: StreamedOptimizer, *, scheduler: Any = None, extra: Any = None) -> Commit:
     """Make the present state of a run durable: a commit of what is on disk already. Nothing is copied.
 
-    Returns a handle at once; the commit is published when the updates of the last step have landed (`handle.wait()`).
+    Waits for the updates of the last step, and returns a handle; the commit is published in the background
+    (`handle.wait()`).
 
     Args:
         model: What `prepare` or `resume` returned.
@@ -133,15 +147,17 @@ def resume(
         raise UsageError("the run was begun with a module, not a checkpoint: give it to resume(…, model=…), as built")
     source: Any = state.source if model is None else model
     settings = _settings(accumulate, activations, updates, nonfinite, state.max_grad_norm)
-    made, origin = _streamed(
+    made, _ = _streamed(
         source,
         max_memory,
         device,
         state.dtype,
         trust_remote_code,
         settings,
+        folders,
         limit=state.limit_nbytes,
     )
+    origin = Origin(source=state.source, dtype=state.dtype)
     try:
         optimizer = go_on(made, folders, origin=origin, settings=settings)
         if scheduler is not None:
@@ -176,6 +192,7 @@ def _streamed(
     dtype: str | torch.dtype,
     trust_remote_code: bool,
     settings: Settings,
+    folders: RunFolders,
     *,
     limit: int | None = None,
 ) -> tuple[nn.Module, Origin]:
@@ -188,7 +205,7 @@ def _streamed(
             model,
             wanted=wanted,
             device=opened,
-            disk=[],
+            disk=folders.scratch,
             context=None,
             batch=None,
             cache=link_cache(),
@@ -208,7 +225,8 @@ def _streamed(
         trains=trains,
     )
     trainable(made)
-    return made, Origin(source=os.fspath(model), dtype=str(dtype).removeprefix("torch."))
+    source = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
+    return made, Origin(source=source, dtype=str(dtype).removeprefix("torch."))
 
 
 __all__ = ["SGD", "AdamW", "Lion", "OptimizerChoice", "StreamedOptimizer", "prepare", "resume", "save"]

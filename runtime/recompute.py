@@ -69,10 +69,12 @@ class Segment:
         self._key = key
         self._forward = forward
         self._args, self._kwargs = args, kwargs
-        self._around = _Surroundings(module)
+        self._around = _Surroundings()
         self._shapes: list[tuple[torch.Size, torch.dtype]] = []
         self._found: dict[int, Any] = {}
         self._next = 0
+        self._generation = session.saved.generation
+        self._versions = [(each, each._version) for each in _tensors((args, kwargs))]
 
     def hold(self, tensor: torch.Tensor) -> Pending:
         """Called for what the first forward saves."""
@@ -104,6 +106,12 @@ class Segment:
         self._next = 0
         self._found.clear()
         session = self._session
+        session.saved.check(self._generation)
+        if any(each._version != version for each, version in self._versions):
+            raise RecomputeError(
+                f"{type(self._module).__name__} was given a tensor that has been changed in place since, so it cannot "
+                'run again for backward: keep its activations, activations="keep"'
+            )
         with ExitStack() as around:
             around.enter_context(torch.enable_grad())
             around.enter_context(self._around.restored(self._module))
@@ -122,9 +130,9 @@ class Segment:
 class _Surroundings:
     """What a forward depends on beside its arguments: random numbers, autocast. And what it changes: buffers."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._random = torch.get_rng_state() if module.training else None
-        on_cuda = module.training and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        self._random = torch.get_rng_state()
+        on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._random_cuda = torch.cuda.get_rng_state() if on_cuda else None
         self._autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
@@ -134,22 +142,20 @@ class _Surroundings:
     @contextmanager
     def restored(self, module: nn.Module) -> Iterator[None]:
         """As it was then; afterwards as it is now."""
-        random = torch.get_rng_state() if self._random is not None else None
+        random = torch.get_rng_state()
         random_cuda = torch.cuda.get_rng_state() if self._random_cuda is not None else None
-        buffers = [(buffer, buffer.clone()) for buffer in module.buffers()] if module.training else []
+        buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         with ExitStack() as around:
             for kind, enabled, dtype in self._autocast:
                 if enabled or torch.is_autocast_enabled(kind):
                     around.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=self._cached))
             try:
-                if self._random is not None:
-                    torch.set_rng_state(self._random)
+                torch.set_rng_state(self._random)
                 if self._random_cuda is not None:
                     torch.cuda.set_rng_state(self._random_cuda)
                 yield
             finally:
-                if random is not None:
-                    torch.set_rng_state(random)
+                torch.set_rng_state(random)
                 if random_cuda is not None:
                     torch.cuda.set_rng_state(random_cuda)
                 with torch.no_grad():
@@ -176,6 +182,18 @@ def _worth_it(part: nn.Module) -> bool:
     """Whether it does more than one operation, whose input would have to be kept all the same."""
     has_forward = type(part).forward is not nn.Module.forward
     return has_forward and any(True for _ in part.children()) and any(True for _ in part.parameters())
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    """Those among arguments, also in lists, tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_inference():
+            yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
 
 
 def _is_cache(value: object) -> bool:

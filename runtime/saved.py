@@ -29,6 +29,8 @@ class _Reference:
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    generation: int
+    """How often weights had changed."""
 
 
 class SavedTensor:
@@ -60,6 +62,8 @@ class SavedTensors:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self.generation = 0
+        """How often weights have changed, by steps."""
         self._segment: Segment | None = None
         """Whose first forward runs."""
         self._again: Segment | None = None
@@ -69,6 +73,19 @@ class SavedTensors:
     def hooks(self) -> AbstractContextManager[Any]:
         """The context in which saved tensors are packed."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def check(self, generation: int) -> None:
+        """See that weights are those that a forward had.
+
+        Raises:
+            RuntimeError: a step has changed them since. torch would say as much of tensors in memory.
+        """
+        if generation != self.generation:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified: backward goes through a graph "
+                "that was made before optimizer.step(), and weights have changed since. Run backward before step(), or "
+                "the forward again"
+            )
 
     @property
     def in_segment(self) -> bool:
@@ -115,6 +132,7 @@ class SavedTensors:
                     dtype=tensor.dtype,
                     shape=tuple(tensor.shape),
                     stride=tuple(tensor.stride()),
+                    generation=self.generation,
                 )
         return SavedTensor(tensor.detach().clone())  # a piece of a table: leased without a binding
 
@@ -124,6 +142,7 @@ class SavedTensors:
         assert not isinstance(saved, Pending)
         if isinstance(saved, SavedTensor):
             return saved.unpack()
+        self.check(saved.generation)
         session = self._session
         lease = session.executor.acquire(saved.block, observed=False)
         try:

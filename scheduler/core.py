@@ -103,7 +103,7 @@ class Core:
             )  # what a prefetch met may be over; if it is not, this demand meets it again
             predicted = not observed or self.orders.observe(block)
             held = self.front.holding.get(block)
-            if held is not None and held.ready and block not in self._choice.away:
+            if held is not None and held.ready and (held.leases or block not in self._choice.away):
                 held.leases += 1
                 held.used = True
                 self._tally.on_time += 1
@@ -135,7 +135,7 @@ class Core:
             self._choice.failed.pop(block, None)
             self._tally.on_cpu += 1
             held = back.holding.get(block)
-            if held is not None and held.ready and block not in self._choice.away:
+            if held is not None and held.ready and (held.leases or block not in self._choice.away):
                 held.leases += 1
                 held.used = True
                 return Lease(residence=held)
@@ -171,7 +171,8 @@ class Core:
         """Let nobody have a block until `readmit`: its bytes are about to change.
 
         Done once no lease is left, nothing moves it, and every copy of it has been dropped except the one to be
-        changed: the one that stays in host memory, where the block stays there. Whoever asks meanwhile waits.
+        changed: the one that stays in host memory, where the block stays there. Whoever asks meanwhile waits, except
+        for a block that is still leased: who holds it may need it twice.
         """
         with self.lock:
             assert block not in self._choice.away, f"block {block} is withdrawn already"
@@ -276,11 +277,11 @@ class Core:
         with self.lock:
             self._broken = self._broken or reason
             wishes, self._choice.wishes = self._choice.wishes, []
-            withdrawn = [gone for gone in self._choice.away.values() if not gone.done()]
+            for gone in self._choice.away.values():
+                if not gone.done():
+                    gone.set_exception(reason)
         for wish in wishes:
             wish.granted.set_exception(reason)
-        for gone in withdrawn:
-            gone.set_exception(reason)
 
     def _pump(self) -> None:
         self._pump_scheduled = False

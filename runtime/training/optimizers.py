@@ -30,7 +30,7 @@ class OptimizerChoice:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise UsageError(f"max_grad_norm is {self.max_grad_norm}: give a norm above 0, or None not to clip")
         try:
-            self.kernel.hyper_of(self.defaults())
+            states = self.kernel.states_of(self.kernel.hyper_of(self.defaults()))
             for pattern, overrides in (self.groups or {}).items():
                 unknown = overrides.keys() - self.defaults().keys()
                 if unknown:
@@ -38,7 +38,12 @@ class OptimizerChoice:
                         f"group {pattern!r} sets {', '.join(sorted(unknown))}: {type(self).__name__} has "
                         f"{', '.join(self.defaults())}"
                     )
-                self.kernel.hyper_of({**self.defaults(), **overrides})
+                hyper = self.kernel.hyper_of({**self.defaults(), **overrides})
+                if self.kernel.states_of(hyper) != states:
+                    raise UsageError(
+                        f"group {pattern!r} keeps other states ({', '.join(self.kernel.states_of(hyper)) or 'none'}) "
+                        f"than the rest ({', '.join(states) or 'none'}): let all groups have momentum, or none"
+                    )
         except ValueError as error:
             raise UsageError(str(error)) from error
 

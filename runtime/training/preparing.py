@@ -13,10 +13,11 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from ...kernels.optimizer import Optimizer
+from ...kernels.optimizer import GRADIENT_DTYPES, Optimizer
 from ...kernels.scratch import SUBCHUNK, Scratch
 from ...memory.arena import round_up
 from ...memory.errors import StoreError, UsageError
+from ...memory.files import disk_error
 from ...memory.store import BlockSpec, BlockStore
 from ..build import Machinery
 from ..launch import open_scratch, scratch_files
@@ -135,6 +136,39 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
     return optimizer
 
 
+def check_new(folders: RunFolders) -> None:
+    """See that no run would be lost, and make the folders.
+
+    Raises:
+        StoreError: there is one.
+        DiskError: a folder cannot be made.
+    """
+    if os.path.isdir(folders.states[0]) and os.listdir(folders.states[0]):
+        with BlockStore.open(folders.states, readonly=True) as store:
+            if store.committed:
+                raise StoreError(
+                    f"{folders.states[0]} holds a run with {store.committed} commits: go on with penstock.resume, or "
+                    "name another folder"
+                )
+    for folder in folders.folders:
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise disk_error("make", folder, 0, 0, error) from error
+
+
+def check_trained(module: nn.Module, choice: OptimizerChoice) -> None:
+    """See that a module has something to train, and what the groups name.
+
+    Raises:
+        UsageError: it has not.
+    """
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    if not names:
+        raise UsageError("no parameter wants a gradient: set requires_grad on those that are to be trained")
+    choice.grouped(names)
+
+
 def state_of_run(folders: RunFolders) -> RunState:
     """What the last commit of a run says.
 
@@ -224,8 +258,11 @@ def find_trained(model: nn.Module, machinery: Machinery) -> list[Trained]:
     strides = {bound.name: bound.stride for binding in machinery.bindings.values() for bound in binding.tensors}
     found = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or not parameter.numel():
             continue
+        if parameter.dtype not in GRADIENT_DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in GRADIENT_DTYPES)
+            raise UsageError(f"parameter {name} is {parameter.dtype}; what can be trained is {known}: freeze it")
         if name not in strides:
             raise UsageError(f"parameter {name} is not penstock's (a tensor subclass?): freeze it to train the others")
         found.append(Trained(name=name, parameter=parameter, stride=strides[name]))

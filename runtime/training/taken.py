@@ -55,10 +55,12 @@ class TakenGradient(torch.Tensor):
         if name in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        if name in _NORMS and isinstance(args[0], TakenGradient):
-            return torch.linalg.vector_norm(args[0]._kept(), *args[1:2])
-        if name in _NORMS and isinstance(args[0], list | tuple):
-            return [torch.linalg.vector_norm(_values(each), *args[1:2]) for each in args[0]]
+        options = {key: value for key, value in (kwargs or {}).items() if value is not None}
+        if name in _NORMS and len(args) <= 2 and options.keys() <= {"ord", "dtype"}:
+            if isinstance(args[0], TakenGradient):
+                return torch.linalg.vector_norm(args[0]._kept(), *args[1:], **options)
+            if isinstance(args[0], list | tuple):
+                return [torch.linalg.vector_norm(_values(each), *args[1:], **options) for each in args[0]]
         if name in _PRODUCTS and _is_one(args[1]):  # clip_grad_norm_ where there is nothing to clip
             return args[0]
         _refuse(name)

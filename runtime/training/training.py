@@ -88,6 +88,10 @@ class Training:
         """Of that one: parameters of each block whose gradients have not come. A block is submitted when none is."""
         self._used: set[int] = set()
         """Parameters whose gradients have."""
+        self._submitted: set[int] = set()
+        """Blocks that backward has submitted."""
+        self._lost: PenstockError | None = None
+        """Why the model is between two steps for good."""
 
     # --- a step that begins when all gradients are there --------------------------------------------------------------
 
@@ -133,6 +137,7 @@ class Training:
 
     def _submit(self, step: Step, blocks: Iterable[int]) -> None:
         """Submit blocks; the small tensors, which cannot be withdrawn, are changed before this returns."""
+        self._machinery.session.saved.generation += 1
         blocks = list(blocks)
         if SMALL in blocks:
             self._updater.submit(step, [SMALL], urgent=True)
@@ -176,35 +181,48 @@ class Training:
         assert self._hypers is not None
         if self._step is None:
             self.check()
-            self._step = Step(
-                gradients=[None] * len(self.trained),
-                hypers=self._hypers(),
-                counts=[count + 1 for count in self.counts],
-                clip=None,
-            )
-            self._missing, self._used = {}, set()
-            for block in self._blocks:
-                self._missing[block] = self._missing.get(block, 0) + 1
+            self._begin_step()
+        step = self._step
+        assert step is not None
         gradient = self.gradients.pop(index)
         if index in self._used:
             raise UsageError(
                 f"a second gradient of {self._names[index]} before step(), and the first has gone into an update "
                 "already: call step() after each backward pass, or say how many there are with accumulate=…"
             )
-        self._used.add(index)
-        if not bool(torch.isfinite(gradient.sum(dtype=torch.float32))) and not bool(torch.isfinite(gradient).all()):
-            raise NonFiniteGradientError(
-                f"the gradient of {self._names[index]} is not finite, and parts of the model have been updated with "
-                "others of this backward already: go on from the last commit with penstock.resume, or have whole "
-                'steps skipped with nonfinite="skip"'
-            )
-        self._step.gradients[index] = gradient
-        self.counts[index] += 1
+        self._use(step, index, gradient)
         block = self._blocks[index]
         self._missing[block] -= 1
         if block != SMALL and not self._missing[block]:
             self._updater.wait_below(BEHIND)
-            self._updater.submit(self._step, [block])
+            self._submitted.add(block)
+            self._updater.submit(step, [block])
+
+    def _begin_step(self) -> None:
+        assert self._hypers is not None
+        self._step = Step(
+            gradients=[None] * len(self.trained),
+            hypers=self._hypers(),
+            counts=[count + 1 for count in self.counts],
+            clip=None,
+        )
+        self._missing, self._used, self._submitted = {}, set(), set()
+        for block in self._blocks:
+            self._missing[block] = self._missing.get(block, 0) + 1
+
+    def _use(self, step: Step, index: int, gradient: torch.Tensor) -> None:
+        """Give a gradient to the step that has begun."""
+        if not bool(torch.isfinite(gradient.sum(dtype=torch.float32))) and not bool(torch.isfinite(gradient).all()):
+            raise self._lose(
+                NonFiniteGradientError(
+                    f"the gradient of {self._names[index]} is not finite, and parts of the model have been updated "
+                    "with others of this backward already: go on from the last commit with penstock.resume, or have "
+                    'whole steps skipped with nonfinite="skip"'
+                )
+            )
+        self._used.add(index)
+        step.gradients[index] = gradient
+        self.counts[index] += 1
 
     def forget(self) -> None:
         """Drop the gradients that no step has used.
@@ -222,17 +240,32 @@ class Training:
 
     def _end_early_step(self, hypers: Sequence[Any]) -> bool:
         """Submit what is not whole: blocks of which some parameters had no gradient, and the small tensors."""
-        step, self._step = self._step, None
-        self.gradients.clear()
-        if step is None:
-            return False
+        rest = self.gradients.take()
+        if self._step is None:
+            if all(gradient is None for gradient in rest):
+                return False
+            self._begin_step()
+        step = self._step
+        assert step is not None
         if list(hypers) != list(step.hypers):
-            raise UsageError(
-                "a learning rate, or another hyperparameter, was changed between backward and step(), when parts of "
-                "the model had been updated already: change it after step(), as schedulers do"
+            raise self._lose(
+                UsageError(
+                    "a learning rate, or another hyperparameter, was changed between backward and step(), when parts "
+                    "of the model had been updated already. Change it after step(), as schedulers do; this run goes "
+                    "on from its last commit with penstock.resume"
+                )
             )
-        self._submit(step, [block for block in self._having(step.gradients) if block == SMALL or self._missing[block]])
+        for index, gradient in enumerate(rest):
+            if gradient is not None:  # of fewer backward passes than there could have been
+                self._use(step, index, gradient)
+        self._step = None
+        self._submit(step, [block for block in self._having(step.gradients) if block not in self._submitted])
         return True
+
+    def _lose(self, error: PenstockError) -> PenstockError:
+        """Note that the model is between two steps, and cannot go on."""
+        self._lost = error
+        return error
 
     # --- masters ----------------------------------------------------------------------------------------------------
 
@@ -296,12 +329,24 @@ class Training:
             ClosedError: the model was closed.
         """
         self._updater.check()
+        if self._lost is not None:
+            raise self._lost
         if self._machinery.closing:
             raise ClosedError("the model was closed by penstock.close(); resume the run")
 
     def finish(self) -> None:
-        """Wait until the last step has been carried out. Raises as `check` does."""
+        """Wait until the last step has been carried out.
+
+        Raises:
+            UsageError: one has been begun by backward, and has not ended.
+            PenstockError: as `check`.
+        """
         self.check()
+        if self._step is not None:
+            raise UsageError(
+                "between backward and step() parts of the model are a step ahead of others: save, and look at weights, "
+                "after step(); if a backward pass was interrupted, go on from the last commit with penstock.resume"
+            )
         self._updater.wait()
 
     def close(self) -> None:

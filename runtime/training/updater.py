@@ -17,7 +17,7 @@ import torch
 
 from ...kernels.optimizer import Clip, Optimizer
 from ...kernels.scratch import Scratch
-from ...memory.errors import ClosedError
+from ...memory.errors import PenstockError
 from ...scheduler.executor import Executor
 from .pipeline import ShardPipeline
 from .shards import Shard
@@ -119,7 +119,8 @@ class Updater:
             with self._changed:
                 self._unfinished.add(block)
                 self._busy = True
-                (self._queue.appendleft if urgent else self._queue.append)(job)
+                begun = bool(self._queue) and len(self._queue[0].left) < self._queue[0].open
+                self._queue.insert(int(begun) if urgent else len(self._queue), job)
                 self._changed.notify_all()
 
     def wait(self, block: int | None = None) -> None:
@@ -175,7 +176,12 @@ class Updater:
             self._error = error
             self._queue.clear()
             self._changed.notify_all()
-        self._executor.fail(ClosedError(f"an update of the weights failed: {error}"))
+        failure = PenstockError(
+            f"an update of the weights failed: {error}. What was committed is not lost: penstock.close(model), then go "
+            "on with penstock.resume(folder)"
+        )
+        failure.__cause__ = error
+        self._executor.fail(failure)
 
     def _take(self) -> int | None:
         """The next shard; None where there is none now."""
@@ -184,7 +190,7 @@ class Updater:
                 job = self._queue[0]
                 if job.left:
                     shard = job.left.popleft()
-                    if not job.left:  # an urgent one may come before the next block, not between shards of this one
+                    if not job.left:
                         self._queue.popleft()
                     self._taken[shard] = job
                     return shard

@@ -34,7 +34,7 @@ class TrainedWeights:
         self._slots = dict(home.permanent)
         self._portions = {b.id: [portion.name for portion in b.portions] for b in machinery.layout.blocks}
         moving = [image.nbytes for block, image in self._images.items() if block not in self._slots]
-        self._staging = HostArena(max(moving, default=1), tier="staging")
+        self._staging = machinery.device.host_arena(max(moving, default=1))
         self._paths = paths
         self._ends = [0] * len(paths)
         self._scratch: dict[int, tuple[str, int]] = {}

@@ -113,6 +113,50 @@ def backward(model: Any, number: int = 0) -> None:
     model(input_ids=ids(number), labels=ids(number), use_cache=False).loss.backward()
 
 
+def test_fewer_backward_passes_than_said_are_not_lost(tmp_path: Path) -> None:
+    losses, weights = reference(1, torch.bfloat16)
+    found = []
+    with prepared(tmp_path / "run", "1GiB", accumulate=3) as (model, optimizer):
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+        for step in range(STEPS):
+            loss = model(input_ids=ids(step), labels=ids(step), use_cache=False).loss
+            loss.backward()
+            found.append(loss.item())
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        state = model.state_dict()
+    assert found == losses
+    assert [name for name, value in weights.items() if not torch.equal(state[name], value)] == []
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_a_graph_from_before_a_step_is_refused(tmp_path: Path, activations: str) -> None:
+    with prepared(tmp_path / "run", "smallest", updates="step", activations=activations) as (model, optimizer):
+        old = model(input_ids=ids(1), labels=ids(1), use_cache=False).loss
+        backward(model)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match=r"before optimizer\.step"):
+            old.backward()
+
+
+def test_nothing_is_saved_between_two_steps(tmp_path: Path) -> None:
+    with prepared(tmp_path / "run", "1GiB") as (model, optimizer):
+        backward(model)
+        with pytest.raises(UsageError, match="after step"):
+            penstock.save(model, optimizer)
+
+
+def test_a_module_keeps_its_weights_where_a_run_is_in_the_way(tmp_path: Path) -> None:
+    with prepared(tmp_path / "run", "1GiB") as (model, optimizer):
+        penstock.save(model, optimizer).wait()
+    module = make()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(penstock.PenstockError, match="resume"):
+        penstock.prepare(module, optimizer=penstock.AdamW(), disk=tmp_path / "run", device="cpu")
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
 def test_what_cannot_be_taken_back_is_refused(tmp_path: Path) -> None:
     with prepared(tmp_path / "run", "1GiB") as (model, optimizer):
         backward(model)

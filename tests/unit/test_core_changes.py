@@ -49,6 +49,22 @@ def test_a_change_waits_for_the_lease_and_readers_wait_for_the_change() -> None:
     assert [block for _, block in rig.logged("read")].count(0) == 1
 
 
+def test_who_holds_a_withdrawn_block_may_have_it_once_more() -> None:
+    rig = make_rig(blocks=1, ring=1)
+
+    async def work() -> None:
+        outer = await rig.acquire(0)
+        gone = rig.core.withdraw(0)
+        inner = await rig.acquire(0)  # else the change would wait for the lease, and the lease for the change
+        rig.release(outer)
+        assert not gone.done()
+        rig.release(inner)
+        assert gone.done()
+        rig.core.readmit(0)
+
+    run(rig.loop, work())
+
+
 def test_a_block_that_passes_through_is_read_again() -> None:
     rig = make_rig(blocks=3, ring=3)
 
