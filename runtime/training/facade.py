@@ -89,7 +89,13 @@ class StreamedOptimizer(torch.optim.Optimizer):
         return found
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients that no step has used."""
+        """Forget gradients that no step has used.
+
+        They are not kept in `.grad`, so there are none to fill with zeros: `set_to_none` makes no difference.
+
+        Raises:
+            UsageError: parts of the model have been updated with them (`updates="backward"`).
+        """
         self._training.forget()
 
     def commit(self, scheduler: dict[str, Any] | None, extra: Any) -> Commit:
