@@ -33,11 +33,11 @@ from ..backing import ModuleBacking
 from ..binding import contiguous_stride
 from ..conversion import Converted, Source
 from ..dtypes import parse_dtype, stored_dtype
-from ..partition import cut, limits, streamable
+from ..partition import cut, streamable
 from ..phases import once_per_answer
 from ..pretrained import Skeleton, skeleton
 from .gradients import Trained
-from .preparing import changing, identity_of
+from .preparing import identity_of
 from .run import RunState, decode
 from .shards import Piece, Shard, cut_shards
 
@@ -213,17 +213,10 @@ def _require(names: Sequence[str], parameters: Collection[str]) -> None:
 def _shards(
     model: nn.Module, sizes: Mapping[str, int], trained: Sequence[Trained], state: RunState, identity: str
 ) -> Sequence[Shard]:
-    """How the run cut its parameters.
-
-    That follows from the blocks of weights, whose size the planner chose by the memory there was. There are few that it
-    chooses from, and the store's identity tells which it was.
-    """
-    number = {each.name: index for index, each in enumerate(trained)}
-    most = changing(sizes.values(), accumulate=1, early=False).block_nbytes
-    tried = [max(sum(sizes.values()) // 8, 1), *limits(model, sizes)]
-    apart = once_per_answer(model)
-    for limit in dict.fromkeys(min(each, most) for each in tried):
-        partition = cut(model, sizes, limit=limit, tables=set(), apart=apart)
+    """How the run cut its parameters: by blocks of weights, whose size its commits hold."""
+    if state.limit_nbytes is not None:
+        number = {each.name: index for index, each in enumerate(trained)}
+        partition = cut(model, sizes, limit=state.limit_nbytes, tables=set(), apart=once_per_answer(model))
         groups = [partition.small.names, *(group.names for group in partition.groups)]
         blocks = {block: [number[name] for name in names if name in number] for block, names in enumerate(groups)}
         shards = cut_shards([each.elements for each in trained], blocks)
