@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from .optimizer import Optimizer, require
+from .optimizer import Optimizer, require, require_betas
 from .scratch import Scratch
 
 
@@ -36,10 +36,7 @@ class AdamWHyper:
         require("lr", self.lr)
         require("eps", self.eps)
         require("weight_decay", self.weight_decay)
-        if len(self.betas) != 2:
-            raise ValueError(f"betas has {len(self.betas)} values; 2 are needed, such as (0.9, 0.999)")
-        for index, beta in enumerate(self.betas):
-            require(f"betas[{index}]", beta, below=1)
+        require_betas(self.betas, "(0.9, 0.999)")
 
 
 def update(

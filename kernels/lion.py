@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from .optimizer import Optimizer, require
+from .optimizer import Optimizer, require, require_betas
 from .scratch import Scratch
 
 
@@ -32,10 +32,7 @@ class LionHyper:
     def __post_init__(self) -> None:
         require("lr", self.lr)
         require("weight_decay", self.weight_decay)
-        if len(self.betas) != 2:
-            raise ValueError(f"betas has {len(self.betas)} values; 2 are needed, such as (0.9, 0.99)")
-        for index, beta in enumerate(self.betas):
-            require(f"betas[{index}]", beta, below=1)
+        require_betas(self.betas, "(0.9, 0.99)")
 
 
 def update(

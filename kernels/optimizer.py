@@ -75,6 +75,18 @@ def require(name: str, value: float, *, below: float = inf) -> None:
         raise ValueError(f"{name} is {value}; it must be below {below:g}")
 
 
+def require_betas(betas: tuple[float, ...], example: str) -> None:
+    """Check two shares below 1.
+
+    Raises:
+        ValueError: there are more or fewer, or one is no such share.
+    """
+    if len(betas) != 2:
+        raise ValueError(f"betas has {len(betas)} values; 2 are needed, such as {example}")
+    for index, beta in enumerate(betas):
+        require(f"betas[{index}]", beta, below=1)
+
+
 H = TypeVar("H", bound=Hyper)
 H_contra = TypeVar("H_contra", bound=Hyper, contravariant=True)
 
