@@ -80,7 +80,7 @@ def load(
     if given is not None:
         wanted = _as_planned(wanted, given, exact)
     opened = open_device(device)
-    return _load(
+    model = _load(
         path,
         wanted=wanted,
         device=opened,
@@ -93,6 +93,9 @@ def load(
         decisions=None if given is not None else _decisions(opened, batch=batch or 1, exact=exact),
         plan=given,
     )
+    handle: Any = model.penstock
+    handle.exact = exact
+    return model
 
 
 def save_plan(plan: Plan, path: str | os.PathLike[str], *, force: bool = False) -> None:

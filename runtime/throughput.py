@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -22,6 +23,7 @@ from ..scheduler.microbatches import MicroBatch, Prefills, Schedule
 from .build import Machinery
 from .sweep import StoppedError, Sweep
 from .throughput_batch import Row, Ways, run_batch
+from .widening import Widening
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +65,20 @@ class Work:
     """What the threads of one run share. Starts them; they end by themselves, or after `stop`."""
 
     def __init__(
-        self, model: Any, machinery: Machinery | None, schedule: Schedule, rows: Sequence[Row], ways: Ways
+        self,
+        model: Any,
+        machinery: Machinery | None,
+        schedule: Schedule,
+        rows: Sequence[Row],
+        ways: Ways,
+        *,
+        wide_from: int | None = None,
     ) -> None:
+        """Start.
+
+        Args:
+            wide_from: Rows from which products are computed in fp32; None for never.
+        """
         self.results: queue.SimpleQueue[Completion | None] = queue.SimpleQueue()
         """Completions as they come, then None."""
         self.failure: BaseException | None = None
@@ -73,6 +87,7 @@ class Work:
         self._schedule = schedule
         self._rows = {row.index: row for row in rows}
         self._ways = ways
+        self._wide_from = wide_from
         self._waiting = deque(schedule.batches)
         self._prefills = Prefills(schedule.prefill_tokens)
         self._stopping = False
@@ -175,7 +190,8 @@ class Work:
         rows = [self._rows[index] for index in batch.indices]
         try:
             self._check()
-            run_batch(self._model, batch, rows, self._ways, self._step)
+            with nullcontext() if self._wide_from is None else Widening(self._wide_from):
+                run_batch(self._model, batch, rows, self._ways, self._step)
         except StoppedError:
             raise
         except PenstockError as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from ..memory.errors import DoesNotFitError
+from .curves import Curve
 
 MOST_LANES: Final = 16
 """Each lane is a thread with a team of its own for computing."""
@@ -59,6 +60,13 @@ class Machine:
     """Of the room, what the model needs to run at all."""
     disk_rate: float = 2e9
     memory_rate: float = MEMORY_RATE
+    products: Curve | None = None
+    """Bytes of weights per second that products take, by rows; None where that was not measured, and every pass is
+    taken to read weights at `memory_rate`."""
+
+    def pass_s(self, rows: int) -> float:
+        """Seconds that so many rows compute with all weights."""
+        return self.weights_nbytes / (self.memory_rate if self.products is None else self.products.at(max(rows, 1)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,6 +245,10 @@ def _options(
     steps = sum(batch.new_tokens + batch.prefill_sweeps - 1 for batch in batches)
     longest = max(batch.new_tokens + batch.prefill_sweeps - 1 for batch in batches)
     rows = max(len(batch.indices) for batch in batches)
+    usual_s = sum(machine.pass_s(len(batch.indices)) for batch in batches) / len(batches)
+    prefill_s = 0.0
+    if machine.products is not None:  # else nothing is known of what rows cost
+        prefill_s = sum(batch.prefill_sweeps * machine.pass_s(batch.prefill_tokens) for batch in batches)
     for count in [min(lanes, len(batches))] if lanes else range(1, most + 1):
         together = sum(prefill[:count])
         limit = prefill[0]
@@ -251,14 +263,14 @@ def _options(
             if moved is None:
                 stays = max(0, machine.room_nbytes - int(needed))
                 moved = max(0, machine.weights_nbytes - stays) / machine.disk_rate
-            computed = count * machine.weights_nbytes / machine.memory_rate
+            computed = count * usual_s
             yield Schedule(
                 batches=batches,
                 lanes=count,
                 prefill_tokens=at_once,
                 nbytes=int(needed),
                 sweeps=sweeps,
-                seconds=sweeps * max(moved, computed),
+                seconds=sweeps * max(moved, computed) + prefill_s,
             )
             if limit >= together:
                 break

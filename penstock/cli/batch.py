@@ -77,7 +77,7 @@ def _run(
     handle: Handle = loaded.model.penstock
     asked = request.sampling
     sampling = Sampling(temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k, seed=asked.seed or 0)
-    work = start(loaded.model, prompts, sampling, limits=Limits(), choice=loaded.choice)
+    work = start(loaded.model, prompts, sampling, limits=Limits(), choice=loaded.choice, products=loaded.products)
     began, waited = time.monotonic(), handle.statistics().waited_s
     with Completions(work, ordered=False, decode=None) as completions:
         output.notes.print(_told(completions.statistics(), streams=not handle.plan.resident))
