@@ -20,15 +20,17 @@ from .runtime.training.facade import StreamedOptimizer
 from .runtime.training.optimizers import SGD, AdamW, Lion, OptimizerChoice
 from .runtime.training.preparing import (
     RunFolders,
+    arrays_of,
     attach,
-    changing,
     check_new,
     check_trained,
+    choice_of,
     go_on,
     run_folders,
     state_of_run,
     trainable,
 )
+from .runtime.training.room import changing
 from .runtime.training.run import Activations, Origin, Settings, Updates
 
 
@@ -57,16 +59,17 @@ def prepare(
         optimizer: `penstock.AdamW(…)`, `penstock.SGD(…)` or `penstock.Lion(…)`.
         disk: The folder of the run, or one on each of several drives: masters and states lie there, 12 bytes per
             parameter for AdamW, twice, so that the last commit stays whole while the next one grows. It must be empty.
-        max_memory: As for `load`; `host` bounds weights, gradients and what updates pass through.
+        max_memory: As for `load`; `host` bounds weights, gradients, states that stay in memory, and what updates pass
+            through. Gradients that have no room go to disk.
         device: As for `load`.
         dtype: What a checkpoint is computed in.
         accumulate: Backward passes of each step, at most; their gradients are added up in fp32.
         activations: "keep" them in memory, or "recompute" those of layers in backward, which takes about a third more
             time and little memory; "auto" does so where weights are streamed.
-        updates: "step": all at `step()`, as in PyTorch; gradients of the whole model are in memory until then.
-            "backward": each part as soon as its last gradient is there, which needs memory for few gradients and works
-            beside backward. Then every backward pass (`accumulate` of them) must be followed by `step()`, gradients
-            cannot be clipped or dropped, and learning rates may change only after `step()`.
+        updates: "step": all at `step()`, as in PyTorch; until then gradients of the whole model are in memory, or on
+            disk. "backward": each part as soon as its last gradient is there, which needs memory for few gradients and
+            works beside backward. Then every backward pass (`accumulate` of them) must be followed by `step()`,
+            gradients cannot be clipped or dropped, and learning rates may change only after `step()`.
         nonfinite: What `step()` does where a gradient is infinite or not a number: raise, or skip that step.
         trust_remote_code: Run code that comes with the checkpoint.
 
@@ -80,7 +83,8 @@ def prepare(
     check_new(folders)  # before a module gives its weights up
     if isinstance(model, nn.Module):
         check_trained(model, optimizer)
-    made, origin = _streamed(model, max_memory, device, dtype, trust_remote_code, settings, folders)
+    arrays = arrays_of(optimizer)
+    made, origin = _streamed(model, max_memory, device, dtype, trust_remote_code, settings, folders, arrays=arrays)
     try:
         return made, attach(made, optimizer, folders, origin=origin, settings=settings)
     except BaseException:
@@ -89,10 +93,10 @@ def prepare(
 
 
 def save(model: nn.Module, optimizer: StreamedOptimizer, *, scheduler: Any = None, extra: Any = None) -> Commit:
-    """Make the present state of a run durable: a commit of what is on disk already. Nothing is copied.
+    """Make the present state of a run durable: a commit of what is on disk already, and of states in host memory.
 
-    Waits for the updates of the last step, and returns a handle; the commit is published in the background
-    (`handle.wait()`).
+    Waits for the updates of the last step, and returns a handle; states in host memory are written, and the commit is
+    published, in the background (`handle.wait()`).
 
     Args:
         model: What `prepare` or `resume` returned.
@@ -155,6 +159,7 @@ def resume(
         trust_remote_code,
         settings,
         folders,
+        arrays=arrays_of(choice_of(state)),
         limit=state.limit_nbytes,
     )
     origin = Origin(source=state.source, dtype=state.dtype)
@@ -194,11 +199,14 @@ def _streamed(
     settings: Settings,
     folders: RunFolders,
     *,
+    arrays: int,
     limit: int | None = None,
 ) -> tuple[nn.Module, Origin]:
     wanted = _wanted(max_memory)
     early = settings.updates == "backward"
-    trains = partial(changing, accumulate=settings.accumulate, early=early, limit=limit)
+    if wanted.host is None:  # what is left then is for the activations of training, which nobody has counted
+        arrays = 0
+    trains = partial(changing, accumulate=settings.accumulate, early=early, arrays=arrays, limit=limit)
     opened = open_device(device)
     if isinstance(model, nn.Module):
         made = _offload(

@@ -116,7 +116,9 @@ class StreamedOptimizer(torch.optim.Optimizer):
             scheduler=scheduler,
             extra=extra,
         )
-        return self._store.commit(encode(state))
+        document = encode(state)
+        self._training.write_out()
+        return self._store.commit(document)
 
     def state_dict(self) -> dict[str, Any]:
         """Hyperparameters, and which moment of the run they belong to; masters and states stay where they are.
