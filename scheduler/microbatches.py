@@ -117,6 +117,9 @@ class Schedule:
     """Expected."""
     seconds: float
     """Expected; it only ranks choices."""
+    cpu_share: float = 0.0
+    """The part, by bytes, of the blocks that the CPU can compute from host memory that it does compute, while other
+    micro-batches go on on the device. At 0 one processor computes."""
 
 
 def schedule(
