@@ -80,6 +80,7 @@ def load(
     if given is not None:
         wanted = _as_planned(wanted, given, exact)
     opened = open_device(device)
+    decided = _decisions(opened, batch=batch or 1, exact=exact)
     model = _load(
         path,
         wanted=wanted,
@@ -90,8 +91,9 @@ def load(
         batch=batch,
         trust_remote_code=trust_remote_code,
         cache=link_cache(),
-        decisions=None if given is not None else _decisions(opened, batch=batch or 1, exact=exact),
+        decisions=None if given is not None else decided,
         plan=given,
+        costs=None if decided is None else decided.costs,
     )
     handle: Any = model.penstock
     handle.exact = exact
