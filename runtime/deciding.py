@@ -27,15 +27,17 @@ class Decisions:
         costs: Of the machine.
         rows: Sequences at a time while they are continued.
         exact: Whether only one processor may compute.
+        lanes: Micro-batches of so many sequences that will share each sweep.
     """
 
     costs: CostModel
     rows: int
     exact: bool
+    lanes: int = 1
 
     def of(self, model: nn.Module) -> Work:
         """What a token of a model costs."""
-        return Work(costs=self.costs, rows=self.rows, dtype=_main_dtype(model), exact=self.exact)
+        return Work(costs=self.costs, rows=self.rows, dtype=_main_dtype(model), exact=self.exact, lanes=self.lanes)
 
     def processors(self, model: nn.Module, layout: Layout) -> Mapping[int, int]:
         """For blocks that stay on the host: below how many rows the CPU computes them."""

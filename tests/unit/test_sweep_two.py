@@ -159,6 +159,20 @@ def test_all_end_where_one_fails_on_either_processor(members: int, odd: int, see
     assert not executor._open
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_who_gives_a_processor_back_hands_it_on_at_once(seed: int) -> None:
+    """Others that look in between would take it for one that waits, and give it two turns."""
+    sweep = sweep_of(FakeExecutor(), 3)
+    hand_on = sweep._hand_on
+
+    def slowly(member: int | None) -> bool:
+        time.sleep(1e-3)
+        return hand_on(member)
+
+    sweep._hand_on = slowly  # type: ignore[method-assign]
+    assert play(sweep, [TOKENS] * 3, calls=3, seed=seed) == [None] * 3
+
+
 def test_a_block_that_cannot_be_brought_fails_the_one_who_wants_it() -> None:
     executor = FakeExecutor(fails_at=3)
     ends = play(sweep_of(executor, 4), [TOKENS] * 4)
