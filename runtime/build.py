@@ -19,6 +19,7 @@ from ..memory.layout import FileSpan
 from ..memory.ledger import Reservation
 from ..memory.trim import return_free_memory
 from ..scheduler.core import Core
+from ..scheduler.cost import CostModel
 from ..scheduler.executor import Executor
 from ..scheduler.order import AccessOrders
 from ..scheduler.plan import Plan
@@ -65,6 +66,8 @@ class Machinery:
         self.timeline = Timeline()
         self.plan: Plan | None = None
         """What the layout means, once the links have been measured."""
+        self.costs: CostModel | None = None
+        """What operations take on this machine, where a calibration says so."""
         self._lock = threading.Lock()
         self._closed = False
         self._on_close: list[Callable[[], None]] = []
