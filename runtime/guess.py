@@ -40,7 +40,7 @@ def guess_of(module: nn.Module, layout: Layout, on_cpu: Mapping[int, int]) -> Ca
     paths = [path for path, _ in module.named_modules()]
 
     def guess(root: Hashable) -> tuple[int, ...]:
-        key, under, part = root if isinstance(root, Root) else (root, ALWAYS, frozenset[int]())
+        key, under, part = root if isinstance(root, Root) else (root, ALWAYS, None)
         assert isinstance(key, int)
         prefix = paths[key]
         inside = (p for p in paths if p == prefix or not prefix or p.startswith(f"{prefix}."))
