@@ -13,7 +13,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from .arena import PAGE, HostArena, round_up
 from .casting import cast
@@ -21,10 +20,8 @@ from .errors import ClosedError, DiskError
 from .files import FileTable, OpenFile, disk_error
 from .image import STAGING, Bounce, Window
 from .layout import ITEMSIZE
+from .requests import CHUNK, FINEST, THREADS, request_nbytes
 from .throttle import Throttle
-
-CHUNK: Final = 4 * 2**20
-THREADS: Final = 8
 
 Pread = Callable[[int, Sequence[memoryview], int], int]
 Task = tuple["Transfer", Callable[["_Worker"], None]]
@@ -99,7 +96,8 @@ class DiskEngine:
 
     Args:
         threads: Requests in flight per drive.
-        chunk_nbytes: Size of one request, a multiple of the page.
+        chunk_nbytes: Size of one request, at most; a multiple of the page.
+        finest_nbytes: Size of one request to read, at least, where there is more to read.
         staging_nbytes: Size of the buffer that each thread bounces through, taken on first use.
         throttle: Rate limit of an emulated disk; None for the real one.
         pread: Replaces `os.preadv`; a seam for fault injection.
@@ -111,6 +109,7 @@ class DiskEngine:
         *,
         threads: int = THREADS,
         chunk_nbytes: int = CHUNK,
+        finest_nbytes: int = FINEST,
         staging_nbytes: int = STAGING,
         throttle: Throttle | None = None,
         files: FileTable | None = None,
@@ -120,6 +119,7 @@ class DiskEngine:
         assert chunk_nbytes % PAGE == 0, chunk_nbytes
         self.threads = threads
         self.chunk_nbytes = chunk_nbytes
+        self.finest_nbytes = finest_nbytes
         self.staging_nbytes = round_up(staging_nbytes)
         self.files = files or FileTable()
         self.throttle = throttle
@@ -301,8 +301,13 @@ class _WindowRead:
     ) -> None:
         self.engine, self.file, self.window, self.into, self.on_data = engine, file, window, into, on_data
         self._lock = threading.Lock()
-        step = engine.chunk_nbytes
-        self._starts = range(0, window.nbytes, step)
+        self._step = request_nbytes(
+            window.nbytes,
+            threads=engine.threads,
+            chunk_nbytes=engine.chunk_nbytes,
+            finest_nbytes=engine.finest_nbytes,
+        )
+        self._starts = range(0, window.nbytes, self._step)
         self._left = len(self._starts)
 
     def tasks(self) -> list[Callable[[_Worker], None]]:
@@ -310,7 +315,7 @@ class _WindowRead:
 
     def _read(self, worker: _Worker, at: int) -> None:
         window = self.window
-        stop = min(at + self.engine.chunk_nbytes, window.nbytes)
+        stop = min(at + self._step, window.nbytes)
         view = self.into[window.offset + at : window.offset + stop]
         read_into(self.engine, worker, self.file, window.file_offset + at, view, window.needed_nbytes - at)
         if self.on_data is not None:

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from ..memory.arena import AnyArena, HostArena, debug_enabled
-from ..memory.disk import CHUNK, THREADS, DiskEngine
+from ..memory.disk import DiskEngine
 from ..memory.image import DeviceImage, Image
 from ..memory.layout import FileSpan
 from ..memory.ledger import Reservation
+from ..memory.requests import CHUNK, THREADS
 from ..memory.trim import return_free_memory
 from ..scheduler.core import Core
 from ..scheduler.cost import CostModel

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from ..memory.arena import HostArena
-from ..memory.disk import CHUNK, DiskEngine, Transfer
+from ..memory.disk import DiskEngine, Transfer
 from ..memory.image import whole_window
+from ..memory.requests import CHUNK
 from ..scheduler.calibration import Calibration
 from .calibration.cache import CalibrationCache
 from .devices.base import Device

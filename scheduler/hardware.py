@@ -6,17 +6,16 @@ All rates are in bytes, operations or elements per second, all sizes in bytes, a
 from __future__ import annotations
 
 import math
-from typing import Final, Literal
+from typing import Literal
 
 import msgspec
 
 from ..memory.errors import UsageError
+from ..memory.requests import THREADS
 from .curves import Curve
 
 Dtype = str
 """As torch names it: float32, bfloat16, float16, int8."""
-UNDER_WAY: Final = 8
-"""Requests that the disk engine keeps under way where there are as many (`memory.disk.THREADS`)."""
 
 
 class Drive(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +44,7 @@ class Drive(msgspec.Struct, frozen=True, kw_only=True):
         """What is left of its rate with so many requests under way; 1 where that was not measured."""
         if self.read_depth is None:
             return 1.0
-        return min(self.read_depth.at(under_way) / self.read_depth.at(UNDER_WAY), 1.0)
+        return min(self.read_depth.at(under_way) / self.read_depth.at(THREADS), 1.0)
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..memory.arena import Slot
+from ..memory.requests import request_nbytes
 from .contention import Contention
 from .cost import CostModel
 from .mover import Event
@@ -75,7 +76,7 @@ class SimulatedMover:
         total, at = self._moved[block].read_nbytes, 0
         if not self._disk_busy:  # else it was asked for while the drive did something else
             await asyncio.sleep(max((drive.latency_s for drive in self._cost.hardware.drives), default=0.0))
-        request = max(min(self._chunk_nbytes, total), 1)
+        request = max(min(request_nbytes(total, chunk_nbytes=self._chunk_nbytes), total), 1)
         part = max(request, -(-total // PARTS))
         turns = self._queue(-(-total // part), urgent)
         left = -(-total // request)

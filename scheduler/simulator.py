@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from ..memory.arena import AnyArena
+from ..memory.requests import CHUNK
 from .contention import Contention, speeds_of
 from .core import Core
 from .cost import CostModel
@@ -29,7 +30,6 @@ from .tally import ExecutorStatistics
 from .timeline import Record, Timeline
 from .virtualtime import VirtualLoop, run_virtually
 
-CHUNK: Final = 4 * 2**20
 INFLIGHT: Final = 64 * 2**20
 STEADY: Final = 1e-3
 """By how much two calls may differ that take the same."""

@@ -15,8 +15,8 @@ import torch
 
 from ...memory.arena import HostArena
 from ...memory.capacity import disk_capacity, host_capacity
-from ...memory.disk import THREADS
 from ...memory.errors import CalibrationError, DoesNotFitError, PenstockError, UsageError
+from ...memory.requests import THREADS
 from ...memory.scratch import default_root
 from ...scheduler.calibration import Calibration, DriveIdentity, Fingerprint, noise, noisy_curves
 from ...scheduler.hardware import Drive, Hardware, Link, Processor, Sharing

@@ -11,8 +11,9 @@ from time import perf_counter
 from typing import Final
 
 from ...memory.arena import PAGE, HostArena
-from ...memory.disk import CHUNK, THREADS, DiskEngine
+from ...memory.disk import DiskEngine
 from ...memory.image import whole_window
+from ...memory.requests import CHUNK, THREADS
 from ...memory.throttle import Throttle
 from ...scheduler.hardware import Drive
 from .diskload import AHEAD, PIECE, DiskLoad, ProbeFile
@@ -34,7 +35,9 @@ EngineMaker = Callable[[int, int], DiskEngine]
 
 def engine_maker(throttle: Throttle | None = None) -> EngineMaker:
     """Engines as models have them, apart from what is varied."""
-    return lambda threads, nbytes: DiskEngine(threads=threads, chunk_nbytes=nbytes, throttle=throttle)
+    return lambda threads, nbytes: DiskEngine(
+        threads=threads, chunk_nbytes=nbytes, finest_nbytes=nbytes, throttle=throttle
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

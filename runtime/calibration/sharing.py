@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ...memory.arena import AnyArena, HostArena
-from ...memory.disk import CHUNK, THREADS
+from ...memory.requests import CHUNK, THREADS
 from ..devices.base import Device
 from .disk import EngineMaker
 from .diskload import DiskLoad, ProbeFile

@@ -13,8 +13,9 @@ from fakeclock import FakeClock
 
 from penstock.memory.arena import HostArena
 from penstock.memory.capacity import DiskCapacity
-from penstock.memory.disk import CHUNK, DiskEngine
+from penstock.memory.disk import DiskEngine
 from penstock.memory.errors import DiskError, UsageError
+from penstock.memory.requests import CHUNK
 from penstock.runtime.calibration import diskload
 from penstock.runtime.calibration.disk import DriveProbe, EngineMaker, drives_together
 from penstock.runtime.calibration.diskload import AHEAD, PIECE, DiskLoad, ProbeFile, probe_file
@@ -46,7 +47,9 @@ class FakeDrive:
         return nbytes
 
     def engines(self, threads: int, chunk_nbytes: int) -> DiskEngine:
-        return DiskEngine(threads=threads, chunk_nbytes=chunk_nbytes, pread=self.pread, pwrite=self.pwrite)
+        return DiskEngine(
+            threads=threads, chunk_nbytes=chunk_nbytes, finest_nbytes=chunk_nbytes, pread=self.pread, pwrite=self.pwrite
+        )
 
 
 @pytest.fixture

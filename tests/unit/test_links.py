@@ -10,7 +10,7 @@ import pytest
 import torch
 from calibrations import calibration
 
-from penstock.memory.disk import CHUNK
+from penstock.memory.requests import CHUNK
 from penstock.memory.throttle import Throttle
 from penstock.runtime.calibration.cache import CalibrationCache
 from penstock.runtime.calibration.fingerprint import fingerprint

@@ -83,9 +83,9 @@ def test_a_drive_is_slower_where_few_requests_are_under_way() -> None:
         read_depth=Curve(x=(1.0, 2.0, 8.0), y=(25.0 * MIB, 50.0 * MIB, 100.0 * MIB)),
     )
     hardware = msgspec.structs.replace(machine(), drives=(drive,))
-    two, nine = (run(setting(12, 4 * MIB, ring=n), hardware, layers=12, calls=4, compute_nbytes=1) for n in (2, 9))
-    assert two.turns[-1].seconds == pytest.approx(12 * 4 / 50, rel=0.05)
-    assert nine.turns[-1].seconds == pytest.approx(12 * 4 / 100, rel=0.05)
+    two, nine = (run(setting(12, MIB, ring=n), hardware, layers=12, calls=4, compute_nbytes=1) for n in (2, 9))
+    assert two.turns[-1].seconds == pytest.approx(12 / 50, rel=0.05)
+    assert nine.turns[-1].seconds == pytest.approx(12 / 100, rel=0.05)
 
 
 def test_a_processor_that_binds_computes_all_the_time() -> None:
