@@ -23,7 +23,7 @@ from .backing import Backing, Portion
 from .layout import Budgets, Changing, Draft, Layout
 from .partition import cut, embedding_only, limits, streamable, table_candidates
 from .phases import ONCE, once_per_answer
-from .placing import Work, place_on_tiers
+from .placing import TokenWork, place_on_tiers
 from .replanning import check_fits, check_rings, check_same, check_tables, residencies
 
 DEPTH = 96 * 2**20
@@ -78,7 +78,7 @@ class Planner:
         *,
         buffers_nbytes: int,
         keep_skew: bool,
-        work: Work | None = None,
+        work: TokenWork | None = None,
         changing: Changing | None = None,
     ) -> None:
         """Make one.
