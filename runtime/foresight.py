@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Final
@@ -29,7 +29,7 @@ from .backing import CheckpointBacking
 from .deciding import Decisions
 from .dtypes import stored_dtype
 from .feeding import with_context
-from .headroom import headroom_nbytes
+from .headroom import headroom_nbytes, kv_nbytes
 from .layout import Budgets, Layout
 from .planned import make_plan
 from .planning import Planner
@@ -37,6 +37,7 @@ from .pretrained import outline
 from .programs import programs
 from .rehearsal import make_fake
 from .simulation import setting_of
+from .units import settled
 
 SYSTEM_NBYTES: Final = 2 * 2**30
 """What the system and other programs keep of a host's memory."""
@@ -183,6 +184,7 @@ class Foresight:
         budgets = self.budgets(hardware, room or Room(), headroom)
         cost = CostModel(hardware=hardware, threads=threads)
         decisions = Decisions(costs=cost, rows=batch, exact=exact) if hardware.gpu is not None else None
+        beside = kv_nbytes(self.model.config, self.model.dtype, context=workload.context, batch=batch)
         layout = Planner(
             self.model,
             self.backing,
@@ -190,9 +192,13 @@ class Foresight:
             buffers_nbytes=sum(buffer.nbytes for buffer in self.model.buffers()),
             keep_skew=hardware.gpu is None or hardware.emulated,
             work=None if decisions is None else decisions.of(self.model),
+            beside_nbytes=beside,
         ).best()
-        if decisions is not None and layout.back is not None:
-            layout = replace(layout, on_cpu=decisions.processors(self.model, layout))
+        stays: tuple[str, ...] = ()
+        if decisions is not None:
+            computes = torch.device("cpu" if hardware.emulated else "cuda")
+            room_for_all = budgets.host - beside
+            layout, stays = settled(self.model, layout, computes, decisions.processors, host_nbytes=room_for_all)
         calls = self.programs(workload, prompt)
         setting = setting_of(layout)
         answer = (*calls[:-1], *[calls[-1]] * DECODED)
@@ -200,7 +206,7 @@ class Foresight:
         links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
         return Forecast(
             hardware=hardware,
-            plan=make_plan(layout, device_name(hardware), budgets, links, self.weights_nbytes),
+            plan=make_plan(layout, device_name(hardware), budgets, links, self.weights_nbytes, stays),
             setting=setting,
             prediction=prediction,
             prompt=prompt,

@@ -131,6 +131,11 @@ def _use(work: TokenWork, nbytes: int, times: float) -> Use:
     return Use(device_s=calls * device_s, cpu_s=calls * cpu_s, on_cpu=pays and not work.exact, times=times)
 
 
+def cpu_pays(blocks: Sequence[Draft], work: TokenWork) -> bool:
+    """Whether the CPU would compute some of these blocks, if they stayed on the host."""
+    return any(_use(work, nbytes, 1.0).on_cpu for nbytes in {block.image.data_nbytes for block in blocks})
+
+
 def _rings(
     classes: Sequence[BlockClass],
     min_slots: int,
