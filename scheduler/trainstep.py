@@ -260,6 +260,9 @@ class _Run:
         after = [self._computed, *self._gate]
         if not early:  # the norm is that of all gradients, in fp32, and what was changed before is there
             norm = sum(block.kept_nbytes + 8 * block.elements for block in load.trained())
+            after += [
+                self._arrived[block.id] for block in load.trained() if block.spilled and block.id in self._arrived
+            ]
             after = [self._on_cores("norm", "gradients", self._memory_s(norm), [*after, *self._written])]
             self._written = []
         begun = self._graph.add("step", after=after)

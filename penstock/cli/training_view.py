@@ -92,10 +92,9 @@ def held(found: TrainingForecast, tier: Home) -> Held:
             total=found.disk_nbytes + found.scratch_nbytes, read=traffic.read, written=traffic.written,
         )  # fmt: skip
     states = sum(block.states_nbytes for block in trained if block.states_in_memory)
-    more = 0 if found.work.adapters is not None else kept + states  # of adapters it is in the plan's
     return Held(
         weights=weights, gradients=kept, states=states, activations=activations,
-        total=found.plan.host_nbytes + more + activations, read=0, written=0,
+        total=found.plan.host_nbytes + activations, read=0, written=0,
     )  # fmt: skip
 
 

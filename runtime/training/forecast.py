@@ -34,7 +34,7 @@ from ..rehearsal import TooLongError, make_fake
 from ..sizing import add_adapters, measure_activations
 from .loads import Learned, StepSettings, load_of
 from .optimizers import OptimizerChoice
-from .preparing import changing
+from .room import changing
 
 STANDARD_NBYTES: Final = 600 * 10**12
 """What a drive of 1 TB for consumers is usually warranted for: shown where nothing is known of the machine's own."""
@@ -301,7 +301,8 @@ class TrainingForesight:
                 updates=work.updates,
                 segments=self.segments if again else (),
             ),
-            room_nbytes=max(0, budgets.host - layout.host_nbytes),
+            room_nbytes=layout.granted_nbytes,
+            passing_nbytes=self._passing_nbytes(work),
         )
         links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
         found = TrainingForecast(
@@ -318,12 +319,21 @@ class TrainingForesight:
         _check_drives(found)
         return found
 
+    def _passing_nbytes(self, work: TrainingWork) -> int:
+        """Of what training needs at least, what gradients pass through: the rest of them is what it could have more."""
+        if self.adapters is not None or work.updates == "backward":
+            return 0
+        weights = [parameter.nbytes for parameter in self.foresight.model.parameters()]
+        every = (2 if work.accumulate > 1 else 1) * sum(weights)
+        return every - changing(weights, accumulate=work.accumulate, early=False, arrays=0).more_nbytes
+
     def _changing(self, work: TrainingWork) -> Changing:
         """Host memory that training needs at least."""
         weights = [parameter.nbytes for parameter in self.foresight.model.parameters()]
         if self.adapters is None:
-            # Gradients of all blocks need no place of their own: what there is no room for goes to disk.
-            return changing(weights, accumulate=work.accumulate, early=True)
+            settings = StepSettings(choice=work.choice, accumulate=1, updates=work.updates, segments=())
+            early = work.updates == "backward"
+            return changing(weights, accumulate=work.accumulate, early=early, arrays=settings.arrays)
         learned = self.learned()
         each = learned.beside * learned.itemsize
         settings = StepSettings(choice=work.choice, accumulate=1, updates="step", segments=())

@@ -15,7 +15,7 @@ from ...kernels.scratch import SUBCHUNK, Scratch
 from ...scheduler.cost import CostModel
 from ...scheduler.operations import Operation
 from ...scheduler.program import Enter, Leave, Program
-from ...scheduler.residency import Sized, interleave
+from ...scheduler.sharing import share_out
 from ...scheduler.stepload import BlockUse, Home, LoadedBlock, StepLoad, Updates, UpdateWork
 from ..layout import Draft, Layout
 from .optimizers import OptimizerChoice
@@ -66,6 +66,7 @@ def load_of(
     learned: Learned,
     settings: StepSettings,
     room_nbytes: int,
+    passing_nbytes: int = 0,
 ) -> StepLoad:
     """What a step consists of.
 
@@ -77,6 +78,7 @@ def load_of(
         settings: How.
         room_nbytes: Host memory that gradients and states may take beyond what they need at least: gradients first,
             since a byte of them on disk is moved twice per backward pass, and a byte of state twice per step.
+        passing_nbytes: What gradients have at least, to pass through where they do not all stay.
     """
     blocks = {block.id: _block(layout, block, learned, settings) for block in layout.blocks}
     if learned.beside:
@@ -85,7 +87,7 @@ def load_of(
         blocks[SMALL] = _with(small, learned.beside, nbytes, settings, states_in_memory=True)
     uses, segments = _uses(layout, program, cost, settings.segments)
     return StepLoad(
-        blocks=_shared_out(blocks, settings, room_nbytes),
+        blocks=_shared_out(blocks, settings, room_nbytes + passing_nbytes, passing_nbytes),
         uses=uses,
         segments=segments,
         slots=layout.front.slots,
@@ -137,15 +139,22 @@ def _with(
     )
 
 
-def _shared_out(blocks: Mapping[int, LoadedBlock], settings: StepSettings, room: int) -> dict[int, LoadedBlock]:
+def _shared_out(
+    blocks: Mapping[int, LoadedBlock], settings: StepSettings, room: int, passing: int
+) -> dict[int, LoadedBlock]:
     """The blocks with what of them stays in memory, spread over the order of use; the small tensors' gradients do."""
     changed = [block for block in blocks.values() if block.elements and not block.states_in_memory]
-    kept: frozenset[int] = frozenset(block.id for block in changed)
-    if settings.updates == "step":
-        movable = [block for block in changed if block.id != SMALL]
-        kept = interleave([_sized(block.id, block.kept_nbytes) for block in movable], room) | {SMALL}
-        room -= sum(block.kept_nbytes for block in movable if block.id in kept)
-    states = interleave([_sized(block.id, block.states_nbytes) for block in changed], room)
+    step = settings.updates == "step"  # else gradients wait in memory for their update, as it is counted
+    movable = [block for block in changed if step and block.id != SMALL]
+    shares = share_out(
+        room,
+        gradients=[block.kept_nbytes for block in movable],
+        gradient_moves=2 * settings.accumulate,
+        states=[block.states_nbytes for block in changed],
+        passing_nbytes=passing if movable else 0,
+    )
+    spilled = {block.id for place, block in enumerate(movable) if place not in shares.gradients}
+    states = {changed[place].id for place in shares.states}
     found = dict(blocks)
     for block in changed:
         found[block.id] = LoadedBlock(
@@ -158,13 +167,9 @@ def _shared_out(blocks: Mapping[int, LoadedBlock], settings: StepSettings, room:
             states_in_memory=block.id in states,
             gradient_nbytes=block.gradient_nbytes,
             kept_nbytes=block.kept_nbytes,
-            spilled=block.id not in kept,
+            spilled=block.id in spilled,
         )
     return found
-
-
-def _sized(number: int, nbytes: int) -> Sized:
-    return Sized(id=number, nbytes=nbytes, cost_nbytes=2 * nbytes)
 
 
 # --- the order of uses ------------------------------------------------------------------------------------------------

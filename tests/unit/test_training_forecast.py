@@ -81,20 +81,21 @@ def test_room_goes_to_weights_then_gradients_then_states(folder: Path, training:
             )
         )
         read.append(found.prediction.traffic.read)
-        taken = found.plan.host_nbytes + sum(
-            (block.kept_nbytes if not block.spilled and block.id else 0)
-            + (block.states_nbytes if block.states_in_memory else 0)
+        assert found.plan.host_nbytes <= host * MIB
+        own = found.load.held_nbytes("host") + sum(
+            (block.kept_nbytes if not block.spilled else 0) + (block.states_nbytes if block.states_in_memory else 0)
             for block in trained
         )
-        assert taken <= host * MIB
+        assert own <= found.plan.host_nbytes
     weights, gradients, states = zip(*shares, strict=True)
     assert weights[0] < 1
     assert weights[-1] == gradients[-1] == states[-1] == 1
-    assert gradients[0] < 0.01
+    assert gradients[0] == 1  # of a model this small they all fit where those of a larger one pass through
+    assert states[0] < 0.01
     for share in (weights, gradients, states):
         assert [round(each, 2) for each in share] == sorted(round(each, 2) for each in share)
     for here in shares:  # none of the next before all of the one before, but for blocks that are too large for the rest
-        assert here[0] == 1 or here[1] < 0.01
+        assert here[0] == 1 or here[2] < 0.01
     assert read == sorted(read, reverse=True)
     assert read[-1] == 0
 
@@ -210,7 +211,7 @@ def test_no_clipping_lets_updates_begin_in_backward(
         assert plan(folder, *options) == 0
         found = json.loads(capsys.readouterr().out)
         seconds[updates] = found["s_per_step"]
-        assert (found["updates"], found["traffic"]["gradients_written"] > 0) == (updates, updates == "step")
+        assert found["updates"] == updates
     assert seconds["backward"] < seconds["step"]
 
 
