@@ -20,6 +20,7 @@ from .memory.errors import (
     ReadOnlyWeightError,
     ScratchBusyError,
     StallError,
+    StoreError,
     UsageError,
 )
 
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
     from .api import close, explain, generate_many, load, offload, save_plan
     from .runtime.profiler.profiler import Profiler
     from .runtime.training.optimizers import SGD, AdamW, Lion
+    from .runtime.training.training import NonFiniteGradientError
     from .training import prepare, resume, save
 
 _LAZY = {
     "SGD": "runtime.training.optimizers",
     "AdamW": "runtime.training.optimizers",
     "Lion": "runtime.training.optimizers",
+    "NonFiniteGradientError": "runtime.training.training",
     "Profiler": "runtime.profiler.profiler",
     "close": "api",
     "explain": "api",
@@ -54,12 +57,14 @@ __all__ = [
     "DoesNotFitError",
     "ForkError",
     "Lion",
+    "NonFiniteGradientError",
     "PenstockError",
     "ProfileError",
     "Profiler",
     "ReadOnlyWeightError",
     "ScratchBusyError",
     "StallError",
+    "StoreError",
     "UsageError",
     "close",
     "explain",

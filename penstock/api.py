@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from .budget import parse_budget
+from .arguments import Folders, MaxMemory, folders_of, wanted_of
 from .caches import calibration_cache, link_cache
 from .devices import open_device
 from .memory.errors import UsageError
@@ -28,9 +28,6 @@ from .scheduler.cost import CostModel
 from .scheduler.plan import Plan
 from .scheduler.planfile import read_plan, write_plan
 from .sizes import parse_size
-
-Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-MaxMemory = str | Mapping[str, int | str]
 
 
 def load(
@@ -108,7 +105,7 @@ def load_for_lanes(
 
     Args, errors: as for `load`; `batch` counts the sequences of all micro-batches.
     """
-    wanted, folders = _wanted(max_memory), _folders(disk)  # before a device is opened, which starts threads
+    wanted, folders = wanted_of(max_memory), folders_of(disk)  # before a device is opened, which starts threads
     given = plan if plan is None or isinstance(plan, Plan) else read_plan(plan)
     if given is not None:
         wanted = _as_planned(wanted, given, exact)
@@ -183,7 +180,7 @@ def offload(
         DiskError: the scratch file cannot be written; the module is untouched.
         UsageError: an argument has no meaning, or a parameter has no values yet.
     """
-    wanted, folders = _wanted(max_memory), _folders(disk)
+    wanted, folders = wanted_of(max_memory), folders_of(disk)
     return _offload(
         module,
         wanted=wanted,
@@ -290,21 +287,6 @@ def handle_of(model: nn.Module) -> Handle:
     if not isinstance(handle, Handle):
         raise UsageError("this model does not run under penstock: load it with penstock.load or pass it to offload")
     return handle
-
-
-def _wanted(max_memory: MaxMemory) -> Wanted:
-    budget = parse_budget(max_memory)
-    return Wanted(host=budget.host, device=budget.device, disk=budget.disk)
-
-
-def _folders(disk: Folders | None) -> list[str]:
-    """Scratch folders as asked for; an empty list is the default one."""
-    if disk is None:
-        return []
-    named = [disk] if isinstance(disk, str | os.PathLike) else list(disk)
-    if not named:
-        raise UsageError("disk is an empty list: name a folder, or leave it out for the default in the user's cache")
-    return [os.fspath(folder) for folder in named]
 
 
 __all__ = ["Device", "close", "explain", "generate_many", "handle_of", "link_cache", "load", "offload", "save_plan"]

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .api import Folders, MaxMemory, _folders, _wanted, handle_of
+from .api import handle_of
+from .arguments import Folders, MaxMemory, folders_of, wanted_of
 from .caches import link_cache
 from .devices import open_device
 from .memory.errors import UsageError
@@ -78,7 +79,7 @@ def prepare(
         StoreError: the folder holds a run already (`penstock.resume`), or something else.
         UsageError: an argument has no meaning, or nothing is to be trained.
     """
-    folders = run_folders(_folders(disk))
+    folders = run_folders(folders_of(disk))
     settings = _settings(accumulate, activations, updates, nonfinite, optimizer.max_grad_norm)
     check_new(folders)  # before a module gives its weights up
     if isinstance(model, nn.Module):
@@ -145,7 +146,7 @@ def resume(
         StoreError: there is no run, or nothing was committed.
         UsageError: the model is another one, or none was given where one is needed.
     """
-    folders = run_folders(_folders(folder))
+    folders = run_folders(folders_of(folder))
     state = state_of_run(folders)
     if model is None and state.source is None:
         raise UsageError("the run was begun with a module, not a checkpoint: give it to resume(…, model=…), as built")
@@ -202,7 +203,7 @@ def _streamed(
     arrays: int,
     limit: int | None = None,
 ) -> tuple[nn.Module, Origin]:
-    wanted = _wanted(max_memory)
+    wanted = wanted_of(max_memory)
     early = settings.updates == "backward"
     if wanted.host is None:  # what is left then is for the activations of training, which nobody has counted
         arrays = 0

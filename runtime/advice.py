@@ -4,19 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 
 from ..memory.errors import DoesNotFitError
 from ..scheduler.hardware import Hardware
-from .foresight import Forecast
 
 GIB: Final = 2**30
 WORTH: Final = 1.1
 """A change that helps less is not worth a word."""
 ENOUGH: Final = 0.9
 """Of what the best change gains: the smallest one that gains so much is the one to make."""
+
+
+class Foreseen(Protocol):
+    """What was foreseen of some work on a machine."""
+
+    @property
+    def hardware(self) -> Hardware:
+        """The machine."""
+
+    @property
+    def seconds(self) -> float:
+        """What is to be made shorter."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything is moved: otherwise no memory, drive or link would change anything."""
+
+
+F = TypeVar("F", bound=Foreseen)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,24 +87,24 @@ def _more_memory(hardware: Hardware, more: int) -> Change:
     return Change(words=f"{more} GiB more RAM", hardware=changed)
 
 
-def advise(forecast: Forecast, foresee: Callable[[Hardware], Forecast]) -> Advice | None:
+def advise(forecast: F, foresee: Callable[[Hardware], F]) -> Advice | None:
     """What would help most; None where nothing helps much. `foresee` gives the forecast of the same work elsewhere."""
-    if forecast.plan.resident:
-        return None  # nothing is moved, so that no memory, drive or link would change anything
+    if not forecast.moves:
+        return None
     found = []
     for change in changes(forecast.hardware):
         try:
             other = foresee(change.hardware)
         except DoesNotFitError:
             continue
-        found.append(Advice(change=change, speedup=forecast.answer_s / other.answer_s))
+        found.append(Advice(change=change, speedup=forecast.seconds / other.seconds))
     best = max((each.speedup for each in found), default=0.0)
     if best < WORTH:
         return None
     return next(each for each in found if each.speedup - 1 >= ENOUGH * (best - 1))
 
 
-def smallest_that_fits(hardware: Hardware, foresee: Callable[[Hardware], Forecast]) -> tuple[Change, Forecast] | None:
+def smallest_that_fits(hardware: Hardware, foresee: Callable[[Hardware], F]) -> tuple[Change, F] | None:
     """The first of the changes with which the work fits at all."""
     for change in changes(hardware):
         try:

@@ -85,7 +85,7 @@ class Machinery:
         self.engine = DiskEngine(throttle=device.disk_throttle, staging_nbytes=layout.staging_nbytes)
         made.callback(self.engine.close)  # before the arenas: it joins the threads that use them
         droppable = frozenset() if self.trains else _droppable(layout, backing)
-        self.units = find_units(module, layout, device)
+        self.units = find_units(module, layout, device.torch_device)
         on_cpu = self.units.on_cpu
         self.front, self.back = _tiers(layout, self.host, self.front_arena, droppable, on_cpu.keys())
         self.images = _images(self, backing)

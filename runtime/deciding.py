@@ -16,7 +16,7 @@ from ..scheduler.operations import Operation
 from ..scheduler.plan import Plan
 from ..scheduler.processors import Candidate, Traffic, choose, cpu_s, device_s
 from .layout import Draft, Layout
-from .placing import REQUEST, Work
+from .placing import REQUEST, TokenWork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ class Decisions:
     exact: bool
     lanes: int = 1
 
-    def of(self, model: nn.Module) -> Work:
+    def of(self, model: nn.Module) -> TokenWork:
         """What a token of a model costs."""
-        return Work(costs=self.costs, rows=self.rows, dtype=_main_dtype(model), exact=self.exact, lanes=self.lanes)
+        return TokenWork(costs=self.costs, rows=self.rows, dtype=_main_dtype(model), exact=self.exact, lanes=self.lanes)
 
     def processors(self, model: nn.Module, layout: Layout) -> Mapping[int, int]:
         """For blocks that stay on the host: below how many rows the CPU computes them."""
@@ -90,7 +90,7 @@ def _traffic(layout: Layout) -> Traffic:
     return Traffic(copying=bool(layout.streamed()), reading=bool(layout.on_disk()))
 
 
-def _candidates(layout: Layout, work: Work) -> Iterator[Candidate]:
+def _candidates(layout: Layout, work: TokenWork) -> Iterator[Candidate]:
     if layout.back is None:
         return
     for block in layout.blocks:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..memory.errors import UsageError
 from ..scheduler.sizes import DEFAULT_CONTEXT, Workload
+from .rehearsal import tensors_in
 
 
 class UnknownInputError(Exception):
@@ -77,6 +78,23 @@ def labels_of(model: PreTrainedModel, inputs: dict[str, Tensor], workload: Workl
     if "input_ids" in inputs and ("LM" in kind or "Generation" in kind or "Token" in kind):
         return {"labels": token_ids(workload.batch, workload.context)}
     return {}
+
+
+def loss_of(model: PreTrainedModel, workload: Workload) -> Tensor:
+    """Run the forward of a training step. The model's own loss; where it has none, one that all outputs are in.
+
+    Raises:
+        UnknownInputError: as `inputs_of`.
+    """
+    inputs = inputs_of(model, workload)
+    labels = labels_of(model, inputs, workload)
+    if not labels and model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = token_ids(workload.batch, workload.context)
+    output = model(**inputs, **labels)
+    if getattr(output, "loss", None) is not None:
+        loss: Tensor = output.loss
+        return loss
+    return sum((each.float().mean() for each in tensors_in(output) if each.requires_grad), torch.zeros(()))
 
 
 def token_ids(batch: int, length: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Final
@@ -29,7 +29,7 @@ from .backing import CheckpointBacking
 from .deciding import Decisions
 from .dtypes import stored_dtype
 from .feeding import with_context
-from .headroom import headroom_nbytes
+from .headroom import headroom_nbytes, kv_nbytes
 from .layout import Budgets, Layout
 from .planned import make_plan
 from .planning import Planner
@@ -37,6 +37,7 @@ from .pretrained import outline
 from .programs import programs
 from .rehearsal import make_fake
 from .simulation import setting_of
+from .units import settled
 
 SYSTEM_NBYTES: Final = 2 * 2**30
 """What the system and other programs keep of a host's memory."""
@@ -94,6 +95,16 @@ class Forecast:
         return self.first_token_s + (self.generated - 1) * self.token_s
 
     @property
+    def seconds(self) -> float:
+        """Of all that is asked for: what advice is to make shorter."""
+        return self.answer_s
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything is moved, so that another machine could do it faster."""
+        return not self.plan.resident
+
+    @property
     def binds(self) -> str:
         """What a token is bound by."""
         return max(self.busy_s, key=lambda name: self.busy_s[name])
@@ -125,7 +136,7 @@ class Foresight:
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
     @cached_property
-    def _backing(self) -> CheckpointBacking:
+    def backing(self) -> CheckpointBacking:
         """As if all parameters lay in one file, one after another."""
         sources, at = {}, 0
         for name, parameter in self.model.named_parameters():
@@ -170,19 +181,24 @@ class Foresight:
             )
         workload = with_context(self.model, Workload(batch=batch, context=prompt + generated))
         headroom = headroom_nbytes(self.model.config, self.model.dtype, context=workload.context, batch=batch)
-        budgets = self._budgets(hardware, room or Room(), headroom)
+        budgets = self.budgets(hardware, room or Room(), headroom)
         cost = CostModel(hardware=hardware, threads=threads)
         decisions = Decisions(costs=cost, rows=batch, exact=exact) if hardware.gpu is not None else None
+        beside = kv_nbytes(self.model.config, self.model.dtype, context=workload.context, batch=batch)
         layout = Planner(
             self.model,
-            self._backing,
+            self.backing,
             budgets,
             buffers_nbytes=sum(buffer.nbytes for buffer in self.model.buffers()),
             keep_skew=hardware.gpu is None or hardware.emulated,
             work=None if decisions is None else decisions.of(self.model),
+            beside_nbytes=beside,
         ).best()
-        if decisions is not None and layout.back is not None:
-            layout = replace(layout, on_cpu=decisions.processors(self.model, layout))
+        stays: tuple[str, ...] = ()
+        if decisions is not None:
+            computes = torch.device("cpu" if hardware.emulated else "cuda")
+            room_for_all = budgets.host - beside
+            layout, stays = settled(self.model, layout, computes, decisions.processors, host_nbytes=room_for_all)
         calls = self.programs(workload, prompt)
         setting = setting_of(layout)
         answer = (*calls[:-1], *[calls[-1]] * DECODED)
@@ -190,7 +206,7 @@ class Foresight:
         links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
         return Forecast(
             hardware=hardware,
-            plan=make_plan(layout, _device(hardware), budgets, links, self.weights_nbytes),
+            plan=make_plan(layout, device_name(hardware), budgets, links, self.weights_nbytes, stays),
             setting=setting,
             prediction=prediction,
             prompt=prompt,
@@ -201,7 +217,13 @@ class Foresight:
             busy_s=_busy(layout, calls, cost, batch, str(self.model.dtype).removeprefix("torch.")),
         )
 
-    def _budgets(self, hardware: Hardware, room: Room, headroom: int) -> Budgets:
+    def budgets(self, hardware: Hardware, room: Room, headroom: int) -> Budgets:
+        """Bytes of each tier for weights: as asked for, or what the machine has beside a run's `headroom`.
+
+        Raises:
+            DoesNotFitError: that leaves nothing, or the run no room.
+            UsageError: a tier is asked for that the machine has not got, or more of it.
+        """
         separate = hardware.gpu is not None
         host, device = room.host, room.device
         if device is not None and not separate:
@@ -245,7 +267,8 @@ class Foresight:
         )
 
 
-def _device(hardware: Hardware) -> str:
+def device_name(hardware: Hardware) -> str:
+    """What a plan calls what computes on a machine."""
     if hardware.gpu is None:
         return "cpu"
     return "emulated" if hardware.emulated else hardware.gpu.name

@@ -21,7 +21,7 @@ from .deciding import Decisions
 from .devices.base import Device
 from .dtypes import stored_dtype
 from .handle import Handle
-from .headroom import headroom_nbytes
+from .headroom import headroom_nbytes, kv_nbytes
 from .launch import launch
 from .layout import Trains
 from .links import LinkCache, disk_read_rate, link_rate
@@ -29,6 +29,7 @@ from .planned import make_plan
 from .planning import Planner
 from .pretrained import skeleton
 from .repacking import on_disk, read_tensor
+from .replanning import check_fits
 from .tiers import Wanted, resolve_budgets, skewed
 from .units import Processors, settled
 
@@ -80,6 +81,9 @@ def load(
             link_rate=links.h2d,
             on_cpu=decisions is not None and not decisions.exact,
         )
+        beside = 0
+        if wanted.host is not None:  # else they are left room for already
+            beside = kv_nbytes(bones.config, model.dtype, context=context, batch=batch)
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         planner = Planner(
             model,
@@ -89,11 +93,15 @@ def load(
             keep_skew=skewed(device),
             work=None if decisions is None else decisions.of(model),
             changing=trains and trains([prod(shape) * ITEMSIZE[dtypes[name]] for name, shape in shapes.items()]),
+            beside_nbytes=beside,
         )
         layout = planner.best() if plan is None else planner.as_planned(plan)
         if decisions is not None and processors is None and plan is None:
             processors = decisions.processors
-        layout, stays = settled(model, layout, device, processors)
+        room = None if decisions is None else budgets.host - beside
+        layout, stays = settled(model, layout, device.torch_device, processors, host_nbytes=room)
+        if plan is not None:
+            check_fits(layout, budgets)  # with the copies of small tensors that the CPU needs
         launch(
             model,
             owner=os.fspath(path),

@@ -63,7 +63,7 @@ def offload(
         backing = ModuleBacking(parameters)
         changing = trains and trains([parameter.nbytes for parameter in parameters.values()])
         layout = Planner(module, backing, budgets, buffers_nbytes=0, keep_skew=skewed(device), changing=changing).best()
-        layout, stays = settled(module, layout, device, processors)
+        layout, stays = settled(module, layout, device.torch_device, processors)
         if layout.resident and not device.separate and trains is None:
             untouched = untouched_plan(device.name, budgets, total, "everything fits: the module was left as it is")
             module.penstock = Handle(module, untouched, None)  # type: ignore[assignment]

@@ -23,7 +23,7 @@ CROSSINGS: Final = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class TokenWork:
     """What a call of the model does, as far as placing is concerned."""
 
     costs: CostModel
@@ -41,7 +41,7 @@ class Work:
 def place_on_tiers(
     blocks: Sequence[Draft],
     *,
-    work: Work,
+    work: TokenWork,
     device_nbytes: int,
     host_nbytes: int,
     worth: Mapping[int, float],
@@ -98,7 +98,7 @@ def place_on_tiers(
     return front, back, found.seconds
 
 
-def _classes(blocks: Sequence[Draft], work: Work, worth: Mapping[int, float]) -> list[BlockClass]:
+def _classes(blocks: Sequence[Draft], work: TokenWork, worth: Mapping[int, float]) -> list[BlockClass]:
     alike: dict[tuple[int, int, int, int, float], list[int]] = defaultdict(list)
     for block in blocks:
         times = worth.get(block.id, 1.0)
@@ -117,7 +117,7 @@ def _classes(blocks: Sequence[Draft], work: Work, worth: Mapping[int, float]) ->
     ]
 
 
-def _use(work: Work, nbytes: int, times: float) -> Use:
+def _use(work: TokenWork, nbytes: int, times: float) -> Use:
     """What a block of weights takes per token on either processor, for all lanes; where the CPU pays for a call of one,
     mode cpu computes there."""
     costs = work.costs
@@ -129,6 +129,11 @@ def _use(work: Work, nbytes: int, times: float) -> Use:
     pays = cpu_s <= 0.95 * (device_s + costs.copy_s(nbytes, REQUEST))
     calls = times * work.lanes
     return Use(device_s=calls * device_s, cpu_s=calls * cpu_s, on_cpu=pays and not work.exact, times=times)
+
+
+def cpu_pays(blocks: Sequence[Draft], work: TokenWork) -> bool:
+    """Whether the CPU would compute some of these blocks, if they stayed on the host."""
+    return any(_use(work, nbytes, 1.0).on_cpu for nbytes in {block.image.data_nbytes for block in blocks})
 
 
 def _rings(

@@ -23,7 +23,7 @@ from .backing import Backing, Portion
 from .layout import Budgets, Changing, Draft, Layout
 from .partition import cut, embedding_only, limits, streamable, table_candidates
 from .phases import ONCE, once_per_answer
-from .placing import Work, place_on_tiers
+from .placing import TokenWork, cpu_pays, place_on_tiers
 from .replanning import check_fits, check_rings, check_same, check_tables, residencies
 
 DEPTH = 96 * 2**20
@@ -78,8 +78,9 @@ class Planner:
         *,
         buffers_nbytes: int,
         keep_skew: bool,
-        work: Work | None = None,
+        work: TokenWork | None = None,
         changing: Changing | None = None,
+        beside_nbytes: int = 0,
     ) -> None:
         """Make one.
 
@@ -87,7 +88,9 @@ class Planner:
             work: Says what a token costs; without it bytes are what counts.
             changing: Weights will change, and it takes so much. None is served by rows then, where a gradient would
                 have no place to go.
+            beside_nbytes: Host memory to leave where the CPU computes blocks: for their keys and values.
         """
+        self._beside_nbytes = beside_nbytes
         self.module = module
         self._changing = changing
         self.work = work
@@ -170,7 +173,13 @@ class Planner:
             UsageError: it is a plan for another model, or one that cannot be carried out.
             DoesNotFitError: it takes more than the budgets.
         """
-        check_tables(plan, self.parameters)
+        lookups = embedding_only(self.module)
+        rows = {
+            name: self.sizes[name] // max(self.parameters[name].shape[0], 1)
+            for name in plan.tables
+            if name in self.sizes and name not in lookups and self.parameters[name].dim() == 2
+        }
+        check_tables(plan, self.parameters, rows)
         made = self._cut(plan.limit_nbytes, set(plan.tables))
         check_same(plan, made.blocks)
         small = made.blocks[0]
@@ -307,11 +316,14 @@ class Planner:
         room = device - small.front_nbytes
         if sum(block.front_nbytes for block in blocks) <= room:
             return None
+        host = self.budgets.host - made.own_nbytes
+        if cpu_pays(blocks, self.work):  # which needs copies of the small tensors, too
+            host -= self._beside_nbytes + small.image.data_nbytes
         found = place_on_tiers(
             blocks,
             work=self.work,
             device_nbytes=room,
-            host_nbytes=self.budgets.host - made.own_nbytes,
+            host_nbytes=host,
             worth=made.worth,
             min_slots=made.min_slots,
             depth_nbytes=depth,

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ..scheduler.operations import Operation
 from ..scheduler.program import Enter, Event, Leave, Program
 from ..scheduler.sizes import Workload
-from .feeding import inputs_of, takes, token_ids
+from .feeding import inputs_of, loss_of, takes, token_ids
 from .rehearsal import TooLongError, mode_of, quietly
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,10 @@ class _Listener(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.recording = False
+        self.learned: set[int] = set()
+        """Places of products with weights that are trained."""
         self._weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        self._trained = {p.untyped_storage()._cdata for p in model.parameters() if p.requires_grad}
         self._left = MOST_OPERATIONS
 
     def __torch_dispatch__(
@@ -92,6 +95,8 @@ class _Listener(TorchDispatchMode):
         weights = [t for t in (left, right) if t.untyped_storage()._cdata in self._weights]
         if weights:
             weight = weights[0]
+            if weight.untyped_storage()._cdata in self._trained:
+                self.learned.add(len(self.events))
             nbytes = min(weight.untyped_storage().nbytes(), weight.numel() * weight.element_size())  # may be expanded
             width = weight.shape[0] if weight.dim() == 4 else weight.shape[-1 if weight is right else -2]
             stacked = weight.shape[0] if weight.dim() == 3 and nbytes == weight.numel() * weight.element_size() else 1
@@ -154,6 +159,29 @@ def programs(model: PreTrainedModel, workload: Workload, *, prompt: int) -> tupl
             model, listener, "decode", workload.batch, input_ids=token_ids(workload.batch, 1), **{name: cache}
         )
     return first, second
+
+
+def training_program(model: PreTrainedModel, workload: Workload) -> Program:
+    """The forward of a training step, the loss of all tokens with it.
+
+    Args:
+        model: With fake weights (`rehearsal.make_fake`); those are trained that want a gradient.
+        workload: Sequences of a backward pass, and their tokens.
+
+    Raises:
+        UnknownInputError: what the model reads is not known.
+        TooLongError: the model loops over its tokens.
+    """
+    training = model.training
+    model.train(True)
+    try:
+        with _listening(model) as listener:
+            listener.recording = True
+            loss_of(model, workload)
+            events, learned = tuple(listener.events), frozenset(listener.learned)
+    finally:
+        model.train(training)
+    return Program(title="forward", tokens=workload.batch * workload.context, events=events, learned=learned)
 
 
 def _cache(model: PreTrainedModel, name: str, batch: int, length: int) -> Any:

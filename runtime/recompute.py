@@ -165,8 +165,16 @@ class _Surroundings:
 
 def recompute(session: Session, module: nn.Module) -> list[str]:
     """Have the parts of a model that come in lists make their activations again. Returns their names."""
-    found: list[str] = []
     keys = {path: key for key, (path, _) in enumerate(module.named_modules())}
+    found = segments_of(module)
+    for path in found:
+        _wrap(session, module.get_submodule(path), keys[path])
+    return found
+
+
+def segments_of(module: nn.Module) -> list[str]:
+    """The names of these parts."""
+    found: list[str] = []
     for path, child in module.named_modules():
         if any(path.startswith(f"{name}.") for name in found):
             continue
@@ -174,7 +182,6 @@ def recompute(session: Session, module: nn.Module) -> list[str]:
             for name, part in child.named_children():
                 if _worth_it(part):
                     found.append(f"{path}.{name}" if path else name)
-                    _wrap(session, part, keys[found[-1]])
     return found
 
 

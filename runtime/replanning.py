@@ -13,12 +13,19 @@ from ..scheduler.plan import Home, Plan
 from ..scheduler.residency import Residency
 from .layout import Budgets, Draft, Layout
 
+MOST_PIECES: Final = 4096
+"""Of a table. The planner's own limits are sizes of whole layers and matrices, of which there are fewer."""
 PADDING_NBYTES: Final = 64 * 2**10
 """By so much a block may take more of a slot than a plan from a config alone says."""
 
 
-def check_tables(plan: Plan, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse a plan that has tables which the model has not got.
+def check_tables(plan: Plan, parameters: Mapping[str, nn.Parameter], row_nbytes: Mapping[str, int]) -> None:
+    """Refuse a plan that has tables which the model has not got, or cuts them into dust.
+
+    Args:
+        plan: From a file.
+        parameters: Of the model.
+        row_nbytes: Of a row of each parameter that would be cut into pieces of rows.
 
     Raises:
         UsageError: it does; the message names one.
@@ -28,6 +35,15 @@ def check_tables(plan: Plan, parameters: Mapping[str, nn.Parameter]) -> None:
     for name in plan.tables:
         if name not in parameters or parameters[name].dim() != 2:
             raise UsageError(f"the plan has {name} read by rows, which this model has not got: it is for another model")
+        rows = parameters[name].shape[0]
+        pieces = -(-rows // max(1, plan.limit_nbytes // row_nbytes[name])) if name in row_nbytes else 0
+        if pieces > MOST_PIECES:
+            least = -(-rows // MOST_PIECES) * row_nbytes[name]
+            raise UsageError(
+                f"the plan's limit_nbytes of {plan.limit_nbytes} would cut {name}, {rows} rows of {row_nbytes[name]} "
+                f"bytes, into {pieces} blocks, and {MOST_PIECES} are the most: leave it as the plan was made, or give "
+                f"{least} or more"
+            )
 
 
 def check_same(plan: Plan, blocks: Sequence[Draft]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
@@ -28,7 +28,7 @@ from ..scheduler.sizes import (
     training_peak,
 )
 from ..scheduler.tape import Tape
-from .feeding import UnknownInputError, inputs_of, labels_of, takes, token_ids, with_context
+from .feeding import UnknownInputError, inputs_of, loss_of, takes, token_ids, with_context
 from .pretrained import outline
 from .rehearsal import TooLongError, Watch, make_fake, mode_of, pattern, quietly, rehearsing, tensors_in, units
 
@@ -47,6 +47,8 @@ class _Rehearsed:
     peak: Bytes = field(default_factory=Bytes)
     sweep: Bytes = field(default_factory=Bytes)
     """The peak before the first gradient of a parameter is there."""
+    aside: Bytes = field(default_factory=Bytes)
+    """The peak of all but the gradients of parameters."""
     activations: Mapping[str, int] = field(default_factory=dict)
     """By unit."""
     kv: Mapping[str, int] = field(default_factory=dict)
@@ -104,6 +106,24 @@ def measure_sizes(
     )
 
 
+def measure_activations(
+    model: PreTrainedModel, workload: Workload, *, again: bool, on_cpu: bool
+) -> tuple[Bytes | None, tuple[str, ...]]:
+    """What a backward pass holds at most beside weights and the gradients of parameters; and notes.
+
+    None where the model cannot be rehearsed, or cannot make its activations again.
+
+    Args:
+        model: With fake weights, those that are trained wanting a gradient. It is changed where activations are made
+            again.
+        workload: Which trains.
+        again: Whether the layers' activations are made again in backward.
+        on_cpu: Whether the CPU computes.
+    """
+    found = _run(model, workload, checkpointing=again, on_cpu=on_cpu)
+    return (found.aside if found.aside.total else None), found.notes
+
+
 def _trained(model: PreTrainedModel, workload: Workload) -> list[nn.Parameter]:
     """Make parameters trainable, or add adapters that are; what is trained."""
     if workload.train == "adamw":
@@ -111,15 +131,17 @@ def _trained(model: PreTrainedModel, workload: Workload) -> list[nn.Parameter]:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
     elif workload.train == "lora":
-        _add_adapters(model, workload.rank)
+        add_adapters(model, workload.rank)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _add_adapters(model: nn.Module, rank: int) -> None:
+def add_adapters(model: nn.Module, rank: int, targets: Collection[str] = ()) -> None:
     """Adapters on every linear layer of the stacks: attention and MLP, not embeddings and heads. In the dtype of the
-    weights beside them."""
+    weights beside them. With `targets`, only on layers of these names."""
     for path, module in list(model.named_modules()):
         if "*" not in pattern(path) or not isinstance(module, nn.Linear | Conv1D):
+            continue
+        if targets and path.rpartition(".")[2] not in targets:
             continue
         narrow, wide = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
         with mode_of(model):
@@ -203,6 +225,7 @@ def _extrapolated(contexts: Sequence[int], found: Sequence[_Rehearsed], context:
     return _Rehearsed(
         peak=max(sweep, found[-1].peak, key=lambda each: each.total),
         sweep=sweep,
+        aside=extrapolate_bytes(contexts, [each.aside for each in found], context),
         activations=by_unit([each.activations for each in found]),
         kv=by_unit([each.kv for each in found]),
         notes=(
@@ -242,28 +265,21 @@ def _train(model: PreTrainedModel, watch: Watch, workload: Workload) -> _Rehears
     tape = watch.tape
     model.train()
     try:
-        loss = _loss(model, workload)
+        loss = loss_of(model, workload)
         tape.mark(tape.live(), "activations")
         kept = tape.held("activations")
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = [watch.note(p.grad) for p in model.parameters() if p.grad is not None]
         tape.mark((number for number in gradients if number is not None), "gradients")
-        return _Rehearsed(peak=tape.peak(), sweep=tape.peak(before="gradients"), activations=kept)
+        return _Rehearsed(
+            peak=tape.peak(),
+            sweep=tape.peak(before="gradients"),
+            aside=tape.peak(without="gradients"),
+            activations=kept,
+        )
     finally:
         model.train(False)
         model.zero_grad()
-
-
-def _loss(model: PreTrainedModel, workload: Workload) -> Tensor:
-    inputs = inputs_of(model, workload)
-    labels = labels_of(model, inputs, workload)
-    if not labels and model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = token_ids(workload.batch, workload.context)
-    output = model(**inputs, **labels)
-    if getattr(output, "loss", None) is not None:
-        loss: Tensor = output.loss
-        return loss
-    return sum((each.float().mean() for each in tensors_in(output) if each.requires_grad), torch.zeros(()))
 
 
 def _continue(model: PreTrainedModel, watch: Watch, workload: Workload) -> dict[str, int]:

@@ -17,7 +17,6 @@ from torch import nn
 
 from ..memory.image import ALIGN
 from ..memory.layout import ITEMSIZE
-from .devices.base import Device
 from .layout import Draft, Layout
 from .partition import callable_module
 
@@ -66,8 +65,8 @@ class Units:
         return sum(parameter.nbytes for parameter in small.values())
 
 
-def find_units(module: nn.Module, layout: Layout, device: Device) -> Units:
-    """The units that `layout.on_cpu` asks for, as far as they can be."""
+def find_units(module: nn.Module, layout: Layout, device: torch.device) -> Units:
+    """The units that `layout.on_cpu` asks for, as far as they can be; `device` computes the rest."""
     if not layout.on_cpu or layout.back is None:
         return Units(refused=dict.fromkeys(layout.on_cpu, "device and host are one tier"))
     finder = _Finder(module, layout, device)
@@ -83,7 +82,12 @@ Processors = Callable[[nn.Module, Layout], Mapping[int, int]]
 
 
 def settled(
-    module: nn.Module, layout: Layout, device: Device, processors: Processors | None = None
+    module: nn.Module,
+    layout: Layout,
+    device: torch.device,
+    processors: Processors | None = None,
+    *,
+    host_nbytes: int | None = None,
 ) -> tuple[Layout, tuple[str, ...]]:
     """The layout with the blocks that the CPU can in fact compute, and notes on those that it cannot.
 
@@ -92,6 +96,8 @@ def settled(
         layout: What `on_cpu` asks for is taken from `processors` where they are given.
         device: That computes the rest.
         processors: Chooses.
+        host_nbytes: Host memory for all of it, copies of small tensors included. Where these do not fit, the device
+            computes; None is as much as it takes.
     """
     if processors is not None and layout.back is not None:
         layout = replace(layout, on_cpu=processors(module, layout))
@@ -103,13 +109,20 @@ def settled(
         for reason, count in Counter(found.refused.values()).items()
     )
     own = layout.own_host_nbytes + found.small_nbytes
+    if host_nbytes is not None and found.on_cpu and layout.host_nbytes + found.small_nbytes > host_nbytes:
+        missing = layout.host_nbytes + found.small_nbytes - host_nbytes
+        note = (
+            f"{len(found.on_cpu)} blocks are computed on the device, not on the CPU: their keys and values, and copies "
+            f"of small tensors, take {missing} bytes more of the host than its budget has"
+        )
+        return replace(layout, on_cpu={}), (*notes, note)
     return replace(layout, on_cpu=found.on_cpu, own_host_nbytes=own), notes
 
 
 class _Finder:
     """One search through a model."""
 
-    def __init__(self, module: nn.Module, layout: Layout, device: Device) -> None:
+    def __init__(self, module: nn.Module, layout: Layout, device: torch.device) -> None:
         assert layout.back is not None
         self.layout = layout
         self.device = device
@@ -152,7 +165,7 @@ class _Finder:
             if place.offset % ITEMSIZE[place.dtype]:
                 return "their bytes are not aligned in the file"
             same = (place.offset - block.device_image.places[key].offset) % ALIGN == 0
-            if not same and place.nbytes and self.device.torch_device.type == "cpu":
+            if not same and place.nbytes and self.device.type == "cpu":
                 return "kernels would find them aligned otherwise than on the device"
         return None
 
@@ -188,7 +201,7 @@ class _Finder:
             return "layers use keys and values of other layers"
         if len(_layer_indices(module)) > 1 or any(_is_stack(child) for child in module.modules()):
             return "they belong to several layers"
-        return _unmovable(module, self.device.torch_device)
+        return _unmovable(module, self.device)
 
     def _unit(self, module: nn.Module, path: str, held: set[int]) -> Unit:
         blocks = tuple(sorted(held - {0}))

@@ -46,6 +46,8 @@ def parse_hardware(text: str, *, where: str) -> Hardware:
         raise UsageError(f"{where}: is not JSON ({error})") from error
     if not isinstance(data, dict):
         raise UsageError(f"{where}: holds a {type(data).__name__}: a hardware file is an object with name, cpu, drives")
+    if isinstance(data.get("hardware"), dict):  # what calibrate keeps, and prints with --json, says more than that
+        data = data["hardware"]
     if "host_nbytes" in data:  # no data sheet has that key: it is what calibrate writes
         try:
             return msgspec.convert(data, Hardware)

@@ -32,6 +32,8 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     """New ones that come out of it: the sequences of the batch, or 0."""
     events: tuple[Event, ...]
+    learned: frozenset[int] = frozenset()
+    """Places of the events that are products with weights which are trained."""
 
     def operations(self) -> Iterator[Operation]:
         """Only what computes."""

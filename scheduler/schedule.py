@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from ..memory.errors import UsageError
+
+Rate = float | Callable[[Set[str]], float]
+"""Bytes per second, or what says so of the lanes on which something runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ class TaskGraph:
         shared: Resources that several lanes draw on, with their rates in bytes per second.
     """
 
-    def __init__(self, shared: Mapping[str, float] | None = None) -> None:
+    def __init__(self, shared: Mapping[str, Rate] | None = None) -> None:
         self._shared = dict(shared or {})
         self._tasks: list[Task] = []
 
@@ -130,7 +133,7 @@ class Slots:
         self._users.append(task)
 
 
-def simulate(tasks: Sequence[Task], shared: Mapping[str, float]) -> Schedule:
+def simulate(tasks: Sequence[Task], shared: Mapping[str, Rate]) -> Schedule:
     """When each task runs, exactly.
 
     Where tasks that run at once draw on a shared resource, each gets an equal part of its rate, but none more than it
@@ -200,8 +203,9 @@ def _finish(
     return [each for each in dict.fromkeys(candidates) if _may_start(each, tasks, waiting, lanes)]
 
 
-def _speeds(running: Iterable[int], tasks: Sequence[Task], shared: Mapping[str, float]) -> dict[int, float]:
+def _speeds(running: Collection[int], tasks: Sequence[Task], shared: Mapping[str, Rate]) -> dict[int, float]:
     """Of each running task, the fraction that it does per second."""
+    lanes = {tasks[place].lane for place in running}
     speeds: dict[int, float] = {}
     users: dict[str, list[int]] = {}
     for place in running:
@@ -211,7 +215,8 @@ def _speeds(running: Iterable[int], tasks: Sequence[Task], shared: Mapping[str, 
         else:
             speeds[place] = 1 / task.seconds if task.seconds > 0 else math.inf
     for name, places in users.items():
-        room = shared[name]
+        rate = shared[name]
+        room = rate(lanes) if callable(rate) else rate
         # Those that can use least first: what they leave of an equal part is the others'.
         wanted = sorted((_demand(tasks[place]), place) for place in places)
         for done, (demand, place) in enumerate(wanted):

@@ -132,6 +132,8 @@ class _Frame:
     began_ns: int
     leases: list[Lease]
     where: Where
+    on_host: bool = False
+    """Whether the leases are of the host's copies."""
     device_ns: list[int] = field(default_factory=list)
     """When the device began and ended what the module asked of it."""
 
@@ -221,7 +223,7 @@ class _Simulation:
                 stack.append(await self._enter(event.path, rows, frame.where))
             else:
                 stack.pop()
-                self._release(frame.leases)
+                self._release(frame.leases, on_host=frame.on_host)
                 done.append((frame, self._loop.nanoseconds(), len(stack) - 1))
         await self._compute(pending, stack)
         if self._ahead is not None:
@@ -234,8 +236,9 @@ class _Simulation:
         began = self._loop.nanoseconds()
         blocks = self._setting.uses.get(path, ())
         if blocks and all(self._setting.on_cpu.get(block, 0) > rows[path] for block in blocks):
+            leases = [await self._granted(self._core.acquire_host_nowait(block)) for block in blocks]
             await self._cross()
-            return _Frame(path=path, began_ns=began, leases=[], where="cpu")
+            return _Frame(path=path, began_ns=began, leases=leases, where="cpu", on_host=True)
         return _Frame(path=path, began_ns=began, leases=[await self._acquire(block) for block in blocks], where=where)
 
     async def _by_pieces(self, operation: Operation, pieces: Sequence[int], stack: Sequence[_Frame]) -> None:
@@ -246,8 +249,10 @@ class _Simulation:
             part = msgspec.structs.replace(operation, nbytes=operation.nbytes * share)
             if self._setting.on_cpu.get(piece, 0) > operation.rows:
                 frame = _Frame(path=stack[-1].path, began_ns=0, leases=[], where="cpu")
+                held = await self._granted(self._core.acquire_host_nowait(piece))
                 await self._cross()
                 await self._compute([part], [frame])
+                self._release([held], on_host=True)
                 continue
             lease = await self._acquire(piece)
             await self._compute([part], stack)
@@ -293,8 +298,7 @@ class _Simulation:
         task.add_done_callback(self._tasks.discard)
 
     async def _acquire(self, block: int) -> Lease:
-        got = self._core.acquire_nowait(block)
-        lease = got if isinstance(got, Lease) else await self._granted(got)
+        lease = await self._granted(self._core.acquire_nowait(block))
         event = lease.residence.event
         if event is not None:
             if self._separate:  # the device waits, the host goes on
@@ -303,14 +307,16 @@ class _Simulation:
                 await self._mover.wait(event)
         return lease
 
-    async def _granted(self, wish: Wish) -> Lease:
+    async def _granted(self, wish: Lease | Wish) -> Lease:
+        if isinstance(wish, Lease):
+            return wish
         there = self._loop.create_future()
         wish.granted.add_done_callback(lambda _: there.set_result(None))
         await there
         return wish.granted.result()
 
-    def _release(self, leases: Sequence[Lease]) -> None:
-        event = None if self._ahead is None or self._ahead.done() else self._mover.computed(self._ahead)
+    def _release(self, leases: Sequence[Lease], *, on_host: bool = False) -> None:
+        event = None if on_host or self._ahead is None or self._ahead.done() else self._mover.computed(self._ahead)
         for lease in leases:
             self._core.release(lease, event)
 

@@ -60,21 +60,24 @@ class Tape:
                 found[piece.unit] += piece.nbytes
         return dict(found)
 
-    def peak(self, *, before: Kind | None = None) -> Bytes:
+    def peak(self, *, before: Kind | None = None, without: Kind | None = None) -> Bytes:
         """What is held at the first of the instants at which most is held, of those before the first piece of a kind is
-        taken."""
+        taken; `without` leaves out what is for one purpose."""
         held = highest = 0
         at = -1
         for index, event in enumerate(self._events):
-            if event >= 0 and self.pieces[event].kind == before:
+            kind = self.pieces[max(event, ~event)].kind
+            if event >= 0 and kind == before:
                 break
+            if kind == without:
+                continue
             held += self._change(event)
             if held > highest:
                 highest, at = held, index
         totals: dict[Kind, int] = defaultdict(int)
         for event in self._events[: at + 1]:
             totals[self.pieces[max(event, ~event)].kind] += self._change(event)
-        return Bytes(**totals)
+        return Bytes(**{kind: nbytes for kind, nbytes in totals.items() if kind != without})
 
     def _change(self, event: int) -> int:
         return self.pieces[event].nbytes if event >= 0 else -self.pieces[~event].nbytes

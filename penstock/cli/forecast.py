@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,12 +19,13 @@ from ..scheduler.work import read_work
 from ..sizes import format_size
 from .output import Output
 from .tables import lines_of
+from .view import View
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class AnswerWork:
     """What is to be run."""
 
     prompt: int
@@ -40,17 +41,17 @@ class Work:
                 raise UsageError(f"--{name} {getattr(self, name)} has no meaning: give {least} or more")
 
 
-def work_of(file: Path) -> Work:
+def work_of(file: Path) -> AnswerWork:
     """What a workload file asks for.
 
     Raises:
-        UsageError: it cannot be used, or asks for training, which is foreseen by --sizes --train only.
+        UsageError: it cannot be used, or asks for training, for which there are options.
     """
     asked = read_work(file)
     if asked.kind == "finetune":
-        raise UsageError(f"{file} asks for training: use --sizes --train adamw, which tells what it takes")
+        raise UsageError(f"{file} asks for training: use --train adamw with --batch and --context instead of the file")
     batch = None if asked.kind == "batch" and asked.batch == 1 else asked.batch
-    return Work(prompt=asked.prompt, generate=asked.generate, batch=batch)
+    return AnswerWork(prompt=asked.prompt, generate=asked.generate, batch=batch)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,9 +65,9 @@ class Outlook:
 class Forecaster:
     """One model and one kind of work, on any machine."""
 
-    def __init__(self, checkpoint: str, work: Work, *, dtype: str, trust_remote_code: bool) -> None:
+    def __init__(self, checkpoint: str, work: AnswerWork, *, dtype: str, trust_remote_code: bool) -> None:
         self.work = work
-        self.foresight = Foresight(_folder(checkpoint), dtype=dtype, trust_remote_code=trust_remote_code)
+        self.foresight = Foresight(folder_of(checkpoint), dtype=dtype, trust_remote_code=trust_remote_code)
 
     def on(self, hardware: Hardware, budget: MemoryBudget | None = None, *, batch: int | None = None) -> Forecast:
         """The work on a machine.
@@ -113,7 +114,7 @@ class Forecaster:
         )
 
 
-def _folder(checkpoint: str) -> str:
+def folder_of(checkpoint: str) -> str:
     """The folder of a config.json that is named itself."""
     file = Path(checkpoint)
     if not file.is_file():
@@ -175,11 +176,11 @@ def render(outlook: Outlook) -> Iterator[Text]:
     yield from lines_of(rows)
     label = "emulated: " if found.hardware.emulated else ""
     yield Text(
-        f"{label}first token after {_seconds(found.first_token_s)}, then {_seconds(found.token_s)} per token; "
+        f"{label}first token after {seconds_text(found.first_token_s)}, then {seconds_text(found.token_s)} per token; "
         f"{found.tokens_per_s:.3g} tokens/s over the answer"
     )
     busy = sorted(found.busy_s.items(), key=lambda item: -item[1])
-    yield Text(f"bound by the {found.binds}: per token {', '.join(f'{name} {_seconds(s)}' for name, s in busy)}")
+    yield Text(f"bound by the {found.binds}: per token {', '.join(f'{name} {seconds_text(s)}' for name, s in busy)}")
     yield Text(f"besides weights it takes {format_size(found.headroom_nbytes)} (keys and values, activations, logits)")
     if outlook.advice is not None:
         yield Text(str(outlook.advice), style="bold")
@@ -219,78 +220,21 @@ def document(outlook: Outlook) -> dict[str, object]:
     }
 
 
-def rank(
-    forecaster: Forecaster, machines: Sequence[Hardware], wanted_per_s: float
-) -> list[tuple[Hardware, Forecast | None]]:
-    """The machines that reach a rate, the cheapest first; then the others, the fastest first.
-
-    As Mélange (arXiv 2404.14527) does for serving, a machine is judged by what the work gets for its price.
-    """
-    found: list[tuple[Hardware, Forecast | None]] = []
-    for hardware in machines:
-        try:
-            found.append((hardware, forecaster.on(hardware)))
-        except DoesNotFitError:
-            found.append((hardware, None))
-
-    def order(item: tuple[Hardware, Forecast | None]) -> tuple[int, float]:
-        hardware, forecast = item
-        if forecast is None:
-            return 2, 0.0
-        if forecast.tokens_per_s >= wanted_per_s:
-            return 0, hardware.price_usd if hardware.price_usd is not None else float("inf")
-        return 1, -forecast.tokens_per_s
-
-    return sorted(found, key=order)
+VIEW: Final[View[Forecast]] = View(
+    columns=("tokens/s", "s/token", "first token", "read per token", "bound by"),
+    row=lambda found: _row(found),
+    short=2,
+    document=lambda found: document(Outlook(forecast=found, advice=None)),
+    rate="tokens/s over the answer",
+)
 
 
-def show_ranking(
-    output: Output, ranking: Sequence[tuple[Hardware, Forecast | None]], wanted_per_s: float, *, as_json: bool
-) -> int:
-    """Print a ranking; 3 where no machine reaches the rate."""
-    reached = [each for each in ranking if each[1] is not None and each[1].tokens_per_s >= wanted_per_s]
-    if as_json:
-        output.write_json(
-            [
-                {
-                    "hardware": hardware.name,
-                    "price_usd": hardware.price_usd,
-                    "reaches": forecast is not None and forecast.tokens_per_s >= wanted_per_s,
-                    **({} if forecast is None else document(Outlook(forecast=forecast, advice=None))),
-                }
-                for hardware, forecast in ranking
-            ]
-        )
-    else:
-        rows = [["machine", "price", "tokens/s", "s/token", "bound by", ""]]
-        for hardware, forecast in ranking:
-            price = "-" if hardware.price_usd is None else f"${hardware.price_usd:,.0f}"
-            if forecast is None:
-                rows.append([hardware.name, price, "-", "-", "-", "does not fit"])
-                continue
-            verdict = "yes" if forecast.tokens_per_s >= wanted_per_s else "too slow"
-            figures = [f"{forecast.tokens_per_s:.3g}", f"{forecast.token_s:.3g}", forecast.binds, verdict]
-            rows.append([hardware.name, price, *figures])
-        for line in lines_of(rows):
-            output.data.print(line)
-    return 0 if reached else 3
+def _row(found: Forecast) -> list[str]:
+    read = found.plan.disk_nbytes_per_sweep
+    figures = [f"{found.tokens_per_s:.3g}", f"{found.token_s:.3g}", f"{found.first_token_s:.3g} s"]
+    return [*figures, format_size(read) if read else "-", found.binds]
 
 
-def parse_target(text: str) -> float:
-    """Tokens per second in "5tok/s".
-
-    Raises:
-        UsageError: it is something else.
-    """
-    number = text.strip().removesuffix("tok/s").strip()
-    try:
-        value = float(number)
-    except ValueError:
-        value = -1.0
-    if not text.strip().endswith("tok/s") or not 0 < value < 1e9:
-        raise UsageError(f"--target {text!r} is not a rate: write for example 5tok/s")
-    return value
-
-
-def _seconds(value: float) -> str:
+def seconds_text(value: float) -> str:
+    """A time for people."""
     return f"{value:.3g} s" if value >= 0.1 else f"{value * 1e3:.3g} ms"

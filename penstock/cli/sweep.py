@@ -12,13 +12,12 @@ import msgspec
 
 from ..budget import MemoryBudget
 from ..memory.errors import DoesNotFitError, UsageError
-from ..runtime.foresight import Forecast
 from ..scheduler.hardware import Hardware
 from ..sizes import format_size, parse_size
-from .forecast import Forecaster, Outlook, document
 from .linechart import Line, draw
 from .output import Output
 from .tables import lines_of
+from .view import P, View
 
 _SIZES: Final = ("host", "device")
 _COUNTS: Final = ("batch",)
@@ -62,17 +61,19 @@ def parse_sweep(text: str) -> Sweep:
     return Sweep(name=name, values=tuple(dict.fromkeys(values)))
 
 
-Point = tuple[int, Forecast | None]
+Point = tuple[int, P | None]
+Foresee = Callable[[Hardware, MemoryBudget, int | None], P]
+"""The forecast of a machine under a budget, at a batch; None: of the batch that was asked for."""
 
 
-def sweep(forecaster: Forecaster, hardware: Hardware, budget: MemoryBudget, asked: Sweep) -> list[Point]:
+def sweep(foresee: Foresee[P], hardware: Hardware, budget: MemoryBudget, asked: Sweep) -> list[Point[P]]:
     """The forecast at each value; None where it does not fit."""
-    found: list[Point] = []
+    found: list[Point[P]] = []
     for value in asked.values:
         batch = value if asked.name == "batch" else None
         changed = budget if batch else replace(budget, **{asked.name: value})
         try:
-            found.append((value, forecaster.on(_with_room(hardware, asked, value), changed, batch=batch)))
+            found.append((value, foresee(_with_room(hardware, asked, value), changed, batch)))
         except DoesNotFitError:
             found.append((value, None))
     return found
@@ -89,48 +90,44 @@ def _with_room(hardware: Hardware, asked: Sweep, value: int) -> Hardware:
 
 
 def show_sweep(
-    output: Output, asked: Sweep, points: Sequence[Point], *, title: str, chart: Path | None, force: bool, as_json: bool
+    output: Output,
+    asked: Sweep,
+    points: Sequence[Point[P]],
+    view: View[P],
+    *,
+    title: str,
+    chart: Path | None,
+    force: bool,
+    as_json: bool,
 ) -> int:
     """Print a sweep, and draw it where a chart is asked for; 3 where nothing fits."""
     if as_json:
         documents = [
-            {asked.name: value, "fits": found is not None, **(_document(found) if found else {})}
+            {asked.name: value, "fits": found is not None, **(view.document(found) if found else {})}
             for value, found in points
         ]
         output.write_json(documents)
     else:
-        rows = [[asked.name, "tokens/s", "s/token", "first token", "read per token", "bound by"]]
+        rows = [[asked.name, *view.columns]]
         for value, found in points:
-            if found is None:
-                rows.append([asked.label(value), "does not fit", "", "", "", ""])
-                continue
-            read = found.plan.disk_nbytes_per_sweep
-            figures = [f"{found.tokens_per_s:.3g}", f"{found.token_s:.3g}", f"{found.first_token_s:.3g} s"]
-            rows.append([asked.label(value), *figures, format_size(read) if read else "-", found.binds])
+            nothing = ["does not fit", *[""] * (len(view.columns) - 1)]
+            rows.append([asked.label(value), *(nothing if found is None else view.row(found))])
         for line in lines_of(rows):
             output.data.print(line)
     if chart is not None:
-        _draw(asked, points, title, chart, force)
+        _draw(asked, points, view, title, chart, force)
         output.notes.print(f"drawn in {chart}")
     return 0 if any(found is not None for _, found in points) else 3
 
 
-def _document(found: Forecast) -> dict[str, object]:
-    return document(Outlook(forecast=found, advice=None))
-
-
-def _draw(asked: Sweep, points: Sequence[Point], title: str, chart: Path, force: bool) -> None:
+def _draw(asked: Sweep, points: Sequence[Point[P]], view: View[P], title: str, chart: Path, force: bool) -> None:
     there = [(value, found) for value, found in points if found is not None]
-
-    def line(name: str, value_of: Callable[[Forecast], float]) -> Line:
-        return Line(name=name, points=tuple((float(value), value_of(found)) for value, found in there))
-
     page = draw(
         title=title,
         x_label=asked.name,
         x_text=lambda value: asked.label(round(value)),
         y_label="tokens per second",
-        lines=(line("tokens/s over the answer", lambda found: found.tokens_per_s),),
+        lines=(Line(name=view.rate, points=tuple((float(value), found.tokens_per_s) for value, found in there)),),
         marks=tuple((float(value), found.binds) for value, found in there),
     )
     if chart.exists() and not force:

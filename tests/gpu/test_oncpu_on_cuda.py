@@ -15,7 +15,8 @@ from zoo import ZOO, load_resident, token_ids
 from zoo.budgets import PLENTY, find_budget
 
 import penstock
-from penstock.api import _wanted, link_cache
+from penstock.api import link_cache
+from penstock.arguments import wanted_of
 from penstock.devices import open_device
 from penstock.runtime import loading
 from penstock.runtime.layout import Layout
@@ -47,7 +48,7 @@ def below(rows: int, step: int = 1) -> Processors:
 def place(folder: Path, budget: dict[str, int], device: str, processors: Processors | None = None) -> Any:
     return loading.load(
         folder,
-        wanted=_wanted(budget),
+        wanted=wanted_of(budget),
         device=open_device(device),
         dtype="auto",
         disk=(),

@@ -21,7 +21,8 @@ from zoo import ZOO, Inputs, differences, load_resident, token_ids
 from zoo.budgets import DEVICES, PLENTY, find_budget
 
 import penstock
-from penstock.api import _wanted, link_cache
+from penstock.api import link_cache
+from penstock.arguments import wanted_of
 from penstock.devices import open_device
 from penstock.runtime import loading, offloading
 from penstock.runtime.build import Machinery
@@ -56,7 +57,7 @@ def every_other(_: nn.Module, layout: Layout) -> dict[int, int]:
 def place(folder: Path, budget: dict[str, int], device: str, processors: Processors | None = None) -> Any:
     return loading.load(
         folder,
-        wanted=_wanted(budget),
+        wanted=wanted_of(budget),
         device=open_device(device),
         dtype="auto",
         disk=(),
@@ -320,7 +321,7 @@ def test_modules_that_were_built_already(name: str, rows: int) -> None:
     def offload(budget: dict[str, int], device: str, processors: Processors | None = None) -> Any:
         return offloading.offload(
             entry.build(),
-            wanted=_wanted(budget),
+            wanted=wanted_of(budget),
             device=open_device(device),
             disk=(),
             context=None,

@@ -12,7 +12,8 @@ from zoo import ZOO, token_ids
 from zoo.budgets import DEVICES, PLENTY, find_budget
 
 import penstock
-from penstock.api import _wanted, link_cache
+from penstock.api import link_cache
+from penstock.arguments import wanted_of
 from penstock.devices import open_device
 from penstock.memory.errors import DoesNotFitError, UsageError
 from penstock.runtime import loading
@@ -169,7 +170,7 @@ def test_a_calibration_decides_who_computes(folder: Path, link: float, cpu: floa
     penstock.close(plain)
     model = loading.load(
         folder,
-        wanted=_wanted(budget),
+        wanted=wanted_of(budget),
         device=open_device(DEVICES["emulated"]),
         dtype="auto",
         disk=[],

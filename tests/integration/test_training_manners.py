@@ -15,7 +15,7 @@ from training_reference import Case, Reference, Streamed, prepared
 from zoo import differences
 
 import penstock
-from penstock.runtime.training.training import NonFiniteGradientError
+from penstock import NonFiniteGradientError
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -131,7 +131,7 @@ def test_a_workload_file_says_what_is_to_be_done(
     assert (found["prompt"], found["generate"], found["batch"]) == (32, 4, 2)
     work.write_text(json.dumps({"kind": "finetune", "batch": 2}))
     assert main(asked) == 2
-    assert "--sizes --train" in capsys.readouterr().err
+    assert "--train adamw" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

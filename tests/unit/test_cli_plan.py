@@ -112,8 +112,12 @@ def test_usage(folder: Path, capsys: pytest.CaptureFixture[str], options: tuple[
 
 
 def test_options_of_sizes_need_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(folder), "--train", "adamw"]) == 2
-    assert "belong to --sizes" in capsys.readouterr().err
+    assert main(["plan", str(folder), "--context", "64"]) == 2
+    assert "--context is about training: add --train adamw, or for its sizes alone --sizes" in capsys.readouterr().err
+    assert main(["plan", str(folder), "--train", "adamw", "--rank", "8"]) == 2
+    assert "write --lora r=8" in capsys.readouterr().err
+    assert plan(folder, "--train", "adamw", "--accumulate", "2") == 2
+    assert "--accumulate has no meaning with --sizes" in capsys.readouterr().err
     assert main(["plan"]) == 2
     assert "give CKPT" in capsys.readouterr().err
 

@@ -133,3 +133,9 @@ def test_files_that_are_no_hardware_files(tmp_path: Path) -> None:
         parse_hardware("[]", where="x")
     with pytest.raises(UsageError, match="no calibration of this version"):
         parse_hardware('{"host_nbytes": 3}', where="x")
+
+
+def test_what_calibrate_keeps_is_a_machine_too() -> None:
+    made = parse(PLAIN)
+    kept = msgspec.json.encode({"device": "cpu", "hardware": msgspec.to_builtins(made), "notes": []}).decode()
+    assert parse_hardware(kept, where="445-cpu.json") == made

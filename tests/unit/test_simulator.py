@@ -189,3 +189,17 @@ def test_clocks_go_on_where_floats_are_coarse() -> None:
     found = run(setting(6, 10 * MIB, ring=3), machine(disk=0.001 * MIB), layers=6, calls=2, compute_nbytes=MIB)
     assert found.turns[-1].end_ns > 100_000 * 1e9  # more than a day, of which a float of seconds has no picoseconds
     assert found.seconds("decode") == pytest.approx(6 * 10_000, rel=1e-3)
+
+
+def test_a_cold_run_waits_for_what_the_cpu_computes_to_be_on_the_host() -> None:
+    host = Ring(permanent=dict.fromkeys(range(10), 10 * MIB), slots=2, slot_nbytes=10 * MIB)
+    plain = setting(10, 10 * MIB, ring=3, back=host)
+    where = Setting(
+        moved=plain.moved, front=plain.front, back=host, uses=plain.uses, on_cpu=dict.fromkeys(range(10), 8)
+    )
+    cost = CostModel(hardware=machine(link=200 * MIB))
+    cold = simulate(where, [program(10, 10 * MIB)] * 2, cost, started=False)
+    # every block is read once at 100 MiB/s before it is computed, and never again
+    assert cold.turns[0].seconds == pytest.approx(1.01, rel=0.02)
+    assert cold.turns[1].seconds == pytest.approx(0.1, rel=0.02)
+    assert cold.read_nbytes == 10 * 10 * MIB

@@ -1,0 +1,66 @@
+"""Carries out `penstock plan` for a run: the forecast, a sweep, or a ranking of machines. Imported late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..budget import parse_budget
+from ..scheduler.planfile import write_plan
+from .forecast import VIEW, AnswerWork, Forecaster, show, title_of, work_of
+from .machines import find_machine, known_machines
+from .output import Output
+from .plan_request import Answer, Where
+from .ranking import parse_target, rank, show_ranking
+from .sweep import parse_sweep, show_sweep, sweep
+
+
+def plan_run(
+    output: Output,
+    source: str,
+    where: Where,
+    answer: Answer,
+    *,
+    prompt: int,
+    generate: int,
+    batch: int | None,
+    workload: Path | None,
+    dtype: str,
+    trust_remote_code: bool,
+) -> int:
+    """Foresee and print; the exit code.
+
+    Args:
+        batch: None for the one that gives most tokens per second.
+        workload: A file, in the place of prompt, generate and batch.
+
+    Raises:
+        DoesNotFitError: it does not fit.
+        UsageError: an option has no meaning, or a file cannot be used.
+    """
+    target = None if answer.target is None else parse_target(answer.target)
+    asked = None if answer.sweep is None else parse_sweep(answer.sweep)
+    budget = parse_budget(where.max_memory)
+    with output.busy("building the model without its weights"):
+        work = AnswerWork(prompt=prompt, generate=generate, batch=batch) if workload is None else work_of(workload)
+        if target is not None:
+            forecaster = Forecaster(source, work, dtype=dtype, trust_remote_code=trust_remote_code)
+            ranking = rank(forecaster.on, known_machines(), target)
+        else:
+            machine = find_machine(where.hardware, device=where.device, disk=where.disk, output=output)
+            forecaster = Forecaster(source, work, dtype=dtype, trust_remote_code=trust_remote_code)
+            if asked is not None:
+                points = sweep(lambda on, room, size: forecaster.on(on, room, batch=size), machine, budget, asked)
+            else:
+                outlook = forecaster.outlook(machine, budget)
+    if target is not None:
+        return show_ranking(output, ranking, target, VIEW, as_json=answer.as_json)
+    if asked is not None:
+        title = f"{source} on {machine.name}: {asked.name}"
+        return show_sweep(
+            output, asked, points, VIEW, title=title, chart=answer.chart, force=answer.force, as_json=answer.as_json
+        )
+    if answer.save is not None:
+        write_plan(answer.save, outlook.forecast.plan, force=answer.force)
+    title = title_of(forecaster.foresight, outlook.forecast)
+    show(output, outlook, title=title, as_json=answer.as_json, profile=answer.profile, force=answer.force)
+    return 0

@@ -1,0 +1,267 @@
+"""`penstock plan --train`: a model's own code, the planner and the simulated step together, on machines from files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli_forecast import MACHINE
+from test_predicted_profile import CONFIG
+
+from penstock.cli import main
+from penstock.memory.errors import DoesNotFitError, UsageError
+from penstock.runtime.foresight import Foresight, Room
+from penstock.runtime.training.forecast import Adapters, TrainingForesight, TrainingWork
+from penstock.runtime.training.loads import update_work
+from penstock.runtime.training.optimizers import SGD, AdamW, Lion
+from penstock.scheduler.datasheet import parse_hardware
+from penstock.scheduler.hardware import Hardware
+
+MIB = 2**20
+GPU: dict[str, Any] = {
+    "gpu": {
+        "name": "a GPU", "memory_gb": 1.0, "bandwidth_gb_per_s": 200, "tflops": {"float32": 5}, "launch_us": 1,
+    },
+    "link": {"h2d_gb_per_s": 2},
+}  # fmt: skip
+WORK = TrainingWork(choice=AdamW(max_grad_norm=1.0), batch=2, context=32)
+
+
+@pytest.fixture(autouse=True)
+def user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PENSTOCK_DEBUG", raising=False)  # which would have errors shown with tracebacks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps({**CONFIG, "dtype": "bfloat16", "num_hidden_layers": 4}))
+    (path / "machine.json").write_text(json.dumps(MACHINE))
+    (path / "gpu.json").write_text(json.dumps({**MACHINE, **GPU}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def foresight(folder: Path) -> Foresight:
+    return Foresight(folder)
+
+
+@pytest.fixture(scope="module")
+def training(foresight: Foresight) -> TrainingForesight:
+    return TrainingForesight(foresight, adapters=None)
+
+
+@pytest.fixture(scope="module")
+def least(folder: Path, training: TrainingForesight) -> int:
+    """MiB of host memory below which nothing can be trained."""
+    with pytest.raises(DoesNotFitError) as raised:
+        training.forecast(machine(folder), WORK, room=Room(host=MIB))
+    assert raised.value.needed_nbytes is not None
+    return -(-raised.value.needed_nbytes // MIB)
+
+
+def machine(folder: Path, name: str = "machine.json") -> Hardware:
+    return parse_hardware((folder / name).read_text(), where=name)
+
+
+def test_room_goes_to_weights_then_gradients_then_states(folder: Path, training: TrainingForesight, least: int) -> None:
+    hardware = machine(folder)
+    shares = []
+    read = []
+    for host in (least, least + 2, least + 14, least + 40, least + 200):
+        found = training.forecast(hardware, WORK, room=Room(host=host * MIB))
+        trained = found.load.trained()
+        shares.append(
+            (
+                sum(block.weights_nbytes for block in trained if block.home == "host") / (2 * found.trained),
+                sum(block.kept_nbytes for block in trained if not block.spilled) / (2 * found.trained),
+                sum(block.states_nbytes for block in trained if block.states_in_memory) / (12 * found.trained),
+            )
+        )
+        read.append(found.prediction.traffic.read)
+        assert found.plan.host_nbytes <= host * MIB
+        own = found.load.held_nbytes("host") + sum(
+            (block.kept_nbytes if not block.spilled else 0) + (block.states_nbytes if block.states_in_memory else 0)
+            for block in trained
+        )
+        assert own <= found.plan.host_nbytes
+    weights, gradients, states = zip(*shares, strict=True)
+    assert weights[0] < 1
+    assert weights[-1] == gradients[-1] == states[-1] == 1
+    assert gradients[0] == 1  # of a model this small they all fit where those of a larger one pass through
+    assert states[0] < 0.01
+    for share in (weights, gradients, states):
+        assert [round(each, 2) for each in share] == sorted(round(each, 2) for each in share)
+    for here in shares:  # none of the next before all of the one before, but for blocks that are too large for the rest
+        assert here[0] == 1 or here[2] < 0.01
+    assert read == sorted(read, reverse=True)
+    assert read[-1] == 0
+
+
+def test_bytes_per_parameter_are_those_of_the_page(folder: Path, training: TrainingForesight, least: int) -> None:
+    streamed = training.forecast(machine(folder), WORK, room=Room(host=(least + 1) * MIB))
+    traffic, count = streamed.prediction.traffic, streamed.trained
+    assert streamed.recompute
+    on_disk = sum(block.elements for block in streamed.load.trained() if block.home == "disk")
+    spilled = sum(block.elements for block in streamed.load.trained() if block.spilled)
+    assert 0 < on_disk < count
+    assert traffic.weights_written == 2 * on_disk
+    assert traffic.gradients_written == traffic.gradients_read == 2 * spilled
+    states = sum(block.states_nbytes for block in streamed.load.trained() if not block.states_in_memory)
+    assert traffic.states_read == traffic.states_written == states
+    assert states == pytest.approx(12 * count, rel=0.01)
+    assert streamed.disk_nbytes == 24 * count
+
+
+def test_optimizers_differ_by_their_states(folder: Path, training: TrainingForesight) -> None:
+    written = {}
+    for choice in (AdamW(), Lion(), SGD(momentum=0.9), SGD()):
+        work = TrainingWork(choice=choice, batch=2, context=32)
+        found = training.forecast(machine(folder), work, room=Room(host=110 * MIB))
+        written[choice] = found.disk_nbytes / found.trained
+    assert list(written.values()) == [24, 16, 16, 8]
+    assert update_work(SGD()).nbytes < update_work(Lion()).nbytes < update_work(AdamW()).nbytes
+    assert update_work(SGD()).operations == 3  # widen, add, round
+
+
+def test_adapters_leave_the_base_as_it_is(folder: Path, foresight: Foresight) -> None:
+    training = TrainingForesight(foresight, adapters=Adapters(rank=4))
+    work = TrainingWork(choice=AdamW(), batch=2, context=32, adapters=Adapters(rank=4))
+    found = training.forecast(machine(folder), work, room=Room(host=60 * MIB))
+    per_layer = 4 * (4 * (256 + 256) + 3 * (256 + 1024))
+    assert found.trained == 4 * per_layer
+    assert found.prediction.traffic.written == 0
+    assert found.disk_nbytes == 24 * found.trained
+    few = TrainingForesight(foresight, adapters=Adapters(rank=4, targets=("q_proj", "v_proj")))
+    assert few.learned().beside == 4 * 4 * 2 * 512
+    with pytest.raises(UsageError, match="nothing would be trained"):
+        TrainingForesight(foresight, adapters=Adapters(rank=4, targets=("nobody",)))
+    # frozen products have one product in backward, trained ones two
+    whole = TrainingForesight(foresight, adapters=None)
+    learned = whole.program(2, 32).learned
+    assert len(learned) == 4 * 7 + 1
+    assert len(training.program(2, 32).learned) == 2 * 4 * 7
+
+
+def test_activations_made_again_take_less_memory_and_more_time(folder: Path, training: TrainingForesight) -> None:
+    hardware = machine(folder)
+    long = TrainingWork(choice=AdamW(), batch=8, context=256, recompute=False)
+    kept = training.forecast(hardware, long)
+    again = training.forecast(hardware, TrainingWork(choice=AdamW(), batch=8, context=256, recompute=True))
+    assert again.activations_nbytes < kept.activations_nbytes
+    assert again.prediction.busy_s["CPU"] > kept.prediction.busy_s["CPU"]
+    assert kept.load.segments == ()
+    assert len(again.load.segments) == 4
+
+
+def test_a_device_apart_updates_on_the_cpu(folder: Path, training: TrainingForesight) -> None:
+    found = training.forecast(machine(folder, "gpu.json"), WORK, room=Room(device=12 * MIB, host=300 * MIB))
+    assert found.load.separate
+    assert set(found.prediction.busy_s) >= {"GPU", "CPU", "host-to-device link", "device-to-host link"}
+    assert found.prediction.traffic.from_device == 2 * found.trained
+
+
+def test_a_drive_that_is_too_small_is_refused(folder: Path, training: TrainingForesight) -> None:
+    small = {**MACHINE, "drives": [{**MACHINE["drives"][0], "capacity_tb": 0.0001}]}
+    with pytest.raises(DoesNotFitError, match="twice, and scratch files"):
+        training.forecast(parse_hardware(json.dumps(small), where="small"), WORK)
+
+
+def plan(folder: Path, *options: str, name: str = "machine.json") -> int:
+    asked = ["plan", str(folder), "--hardware", str(folder / name), "--seq", "32", *options]
+    return main([*asked, *([] if "--train" in options else ["--train", "adamw"])])
+
+
+def test_the_plan_for_people(folder: Path, least: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(folder, "--batch", "2", "--max-memory", f"host={least}MiB") == 0
+    out, error = capsys.readouterr()
+    assert error == ""
+    assert "training all weights with adamw, clipped, 1 × 2 sequences of 32 tokens per step" in out
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert "masters, states" in lines["tier"]
+    assert "device" not in lines
+    assert "bound by the disk: per step disk" in out
+    assert "600 TBW, if that is the drive's, are" in out
+    assert "per 1000 steps" in out
+    assert "activations of layers are made again in backward" in out
+    assert f"--max-memory host={least}MiB" in out
+
+
+def test_the_plan_for_programs_and_its_wear(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lasting = {**MACHINE, "drives": [{**MACHINE["drives"][0], "endurance_tbw": 300}]}
+    (folder / "lasting.json").write_text(json.dumps(lasting))
+    assert plan(folder, "--accumulate", "2", "--max-memory", "host=100MiB", "--json", name="lasting.json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens_per_s"] == pytest.approx(2 * 32 / found["s_per_step"])
+    assert found["forward_s"] + found["backward_s"] + found["update_s"] == pytest.approx(found["s_per_step"])
+    assert found["wear"]["endurance_nbytes"] == 300e12
+    assert found["wear"]["steps_until"] == pytest.approx(300e12 / found["written_nbytes_per_step"])
+    assert found["tiers"]["disk"]["states"] == 24 * found["trained_parameters"]
+    assert found["binds"] == max(found["busy_s_per_step"], key=found["busy_s_per_step"].get)
+
+
+def test_no_clipping_lets_updates_begin_in_backward(
+    folder: Path, least: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = {}
+    for updates in ("step", "backward"):
+        options = ("--no-clip", "--updates", updates, "--max-memory", f"host={least}MiB", "--json")
+        assert plan(folder, *options) == 0
+        found = json.loads(capsys.readouterr().out)
+        seconds[updates] = found["s_per_step"]
+        assert found["updates"] == updates
+    assert seconds["backward"] < seconds["step"]
+
+
+def test_sweeps_and_targets(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chart = tmp_path / "sweep.html"
+    assert plan(folder, "--sweep", "host=100MiB:400MiB", "--json") == 0
+    times = [each["s_per_step"] for each in json.loads(capsys.readouterr().out)]
+    assert times == sorted(times, reverse=True)
+    assert plan(folder, "--sweep", "batch=1:4", "--chart", str(chart)) == 0
+    assert capsys.readouterr().out.splitlines()[0].split()[:3] == ["batch", "tokens/s", "s/step"]
+    assert "tokens/s of training" in chart.read_text()
+    asked = ["plan", str(folder), "--train", "adamw", "--seq", "32", "--target"]
+    assert main([*asked, "1e-9s/step"]) == 3
+    assert "too slow" in capsys.readouterr().out
+    assert main([*asked, "1000s/step"]) == 0
+    assert "yes" in capsys.readouterr().out
+    assert main([*asked, "fast"]) == 2
+    assert "write for example 5tok/s or 20s/step" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_says_what_would(folder: Path, least: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(folder, "--max-memory", f"host={least - 1}MiB") == 3
+    error = capsys.readouterr().err
+    assert "needs at least" in error
+    assert "--lora r=16 would make it fit" in error
+    small = {**MACHINE, "cpu": {**MACHINE["cpu"], "memory_gb": 3.0}}
+    (folder / "small.json").write_text(json.dumps(small))
+    assert plan(folder, "--batch", "512", "--no-recompute", name="small.json") == 3
+    error = capsys.readouterr().err
+    assert "or 16 GiB more RAM would make it fit" in error
+    assert "--batch " in error
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--train", "lora"), "use --train adamw --lora r=16"),
+        (("--train", "adam"), "use adamw or sgd or lion"),
+        (("--updates", "later"), "use step or backward"),
+        (("--updates", "backward"), "add --no-clip"),
+        (("--lora", "rank=16"), "write for example r=16"),
+        (("--lora", "r=0"), "1 or more"),
+        (("--lora", "r=4,r=5"), "write for example r=16"),
+        (("--save", "x.json"), "--train and --save exclude"),
+        (("--max-memory", "device=1GiB"), "has no GPU"),
+        (("--batch", "0"), "--batch"),
+    ],
+)
+def test_usage(folder: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], words: str) -> None:
+    assert plan(folder, *options) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert words in error
