@@ -7,6 +7,7 @@ a shard take about as long as those of the next.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,10 +21,11 @@ from ...memory.errors import StallError
 from ...memory.image import whole_window
 from ...memory.store import BlockStore, checksum
 from .shards import Shard
+from .watch import STALL_S, WATCH_S, Watch, failure_of
 
+logger = logging.getLogger(__name__)
 BUFFERS: Final = 4
 """Shards in memory: one that is changed, one on each side of it, and one that lets a slow one catch up."""
-STALL_S: Final = 120.0
 
 Work = Callable[[Shard, Sequence[torch.Tensor]], None]
 """Changes the arrays of a shard in place: fp32, [elements] each."""
@@ -37,9 +39,20 @@ class ShardPipeline:
         engine: Reads and writes.
         shards: All there are.
         arrays: How many each has.
+        watch_s: How often a wait is reported.
+        stall_s: How long one may last without a byte moved.
     """
 
-    def __init__(self, *, store: BlockStore, engine: DiskEngine, shards: Sequence[Shard], arrays: int) -> None:
+    def __init__(
+        self,
+        *,
+        store: BlockStore,
+        engine: DiskEngine,
+        shards: Sequence[Shard],
+        arrays: int,
+        watch_s: float = WATCH_S,
+        stall_s: float = STALL_S,
+    ) -> None:
         self._store = store
         self._engine = engine
         self._shards = shards
@@ -51,6 +64,9 @@ class ShardPipeline:
         self._writing: set[int] = set()
         """Shards whose writes have not landed: what is on disk is older than what they hold."""
         self._error: Exception | None = None
+        self._worked = 0
+        self.watch = Watch(self._moved, watch_s=watch_s, stall_s=stall_s)
+        """For all waits of a training that end when shards move on."""
 
     @property
     def nbytes(self) -> int:
@@ -87,15 +103,16 @@ class ShardPipeline:
                         writing = True
                 finally:
                     if not writing:  # the write gives it back
-                        self._give_back(slot)
-        finally:
+                        self._drop(slot, transfer)
+        except BaseException:
             for _, slot, transfer in ahead:
-                if transfer is not None:
-                    transfer.cancel()
-                    transfer.add_done_callback(lambda _, slot=slot: self._give_back(slot))  # type: ignore[misc]
-                else:
-                    self._give_back(slot)
-            self._all_back()
+                self._drop(slot, transfer)
+            try:
+                self._all_back()
+            except StallError as error:
+                logger.warning("%s", error)
+            raise
+        self._all_back()
         self._raise()
 
     def _read_ahead(
@@ -116,9 +133,10 @@ class ShardPipeline:
         return bool(ahead)
 
     def _read(self, shard: Shard, slot: Slot) -> Transfer:
-        with self._changed:
-            if not self._changed.wait_for(lambda: shard.id not in self._writing or self._error, timeout=STALL_S):
-                raise _stalled()
+        self._wait(
+            lambda: shard.id not in self._writing or self._error,
+            f"shard {shard.id} is to be read, and waits for its own write",
+        )
         span = self._store.location(shard.id)
         window = whole_window(span.path, span.offset, round_up(span.nbytes))
         return self._engine.read([window], [], self._arena.view(slot.offset, slot.nbytes))
@@ -128,26 +146,31 @@ class ShardPipeline:
         if transfer is None:
             raw[:] = bytes(len(raw))
         else:
-            transfer.wait()
+            self.watch.transfer(transfer, lambda: f"an update waits for shard {shard.id} to be read; {self.report()}")
             self._store.check(shard.id, raw)
         work(shard, arrays_of(raw, shard, self._arrays))
+        self._worked += 1
 
     def _write(self, shard: Shard, slot: Slot) -> None:
         raw = self._arena.view(slot.offset, self._arrays * shard.array_nbytes)
         found = checksum(raw)
         span = self._store.begin_write(shard.id)
         assert span is not None
+        try:
+            transfer = self._engine.write(span.path, span.offset, raw)
+        except Exception as error:
+            self._store.write_failed(shard.id, error)
+            raise
         with self._changed:
             self._writing.add(shard.id)
-        transfer = self._engine.write(span.path, span.offset, raw)
 
         def landed(done: Transfer) -> None:
             try:
-                if done.error is None:
+                if (failure := failure_of(done)) is None:
                     self._store.written(shard.id, found)
                 else:
-                    self._store.write_failed(shard.id, done.error)
-                    self._fail(done.error)
+                    self._fail(failure)
+                    self._store.write_failed(shard.id, failure)
             except Exception as error:  # it must surface where the work is done, not in a thread of the drive
                 self._fail(error)
             finally:
@@ -158,11 +181,19 @@ class ShardPipeline:
         transfer.add_done_callback(landed)
 
     def _take(self, *, wait: bool) -> Slot | None:
+        if wait:
+            self._wait(lambda: self._free or self._error, "the next shard waits for a buffer")
         with self._changed:
-            if wait and not self._changed.wait_for(lambda: self._free or self._error, timeout=STALL_S):
-                raise _stalled()
             self._raise()
             return self._free.popleft() if self._free else None
+
+    def _drop(self, slot: Slot, transfer: Transfer | None) -> None:
+        """Give a buffer back as soon as nothing is read into it any more."""
+        if transfer is None:
+            self._give_back(slot)
+        else:
+            transfer.cancel()
+            transfer.add_done_callback(lambda _: self._give_back(slot))
 
     def _give_back(self, slot: Slot) -> None:
         with self._changed:
@@ -170,9 +201,21 @@ class ShardPipeline:
             self._changed.notify_all()
 
     def _all_back(self) -> None:
+        self._wait(lambda: len(self._free) == BUFFERS, "the last shards are to be written")
+
+    def _wait(self, ready: Callable[[], object], what: str) -> None:
         with self._changed:
-            if not self._changed.wait_for(lambda: len(self._free) == BUFFERS, timeout=STALL_S):
-                raise _stalled()
+            self.watch.wait(lambda s: self._changed.wait_for(ready, timeout=s), lambda: f"{what}; {self.report()}")
+
+    def _moved(self) -> int:
+        statistics = self._engine.statistics()
+        return statistics.read_nbytes + statistics.written_nbytes + self._worked
+
+    def report(self) -> str:
+        """Where shards are, for who waits."""
+        writing = ", ".join(str(number) for number in sorted(self._writing.copy())) or "none"
+        folders = ", ".join(str(folder) for folder in self._store.folders)
+        return f"{len(self._free)} of {BUFFERS} buffers are free, shards being written to {folders}: {writing}"
 
     def _fail(self, error: Exception) -> None:
         with self._changed:
@@ -184,12 +227,9 @@ class ShardPipeline:
             raise self._error
 
     def close(self) -> None:
-        """Give the memory back."""
-        self._arena.close()
-
-
-def _stalled() -> StallError:
-    return StallError(f"no shard of the optimizer's state was written for {STALL_S:.0f} s: is the drive still there?")
+        """Give the memory back, unless a drive that hangs may still write into it."""
+        if len(self._free) == BUFFERS:
+            self._arena.close()
 
 
 def arrays_of(raw: memoryview, shard: Shard, count: int) -> list[torch.Tensor]:

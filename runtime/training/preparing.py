@@ -186,6 +186,8 @@ def _activations(model: nn.Module, machinery: Machinery, settings: Settings) -> 
         recompute(machinery.session, model)
 
 
+        check_unused(store.folders)
+        _clear_scratch(folders)
 def machinery_of(model: nn.Module) -> Machinery:
     """What runs a streamed model."""
     machinery = model.penstock.machinery  # type: ignore[union-attr]
