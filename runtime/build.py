@@ -67,6 +67,7 @@ class Machinery:
         self._lock = threading.Lock()
         self._closed = False
         self._on_close: list[Callable[[], None]] = []
+        self._before_close: list[Callable[[], None]] = []
         with ExitStack() as made:
             self._make(layout, backing, module, share, made)
             made.pop_all()
@@ -165,6 +166,10 @@ class Machinery:
         """Have something released at the end."""
         self._on_close.append(callback)
 
+    def before_close(self, callback: Callable[[], None]) -> None:
+        """Have something done at the end while everything still works."""
+        self._before_close.append(callback)
+
     def close(self) -> None:
         """Stop threads and give all memory back. May be called twice, from any thread but the executor's own."""
         with self._lock:
@@ -181,6 +186,8 @@ class Machinery:
             end.callback(self.mover.close)
             end.callback(self.engine.close)  # joins the threads that write into the arenas
             end.callback(self.executor.close)
+            for callback in self._before_close:
+                end.callback(callback)
 
 
 def _keep_root(module: nn.Module) -> None:

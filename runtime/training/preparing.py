@@ -85,6 +85,7 @@ def attach(
         training.write_masters(master_of(machinery, trained))
         finish_before_export(model, training)
         optimizer = StreamedOptimizer(training, choice, store, model=model, origin=origin, settings=settings)
+        machinery.before_close(training.last)
         machinery.on_close(made.pop_all().close)
     return optimizer
 
@@ -132,6 +133,7 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
             training, choice, store, model=model, origin=origin, settings=settings, state=state
         )
         set_random_state(state.random)
+        machinery.before_close(training.last)
         machinery.on_close(made.pop_all().close)
     return optimizer
 
