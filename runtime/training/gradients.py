@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate as accumulated
 from typing import Any
 
@@ -65,7 +66,8 @@ class Gradients:
     """The gradients of one step.
 
     A gradient of one backward keeps its dtype; a second one is added in fp32, and so is every further one. Between
-    passes `.grad` shows a `TakenGradient`; who removes it (`model.zero_grad()`) removes the gradient.
+    passes `.grad` shows a `TakenGradient`; who removes it (`model.zero_grad()`) removes the gradient. It stays there
+    after the step, as in PyTorch: a backward that finds it was to add to a gradient which is gone.
     """
 
     def __init__(
@@ -89,6 +91,10 @@ class Gradients:
         self._kept: list[torch.Tensor | None] = [None] * len(trained)
         self._shown: list[TakenGradient | None] = [None] * len(trained)
         """What `.grad` was left as, where a gradient is kept."""
+        self._used: list[TakenGradient | None] = [None] * len(trained)
+        """What `.grad` still is, where a step has used the gradient."""
+        self._uncleared: set[int] = set()
+        """Parameters that had that in `.grad` when a backward came."""
         self._hooks: list[Any] = []
         for index, each in enumerate(trained):
             self._hooks.append(each.parameter.register_hook(self._clearer(index)))  # type: ignore[no-untyped-call]
@@ -100,6 +106,11 @@ class Gradients:
 
         def clear(_: torch.Tensor) -> None:
             self._settle(index)
+            self._uncleared.discard(index)
+            used, self._used[index] = self._used[index], None
+            if used is not None and self._trained[index].parameter.grad is used:
+                self._trained[index].parameter.grad = None
+                self._uncleared.add(index)
 
         return clear
 
@@ -107,9 +118,17 @@ class Gradients:
         def take(parameter: torch.Tensor) -> None:
             grad = parameter.grad
             parameter.grad = None
+            if index in self._uncleared:
+                self._uncleared.discard(index)
+                raise UsageError(
+                    f"{self._trained[index].name} has a new gradient, and that of the last step was not cleared: "
+                    "PyTorch would add the two, but step() has used it up. Call optimizer.zero_grad() after each step()"
+                )
             if grad is not None:
                 self.add(index, grad)
-                parameter.grad = self._shown[index] = TakenGradient.of(parameter, lambda: self._present(index))
+                parameter.grad = self._shown[index] = TakenGradient.of(
+                    parameter, partial(self._present, index), partial(self._scale, index)
+                )
 
         return take
 
@@ -125,12 +144,19 @@ class Gradients:
             self._kept[index] = None
             self._came[index] = 0
 
+    def _scale(self, index: int, factor: torch.Tensor | float) -> None:
+        """Multiply one, in place and in the dtype that it is kept in."""
+        self._present(index)
+        kept = self._kept[index]
+        assert isinstance(kept, torch.Tensor)
+        kept.mul_(factor)
+
     def _present(self, index: int) -> torch.Tensor:
         kept = self._kept[index]
         if kept is None:
             raise UsageError(
-                f"the gradient of {self._trained[index].name} has gone into an update already, which nothing had to "
-                "wait for. Clip with max_grad_norm, as in penstock.AdamW(lr=…, max_grad_norm=1.0), not in .grad"
+                f"the gradient of {self._trained[index].name} has gone into an update already: clip before step(). "
+                'Where updates begin in backward, gradients cannot be clipped: leave updates="backward" out'
             )
         return kept
 
@@ -181,9 +207,13 @@ class Gradients:
             UsageError: one was put into `.grad` by hand, and does not fit what else is kept.
         """
         for index, each in enumerate(self._trained):
+            shown = self._shown[index]
+            untouched = shown is not None and each.parameter.grad is shown
             self._settle(index)
-            if each.parameter.grad is not None:  # by hand, or of a time before it was streamed
-                grad, each.parameter.grad = each.parameter.grad, None
+            if untouched:
+                each.parameter.grad = self._used[index] = shown
+            elif (grad := each.parameter.grad) is not None and grad is not self._used[index]:
+                each.parameter.grad = None  # by hand, or of a time before it was streamed
                 self.add(index, grad)
         kept, self._kept = self._kept, [None] * len(self._trained)
         self._came = [0] * len(self._trained)
@@ -196,6 +226,8 @@ class Gradients:
             each.parameter.grad = None
         self._kept = [None] * len(self._trained)
         self._came = [0] * len(self._trained)
+        self._used = [None] * len(self._trained)
+        self._uncleared.clear()
 
     @property
     def nbytes(self) -> int:
