@@ -46,6 +46,7 @@ def load(
     decisions: Decisions | None = None,
     plan: Plan | None = None,
     trains: Trains | None = None,
+    headroom: int | None = None,
 ) -> nn.Module:
     """Build the model, plan it, and start reading. See `penstock.load`.
 
@@ -54,6 +55,7 @@ def load(
         decisions: Choose that, and what stays where, by what a token costs; None where that is not known.
         plan: To be carried out as it is, within the budgets; nothing is decided then.
         trains: Weights will change; what that takes beside them. None where they are only read.
+        headroom: Bytes that automatic budgets leave free; None for those of inference.
     """
     with ExitStack() as held:
         held.callback(device.close)
@@ -70,7 +72,9 @@ def load(
         budgets = resolve_budgets(
             wanted,
             device,
-            headroom_nbytes=headroom_nbytes(bones.config, model.dtype, context=context, batch=batch),
+            headroom_nbytes=headroom_nbytes(bones.config, model.dtype, context=context, batch=batch)
+            if headroom is None
+            else headroom,
             disk_rate=links.disk_read,
             link_rate=links.h2d,
             on_cpu=decisions is not None and not decisions.exact,
