@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "integration"))  # training_reference: what training is compared with
+
 from damage import Place
 from zoo import ZOO
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Bits depend on how many threads compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
