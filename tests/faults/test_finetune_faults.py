@@ -131,6 +131,17 @@ def test_tokens_that_cannot_be_written(made: Made, tmp_path: Path, capsys: pytes
     check_goes_on(made, out)
 
 
+def test_a_drive_without_room_for_the_states(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Met before the first step, since all of it is taken then; a second drive, or some room, and it can begin."""
+    out = tmp_path / "run"
+    with breaking("posix_fallocate", "blocks.data", fails(errno.ENOSPC)):
+        found = main(made.command(out, "--steps", str(STEPS)))
+    refused(found, DOES_NOT_FIT, capsys, "blocks.data", "free space", "--disk")
+    assert not (out / "states").exists()
+    assert not list((out / "scratch").glob("*"))
+    check_goes_on(made, out)
+
+
 def test_bits_that_flip_in_tokens(made: Made, begun: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Wherever they do, the file is made again, and the run goes on with the tokens that it began with."""
     file = begun / "data" / "data.tokens"

@@ -145,13 +145,15 @@ def train(kind: str, folder: str, host: int) -> None:
         seed(11)
     trainer = Streamed(model, optimizer)
     say("state", first, digest(trainer.state(), schedule))
+    commit = None
     for step in range(first, STEPS):
         say("step", step, take_step(case, trainer, schedule, step))
         if (step + 1) % EVERY == 0 or step + 1 == STEPS:
             say("saving", step + 1)
             commit = penstock.save(model, optimizer, scheduler=schedule, extra={"next": step + 1})
             commit.add_done_callback(lambda done, step=step: _tell(done, step + 1))  # type: ignore[misc]
-    commit.wait()
+    if commit is not None:  # else the commit of the last step was found
+        commit.wait()
     say("state", STEPS, digest(trainer.state(), schedule))
     penstock.close(model)
     say("ended")
