@@ -23,15 +23,17 @@ from .runtime.training.headroom import StepRoom, is_automatic, step_room
 from .runtime.training.optimizers import SGD, AdamW, Lion, OptimizerChoice
 from .runtime.training.preparing import (
     RunFolders,
+    arrays_of,
     attach,
-    changing,
     check_new,
     check_trained,
+    choice_of,
     go_on,
     run_folders,
     state_of_run,
     trainable,
 )
+from .runtime.training.room import changing
 from .runtime.training.run import Activations, Origin, Settings, Updates
 
 
@@ -62,16 +64,17 @@ def prepare(
         optimizer: `penstock.AdamW(…)`, `penstock.SGD(…)` or `penstock.Lion(…)`.
         disk: The folder of the run, or one on each of several drives: masters and states lie there, 12 bytes per
             parameter for AdamW, twice, so that the last commit stays whole while the next one grows. It must be empty.
-        max_memory: As for `load`; `host` bounds weights, gradients and what updates pass through.
+        max_memory: As for `load`; `host` bounds weights, gradients, states that stay in memory, and what updates pass
+            through. Gradients that have no room go to disk.
         device: As for `load`.
         dtype: What a checkpoint is computed in.
         accumulate: Backward passes of each step, at most; their gradients are added up in fp32.
         activations: "keep" them in memory, or "recompute" those of layers in backward, which takes about a third more
             time and little memory; "auto" does so where weights are streamed.
-        updates: "step": all at `step()`, as in PyTorch; gradients of the whole model are in memory until then.
-            "backward": each part as soon as its last gradient is there, which needs memory for few gradients and works
-            beside backward. Then every backward pass (`accumulate` of them) must be followed by `step()`, gradients
-            cannot be clipped or dropped, and learning rates may change only after `step()`.
+        updates: "step": all at `step()`, as in PyTorch; until then gradients of the whole model are in memory, or on
+            disk. "backward": each part as soon as its last gradient is there, which needs memory for few gradients and
+            works beside backward. Then every backward pass (`accumulate` of them) must be followed by `step()`,
+            gradients cannot be clipped or dropped, and learning rates may change only after `step()`.
         nonfinite: What `step()` does where a gradient is infinite or not a number: raise, or skip that step.
         context: Tokens per sequence to leave room for, in automatic budgets: activations, logits and their gradients.
         batch: Sequences of a backward pass to leave room for, likewise.
@@ -88,7 +91,7 @@ def prepare(
     if isinstance(model, nn.Module):
         check_trained(model, optimizer)
     asked = _Asked(max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code)
-    made, origin, settings = _streamed(model, asked, dtype, settings, folders)
+    made, origin, settings = _streamed(model, asked, dtype, settings, folders, arrays=arrays_of(optimizer))
     try:
         return made, attach(made, optimizer, folders, origin=origin, settings=settings)
     except BaseException:
@@ -97,10 +100,10 @@ def prepare(
 
 
 def save(model: nn.Module, optimizer: StreamedOptimizer, *, scheduler: Any = None, extra: Any = None) -> Commit:
-    """Make the present state of a run durable: a commit of what is on disk already. Nothing is copied.
+    """Make the present state of a run durable: a commit of what is on disk already, and of states in host memory.
 
-    Waits for the updates of the last step, and returns a handle; the commit is published in the background
-    (`handle.wait()`).
+    Waits for the updates of the last step, and returns a handle; states in host memory are written, and the commit is
+    published, in the background (`handle.wait()`).
 
     Args:
         model: What `prepare` or `resume` returned.
@@ -160,7 +163,9 @@ def resume(
     source: Any = state.source if model is None else model
     settings = _settings(accumulate, activations, updates, nonfinite, state.max_grad_norm)
     asked = _Asked(max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code)
-    made, _, settings = _streamed(source, asked, state.dtype, settings, folders, limit=state.limit_nbytes)
+    made, _, settings = _streamed(
+        source, asked, state.dtype, settings, folders, arrays=arrays_of(choice_of(state)), limit=state.limit_nbytes
+    )
     origin = Origin(source=state.source, dtype=state.dtype)
     try:
         optimizer = go_on(made, folders, origin=origin, settings=settings)
@@ -207,12 +212,13 @@ def _streamed(
     settings: Settings,
     folders: RunFolders,
     *,
+    arrays: int,
     limit: int | None = None,
 ) -> tuple[nn.Module, Origin, Settings]:
     """The model, where it came from, and settings in which it is said what becomes of activations, if that is known."""
     wanted = _wanted(asked.max_memory)
     early = settings.updates == "backward"
-    trains = partial(changing, accumulate=settings.accumulate, early=early, limit=limit)
+    trains = partial(changing, accumulate=settings.accumulate, early=early, arrays=arrays, limit=limit)
     opened = open_device(asked.device)
     room: StepRoom | None = None
     if is_automatic(wanted, opened):

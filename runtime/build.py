@@ -19,6 +19,7 @@ from ..memory.layout import FileSpan
 from ..memory.ledger import Reservation
 from ..memory.trim import return_free_memory
 from ..scheduler.core import Core
+from ..scheduler.cost import CostModel
 from ..scheduler.executor import Executor
 from ..scheduler.order import AccessOrders
 from ..scheduler.plan import Plan
@@ -60,10 +61,13 @@ class Machinery:
     ) -> None:
         self.device = device
         self.layout = layout
+        self.share = share
         self.trains = trains
         self.timeline = Timeline()
         self.plan: Plan | None = None
         """What the layout means, once the links have been measured."""
+        self.costs: CostModel | None = None
+        """What operations take on this machine, where a calibration says so."""
         self._lock = threading.Lock()
         self._closed = False
         self._on_close: list[Callable[[], None]] = []
@@ -75,7 +79,8 @@ class Machinery:
     def _make(self, layout: Layout, backing: Backing, module: nn.Module, share: Reservation, made: ExitStack) -> None:
         device = self.device
         self.host, self.front_arena = _arenas(device, layout, made)
-        share.touched = partial(_touched, {self.host, self.front_arena}, layout.own_host_nbytes)
+        self._counted: set[AnyArena] = {self.host, self.front_arena}
+        share.touched = partial(_touched, self._counted, layout.own_host_nbytes - layout.granted_nbytes)
         self.engine = DiskEngine(throttle=device.disk_throttle, staging_nbytes=layout.staging_nbytes)
         made.callback(self.engine.close)  # before the arenas: it joins the threads that use them
         droppable = frozenset() if self.trains else _droppable(layout, backing)
@@ -161,6 +166,10 @@ class Machinery:
     def closing(self) -> bool:
         """Whether `close` was called."""
         return self._closed
+
+    def count(self, arena: AnyArena) -> None:
+        """Another arena takes of what the ledger has booked."""
+        self._counted.add(arena)
 
     def on_close(self, callback: Callable[[], None]) -> None:
         """Have something released at the end."""

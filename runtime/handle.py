@@ -56,6 +56,8 @@ class Handle:
     def __init__(self, module: nn.Module, plan: Plan, machinery: Machinery | None) -> None:
         self.plan = plan
         """What was decided: tiers, bytes per sweep, bound."""
+        self.exact = False
+        """Whether nothing may be computed in a way whose results are equal to rounding only."""
         self._module = weakref.ref(module)
         self._machinery = machinery
         self._finalizer: Callable[[], Any] | None = None

@@ -13,12 +13,14 @@ from torch import nn
 
 from ..memory.disk import DiskEngine
 from ..memory.layout import ITEMSIZE, TensorSource
+from ..scheduler.cost import CostModel
 from ..scheduler.plan import Links, Plan
 from .backing import CheckpointBacking
 from .binding import placeholder
 from .deciding import Decisions
 from .devices.base import Device
 from .dtypes import stored_dtype
+from .handle import Handle
 from .headroom import headroom_nbytes
 from .launch import launch
 from .layout import Trains
@@ -45,6 +47,7 @@ def load(
     processors: Processors | None = None,
     decisions: Decisions | None = None,
     plan: Plan | None = None,
+    costs: CostModel | None = None,
     trains: Trains | None = None,
     headroom: int | None = None,
 ) -> nn.Module:
@@ -54,6 +57,8 @@ def load(
         processors: Chooses what the CPU computes; nothing without.
         decisions: Choose that, and what stays where, by what a token costs; None where that is not known.
         plan: To be carried out as it is, within the budgets; nothing is decided then.
+        costs: What operations take on this machine, for choices that are made when many prompts run; None where that is
+            not known.
         trains: Weights will change; what that takes beside them. None where they are only read.
         headroom: Bytes that automatic budgets leave free; None for those of inference.
     """
@@ -113,6 +118,9 @@ def load(
             held=held,
             trains=trains is not None,
         )
+        handle: Handle = model.penstock  # type: ignore[assignment]
+        if handle.machinery is not None:
+            handle.machinery.costs = costs
         if layout.resident and trains is None:
             _as_pretrained(model)
     return model

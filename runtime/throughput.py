@@ -1,7 +1,8 @@
 """Many prompts through one model: micro-batches in lanes, which share every sweep over the weights.
 
 A lane is a thread that takes one micro-batch after another and runs the model's own `generate` on it. While one lane
-computes the others wait at a block (`sweep.py`). A model that is resident as a whole has one lane and no sweeps.
+computes on the device, and one on the CPU where the schedule says so, the others wait at a block (`sweep.py`). A model
+that is resident as a whole has one lane and no sweeps.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -22,6 +24,7 @@ from ..scheduler.microbatches import MicroBatch, Prefills, Schedule
 from .build import Machinery
 from .sweep import StoppedError, Sweep
 from .throughput_batch import Row, Ways, run_batch
+from .widening import Widening
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,9 @@ class ThroughputStatistics:
     """Of all the new tokens that may come, those that have come or will not."""
     sweeps: int
     """Sweeps over the weights so far; 0 where all of them are resident."""
+    cpu_share: float
+    """The part of the weights that lanes have used, by bytes and as often as they did, that the CPU computed with while
+    others went on on the device; 0 where one processor computes."""
     schedule: Schedule
 
 
@@ -63,8 +69,20 @@ class Work:
     """What the threads of one run share. Starts them; they end by themselves, or after `stop`."""
 
     def __init__(
-        self, model: Any, machinery: Machinery | None, schedule: Schedule, rows: Sequence[Row], ways: Ways
+        self,
+        model: Any,
+        machinery: Machinery | None,
+        schedule: Schedule,
+        rows: Sequence[Row],
+        ways: Ways,
+        *,
+        wide_from: int | None = None,
     ) -> None:
+        """Start.
+
+        Args:
+            wide_from: Rows from which products are computed in fp32; None for never.
+        """
         self.results: queue.SimpleQueue[Completion | None] = queue.SimpleQueue()
         """Completions as they come, then None."""
         self.failure: BaseException | None = None
@@ -73,6 +91,7 @@ class Work:
         self._schedule = schedule
         self._rows = {row.index: row for row in rows}
         self._ways = ways
+        self._wide_from = wide_from
         self._waiting = deque(schedule.batches)
         self._prefills = Prefills(schedule.prefill_tokens)
         self._stopping = False
@@ -100,6 +119,7 @@ class Work:
             tokens=self._tokens,
             share=(self._tokens + self._spared) / self._all_tokens,
             sweeps=0 if self._sweep is None else self._sweep.ended,
+            cpu_share=0.0 if self._sweep is None else self._sweep.cpu_share,
             schedule=self._schedule,
         )
 
@@ -129,11 +149,16 @@ class Work:
 
     def _run_lanes(self, machinery: Machinery) -> None:
         session, front = machinery.session, machinery.front
+        nbytes = {block.id: block.image.data_nbytes for block in machinery.layout.blocks}
+        share = self._schedule.cpu_share
         sweep = Sweep(
             machinery.executor,
             members=range(self._schedule.lanes),
             resident=lambda block: block in front.permanent,
             computed=machinery.device.computed,
+            on_cpu=frozenset() if session.on_cpu is None else session.on_cpu.part(share, nbytes),
+            ahead=machinery.layout.spare_slots,
+            nbytes=nbytes,
         )
         with session.alone(sweep):
             self._sweep = sweep
@@ -175,7 +200,8 @@ class Work:
         rows = [self._rows[index] for index in batch.indices]
         try:
             self._check()
-            run_batch(self._model, batch, rows, self._ways, self._step)
+            with nullcontext() if self._wide_from is None else Widening(self._wide_from):
+                run_batch(self._model, batch, rows, self._ways, self._step)
         except StoppedError:
             raise
         except PenstockError as error:

@@ -10,6 +10,8 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..scheduler.microbatches import MicroBatch, worth_compacting
+from .feeding import takes
+from .reserved import reserved_cache
 from .throughput_choice import Choice
 
 _PLAIN: Final = {
@@ -63,6 +65,8 @@ class Ways:
     """Whether rows may leave a batch."""
     interleaves: bool
     """Whether several batches may be under way at once."""
+    reserves: bool
+    """Whether keys and values may lie in buffers that are made once."""
 
 
 def ways_of(model: Any) -> Ways:
@@ -74,7 +78,12 @@ def ways_of(model: Any) -> Ways:
     # experts are computed while it decodes, for the model as a whole.
     keeps = any("rope_deltas" in vars(module) for module in model.modules())
     switches = model.device.type != "cpu" and any("experts" in name for name, _ in model.named_modules())
-    return Ways(pads=plain and decoder, compacts=plain and decoder, interleaves=not keeps and not switches)
+    return Ways(
+        pads=plain and decoder,
+        compacts=plain and decoder,
+        interleaves=not keeps and not switches,
+        reserves=decoder and takes(model, "past_key_values") and model._supports_default_dynamic_cache(),
+    )
 
 
 class _Recorder(StoppingCriteria):
@@ -132,7 +141,8 @@ def run_batch(
     ends = _token_set(config.eos_token_id)
     pad = next(iter(_token_set(config.pad_token_id) or sorted(ends) or [0]))
     ids, mask = _padded(rows, pad, model.device)
-    cache: Any = None
+    longest = max(row.new_tokens for row in rows) + ids.shape[1]
+    cache: Any = reserved_cache(model.config, longest) if ways.reserves else None
     chunk = batch.chunk
     live = list(rows)
     while live:

@@ -23,8 +23,11 @@ _HELD: Final = 0.55
 """The part of a prefill's activations that stays while others have their turn in the middle of a layer."""
 
 
-def footprint_of(config: Any, dtype: torch.dtype) -> Footprint:
-    """What sequences of a model take, estimated from its config."""
+def footprint_of(config: Any, dtype: torch.dtype, *, reserved: bool) -> Footprint:
+    """What sequences of a model take, estimated from its config.
+
+    `reserved`: keys and values lie in buffers that are made once; else they grow.
+    """
 
     def needs(tokens: int, sequences: int) -> int:
         return headroom_nbytes(config, dtype, context=tokens, batch=sequences)
@@ -34,7 +37,7 @@ def footprint_of(config: Any, dtype: torch.dtype) -> Footprint:
     kv = _kv_nbytes_per_token(config, dtype)
     activations = max(per_token - kv, 0)
     return Footprint(
-        kv_nbytes_per_token=kv * SLACK,
+        kv_nbytes_per_token=kv if reserved else kv * SLACK,
         activation_nbytes_per_token=activations * SLACK,
         held_nbytes_per_token=activations * _HELD,
         logits_nbytes_per_sequence=max(per_sequence, 0),
@@ -42,7 +45,14 @@ def footprint_of(config: Any, dtype: torch.dtype) -> Footprint:
 
 
 def rehearsed_footprint(
-    path: str, estimate: Footprint, *, tokens: int, dtype: str | torch.dtype, on_cpu: bool, trust_remote_code: bool
+    path: str,
+    estimate: Footprint,
+    *,
+    tokens: int,
+    dtype: str | torch.dtype,
+    on_cpu: bool,
+    trust_remote_code: bool,
+    reserved: bool,
 ) -> Footprint:
     """`estimate` with the keys and values, or states, of a sequence of so many tokens as they are in a run of the model
     on tensors without bytes. Takes seconds.
@@ -65,7 +75,8 @@ def rehearsed_footprint(
         return estimate
     if not sizes.most.kv:
         return estimate
-    return replace(estimate, kv_nbytes_per_token=sizes.most.kv / sizes.workload.context * SLACK)
+    kv = sizes.most.kv / sizes.workload.context
+    return replace(estimate, kv_nbytes_per_token=kv if reserved else kv * SLACK)
 
 
 def _kv_nbytes_per_token(config: Any, dtype: torch.dtype) -> int:

@@ -7,15 +7,21 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..memory.errors import ClosedError, UsageError
+from ..scheduler.alternation import Alternation
 from ..scheduler.microbatches import MEMORY_RATE, MOST_LANES, Job, Machine, Schedule, schedule
+from .build import Machinery
+from .deciding import alternation_of
 from .handle import Handle
 from .throughput import Work
 from .throughput_batch import Row, Ways, ways_of
 from .throughput_choice import Choice, Sampling, warpers_for
 from .throughput_sizes import footprint_of, free_host_nbytes
+from .widening import Products, measure_products
 
 _DEVICE_MEMORY_RATE: Final = 1e12
 """Bytes per second at which a GPU reads its own memory, roughly; it only ranks choices."""
+WORTH_MEASURING: Final = 2e12
+"""Operations of a run for which a second of measuring the CPU is little: it takes several seconds at least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +86,17 @@ def check_prompts(model: Any, prompts: Sequence[Asked]) -> None:
 
 
 def start(
-    model: Any, prompts: Sequence[Asked], sampling: Sampling, *, limits: Limits, choice: Schedule | None = None
+    model: Any,
+    prompts: Sequence[Asked],
+    sampling: Sampling,
+    *,
+    limits: Limits,
+    choice: Schedule | None = None,
+    products: Products | None = None,
 ) -> Work:
     """Begin to continue prompts, in the micro-batches of `choice`; where it is None, they are chosen within `limits`.
+
+    `products` are what the CPU's take, where that was measured; it is measured now if they are None and it is worth it.
 
     Raises:
         ClosedError: the model was closed.
@@ -106,10 +120,29 @@ def start(
         )
         for asked in prompts
     ]
-    return Work(model, machinery, choice or _choose(model, ways, prompts, limits), rows, ways)
+    if products is None:
+        products = products_for(model, prompts)
+    return Work(
+        model,
+        machinery,
+        choice or _choose(model, ways, prompts, limits, products),
+        rows,
+        ways,
+        wide_from=None if products is None or handle.exact else products.wide_from,
+    )
 
 
-def _choose(model: Any, ways: Ways, prompts: Sequence[Asked], limits: Limits) -> Schedule:
+def products_for(model: Any, prompts: Sequence[Asked]) -> Products | None:
+    """What the CPU's products take, measured in a second; None where another device computes, or the run is too short
+    for it to matter."""
+    if model.device.type not in ("cpu", "meta"):
+        return None
+    tokens = sum(len(asked.ids) + asked.new_tokens for asked in prompts)
+    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+    return measure_products(model.dtype) if 2 * weights * tokens >= WORTH_MEASURING else None
+
+
+def _choose(model: Any, ways: Ways, prompts: Sequence[Asked], limits: Limits, products: Products | None) -> Schedule:
     handle: Handle = model.penstock
     plan, machinery = handle.plan, handle.machinery
     room = limits.room_nbytes
@@ -117,16 +150,36 @@ def _choose(model: Any, ways: Ways, prompts: Sequence[Asked], limits: Limits) ->
         on_device = None if machinery is None else machinery.device.available_nbytes()
         room = free_host_nbytes() if on_device is None else on_device
     together = not plan.resident and ways.interleaves  # what does not stream has no reads to share
+    alternation = _alternation(model, machinery) if machinery is not None and together else None
+    if alternation is not None and machinery is not None and limits.room_nbytes is None:
+        room = min(room, int(free_host_nbytes() / max(_share_of_keys(model, machinery), 1e-9)))
     return schedule(
         [asked.job for asked in prompts],
-        footprint_of(model.config, model.dtype),
+        footprint_of(model.config, model.dtype, reserved=ways.reserves),
         Machine(
             room_nbytes=room,
             weights_nbytes=plan.weights_nbytes,
             sweep_s=0.0 if plan.resident else plan.with_all_copied().bound_s(),
             memory_rate=MEMORY_RATE if model.device.type == "cpu" else _DEVICE_MEMORY_RATE,
+            products=None if products is None else products.rates,
+            alternation=alternation,
         ),
         pads=ways.pads,
         rows=limits.rows,
         lanes=limits.lanes if together else 1,
     )
+
+
+def _alternation(model: Any, machinery: Machinery) -> Alternation | None:
+    """What two processors take; None where there is one, or it is not known."""
+    on_cpu = machinery.units.on_cpu
+    if not on_cpu or machinery.costs is None or machinery.plan is None:
+        return None
+    return alternation_of(model, machinery.layout, on_cpu, machinery.plan, machinery.costs)
+
+
+def _share_of_keys(model: Any, machinery: Machinery) -> float:
+    """The part of a cache's layers that lies in host memory where the CPU computes all it can: what attends there."""
+    layers = {index for child in model.modules() if isinstance(index := getattr(child, "layer_idx", None), int)}
+    there = {index for unit in machinery.units.units for index in unit.layers}
+    return len(there) / max(len(layers), 1)

@@ -32,8 +32,16 @@ class Contention:
         self._loop = loop
         self._speed = speed
         self._active: list[_Activity] = []
+        self._paces: dict[Kind, float] = {}
         self._since = loop.time()
         self._timer: asyncio.TimerHandle | None = None
+
+    def pace(self, kind: Kind, factor: float) -> None:
+        """Let all activities of a kind go on at this part of the speed that they would have, from now on."""
+        if factor != self._paces.get(kind, 1.0):
+            self._advance()
+            self._paces[kind] = factor
+            self._plan()
 
     async def work(self, kind: Kind, seconds: float) -> None:
         """Do so many seconds of work, however long that takes."""
@@ -53,7 +61,7 @@ class Contention:
 
     def _speeds(self) -> list[float]:
         kinds = frozenset(activity.kind for activity in self._active)
-        return [self._speed(activity.kind, kinds) for activity in self._active]
+        return [self._speed(each.kind, kinds) * self._paces.get(each.kind, 1.0) for each in self._active]
 
     def _advance(self) -> None:
         now = self._loop.time()

@@ -75,6 +75,13 @@ class CostModel:
         rate = self.hardware.drives_together * sum(drive.read.at(request_nbytes) for drive in self.hardware.drives)
         return nbytes / rate
 
+    def read_share(self, under_way: float) -> float:
+        """What so many requests, over all drives, get of the rate that drives have when there are enough of them."""
+        drives = self.hardware.drives
+        each = max(under_way / len(drives), 1.0)
+        full = sum(drive.read.best for drive in drives)
+        return sum(drive.read.best * drive.depth_share(each) for drive in drives) / full
+
     def write_s(self, nbytes: float, request_nbytes: float) -> float:
         """The same of writing."""
         rate = self.hardware.drives_together * sum(drive.write.at(request_nbytes) for drive in self.hardware.drives)

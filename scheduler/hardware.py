@@ -6,7 +6,7 @@ All rates are in bytes, operations or elements per second, all sizes in bytes, a
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -15,6 +15,8 @@ from .curves import Curve
 
 Dtype = str
 """As torch names it: float32, bfloat16, float16, int8."""
+UNDER_WAY: Final = 8
+"""Requests that the disk engine keeps under way where there are as many (`memory.disk.THREADS`)."""
 
 
 class Drive(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +40,12 @@ class Drive(msgspec.Struct, frozen=True, kw_only=True):
     """0 where it is not known."""
     endurance_nbytes: int = 0
     """What may be written in its life (TBW); 0 where it is not known."""
+
+    def depth_share(self, under_way: float) -> float:
+        """What is left of its rate with so many requests under way; 1 where that was not measured."""
+        if self.read_depth is None:
+            return 1.0
+        return min(self.read_depth.at(under_way) / self.read_depth.at(UNDER_WAY), 1.0)
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):

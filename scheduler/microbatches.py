@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from ..memory.errors import DoesNotFitError
+from .alternation import Alternation, Split
+from .curves import Curve
 
 MOST_LANES: Final = 16
 """Each lane is a thread with a team of its own for computing."""
@@ -59,6 +61,15 @@ class Machine:
     """Of the room, what the model needs to run at all."""
     disk_rate: float = 2e9
     memory_rate: float = MEMORY_RATE
+    products: Curve | None = None
+    """Bytes of weights per second that products take, by rows; None where that was not measured, and every pass is
+    taken to read weights at `memory_rate`."""
+    alternation: Alternation | None = None
+    """Chooses what the CPU computes beside the device; None where that is not known, or there is one processor."""
+
+    def pass_s(self, rows: int) -> float:
+        """Seconds that so many rows compute with all weights."""
+        return self.weights_nbytes / (self.memory_rate if self.products is None else self.products.at(max(rows, 1)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +120,9 @@ class Schedule:
     """Expected."""
     seconds: float
     """Expected; it only ranks choices."""
+    cpu_share: float = 0.0
+    """The part, by bytes, of the blocks that the CPU can compute from host memory that it does compute, while other
+    micro-batches go on on the device. At 0 one processor computes."""
 
 
 def schedule(
@@ -237,6 +251,10 @@ def _options(
     steps = sum(batch.new_tokens + batch.prefill_sweeps - 1 for batch in batches)
     longest = max(batch.new_tokens + batch.prefill_sweeps - 1 for batch in batches)
     rows = max(len(batch.indices) for batch in batches)
+    usual_s = sum(machine.pass_s(len(batch.indices)) for batch in batches) / len(batches)
+    prefill_s = 0.0
+    if machine.products is not None:  # else nothing is known of what rows cost
+        prefill_s = sum(batch.prefill_sweeps * machine.pass_s(batch.prefill_tokens) for batch in batches)
     for count in [min(lanes, len(batches))] if lanes else range(1, most + 1):
         together = sum(prefill[:count])
         limit = prefill[0]
@@ -251,14 +269,18 @@ def _options(
             if moved is None:
                 stays = max(0, machine.room_nbytes - int(needed))
                 moved = max(0, machine.weights_nbytes - stays) / machine.disk_rate
-            computed = count * machine.weights_nbytes / machine.memory_rate
+            computed = count * usual_s
+            swept = Split(cpu_share=0.0, seconds=max(moved, computed))
+            if machine.alternation is not None:
+                swept = machine.alternation.best(rows=rows, lanes=count)
             yield Schedule(
                 batches=batches,
                 lanes=count,
                 prefill_tokens=at_once,
                 nbytes=int(needed),
                 sweeps=sweeps,
-                seconds=sweeps * max(moved, computed),
+                seconds=sweeps * swept.seconds + prefill_s,
+                cpu_share=swept.cpu_share,
             )
             if limit >= together:
                 break

@@ -60,6 +60,8 @@ class SimulatedMover:
         self._disk_busy = False
         self._turns: list[tuple[bool, int, asyncio.Future[None]]] = []
         self._number = 0
+        self._requests = 0
+        """That the drive has been asked for and has not answered: with few of them it is slower."""
         self._tail: asyncio.Future[None] | None = None
         """When the copy stream has done all that was enqueued."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -73,22 +75,35 @@ class SimulatedMover:
         total, at = self._moved[block].read_nbytes, 0
         if not self._disk_busy:  # else it was asked for while the drive did something else
             await asyncio.sleep(max((drive.latency_s for drive in self._cost.hardware.drives), default=0.0))
-        part = max(self._chunk_nbytes, -(-total // PARTS))
+        request = max(min(self._chunk_nbytes, total), 1)
+        part = max(request, -(-total // PARTS))
         turns = self._queue(-(-total // part), urgent)
+        left = -(-total // request)
+        self._ask(left)
         try:
             for turn in turns:
                 await turn
                 nbytes = min(part, total - at)
-                await self._contention.work("read", self._cost.read_s(nbytes, self._chunk_nbytes))
+                await self._contention.work("read", self._cost.read_s(nbytes, request))
+                answered = min(-(-nbytes // request), left)
+                self._ask(-answered)
+                left -= answered
                 self._next()
                 on_data(slot.nbytes * at // total, slot.nbytes * (at + nbytes) // total)
                 at += nbytes
                 self.read_nbytes += nbytes
                 self._progress += 1
         except asyncio.CancelledError:
+            self._ask(-left)
             for turn in turns:
                 turn.cancel()
             raise
+
+    def _ask(self, requests: int) -> None:
+        """So many more requests are under way (less, where negative)."""
+        self._requests += requests
+        if self._requests:
+            self._contention.pace("read", self._cost.read_share(self._requests))
 
     def _queue(self, chunks: int, urgent: bool) -> list[asyncio.Future[None]]:
         """Turns of the drive for all chunks of a block: what is asked for first goes first, what is urgent before."""

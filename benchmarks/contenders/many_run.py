@@ -40,7 +40,7 @@ def penstock_many(job: ManyJob, clock: ManyClock) -> None:
     ]
     loaded = load_for(request, str(job.checkpoint), asked)
     clock.loaded()
-    work = start(loaded.model, asked, Drawn(), limits=Limits(), choice=loaded.choice)
+    work = start(loaded.model, asked, Drawn(), limits=Limits(), choice=loaded.choice, products=loaded.products)
     with Completions(work, ordered=False, decode=None) as completions:
         tokens = sum(len(done.ids) for done in completions)
         reached = completions.statistics()

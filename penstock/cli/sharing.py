@@ -8,17 +8,20 @@ from typing import Any, Final
 
 import torch
 
-from ..api import load
+from ..api import load_for_lanes
 from ..budget import MemoryBudget, parse_budget
 from ..memory.errors import DoesNotFitError
 from ..runtime.pretrained import outline
 from ..runtime.throughput_batch import ways_of
 from ..runtime.throughput_sizes import footprint_of, free_host_nbytes, rehearsed_footprint
-from ..runtime.throughput_start import Asked, check_prompts
-from ..scheduler.microbatches import MOST_LANES, Footprint, Job, Machine, Schedule, schedule
+from ..runtime.throughput_start import Asked, check_prompts, products_for
+from ..runtime.widening import Products
+from ..scheduler.microbatches import MOST_LANES, Footprint, Machine, Schedule, schedule
 from .prompts import ManyRequest
 
 _TRIES: Final = 3
+_LANES: Final = 2
+"""Micro-batches that such a device is planned for: as few as keep both processors busy."""
 _BATCH: Final = 32
 """Sequences to leave room for in the automatic budgets of a device with memory of its own."""
 
@@ -30,6 +33,8 @@ class Loaded:
     model: Any
     choice: Schedule | None
     """None: to be chosen for what is free now."""
+    products: Products | None = None
+    """What the CPU's take, where it was measured."""
 
 
 def load_for(request: ManyRequest, folder: str, prompts: Sequence[Asked]) -> Loaded:
@@ -47,38 +52,50 @@ def load_for(request: ManyRequest, folder: str, prompts: Sequence[Asked]) -> Loa
             request, folder, parse_budget(request.max_memory), context=longest, batch=min(_BATCH, len(prompts))
         )
         return Loaded(model=model, choice=None)
+    reserved = ways_of(bones).reserves
     footprint = rehearsed_footprint(
         folder,
-        footprint_of(bones.config, bones.dtype),
+        footprint_of(bones.config, bones.dtype, reserved=reserved),
         tokens=longest,
         dtype=request.dtype,
         on_cpu=True,
         trust_remote_code=request.trust_remote_code,
+        reserved=reserved,
     )
     weights = sum(parameter.nbytes for parameter in bones.parameters())
-    return _shared(request, folder, [asked.job for asked in prompts], footprint, weights, bones)
+    return _shared(request, folder, prompts, footprint, weights, bones)
 
 
 def _shared(
-    request: ManyRequest, folder: str, jobs: Sequence[Job], footprint: Footprint, weights_nbytes: int, bones: Any
+    request: ManyRequest, folder: str, prompts: Sequence[Asked], footprint: Footprint, weights_nbytes: int, bones: Any
 ) -> Loaded:
     """Load on the CPU, where weights and sequences share the host. What the model needs to run at all is known when it
     has been refused less."""
     budget = parse_budget(request.max_memory)
     room = free_host_nbytes() if budget.host is None else budget.host
     ways = ways_of(bones)
+    jobs = [asked.job for asked in prompts]
+    products = products_for(bones, prompts)
+    rates = None if products is None else products.rates
     least = 0
     for _ in range(_TRIES):
         choice = schedule(
             jobs,
             footprint,
-            Machine(room_nbytes=room, weights_nbytes=weights_nbytes, sweep_s=None, least_weights_nbytes=least),
+            Machine(
+                room_nbytes=room,
+                weights_nbytes=weights_nbytes,
+                sweep_s=None,
+                least_weights_nbytes=least,
+                products=rates,
+            ),
             pads=ways.pads,
             most_lanes=MOST_LANES if ways.interleaves else 1,
         )
         share = MemoryBudget(host=room - choice.nbytes, device=budget.device, disk=budget.disk)
         try:
-            return Loaded(model=_load(request, folder, share, context=None, batch=None), choice=choice)
+            model = _load(request, folder, share, context=None, batch=None)
+            return Loaded(model=model, choice=choice, products=products)
         except DoesNotFitError as error:
             if error.tier != "host" or error.needed_nbytes <= least:
                 raise
@@ -88,7 +105,7 @@ def _shared(
 
 def _load(request: ManyRequest, folder: str, budget: MemoryBudget, *, context: int | None, batch: int | None) -> Any:
     tiers = {"host": budget.host, "device": budget.device, "disk": budget.disk}
-    return load(
+    return load_for_lanes(
         folder,
         max_memory={tier: nbytes for tier, nbytes in tiers.items() if nbytes is not None} or "auto",
         device=request.device,
@@ -96,5 +113,8 @@ def _load(request: ManyRequest, folder: str, budget: MemoryBudget, *, context: i
         disk=request.disk,
         context=context,
         batch=batch,
+        exact=False,
+        plan=None,
         trust_remote_code=request.trust_remote_code,
+        lanes=1 if batch is None else min(_LANES, batch),
     )

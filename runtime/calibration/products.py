@@ -18,6 +18,8 @@ from .timing import Timer
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 """Those that models compute in. Whole numbers have no product in torch's linear."""
+Multiply = Callable[[Tensor, Tensor], Tensor]
+"""x [..., K] and a weight [N, K] → [..., N]."""
 SAMPLE_S: Final = 0.01
 """A repetition should last so long."""
 LONGEST_S: Final = 0.025
@@ -80,10 +82,14 @@ class Product:
         tokens: Room for the rows.
         rows: Tokens that are multiplied with each matrix.
         timer: Of the device.
+        multiply: How.
     """
 
-    def __init__(self, weights: Weights, tokens: Tensor, rows: int, timer: Timer) -> None:
+    def __init__(
+        self, weights: Weights, tokens: Tensor, rows: int, timer: Timer, multiply: Multiply = functional.linear
+    ) -> None:
         self._weights = weights
+        self._multiply = multiply
         # A part of a larger [1, rows, inputs] would keep its first stride, for which some of torch's kernels are 60
         # times slower, though it is as contiguous as this one.
         inputs = weights.all.shape[1]
@@ -111,7 +117,7 @@ class Product:
 
     def _repeat(self) -> None:
         for _ in range(self._calls):
-            functional.linear(self._x, self._weights.next(self._outputs))
+            self._multiply(self._x, self._weights.next(self._outputs))
 
 
 @torch.no_grad()
@@ -125,6 +131,7 @@ def linear_curve(
     clock: Clock = perf_counter,
     rows: Sequence[int] = ROWS,
     shape: Shape | None = None,
+    multiply: Multiply = functional.linear,
 ) -> Curve:
     """Bytes of weights per second by rows.
 
@@ -137,6 +144,7 @@ def linear_curve(
         clock: Seconds since any moment, for `seconds` only.
         rows: Tokens that are multiplied with the same weights.
         shape: Of the largest matrix; by the device if None.
+        multiply: How; as models do it, if not said otherwise.
 
     Raises:
         RuntimeError: this torch cannot multiply that dtype here.
@@ -144,7 +152,7 @@ def linear_curve(
     largest = shape or (GPU_SHAPE if device.type == "cuda" else CPU_SHAPE)
     weights = Weights(device, dtype, nbytes, largest)
     tokens = weights.tokens(max(rows))
-    points: dict[float, Callable[[], float]] = {n: Product(weights, tokens, n, timer).once for n in rows}
+    points: dict[float, Callable[[], float]] = {n: Product(weights, tokens, n, timer, multiply).once for n in rows}
     return curve(in_turns(points, seconds=seconds, clock=clock, pick=max))
 
 

@@ -129,7 +129,9 @@ class StreamedOptimizer(torch.optim.Optimizer):
             scheduler=scheduler,
             extra=extra,
         )
-        commit = self._store.commit(encode(state))
+        document = encode(state)
+        self._training.write_out()
+        commit = self._store.commit(document)
         self._training.saved()
         return commit
 

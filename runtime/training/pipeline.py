@@ -1,27 +1,30 @@
 """Reading, changing and writing shards, three at a time: while one is changed the next is read and the last is written.
 
-Bytes: every array of a shard is read once and written once, 12 and 12 per parameter with AdamW. The bound of a run
-over all shards is max(work, bytes / mixed rate of the drive); three buffers reach it as long as work and transfers of
-a shard take about as long as those of the next.
+Bytes: every array of a shard is read once and written once, 12 and 12 per parameter with AdamW; of shards that stay in
+host memory nothing is. The bound of a run over all shards is max(work, bytes / mixed rate of the drive); three buffers
+reach it as long as work and transfers of a shard take about as long as those of the next.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final, Protocol
 
 import torch
 
 from ...memory.arena import PAGE, HostArena, Slot, round_up
 from ...memory.disk import DiskEngine, Transfer
 from ...memory.errors import StallError
-from ...memory.image import whole_window
-from ...memory.store import BlockStore, checksum
+from ...memory.store import BlockStore
+from .residents import ResidentShards
+from .shardfiles import ShardFiles
 from .shards import Shard
-from .watch import STALL_S, WATCH_S, Watch, failure_of
+from .watch import STALL_S, WATCH_S, Watch
 
 logger = logging.getLogger(__name__)
 BUFFERS: Final = 4
@@ -29,6 +32,41 @@ BUFFERS: Final = 4
 
 Work = Callable[[Shard, Sequence[torch.Tensor]], None]
 """Changes the arrays of a shard in place: fp32, [elements] each."""
+
+
+class Pending(Protocol):
+    """What is read ahead beside a shard."""
+
+    def wait(self) -> None:
+        """Wait for it, and raise what it met."""
+
+    def cancel(self) -> None:
+        """Give it up; nothing touches the memory afterwards."""
+
+
+Beside = Callable[[Shard, memoryview], Pending | None]
+"""Begins to read what the work on a shard needs beside it, into memory of the buffer; None where it needs nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Ahead:
+    """A shard that was taken."""
+
+    shard: Shard
+    slot: Slot
+    raw: memoryview
+    """Its arrays: in the slot, or where it stays."""
+    reading: Transfer | None
+    beside: Pending | None
+
+    def give_up(self) -> None:
+        """Wait until nobody writes to its memory any more."""
+        if self.reading is not None:
+            self.reading.cancel()
+            with suppress(Exception):  # what it met is of no interest any more
+                self.reading.wait(STALL_S)
+        if self.beside is not None:
+            self.beside.cancel()
 
 
 class ShardPipeline:
@@ -39,6 +77,8 @@ class ShardPipeline:
         engine: Reads and writes.
         shards: All there are.
         arrays: How many each has.
+        kept: The numbers of those that stay in host memory.
+        beside_nbytes: Memory for what is read beside a shard.
         watch_s: How often a wait is reported.
         stall_s: How long one may last without a byte moved.
     """
@@ -50,35 +90,39 @@ class ShardPipeline:
         engine: DiskEngine,
         shards: Sequence[Shard],
         arrays: int,
+        kept: Collection[int] = (),
+        beside_nbytes: int = 0,
         watch_s: float = WATCH_S,
         stall_s: float = STALL_S,
     ) -> None:
-        self._store = store
-        self._engine = engine
         self._shards = shards
         self._arrays = arrays
-        each = max(arrays * shard.array_nbytes for shard in shards)
-        self._arena = HostArena(BUFFERS * round_up(each), tier="shards")
+        self._files = ShardFiles(store, engine, watch_s=watch_s, stall_s=stall_s)
+        self._residents = ResidentShards(self._files, shards, kept, arrays)
+        self._beside_at = max((arrays * shard.array_nbytes for shard in shards if shard.id not in kept), default=0)
+        each = max(self._beside_at + round_up(beside_nbytes), PAGE)
+        self._arena = HostArena(BUFFERS * each, tier="shards")
         self._free = deque(self._arena.cut(each) for _ in range(BUFFERS))
-        self._changed = threading.Condition()
-        self._writing: set[int] = set()
-        """Shards whose writes have not landed: what is on disk is older than what they hold."""
-        self._error: Exception | None = None
-        self._worked = 0
-        self.watch = Watch(self._moved, watch_s=watch_s, stall_s=stall_s)
-        """For all waits of a training that end when shards move on."""
 
     @property
-    def nbytes(self) -> int:
-        """Host memory that it takes."""
-        return self._arena.nbytes
+    def arenas(self) -> tuple[HostArena, ...]:
+        """The host memory that it takes: what shards stay in, if any does. What they pass through is small."""
+        return () if self._residents.arena is None else (self._residents.arena,)
 
     @staticmethod
     def needed_nbytes(shards: Sequence[Shard], arrays: int) -> int:
-        """What it would take."""
+        """What it would take for shards of which none stays, with nothing beside them."""
         return BUFFERS * max(arrays * shard.array_nbytes for shard in shards)
 
-    def run(self, take: Callable[[], int | None], work: Work, *, new: bool = False, write: bool = True) -> None:
+    def run(
+        self,
+        take: Callable[[], int | None],
+        work: Work,
+        *,
+        new: bool = False,
+        write: bool = True,
+        beside: Beside | None = None,
+    ) -> None:
         """Work on shards until there are no more; returns when the last has been written.
 
         Args:
@@ -87,36 +131,50 @@ class ShardPipeline:
             work: What to do with each.
             new: They are not there yet: nothing is read, and the arrays start as zeros.
             write: Write them back. Without, they are only looked at.
+            beside: What is to be read with each.
 
         Raises:
             PenstockError: a shard could not be read or written, or is damaged.
         """
-        ahead: deque[tuple[Shard, Slot, Transfer | None]] = deque()
+        ahead: deque[_Ahead] = deque()
         try:
-            while self._read_ahead(take, ahead, new):
-                shard, slot, transfer = ahead.popleft()
+            while self._read_ahead(take, ahead, new, beside):
+                taken = ahead.popleft()
                 writing = False
                 try:
-                    self._one(shard, slot, transfer, work)
-                    if write:
-                        self._write(shard, slot)
+                    self._one(taken, work, new, write)
+                    if write and taken.shard not in self._residents:
+                        span = self._files.begin(taken.shard)
                         writing = True
+                        self._files.write(taken.shard, span, taken.raw, partial(self._give_back, taken.slot))
                 finally:
                     if not writing:  # the write gives it back
-                        self._drop(slot, transfer)
+                        self._drop(taken)
         except BaseException:
-            for _, slot, transfer in ahead:
-                self._drop(slot, transfer)
+            for taken in ahead:
+                self._drop(taken)
             try:
                 self._all_back()
             except StallError as error:
                 logger.warning("%s", error)
             raise
         self._all_back()
-        self._raise()
+        self._files.raise_error()
+
+    def write_out(self) -> None:
+        """Begin to write what stays in host memory and has changed: a commit from now on has it. See `ResidentShards`.
+
+        Raises:
+            PenstockError: the store stopped, or a write failed.
+        """
+        self._residents.write_out()
+
+    def settle(self) -> None:
+        """Wait until that is on disk: before the drive's threads are stopped."""
+        self._residents.settle()
 
     def _read_ahead(
-        self, take: Callable[[], int | None], ahead: deque[tuple[Shard, Slot, Transfer | None]], new: bool
+        self, take: Callable[[], int | None], ahead: deque[_Ahead], new: bool, beside: Beside | None
     ) -> bool:
         """Start reading as many as there are buffers for, one at least. Whether there is anything to work on."""
         while (slot := self._take(wait=not ahead)) is not None:
@@ -124,111 +182,88 @@ class ShardPipeline:
             if number is None:
                 self._give_back(slot)
                 break
-            shard = self._shards[number]
             try:
-                ahead.append((shard, slot, None if new else self._read(shard, slot)))
+                ahead.append(self._begin(self._shards[number], slot, new, beside))
             except BaseException:  # the drive's threads have been stopped, for one
                 self._give_back(slot)
                 raise
         return bool(ahead)
 
-    def _read(self, shard: Shard, slot: Slot) -> Transfer:
-        self._wait(
-            lambda: shard.id not in self._writing or self._error,
-            f"shard {shard.id} is to be read, and waits for its own write",
-        )
-        span = self._store.location(shard.id)
-        window = whole_window(span.path, span.offset, round_up(span.nbytes))
-        return self._engine.read([window], [], self._arena.view(slot.offset, slot.nbytes))
-
-    def _one(self, shard: Shard, slot: Slot, transfer: Transfer | None, work: Work) -> None:
-        raw = self._arena.view(slot.offset, self._arrays * shard.array_nbytes)
-        if transfer is None:
-            raw[:] = bytes(len(raw))
-        else:
-            self.watch.transfer(transfer, lambda: f"an update waits for shard {shard.id} to be read; {self.report()}")
-            self._store.check(shard.id, raw)
-        work(shard, arrays_of(raw, shard, self._arrays))
-        self._worked += 1
-
-    def _write(self, shard: Shard, slot: Slot) -> None:
-        raw = self._arena.view(slot.offset, self._arrays * shard.array_nbytes)
-        found = checksum(raw)
-        span = self._store.begin_write(shard.id)
-        assert span is not None
+    def _begin(self, shard: Shard, slot: Slot, new: bool, beside: Beside | None) -> _Ahead:
+        stays = shard in self._residents
+        raw = self._residents.view(shard) if stays else self._arena.view(slot.offset, self._arrays * shard.array_nbytes)
+        reading = None if new or (stays and self._residents.has(shard)) else self._files.read(shard, raw)
+        taken = _Ahead(shard=shard, slot=slot, raw=raw, reading=reading, beside=None)
+        if beside is None:
+            return taken
         try:
-            transfer = self._engine.write(span.path, span.offset, raw)
-        except Exception as error:
-            self._store.write_failed(shard.id, error)
+            room = self._arena.view(slot.offset + self._beside_at, slot.nbytes - self._beside_at)
+            return replace(taken, beside=beside(shard, room))
+        except BaseException:
+            taken.give_up()
             raise
-        with self._changed:
-            self._writing.add(shard.id)
 
-        def landed(done: Transfer) -> None:
-            try:
-                if (failure := failure_of(done)) is None:
-                    self._store.written(shard.id, found)
-                else:
-                    self._fail(failure)
-                    self._store.write_failed(shard.id, failure)
-            except Exception as error:  # it must surface where the work is done, not in a thread of the drive
-                self._fail(error)
-            finally:
-                with self._changed:
-                    self._writing.discard(shard.id)
-                self._give_back(slot)
-
-        transfer.add_done_callback(landed)
+    def _one(self, taken: _Ahead, work: Work, new: bool, write: bool) -> None:
+        shard, stays = taken.shard, taken.shard in self._residents
+        if new:
+            taken.raw[:] = bytes(len(taken.raw))
+        elif taken.reading is not None:
+            self.watch.transfer(
+                taken.reading, lambda: f"an update waits for shard {shard.id} to be read; {self.report()}"
+            )
+            self._files.check(shard, taken.raw)
+            if stays:
+                self._residents.loaded(shard)
+        if taken.beside is not None:
+            taken.beside.wait()
+        if stays and write:
+            self._residents.wait_unwritten(shard)
+        work(shard, arrays_of(taken.raw, shard, self._arrays))
+        self._files.worked += 1
+        if stays and write:
+            self._residents.changed(shard)
 
     def _take(self, *, wait: bool) -> Slot | None:
-        if wait:
-            self._wait(lambda: self._free or self._error, "the next shard waits for a buffer")
-        with self._changed:
-            self._raise()
+        with self._files.changed:
+            if wait:
+                self._files.wait_for(
+                    lambda: self._files.failed or bool(self._free), "the next shard waits for a buffer"
+                )
+            self._files.raise_error()
             return self._free.popleft() if self._free else None
 
-    def _drop(self, slot: Slot, transfer: Transfer | None) -> None:
+    def _drop(self, taken: _Ahead) -> None:
         """Give a buffer back as soon as nothing is read into it any more."""
-        if transfer is None:
-            self._give_back(slot)
+        if taken.beside is not None:
+            taken.beside.cancel()
+        if taken.reading is None:
+            self._give_back(taken.slot)
         else:
-            transfer.cancel()
-            transfer.add_done_callback(lambda _: self._give_back(slot))
+            taken.reading.cancel()
+            taken.reading.add_done_callback(lambda _: self._give_back(taken.slot))
 
-    def _give_back(self, slot: Slot) -> None:
-        with self._changed:
-            self._free.append(slot)
-            self._changed.notify_all()
-
-    def _all_back(self) -> None:
-        self._wait(lambda: len(self._free) == BUFFERS, "the last shards are to be written")
-
-    def _wait(self, ready: Callable[[], object], what: str) -> None:
-        with self._changed:
-            self.watch.wait(lambda s: self._changed.wait_for(ready, timeout=s), lambda: f"{what}; {self.report()}")
-
-    def _moved(self) -> int:
-        statistics = self._engine.statistics()
-        return statistics.read_nbytes + statistics.written_nbytes + self._worked
+    @property
+    def watch(self) -> Watch:
+        """For all waits of a training that end when shards move on."""
+        return self._files.watch
 
     def report(self) -> str:
         """Where shards are, for who waits."""
-        writing = ", ".join(str(number) for number in sorted(self._writing.copy())) or "none"
-        folders = ", ".join(str(folder) for folder in self._store.folders)
-        return f"{len(self._free)} of {BUFFERS} buffers are free, shards being written to {folders}: {writing}"
+        return f"{len(self._free)} of {BUFFERS} buffers are free, {self._files.report()}"
 
-    def _fail(self, error: Exception) -> None:
-        with self._changed:
-            self._error = self._error or error
-            self._changed.notify_all()
+    def _give_back(self, slot: Slot) -> None:
+        with self._files.changed:
+            self._free.append(slot)
+            self._files.changed.notify_all()
 
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
+    def _all_back(self) -> None:
+        with self._files.changed:
+            self._files.wait_for(lambda: len(self._free) == BUFFERS, "the last shards are to be written")
 
     def close(self) -> None:
         """Give the memory back, unless a drive that hangs may still write into it."""
         if len(self._free) == BUFFERS:
+            self._residents.close()
             self._arena.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,6 +72,20 @@ def test_a_drive_that_binds_reads_all_the_time() -> None:
     found = run(setting(10, 10 * MIB, ring=3), machine(), layers=10, calls=6, compute_nbytes=10 * MIB)
     assert found.seconds("decode") == pytest.approx(1.0, rel=1e-6)
     assert found.turns[-1].end_ns == found.spans[-1].end_ns
+
+
+def test_a_drive_is_slower_where_few_requests_are_under_way() -> None:
+    """Layers of one request each, in a ring of 2 slots: two are under way, which this drive does at half its rate."""
+    drive = Drive(
+        name="disk",
+        read=Curve.flat(100 * MIB),
+        write=Curve.flat(100 * MIB),
+        read_depth=Curve(x=(1.0, 2.0, 8.0), y=(25.0 * MIB, 50.0 * MIB, 100.0 * MIB)),
+    )
+    hardware = msgspec.structs.replace(machine(), drives=(drive,))
+    two, nine = (run(setting(12, 4 * MIB, ring=n), hardware, layers=12, calls=4, compute_nbytes=1) for n in (2, 9))
+    assert two.turns[-1].seconds == pytest.approx(12 * 4 / 50, rel=0.05)
+    assert nine.turns[-1].seconds == pytest.approx(12 * 4 / 100, rel=0.05)
 
 
 def test_a_processor_that_binds_computes_all_the_time() -> None:

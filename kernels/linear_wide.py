@@ -1,0 +1,63 @@
+"""Linear layers of bf16 or fp16 operands on a CPU that has no instructions for them: in fp32, piece by piece.
+
+y = x Wᵀ + b. Without AVX512-BF16 or AMX, oneDNN's bf16 kernels take each pair of numbers apart as they go, three to
+four times slower than its fp32 ones for many rows. Here a piece of W is made fp32 once, in a buffer that stays in the
+cache, and multiplied with all rows. Products of two such numbers are exact in fp32 and sums are rounded once, at the
+end, as oneDNN does it; only the order of summation differs. So results equal torch's to the rounding of the dtype, plus
+that of a sum in fp32: |error| ≤ u·|y| + K·2⁻²⁴·Σ|x·w|, where u is 2⁻⁸ for bf16 and 2⁻¹¹ for fp16.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch.nn import functional
+
+DTYPES: Final = (torch.bfloat16, torch.float16)
+PIECE_NBYTES: Final = 8 << 20
+"""Of a piece of the weight in fp32: pieces that fit the last cache need not be read from memory again."""
+GRAIN: Final = 16
+"""Rows of the weight in a piece are a multiple of this: whole tiles of the kernels."""
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The product in double precision, rounded once. Shapes: x [..., K], weight [N, K], bias [N]; result [..., N]."""
+    return functional.linear(x.double(), weight.double(), None if bias is None else bias.double()).to(x.dtype)
+
+
+class WideLinear:
+    """Multiplies with buffers that are made once and grow when they must. One per thread: it is not to be shared."""
+
+    def __init__(self) -> None:
+        self._piece = torch.empty(0, dtype=torch.float32)
+        self._part = torch.empty(0, dtype=torch.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._piece.nbytes + self._part.nbytes
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] of one of DTYPES, weight [N, K] and bias [N] of the same → [..., N]. No gradient is recorded."""
+        outputs, inputs = weight.shape
+        wide_x = x.detach().reshape(-1, inputs).to(torch.float32)
+        rows = wide_x.shape[0]
+        made = torch.empty(rows, outputs, dtype=x.dtype)
+        step = min(max(PIECE_NBYTES // (4 * inputs) // GRAIN * GRAIN, GRAIN), outputs)
+        self._piece = _room(self._piece, step * inputs)
+        self._part = _room(self._part, rows * step)
+        for start in range(0, outputs, step):
+            count = min(step, outputs - start)
+            piece = self._piece[: count * inputs].view(count, inputs)
+            piece.copy_(weight.detach()[start : start + count])
+            part = self._part[: rows * count].view(rows, count)
+            torch.mm(wide_x, piece.t(), out=part)
+            if bias is not None:
+                part += bias.detach()[start : start + count]
+            made[:, start : start + count] = part
+        return made.view(*x.shape[:-1], outputs)
+
+
+def _room(held: torch.Tensor, elements: int) -> torch.Tensor:
+    return held if held.numel() >= elements else torch.empty(elements, dtype=torch.float32)
