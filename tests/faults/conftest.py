@@ -7,7 +7,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ sys.path.append(str(Path(__file__).parents[1] / "integration"))  # training_refe
 from damage import Place
 from zoo import ZOO
 
+from penstock.runtime.training import preparing
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
@@ -25,6 +29,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def states_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a tiny model would stay in host memory, under any budget, and a step would touch no file."""
+    plain = preparing.plan_room
+
+    def plan_room(*args: Any, **options: Any) -> Any:
+        return replace(plain(*args, **options), resident=frozenset())
+
+    monkeypatch.setattr(preparing, "plan_room", plan_room)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import penstock
 from penstock.memory.errors import PenstockError
 from penstock.runtime.training.training import NonFiniteGradientError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "states_on_disk")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -37,7 +37,7 @@ from penstock.memory.store.sealed import seal
 from penstock.runtime.training.pipeline import ShardPipeline
 from penstock.runtime.training.run import FORMAT
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "states_on_disk")
 DRIVE: list[tuple[str, str, int, str]] = [
     ("pwritev", "blocks.data", errno.ENOSPC, "free space"),
     ("pwritev", "blocks.data", errno.EIO, "dmesg"),

@@ -155,9 +155,10 @@ def test_killed_at_any_operation(kind: str, tmp_path: Path, nursery: Nursery) ->
     assert whole.ended
     total = int(said[-1].split()[1])
     draw = random.Random(os.urandom(8) if KILLS else 3)
-    kills, resumes, ends = 0, 0, 0
+    kills, resumes, ends, runs = 0, 0, 0, 0
     while kills < (KILLS or 30):
-        run = Run(kind=kind, folder=tmp_path / f"after {kills}")
+        runs += 1  # one may end before it is killed
+        run = Run(kind=kind, folder=tmp_path / f"run {runs}")
         while not run.ended and kills < (KILLS or 30):
             last = draw.randint(1, total // 2)
             host = draw.choice((tight, PLENTY))

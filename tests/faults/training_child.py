@@ -15,6 +15,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +33,7 @@ import penstock
 from penstock.cli import main
 from penstock.memory.errors import StoreError
 from penstock.memory.store import Commit
+from penstock.runtime.training import preparing
 
 LIFE_S: Final = 60
 """Nobody lives longer, should the killer die first."""
@@ -129,8 +131,11 @@ def expected(case: Case) -> tuple[list[str], list[str]]:
     return said, states
 
 
-def train(kind: str, folder: str, host: int) -> None:
-    """Go on with the run, or begin it, and carry it to its end."""
+def train(kind: str, folder: str, host: int, *, on_disk: bool) -> None:
+    """Go on with the run, or begin it, and carry it to its end; `on_disk`: with no states in host memory."""
+    if on_disk:
+        plain = preparing.plan_room
+        preparing.plan_room = lambda *args, **options: replace(plain(*args, **options), resident=frozenset())  # type: ignore[assignment]
     case = CASES[kind]
     options: dict[str, Any] = {"max_memory": {"host": host}, "device": "cpu", "updates": kind}
     seed(12345)  # what goes on must not depend on it
@@ -193,7 +198,7 @@ def _live(order: dict[str, Any]) -> None:
         if order["kind"] == "finetune":
             finetune(order["folder"], order["arguments"])
         else:
-            train(order["kind"], order["folder"], order["host"])
+            train(order["kind"], order["folder"], order["host"], on_disk=order["last"] % 3 > 0)
         say("operations", mortal.count)
         code = 0
     except BaseException as error:
