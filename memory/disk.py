@@ -401,6 +401,11 @@ def _write_task(engine: DiskEngine, file: OpenFile, offset: int, view: memoryvie
                     engine.files.tell_buffered(file.path)
                     continue
                 raise disk_error("write", file.path, offset + done, len(view) - done, error) from error
+            if count == 0:
+                raise DiskError(
+                    f"cannot write {len(view) - done} bytes at offset {offset + done} of {file.path}: the system takes "
+                    "none of them and gives no reason; check the drive, then run again"
+                )
             done += count
             worker.written_nbytes += count
         worker.writes += 1

@@ -2,7 +2,8 @@
 
 A folder is proved to be in use by a lock file that its process holds (see `filelock`), so that folders left behind by
 a killed process can be told from living ones. Nothing is ever removed that this process did not make, with one
-exception: leftovers of killed processes under the default root, which only this module writes to.
+exception: leftovers of killed processes in folders that only this module writes to, which are the default root and
+those named to `remove_leftovers`.
 """
 
 from __future__ import annotations
@@ -139,6 +140,28 @@ class ScratchFolders:
             self._uses.add(use)
             return use
 
+    def remove_leftovers(self, folder: str | os.PathLike[str]) -> None:
+        """Remove what killed processes left in a folder that is for scratch and nothing else.
+
+        Does nothing where there is no such folder, or where this process uses it.
+
+        Raises:
+            ScratchBusyError: another process uses it; the message names it.
+            DiskError: it cannot be locked.
+        """
+        path = Path(folder).resolve()
+        with self._lock:
+            if path in self._shared or not path.is_dir():
+                return
+            lock = FileLock.acquire(path / _LOCK_NAME)
+            assert lock is not None
+            try:
+                for left in sorted(path.glob(f"{_PREFIX}*/")):
+                    if not left.is_symlink():
+                        _remove_leftover(left)
+            finally:
+                lock.release()
+
     def close_all(self) -> None:
         """Close every use that is still open; what cannot be removed is logged."""
         for use in list(self._uses):
@@ -251,15 +274,21 @@ def _remove_leftovers(root: Path) -> None:
         if lock is None:
             continue
         path = lock_path.with_name(lock_path.name.removesuffix(_LOCK_SUFFIX))
-        failures: list[OSError] = []
-        if path.is_dir() and not path.is_symlink():
-            _remove_tree(path, failures)
-        if failures:
-            logger.warning("cannot remove %s, left by a process that was killed: %s", path, failures[0])
-            lock.close()  # keeps the file, so that the next start tries again
-        else:
-            logger.info("removed %s, left by a process that was killed", path)
+        if not path.is_dir() or path.is_symlink() or _remove_leftover(path):
             lock.release()
+        else:
+            lock.close()  # keeps the file, so that the next start tries again
+
+
+def _remove_leftover(path: Path) -> bool:
+    """Remove a folder whose process is gone; whether it is gone, too."""
+    failures: list[OSError] = []
+    _remove_tree(path, failures)
+    if failures:
+        logger.warning("cannot remove %s, left by a process that was killed: %s", path, failures[0])
+    else:
+        logger.info("removed %s, left by a process that was killed", path)
+    return not failures
 
 
 def _report_leftovers(folder: Path) -> None:

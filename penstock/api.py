@@ -272,7 +272,13 @@ def _token_ids(prompts: Iterable[str | Sequence[int]], tokenizer: Any | None) ->
 
 
 def close(model: nn.Module) -> None:
-    """Free everything that a streamed model holds: memory, threads, scratch files. It cannot run afterwards."""
+    """Free everything that a streamed model holds: memory, threads, scratch files. It cannot run afterwards.
+
+    In training the last step is carried out before. Steps that no `penstock.save` has are gone with the model.
+
+    Raises:
+        PenstockError: what that step met, if nobody has heard of it. Everything is free nevertheless.
+    """
     handle_of(model).close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -17,7 +18,9 @@ from .memory.errors import UsageError
 from .memory.store import Commit
 from .runtime.loading import load as _load
 from .runtime.offloading import offload as _offload
+from .runtime.pretrained import outline
 from .runtime.training.facade import StreamedOptimizer
+from .runtime.training.headroom import StepRoom, is_automatic, step_room
 from .runtime.training.optimizers import SGD, AdamW, Lion, OptimizerChoice
 from .runtime.training.preparing import (
     RunFolders,
@@ -47,6 +50,8 @@ def prepare(
     activations: Activations = "auto",
     updates: Updates = "step",
     nonfinite: Literal["raise", "skip"] = "raise",
+    context: int | None = None,
+    batch: int | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, StreamedOptimizer]:
     """Train a model whose weights, gradients and optimizer states are larger than memory.
@@ -72,6 +77,8 @@ def prepare(
             works beside backward. Then every backward pass (`accumulate` of them) must be followed by `step()`,
             gradients cannot be clipped or dropped, and learning rates may change only after `step()`.
         nonfinite: What `step()` does where a gradient is infinite or not a number: raise, or skip that step.
+        context: Tokens per sequence to leave room for, in automatic budgets: activations, logits and their gradients.
+        batch: Sequences of a backward pass to leave room for, likewise.
         trust_remote_code: Run code that comes with the checkpoint.
 
     Raises:
@@ -84,8 +91,8 @@ def prepare(
     check_new(folders)  # before a module gives its weights up
     if isinstance(model, nn.Module):
         check_trained(model, optimizer)
-    arrays = arrays_of(optimizer)
-    made, origin = _streamed(model, max_memory, device, dtype, trust_remote_code, settings, folders, arrays=arrays)
+    asked = _Asked(max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code)
+    made, origin, settings = _streamed(model, asked, dtype, settings, folders, arrays=arrays_of(optimizer))
     try:
         return made, attach(made, optimizer, folders, origin=origin, settings=settings)
     except BaseException:
@@ -124,6 +131,8 @@ def resume(
     activations: Activations = "auto",
     updates: Updates = "step",
     scheduler: Any = None,
+    context: int | None = None,
+    batch: int | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, StreamedOptimizer]:
     """Go on from the last commit of a run: weights, optimizer, random numbers.
@@ -140,6 +149,8 @@ def resume(
         updates: Likewise.
         scheduler: Called with the optimizer to make the learning rate's scheduler, which then goes on; it becomes
             `optimizer.scheduler`.
+        context: As for `prepare`.
+        batch: Likewise.
         trust_remote_code: Run code that comes with the checkpoint.
 
     Raises:
@@ -152,16 +163,9 @@ def resume(
         raise UsageError("the run was begun with a module, not a checkpoint: give it to resume(…, model=…), as built")
     source: Any = state.source if model is None else model
     settings = _settings(accumulate, activations, updates, nonfinite, state.max_grad_norm)
-    made, _ = _streamed(
-        source,
-        max_memory,
-        device,
-        state.dtype,
-        trust_remote_code,
-        settings,
-        folders,
-        arrays=arrays_of(choice_of(state)),
-        limit=state.limit_nbytes,
+    asked = _Asked(max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code)
+    made, _, settings = _streamed(
+        source, asked, state.dtype, settings, folders, arrays=arrays_of(choice_of(state)), limit=state.limit_nbytes
     )
     origin = Origin(source=state.source, dtype=state.dtype)
     try:
@@ -191,51 +195,72 @@ def _settings(
     return settings
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """What a user said of the machine."""
+
+    max_memory: MaxMemory
+    device: str | torch.device
+    context: int | None
+    batch: int | None
+    trust: bool
+
+
 def _streamed(
     model: nn.Module | str | os.PathLike[str],
-    max_memory: MaxMemory,
-    device: str | torch.device,
+    asked: _Asked,
     dtype: str | torch.dtype,
-    trust_remote_code: bool,
     settings: Settings,
     folders: RunFolders,
     *,
     arrays: int,
     limit: int | None = None,
-) -> tuple[nn.Module, Origin]:
-    wanted = wanted_of(max_memory)
+) -> tuple[nn.Module, Origin, Settings]:
+    """The model, where it came from, and settings in which it is said what becomes of activations, if that is known."""
+    wanted = wanted_of(asked.max_memory)
     early = settings.updates == "backward"
-    if wanted.host is None:  # what is left then is for the activations of training, which nobody has counted
-        arrays = 0
     trains = partial(changing, accumulate=settings.accumulate, early=early, arrays=arrays, limit=limit)
-    opened = open_device(device)
+    opened = open_device(asked.device)
+    room: StepRoom | None = None
+    if is_automatic(wanted, opened):
+        try:
+            bones = model if isinstance(model, nn.Module) else _trainable_outline(model, dtype, asked.trust)
+            room = step_room(
+                bones,
+                trains([parameter.nbytes for parameter in bones.parameters()]),
+                wanted=wanted,
+                device=opened,
+                activations=settings.activations,
+                context=asked.context,
+                batch=asked.batch,
+            )
+        except BaseException:
+            opened.close()
+            raise
+        settings = replace(settings, activations=room.activations)
+    common: dict[str, Any] = {
+        "wanted": wanted,
+        "device": opened,
+        "disk": folders.scratch,
+        "context": asked.context,
+        "batch": asked.batch,
+        "cache": link_cache(),
+        "trains": trains,
+        "headroom": None if room is None else room.headroom_nbytes,
+    }
     if isinstance(model, nn.Module):
-        made = _offload(
-            model,
-            wanted=wanted,
-            device=opened,
-            disk=folders.scratch,
-            context=None,
-            batch=None,
-            cache=link_cache(),
-            trains=trains,
-        )
-        return made, Origin()
-    made = _load(
-        model,
-        wanted=wanted,
-        device=opened,
-        dtype=dtype,
-        disk=[],
-        context=None,
-        batch=None,
-        trust_remote_code=trust_remote_code,
-        cache=link_cache(),
-        trains=trains,
-    )
+        return _offload(model, **common), Origin(), settings
+    made = _load(model, dtype=dtype, trust_remote_code=asked.trust, **common)
     trainable(made)
     source = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
-    return made, Origin(source=source, dtype=str(dtype).removeprefix("torch."))
+    return made, Origin(source=source, dtype=str(dtype).removeprefix("torch.")), settings
+
+
+def _trainable_outline(path: str | os.PathLike[str], dtype: str | torch.dtype, trust: bool) -> nn.Module:
+    """The model of a checkpoint, without weights."""
+    made = outline(path, dtype=dtype, trust_remote_code=trust)
+    trainable(made)
+    return made
 
 
 __all__ = ["SGD", "AdamW", "Lion", "OptimizerChoice", "StreamedOptimizer", "prepare", "resume", "save"]

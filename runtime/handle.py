@@ -142,13 +142,19 @@ class Handle:
             yield module
 
     def close(self) -> None:
-        """Stop threads and give all memory back. The model cannot run afterwards."""
+        """Stop threads and give all memory back. The model cannot run afterwards.
+
+        Raises:
+            PenstockError: what the last step of a training met, if nobody has heard of it. All is closed nevertheless.
+        """
         module = self._module()
         if self._machinery is None or self.closed:
             return
-        self._machinery.close()
-        if module is not None and self.plan.resident:
-            module.forward = _closed_forward
+        try:
+            self._machinery.close()
+        finally:
+            if module is not None and self.plan.resident:
+                module.forward = _closed_forward
 
     def _repr_html_(self) -> str:
         from .explain import explain_html

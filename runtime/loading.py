@@ -50,6 +50,7 @@ def load(
     plan: Plan | None = None,
     costs: CostModel | None = None,
     trains: Trains | None = None,
+    headroom: int | None = None,
 ) -> nn.Module:
     """Build the model, plan it, and start reading. See `penstock.load`.
 
@@ -60,6 +61,7 @@ def load(
         costs: What operations take on this machine, for choices that are made when many prompts run; None where that is
             not known.
         trains: Weights will change; what that takes beside them. None where they are only read.
+        headroom: Bytes that automatic budgets leave free; None for those of inference.
     """
     with ExitStack() as held:
         held.callback(device.close)
@@ -76,7 +78,9 @@ def load(
         budgets = resolve_budgets(
             wanted,
             device,
-            headroom_nbytes=headroom_nbytes(bones.config, model.dtype, context=context, batch=batch),
+            headroom_nbytes=headroom_nbytes(bones.config, model.dtype, context=context, batch=batch)
+            if headroom is None
+            else headroom,
             disk_rate=links.disk_read,
             link_rate=links.h2d,
             on_cpu=decisions is not None and not decisions.exact,

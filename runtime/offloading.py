@@ -42,12 +42,14 @@ def offload(
     cache: LinkCache,
     processors: Processors | None = None,
     trains: Trains | None = None,
+    headroom: int | None = None,
 ) -> nn.Module:
     """Plan the module and move its weights. See `penstock.offload`.
 
     Args:
         processors: Chooses what the CPU computes; nothing without.
         trains: Weights will change; what that takes beside them. None where they are only read.
+        headroom: Bytes that automatic budgets leave free; None for those of inference.
     """
     with ExitStack() as held:
         held.callback(device.close)
@@ -57,7 +59,8 @@ def offload(
         total = sum(parameter.nbytes for parameter in parameters.values())
         config = getattr(module, "config", None)
         dtype = next((p.dtype for p in parameters.values()), torch.float32)
-        headroom = FRAMEWORK if config is None else headroom_nbytes(config, dtype, context=context, batch=batch)
+        if headroom is None:
+            headroom = FRAMEWORK if config is None else headroom_nbytes(config, dtype, context=context, batch=batch)
         rate = link_rate(device, cache)
         budgets = resolve_budgets(wanted, device, headroom_nbytes=headroom, disk_rate=None, link_rate=rate)
         backing = ModuleBacking(parameters)

@@ -124,6 +124,23 @@ def measure_activations(
     return (found.aside if found.aside.total else None), found.notes
 
 
+def measure_step(model: PreTrainedModel, workload: Workload, *, checkpointing: bool, on_cpu: bool) -> int | None:
+    """Bytes that a forward and a backward take beside weights and their gradients; None where that is not to be found.
+
+    Args:
+        model: On fake tensors. Checkpointing, once asked for, stays on.
+        workload: Trains, with a context.
+        checkpointing: Whether layers run again in backward; without, where the model does not know how.
+        on_cpu: Whether the CPU computes.
+    """
+    ran = _run(model, workload, checkpointing=checkpointing, on_cpu=on_cpu)
+    if checkpointing and not ran.peak.total:
+        ran = _run(model, workload, checkpointing=False, on_cpu=on_cpu)
+    for note in ran.notes:
+        logger.debug("%s", note)
+    return max(ran.sweep.total, ran.peak.total - ran.peak.gradients) or None
+
+
 def _trained(model: PreTrainedModel, workload: Workload) -> list[nn.Parameter]:
     """Make parameters trainable, or add adapters that are; what is trained."""
     if workload.train == "adamw":

@@ -13,6 +13,7 @@ from .audit import VerifyReport, verify
 from .blockstore import BlockStore, BlockStoreStatistics
 from .checksum import RunningChecksum, checksum
 from .commit import Commit
+from .creating import check_unused, check_vacant
 from .files import StoreFiles, SystemFiles
 from .prune import PruneReport, prune
 from .reading import BadBlock
@@ -31,6 +32,8 @@ __all__ = [
     "StoreStats",
     "SystemFiles",
     "VerifyReport",
+    "check_unused",
+    "check_vacant",
     "checksum",
     "prune",
     "stats",

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from ..errors import DiskError, StoreError
+from ..errors import DiskError, StoreDamagedError, StoreError
 from ..filelock import FileLock
 from .datafiles import DataFiles, no_room
-from .files import StoreFiles
+from .files import StoreFiles, SystemFiles
 from .folder import (
     DATA,
     LABEL,
@@ -74,6 +74,32 @@ def create_parts(
         found = _first_commit(files, facts, metadata)
         undo.pop_all()
     return Parts(facts=facts, found=found, data=data, locks=tuple(locks))
+
+
+def check_vacant(folders: Folder | Sequence[Folder], files: StoreFiles | None = None) -> None:
+    """See that `BlockStore.create` would find nothing there that must not be lost, and nobody at work. Changes nothing.
+
+    Raises:
+        StoreError: a folder holds something that would be lost.
+        StoreBusyError: another process uses one.
+        DiskError: one cannot be looked at.
+    """
+    present = [path for path in as_paths(folders) if path.is_dir()]
+    if not present:
+        return
+    check_unused(present)
+    _refuse_what_is_there(files or SystemFiles(), present)
+
+
+def check_unused(folders: Folder | Sequence[Folder]) -> None:
+    """See that nobody has these folders locked now.
+
+    Raises:
+        StoreBusyError: somebody has.
+        DiskError: one cannot be locked.
+    """
+    with ExitStack() as undo:
+        lock_folders(as_paths(folders), [], undo)
 
 
 def _first_commit(files: StoreFiles, facts: StoreFacts, metadata: bytes) -> Found:
@@ -146,7 +172,13 @@ def _refuse_what_is_there(files: StoreFiles, paths: Sequence[Path]) -> None:
 def _refuse_commits(files: StoreFiles, home: Path) -> None:
     if not any(os.path.lexists(home / name) for name in (MANIFEST, PREVIOUS)):
         return  # its creation was cut off
-    number = read_manifest(files, home).manifest.commit
+    found = read_manifest(files, home)
+    number = found.manifest.commit
+    if found.doubt:
+        raise StoreDamagedError(
+            f"{found.doubt}, and {home} may hold commits all the same. Nothing there is touched; bring that file back "
+            "from a copy, choose another folder, or remove this one by hand if it is not needed"
+        )
     if number > 0:
         raise StoreError(
             f"{home} holds a block store at commit {number}. Nothing there is touched; go on with it (resume), choose "

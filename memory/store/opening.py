@@ -175,6 +175,11 @@ def _read(files: StoreFiles, home: Path, named: dict[int, Path]) -> tuple[Found,
 def _settle_doubt(files: StoreFiles, home: Path, found: Found, facts: StoreFacts, readonly: bool) -> None:
     """The manifest before the last is worth something only if none of its slots was written again: read them all."""
     number = found.manifest.commit
+    if number == 0:
+        raise StoreDamagedError(
+            f"{found.doubt}. The commit before it is the empty one, which cannot take its place: bring "
+            f"{home / MANIFEST} back from a copy"
+        )
     logger.warning("%s; reading all blocks of commit %d, the one before, to see if they are whole", found.doubt, number)
     bad = check_blocks_read(found.manifest, facts.slotmap)
     if bad:

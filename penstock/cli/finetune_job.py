@@ -60,6 +60,8 @@ class Job:
             "max_memory": request.max_memory,
             "device": request.device,
             "accumulate": request.recipe.accumulate,
+            "context": self.data.training.seq,
+            "batch": request.recipe.batch,
             "nonfinite": request.recipe.nonfinite,
             "trust_remote_code": request.trust_remote_code,
         }

@@ -69,6 +69,8 @@ def carry_out(request: FinetuneRequest, output: Output) -> int:
             if request.as_json:
                 output.write_json({"run": os.fspath(request.out), "step": job.step, "steps": job.schedule.steps})
             return OK
+        if not job.goes_on:
+            run.forget_steps()  # before the states go: steps without states would look like a loss
         with output.busy("loading"):
             model, optimizer = job.start(request)
         try:

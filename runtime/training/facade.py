@@ -79,11 +79,24 @@ class StreamedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _hypers(self) -> list[Any]:
-        """Hyperparameters of each parameter, as the groups have them now."""
+        """Hyperparameters of each parameter, as the groups have them now.
+
+        Raises:
+            UsageError: one has no meaning, or asks for states that are not kept.
+        """
         kernel = self._choice.kernel
+        kept = kernel.states_of(kernel.hyper_of(self._choice.defaults()))
         found: list[Any] = [None] * len(self._training.trained)
-        for group in self.param_groups:
-            hyper = kernel.hyper_of(group)
+        for number, group in enumerate(self.param_groups):
+            try:
+                hyper = kernel.hyper_of(group)
+            except ValueError as error:
+                raise UsageError(f"parameter group {number}: {error}") from error
+            if (wanted := kernel.states_of(hyper)) != kept:
+                raise UsageError(
+                    f"parameter group {number} was changed so that it keeps {', '.join(wanted) or 'no states'}; the "
+                    f"run was made for {', '.join(kept) or 'none'}, and what its shards hold cannot change"
+                )
             for parameter in group["params"]:
                 found[self._index[id(parameter)]] = hyper
         return found
@@ -118,7 +131,9 @@ class StreamedOptimizer(torch.optim.Optimizer):
         )
         document = encode(state)
         self._training.write_out()
-        return self._store.commit(document)
+        commit = self._store.commit(document)
+        self._training.saved()
+        return commit
 
     def state_dict(self) -> dict[str, Any]:
         """Hyperparameters, and which moment of the run they belong to; masters and states stay where they are.

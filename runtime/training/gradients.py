@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate as accumulated
 from typing import Any
 
@@ -119,7 +120,8 @@ class Gradients:
     """The gradients of one step.
 
     A gradient of one backward keeps its dtype; a second one is added in fp32, and so is every further one. Between
-    passes `.grad` shows a `TakenGradient`; who removes it (`model.zero_grad()`) removes the gradient.
+    passes `.grad` shows a `TakenGradient`; who removes it (`model.zero_grad()`) removes the gradient. It stays there
+    after the step, as in PyTorch: a backward that finds it was to add to a gradient which is gone.
     """
 
     def __init__(
@@ -152,6 +154,10 @@ class Gradients:
         self._kept: list[Gradient | None] = [None] * len(trained)
         self._shown: list[TakenGradient | None] = [None] * len(trained)
         """What `.grad` was left as, where a gradient is kept."""
+        self._used: list[TakenGradient | None] = [None] * len(trained)
+        """What `.grad` still is, where a step has used the gradient."""
+        self._uncleared: set[int] = set()
+        """Parameters that had that in `.grad` when a backward came."""
         self._hooks: list[Any] = []
         for index, each in enumerate(trained):
             self._hooks.append(each.parameter.register_hook(self._clearer(index)))  # type: ignore[no-untyped-call]
@@ -163,6 +169,11 @@ class Gradients:
 
         def clear(_: torch.Tensor) -> None:
             self._settle(index)
+            self._uncleared.discard(index)
+            used, self._used[index] = self._used[index], None
+            if used is not None and self._trained[index].parameter.grad is used:
+                self._trained[index].parameter.grad = None
+                self._uncleared.add(index)
 
         return clear
 
@@ -170,9 +181,17 @@ class Gradients:
         def take(parameter: torch.Tensor) -> None:
             grad = parameter.grad
             parameter.grad = None
+            if index in self._uncleared:
+                self._uncleared.discard(index)
+                raise UsageError(
+                    f"{self._trained[index].name} has a new gradient, and that of the last step was not cleared: "
+                    "PyTorch would add the two, but step() has used it up. Call optimizer.zero_grad() after each step()"
+                )
             if grad is not None:
                 self.add(index, grad)
-                parameter.grad = self._shown[index] = TakenGradient.of(parameter, lambda: self._present(index))
+                parameter.grad = self._shown[index] = TakenGradient.of(
+                    parameter, partial(self._present, index), partial(self._scale, index)
+                )
 
         return take
 
@@ -188,12 +207,21 @@ class Gradients:
             self._kept[index] = None
             self._came[index] = 0
 
+    def _scale(self, index: int, factor: torch.Tensor | float) -> None:
+        """Multiply one, in place and in the dtype that it is kept in."""
+        flat = self._present(index).mul_(factor)
+        if isinstance(self._kept[index], SpilledGradient):  # that was a copy
+            assert self._spill is not None
+            norm = gradient_norm(self.wide.of(flat))
+            self._spill.put(index, flat)
+            self._kept[index] = SpilledGradient(elements=len(flat), norm=norm)
+
     def _present(self, index: int) -> torch.Tensor:
         kept = self._kept[index]
         if kept is None:
             raise UsageError(
-                f"the gradient of {self._trained[index].name} has gone into an update already, which nothing had to "
-                "wait for. Clip with max_grad_norm, as in penstock.AdamW(lr=…, max_grad_norm=1.0), not in .grad"
+                f"the gradient of {self._trained[index].name} has gone into an update already: clip before step(). "
+                'Where updates begin in backward, gradients cannot be clipped: leave updates="backward" out'
             )
         if isinstance(kept, SpilledGradient):
             assert self._spill is not None
@@ -264,9 +292,13 @@ class Gradients:
             DiskError: one is lost, which was to go to disk. All are forgotten.
         """
         for index, each in enumerate(self._trained):
+            shown = self._shown[index]
+            untouched = shown is not None and each.parameter.grad is shown
             self._settle(index)
-            if each.parameter.grad is not None:  # by hand, or of a time before it was streamed
-                grad, each.parameter.grad = each.parameter.grad, None
+            if untouched:
+                each.parameter.grad = self._used[index] = shown
+            elif (grad := each.parameter.grad) is not None and grad is not self._used[index]:
+                each.parameter.grad = None  # by hand, or of a time before it was streamed
                 self.add(index, grad)
         if self._spill is not None:
             try:
@@ -294,6 +326,8 @@ class Gradients:
             each.parameter.grad = None
         self._kept = [None] * len(self._trained)
         self._came = [0] * len(self._trained)
+        self._used = [None] * len(self._trained)
+        self._uncleared.clear()
         if self._spill is not None:
             self._spill.forget()
 

@@ -69,7 +69,7 @@ class MetricsFile:
         after: The last step to keep.
 
     Raises:
-        DiskError: it cannot be read or written.
+        DiskError: it cannot be read or written, or is damaged.
     """
 
     def __init__(self, path: Path, *, after: int) -> None:
@@ -83,6 +83,9 @@ class MetricsFile:
         except OSError as error:
             os.close(self._file)
             raise self._failed(error) from error
+        except DiskError:
+            os.close(self._file)
+            raise
 
     def write(self, record: StepRecord) -> None:
         """Append one step.
@@ -148,13 +151,21 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _kept_nbytes(path: Path, after: int) -> int:
-    kept = 0
+    """How much of a file is of steps up to `after`. These are whole: they were on the disk before the commit was."""
+    kept, last = 0, 0
     with path.open("rb") as lines:
         for line in lines:
             record = _parsed(line)
+            if record is None and last < after:
+                raise DiskError(
+                    f"{path} is damaged at offset {kept}: no step is there behind step {last}, and the last commit is "
+                    f"of step {after}. The run itself is whole: bring the file back from a copy, or move it away, and "
+                    "resume"
+                )
             if record is None or record["step"] > after:
                 break
             kept += len(line)
+            last = record["step"]
     return kept
 
 

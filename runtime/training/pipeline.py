@@ -7,6 +7,7 @@ reach it as long as work and transfers of a shard take about as long as those of
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -18,11 +19,14 @@ import torch
 
 from ...memory.arena import PAGE, HostArena, Slot, round_up
 from ...memory.disk import DiskEngine, Transfer
+from ...memory.errors import StallError
 from ...memory.store import BlockStore
 from .residents import ResidentShards
-from .shardfiles import STALL_S, ShardFiles
+from .shardfiles import ShardFiles
 from .shards import Shard
+from .watch import STALL_S, WATCH_S, Watch
 
+logger = logging.getLogger(__name__)
 BUFFERS: Final = 4
 """Shards in memory: one that is changed, one on each side of it, and one that lets a slow one catch up."""
 
@@ -75,6 +79,8 @@ class ShardPipeline:
         arrays: How many each has.
         kept: The numbers of those that stay in host memory.
         beside_nbytes: Memory for what is read beside a shard.
+        watch_s: How often a wait is reported.
+        stall_s: How long one may last without a byte moved.
     """
 
     def __init__(
@@ -86,10 +92,12 @@ class ShardPipeline:
         arrays: int,
         kept: Collection[int] = (),
         beside_nbytes: int = 0,
+        watch_s: float = WATCH_S,
+        stall_s: float = STALL_S,
     ) -> None:
         self._shards = shards
         self._arrays = arrays
-        self._files = ShardFiles(store, engine)
+        self._files = ShardFiles(store, engine, watch_s=watch_s, stall_s=stall_s)
         self._residents = ResidentShards(self._files, shards, kept, arrays)
         self._beside_at = max((arrays * shard.array_nbytes for shard in shards if shard.id not in kept), default=0)
         each = max(self._beside_at + round_up(beside_nbytes), PAGE)
@@ -141,13 +149,16 @@ class ShardPipeline:
                         self._files.write(taken.shard, span, taken.raw, partial(self._give_back, taken.slot))
                 finally:
                     if not writing:  # the write gives it back
-                        taken.give_up()
-                        self._give_back(taken.slot)
-        finally:
+                        self._drop(taken)
+        except BaseException:
             for taken in ahead:
-                taken.give_up()
-                self._give_back(taken.slot)
-            self._all_back()
+                self._drop(taken)
+            try:
+                self._all_back()
+            except StallError as error:
+                logger.warning("%s", error)
+            raise
+        self._all_back()
         self._files.raise_error()
 
     def write_out(self) -> None:
@@ -197,7 +208,9 @@ class ShardPipeline:
         if new:
             taken.raw[:] = bytes(len(taken.raw))
         elif taken.reading is not None:
-            taken.reading.wait()
+            self.watch.transfer(
+                taken.reading, lambda: f"an update waits for shard {shard.id} to be read; {self.report()}"
+            )
             self._files.check(shard, taken.raw)
             if stays:
                 self._residents.loaded(shard)
@@ -206,15 +219,37 @@ class ShardPipeline:
         if stays and write:
             self._residents.wait_unwritten(shard)
         work(shard, arrays_of(taken.raw, shard, self._arrays))
+        self._files.worked += 1
         if stays and write:
             self._residents.changed(shard)
 
     def _take(self, *, wait: bool) -> Slot | None:
         with self._files.changed:
             if wait:
-                self._files.wait_for(lambda: self._files.failed or bool(self._free))
+                self._files.wait_for(
+                    lambda: self._files.failed or bool(self._free), "the next shard waits for a buffer"
+                )
             self._files.raise_error()
             return self._free.popleft() if self._free else None
+
+    def _drop(self, taken: _Ahead) -> None:
+        """Give a buffer back as soon as nothing is read into it any more."""
+        if taken.beside is not None:
+            taken.beside.cancel()
+        if taken.reading is None:
+            self._give_back(taken.slot)
+        else:
+            taken.reading.cancel()
+            taken.reading.add_done_callback(lambda _: self._give_back(taken.slot))
+
+    @property
+    def watch(self) -> Watch:
+        """For all waits of a training that end when shards move on."""
+        return self._files.watch
+
+    def report(self) -> str:
+        """Where shards are, for who waits."""
+        return f"{len(self._free)} of {BUFFERS} buffers are free, {self._files.report()}"
 
     def _give_back(self, slot: Slot) -> None:
         with self._files.changed:
@@ -223,12 +258,13 @@ class ShardPipeline:
 
     def _all_back(self) -> None:
         with self._files.changed:
-            self._files.wait_for(lambda: len(self._free) == BUFFERS)
+            self._files.wait_for(lambda: len(self._free) == BUFFERS, "the last shards are to be written")
 
     def close(self) -> None:
-        """Give the memory back."""
-        self._residents.close()
-        self._arena.close()
+        """Give the memory back, unless a drive that hangs may still write into it."""
+        if len(self._free) == BUFFERS:
+            self._residents.close()
+            self._arena.close()
 
 
 def arrays_of(raw: memoryview, shard: Shard, count: int) -> list[torch.Tensor]:

@@ -15,10 +15,10 @@ from torch import nn
 
 from ...kernels.optimizer import GRADIENT_DTYPES, Optimizer
 from ...kernels.scratch import Scratch
-from ...memory.errors import StoreError, UsageError
-from ...memory.files import disk_error
+from ...memory.errors import DiskError, StoreError, UsageError
 from ...memory.scratch import Scratch as ScratchFolder
-from ...memory.store import BlockSpec, BlockStore
+from ...memory.scratch import process_scratch
+from ...memory.store import BlockSpec, BlockStore, check_unused, check_vacant
 from ...memory.trim import return_free_memory
 from ..build import Machinery
 from ..launch import open_scratch, scratch_files
@@ -86,6 +86,7 @@ def attach(
         tell(model, machinery, room)
         return_free_memory()  # of masters that passed through
         machinery.before_close(training.settle)
+        machinery.before_close(training.last)
         machinery.on_close(made.pop_all().close)
     return optimizer
 
@@ -138,29 +139,35 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
         tell(model, machinery, room)
         return_free_memory()  # of masters that passed through
         machinery.before_close(training.settle)
+        machinery.before_close(training.last)
         machinery.on_close(made.pop_all().close)
     return optimizer
 
 
 def check_new(folders: RunFolders) -> None:
-    """See that no run would be lost, and make the folders.
+    """See that no run would be lost, make the folders, and take away what killed processes left of their weights.
+
+    What was cut off before its first commit is no run.
 
     Raises:
         StoreError: there is one.
+        StoreBusyError, ScratchBusyError: another process is at work there.
         DiskError: a folder cannot be made.
     """
-    if os.path.isdir(folders.states[0]) and os.listdir(folders.states[0]):
-        with BlockStore.open(folders.states, readonly=True) as store:
-            if store.committed:
-                raise StoreError(
-                    f"{folders.states[0]} holds a run with {store.committed} commits: go on with penstock.resume, or "
-                    "name another folder"
-                )
+    check_vacant(folders.states)
     for folder in folders.folders:
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
         except OSError as error:
-            raise disk_error("make", folder, 0, 0, error) from error
+            raise DiskError(
+                f"cannot make the folder {folder}: {error.strerror}. Name another with disk=… (--out)"
+            ) from error
+    _clear_scratch(folders)
+
+
+def _clear_scratch(folders: RunFolders) -> None:
+    for folder in folders.scratch:
+        process_scratch().remove_leftovers(folder)
 
 
 def check_trained(module: nn.Module, choice: OptimizerChoice) -> None:
@@ -176,14 +183,17 @@ def check_trained(module: nn.Module, choice: OptimizerChoice) -> None:
 
 
 def state_of_run(folders: RunFolders) -> RunState:
-    """What the last commit of a run says.
+    """What the last commit of a run says, which is about to go on: what killed processes left of its weights goes.
 
     Raises:
         StoreError: there is no run, or nothing was committed.
+        StoreBusyError, ScratchBusyError: another process is at work on it.
     """
     with BlockStore.open(folders.states, readonly=True) as store:
         if not store.committed:
             raise StoreError(f"{folders.states[0]} holds no commit yet: begin anew with penstock.prepare")
+        check_unused(store.folders)
+        _clear_scratch(folders)
         return decode(store.metadata)
 
 
@@ -294,7 +304,7 @@ def assemble(
         kept=room.resident,
         beside_nbytes=0 if spill is None else max(spill.beside_nbytes(shard) for shard in shards),
     )
-    weights = TrainedWeights(machinery, scratch_files(scratches, "weights.bin"))
+    weights = TrainedWeights(machinery, scratch_files(scratches, "weights.bin"), pipeline.watch)
     wide = settings.accumulate > 1
     kept = GradientRoom(trained, wide=wide, elsewhere=room.spilled) if settings.updates == "step" else None
     for arena in (*pipeline.arenas, *(() if kept is None else (kept.arena,))):

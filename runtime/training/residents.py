@@ -124,7 +124,10 @@ class ResidentShards:
         """
         self.join()
         with self._files.changed:
-            self._files.wait_for(lambda: not any(self._files.is_writing(shard) for shard in self._shards))
+            self._files.wait_for(
+                lambda: not any(self._files.is_writing(shard) for shard in self._shards),
+                "shards of a commit are to land",
+            )
 
     def close(self) -> None:
         """Give the memory back."""

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import torch
 
-from ...memory.errors import UsageError
+from ...memory.errors import StoreVersionError, UsageError
 
 FORMAT = 1
 Activations = Literal["auto", "keep", "recompute"]
@@ -94,6 +94,12 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     """The caller's own: where it is in its data, for one."""
 
 
+class _Versioned(msgspec.Struct):
+    """What a document of any version has."""
+
+    format: int
+
+
 def encode(state: RunState) -> bytes:
     """As bytes; MessagePack, for JSON has no infinity and no numbers as keys, and schedulers have both.
 
@@ -110,15 +116,22 @@ def decode(document: bytes) -> RunState:
     """From bytes.
 
     Raises:
-        UsageError: they are of another version, or of something else.
+        StoreVersionError: they are of another version.
+        UsageError: they are of something else.
     """
     try:
-        state = msgspec.msgpack.decode(document, type=RunState, strict=True)
+        found = msgspec.msgpack.decode(document, type=_Versioned).format
+        if found == FORMAT:
+            return msgspec.msgpack.decode(document, type=RunState, strict=True)
     except msgspec.DecodeError as error:
-        raise UsageError(f"the folder's commit was not written by penstock.save: {error}") from error
-    if state.format != FORMAT:
-        raise UsageError(f"the run was saved in format {state.format}; this penstock reads {FORMAT}")
-    return state
+        raise UsageError(
+            f"the folder's last commit was not made by penstock.save ({error}): give the folder of a training run"
+        ) from error
+    other = "newer" if found > FORMAT else "older"
+    raise StoreVersionError(
+        f"the run was saved in format {found} and this penstock reads {FORMAT}: go on with the {other} penstock that "
+        "saved it"
+    )
 
 
 def random_state() -> dict[str, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from ...memory.errors import DiskError, ScratchBusyError, UsageError
+from ...memory.errors import DiskError, ScratchBusyError, StoreDamagedError, UsageError
 from ...memory.filelock import FileLock
 from ...memory.store import BlockStore
 from ...memory.store.folder import LABEL, LOCK, MANIFEST, OURS, PREVIOUS
@@ -113,12 +113,28 @@ class RunFolder:
 
     def _committed(self) -> RunState | None:
         if not any(os.path.lexists(self.states / name) for name in (MANIFEST, PREVIOUS)):
+            if (self.states / LABEL).exists() and self._has_steps():
+                raise StoreDamagedError(
+                    f"{self.states / MANIFEST} is missing, and steps were taken: it says where their states are. Bring "
+                    "it back from a copy, or begin anew with --force"
+                )
             return None  # none was made, or its making was cut off
         with BlockStore.open(self.states, readonly=True) as store:
             return decode(store.metadata) if store.committed else None
 
     def _has_steps(self) -> bool:
         return self.metrics.exists() and self.metrics.stat().st_size > 0
+
+    def forget_steps(self) -> None:
+        """Take away what is told of steps that no commit has, since they will all be taken again.
+
+        Raises:
+            DiskError: it stays.
+        """
+        try:
+            self.metrics.unlink(missing_ok=True)
+        except OSError as error:
+            raise DiskError(f"{self.metrics} cannot be removed: {error.strerror}; name another --out") from error
 
     def _discard(self) -> None:
         """Take away what is known to be a run's, the store's label last: until then it is known as one."""

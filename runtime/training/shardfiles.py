@@ -5,17 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
 
 from ...memory.arena import round_up
 from ...memory.disk import DiskEngine, Transfer
-from ...memory.errors import StallError
 from ...memory.image import whole_window
 from ...memory.layout import FileSpan
 from ...memory.store import BlockStore, checksum
 from .shards import Shard
-
-STALL_S: Final = 120.0
+from .watch import STALL_S, WATCH_S, Watch, failure_of
 
 
 class ShardFiles:
@@ -24,16 +21,23 @@ class ShardFiles:
     Args:
         store: Where they are.
         engine: Reads and writes.
+        watch_s: How often a wait is reported.
+        stall_s: How long one may last without a byte moved.
     """
 
-    def __init__(self, store: BlockStore, engine: DiskEngine) -> None:
+    def __init__(
+        self, store: BlockStore, engine: DiskEngine, *, watch_s: float = WATCH_S, stall_s: float = STALL_S
+    ) -> None:
         self._store = store
         self._engine = engine
         self.changed = threading.Condition()
         """Held to look at what changes, and notified after each change."""
         self._writing: set[int] = set()
         """Shards whose writes have not landed: what is on disk is older than what they hold."""
-        self._landings = 0
+        self.worked = 0
+        """Shards that were worked on."""
+        self.watch = Watch(self._moved, watch_s=watch_s, stall_s=stall_s)
+        """For all waits of a training that end when shards move on."""
         self._error: Exception | None = None
 
     def read(self, shard: Shard, into: memoryview) -> Transfer:
@@ -78,13 +82,12 @@ class ShardFiles:
         transfer.add_done_callback(lambda done: self._landed(shard, done, found, landed))
 
     def _landed(self, shard: Shard, transfer: Transfer, found: int, landed: Callable[[], None]) -> None:
-        error = transfer.error
-        if error is None and not transfer.cancelled:
+        error = failure_of(transfer)
+        if error is None:
             try:
                 self._store.written(shard.id, found)
             except Exception as failure:  # it must surface where the work is done, not in a thread of the drive
                 error = failure
-        # Cancelled: the drive's threads are ended. The store is not told that it arrived, so no commit can have it.
         self._end(shard, error, landed)
 
     def _end(self, shard: Shard, error: Exception | None, landed: Callable[[], None]) -> None:
@@ -92,7 +95,6 @@ class ShardFiles:
             self.abandon(shard, error)
         with self.changed:
             self._writing.discard(shard.id)
-            self._landings += 1
             self.changed.notify_all()
         landed()
 
@@ -122,21 +124,28 @@ class ShardFiles:
             StallError: none lands any more.
         """
         with self.changed:
-            self.wait_for(lambda: self.failed or shard.id not in self._writing)
+            self.wait_for(
+                lambda: self.failed or shard.id not in self._writing, f"shard {shard.id} waits for its own write"
+            )
         self.raise_error()
 
-    def wait_for(self, ready: Callable[[], bool]) -> None:
-        """Wait with `changed` held. As long as writes land, nothing is stalled.
+    def wait_for(self, ready: Callable[[], bool], what: str) -> None:
+        """Wait with `changed` held. As long as anything moves, nothing is stalled.
 
         Raises:
-            StallError: none lands any more.
+            StallError: nothing moves any more.
         """
-        while not ready():
-            seen = self._landings
-            if not self.changed.wait_for(lambda: ready() or self._landings != seen, timeout=STALL_S):  # noqa: B023
-                raise StallError(
-                    f"no shard of the optimizer's state was written for {STALL_S:.0f} s: is the drive still there?"
-                )
+        self.watch.wait(lambda s: self.changed.wait_for(ready, timeout=s), lambda: f"{what}; {self.report()}")
+
+    def _moved(self) -> int:
+        statistics = self._engine.statistics()
+        return statistics.read_nbytes + statistics.written_nbytes + self.worked
+
+    def report(self) -> str:
+        """What is being written, for who waits."""
+        writing = ", ".join(str(number) for number in sorted(self._writing.copy())) or "none"
+        folders = ", ".join(str(folder) for folder in self._store.folders)
+        return f"shards being written to {folders}: {writing}"
 
     def raise_error(self) -> None:
         """Raise what a write met."""

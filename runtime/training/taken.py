@@ -1,6 +1,7 @@
 """What `.grad` shows of a gradient that was taken away as soon as it was made: that there is one, and its norm.
 
-Were it None, `clip_grad_norm_` and `GradScaler` would find nothing to do, and say nothing.
+It can be multiplied by a number, where it is kept, so that `clip_grad_norm_` and transformers' Trainer clip it as they
+clip any other. Were `.grad` None, they and `GradScaler` would find nothing to do, and say nothing.
 """
 
 from __future__ import annotations
@@ -28,12 +29,19 @@ class TakenGradient(torch.Tensor):
     """Stands in `.grad` for a gradient that is kept elsewhere. Its values are one NaN."""
 
     _kept: Callable[[], torch.Tensor]
+    _scale: Callable[[torch.Tensor | float], None]
 
     @classmethod
-    def of(cls, parameter: torch.Tensor, kept: Callable[[], torch.Tensor]) -> TakenGradient:
-        """Make the one of a parameter; `kept` gives the gradient, flat."""
+    def of(
+        cls,
+        parameter: torch.Tensor,
+        kept: Callable[[], torch.Tensor],
+        scale: Callable[[torch.Tensor | float], None],
+    ) -> TakenGradient:
+        """Make the one of a parameter. `kept` gives the gradient, flat; `scale` multiplies it where it is kept."""
         made = placeholder(parameter, parameter.device).as_subclass(cls)
         made._kept = kept
+        made._scale = scale
         return made
 
     @classmethod
@@ -44,7 +52,7 @@ class TakenGradient(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Say what is known without the values; refuse the rest.
+        """Say what is known without the values, and multiply them where they are kept; refuse the rest.
 
         Raises:
             UsageError: values are wanted.
@@ -61,7 +69,10 @@ class TakenGradient(torch.Tensor):
                 return torch.linalg.vector_norm(args[0]._kept(), *args[1:], **options)
             if isinstance(args[0], list | tuple):
                 return [torch.linalg.vector_norm(_values(each), *args[1:], **options) for each in args[0]]
-        if name in _PRODUCTS and _is_one(args[1]):  # clip_grad_norm_ where there is nothing to clip
+        if name in _PRODUCTS and not options and _is_number(args[1]):
+            each: Any
+            for each in args[0] if isinstance(args[0], list | tuple) else [args[0]]:
+                (each._scale if isinstance(each, TakenGradient) else each.mul_)(args[1])
             return args[0]
         _refuse(name)
 
@@ -73,15 +84,15 @@ def _values(gradient: torch.Tensor) -> torch.Tensor:
     return gradient._kept() if isinstance(gradient, TakenGradient) else gradient
 
 
-def _is_one(factor: object) -> bool:
+def _is_number(factor: object) -> bool:
     if isinstance(factor, torch.Tensor):
-        return factor.numel() == 1 and bool(factor == 1)
-    return factor == 1
+        return factor.dim() == 0 and not isinstance(factor, TakenGradient)
+    return isinstance(factor, int | float)
 
 
 def _refuse(what: str) -> NoReturn:
     raise UsageError(
-        f"{what} on a gradient of a streamed model: it was taken as soon as it was made, and cannot be looked at or "
-        "changed in .grad. Clip with max_grad_norm, as in penstock.AdamW(lr=…, max_grad_norm=1.0), instead of "
-        "clip_grad_norm_ (max_grad_norm=0 for transformers' Trainer); use bfloat16 or float32, which need no GradScaler"
+        f"{what} on a gradient of a streamed model: it was taken as soon as it was made, and in .grad it has a norm "
+        "and can be multiplied by a number, no more. Clip with clip_grad_norm_, or with max_grad_norm, as in "
+        "penstock.AdamW(lr=…, max_grad_norm=1.0); use bfloat16 or float32, which need no GradScaler"
     )

@@ -10,6 +10,7 @@ that are carried out at once: nothing is read that has not been updated for its 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -90,6 +91,8 @@ class Training:
         """Blocks that backward has submitted."""
         self._lost: PenstockError | None = None
         """Why the model is between two steps for good."""
+        self._unsaved = 0
+        """Steps since the last commit."""
 
     # --- a step that begins when all gradients are there --------------------------------------------------------------
 
@@ -129,8 +132,8 @@ class Training:
         for index, gradient in enumerate(gradients):
             self.counts[index] += gradient is not None
         step = Step(gradients=gradients, hypers=hypers, counts=tuple(self.counts), clip=clip)
-        blocks = self._having(gradients)
-        self._submit(step, blocks)
+        self._unsaved += 1
+        self._submit(step, self._having(gradients))
         return True
 
     def _submit(self, step: Step, blocks: Iterable[int]) -> None:
@@ -249,6 +252,7 @@ class Training:
                 assert not isinstance(gradient, SpilledGradient)
                 self._use(step, index, gradient)
         self._step = None
+        self._unsaved += 1
         self._submit(step, [block for block in self._having(step.gradients) if block not in self._submitted])
         return True
 
@@ -351,8 +355,32 @@ class Training:
         """Wait until that is on disk. Before the end: the commit would be given up."""
         self._pipeline.settle()
 
+    def saved(self) -> None:
+        """Note that a commit has all steps up to here."""
+        self._unsaved = 0
+
+    def last(self) -> None:
+        """Carry the last step out, since the model is about to be closed, and say which steps go with it.
+
+        Raises:
+            PenstockError: it could not be carried out, and nobody has been told yet.
+        """
+        on_its_way = sys.exception()
+        try:
+            self._updater.end()
+        except PenstockError:
+            if on_its_way is None:  # else that is what the caller hears of
+                raise
+        finally:
+            if self._unsaved:
+                logger.warning(
+                    "the model is closed %d steps after the last commit of its run, and they are gone with it: call "
+                    "penstock.save(model, optimizer) before penstock.close(model)",
+                    self._unsaved,
+                )
+
     def close(self) -> None:
-        """End the step under way, and give all memory back."""
+        """Give all memory back."""
         self._updater.close()
         self.gradients.close()
         self._weights.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,12 +17,13 @@ import torch
 
 from ...kernels.optimizer import Clip, Optimizer
 from ...kernels.scratch import Scratch
-from ...memory.errors import PenstockError
+from ...memory.errors import PenstockError, StallError
 from ...scheduler.executor import Executor
 from .gradients import Gradient, SpilledGradient
 from .pipeline import ShardPipeline
 from .shards import Piece, Shard
 from .spill import GradientRead, GradientSpill
+from .watch import WATCH_S
 from .weights import TrainedWeights
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,10 @@ class Updater:
         """Whether anything was submitted whose shards have not all been written."""
         self._closed = False
         self._error: Exception | None = None
+        self._told = False
+        """Whether somebody was told of that."""
+        self._failure: PenstockError | None = None
+        """What those are told who ask for a block."""
         self._thread = threading.Thread(target=self._run, name="penstock-update", daemon=True)
         self._thread.start()
 
@@ -136,29 +141,57 @@ class Updater:
         Raises:
             PenstockError: it could not be.
         """
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._error or not (self._busy if block is None else block in self._unfinished)
-            )
-        self.check()
+        self._wait(
+            lambda: not (self._busy if block is None else block in self._unfinished),
+            "the end of the last step" if block is None else f"the new weights of block {block}",
+        )
 
     def wait_below(self, count: int) -> None:
         """Wait until fewer blocks than this are waiting or being changed. Raises as `wait` does."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._error or len(self._unfinished) < count)
+        self._wait(lambda: len(self._unfinished) < count, f"fewer than {count} blocks that are to be updated")
+
+    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+        try:
+            with self._changed:
+                self._pipeline.watch.wait(
+                    lambda s: self._changed.wait_for(lambda: self._error or ready(), timeout=s),
+                    lambda: f"waiting for {what}; {self._report()}",
+                )
+        except StallError:
+            self._told = True  # of all that the thread will have to say
+            raise
         self.check()
+
+    def _report(self) -> str:
+        with self._changed:
+            at = f"block {self._queue[0].block} is next" if self._queue else "none is waiting"
+            return f"{len(self._unfinished)} blocks are not updated yet, {at}; {self._pipeline.report()}"
 
     def check(self) -> None:
         """Raise what an update met."""
         if self._error is not None:
+            self._told = True
             raise self._error
+
+    def end(self) -> None:
+        """Finish what was submitted: nothing more will be.
+
+        Raises:
+            PenstockError: it could not be, and nobody has been told yet, by `check` or when asking for a block.
+        """
+        raised = self._failure is not None and self._failure.__traceback__ is not None
+        if not self._told and not raised:
+            self.wait()
 
     def close(self) -> None:
         """Finish what was submitted, and end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(WATCH_S)
+            if self._thread.is_alive():
+                logger.warning("closing waits for the update under way; %s", self._report())
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
@@ -179,15 +212,15 @@ class Updater:
                 self._changed.notify_all()
 
     def _fail(self, error: Exception) -> None:
-        with self._changed:
-            self._error = error
-            self._queue.clear()
-            self._changed.notify_all()
         failure = PenstockError(
             f"an update of the weights failed: {error}. What was committed is not lost: penstock.close(model), then go "
             "on with penstock.resume(folder)"
         )
         failure.__cause__ = error
+        with self._changed:
+            self._error, self._failure = error, failure
+            self._queue.clear()
+            self._changed.notify_all()
         self._executor.fail(failure)
 
     def _take(self) -> int | None:

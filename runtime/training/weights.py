@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 
 from ...memory.arena import HostArena, round_up
-from ...memory.disk import DiskEngine
+from ...memory.disk import DiskEngine, Transfer
 from ...memory.image import Image, Place, whole_window
 from ..build import Machinery
 from ..dtypes import torch_dtype
+from .watch import Watch
 
 
 class TrainedWeights:
@@ -23,9 +24,11 @@ class TrainedWeights:
     Args:
         machinery: What runs the model. Its images are changed.
         paths: Scratch files, one per drive; blocks take turns.
+        watch: For waits.
     """
 
-    def __init__(self, machinery: Machinery, paths: Sequence[str]) -> None:
+    def __init__(self, machinery: Machinery, paths: Sequence[str], watch: Watch) -> None:
+        self._watch = watch
         self._images = machinery.images
         self._engine: DiskEngine = machinery.engine
         self._host = machinery.host
@@ -39,6 +42,8 @@ class TrainedWeights:
         self._ends = [0] * len(paths)
         self._scratch: dict[int, tuple[str, int]] = {}
         self._open: int | None = None
+        self._under_way: Transfer | None = None
+        """What was last read into the buffer, or written from it."""
         on_device = {} if machinery.back is None else machinery.front.permanent
         self._lent = {0: on_device[0]} if on_device else {}
         """Slots on a device apart of blocks that are lent for good: nobody asks for them again."""
@@ -72,7 +77,8 @@ class TrainedWeights:
             assert self._open is None, f"block {self._open} is not finished"
             raw = self._staging.view(0, image.nbytes)
             if not whole:
-                self._engine.read(image.windows, image.bounces, raw, urgent=True).wait()
+                read = self._engine.read(image.windows, image.bounces, raw, urgent=True)
+                self._wait(read, f"the weights of block {block} are being read")
             self._open = block
         return {name: _flat(raw, image.places[name]) for name in self._portions[block]}
 
@@ -94,10 +100,15 @@ class TrainedWeights:
             self._scratch[block] = (self._paths[drive], self._ends[drive])
             self._ends[drive] += nbytes
         path, offset = self._scratch[block]
-        self._engine.write(path, offset, self._staging.view(0, nbytes)).wait()
+        written = self._engine.write(path, offset, self._staging.view(0, nbytes))
+        self._wait(written, f"the weights of block {block} are being written to {path}")
         self._images[block] = _as_it_lies(image, path, offset)
         self._refresh(block, self._staging, 0)
         self._open = None
+
+    def _wait(self, transfer: Transfer, what: str) -> None:
+        self._under_way = transfer
+        self._watch.transfer(transfer, lambda: what)
 
     def _refresh(self, block: int, source: HostArena, start: int) -> None:
         """Copy a block that is lent for good to where it is lent. What computed with it must have been enqueued."""
@@ -114,8 +125,9 @@ class TrainedWeights:
         self._device.wait(copied)  # the source may be written to again
 
     def close(self) -> None:
-        """Give the buffer back."""
-        self._staging.close()
+        """Give the buffer back, unless a drive that hangs may still write into it."""
+        if self._under_way is None or self._under_way.done():
+            self._staging.close()
 
 
 def _flat(raw: memoryview, place: Place) -> torch.Tensor:

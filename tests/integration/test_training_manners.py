@@ -98,6 +98,7 @@ def test_gradients_that_are_not_finite_change_nothing(skip: bool, value: float, 
         else:
             with pytest.raises(NonFiniteGradientError, match="nothing was changed"):
                 trainer.step()
+            trainer.optimizer.zero_grad()
         assert differences(reference.state(), trainer.state()) == []
         both(reference, trainer, 2)
         assert torch.equal(reference.step(), trainer.step())
@@ -106,13 +107,96 @@ def test_gradients_that_are_not_finite_change_nothing(skip: bool, value: float, 
         penstock.close(trainer.model)
 
 
+def clip_plainly(reference: Reference, batch: int, *norms: float, **options: Any) -> list[Tensor]:
+    """Backward and torch's own clipping, on gradients of the parameters' dtype; what it says."""
+    loss_of(reference, batch).backward()
+    said = [torch.nn.utils.clip_grad_norm_(reference.parameters.values(), norm, **options) for norm in norms]
+    for name, parameter in reference.parameters.items():
+        assert parameter.grad is not None
+        reference.masters[name].grad, parameter.grad = parameter.grad.float(), None
+    return said
+
+
 @pytest.mark.parametrize("foreach", [None, False])
-def test_clipping_by_torch_raises_instead_of_doing_nothing(trainer: Streamed, foreach: bool | None) -> None:
+@pytest.mark.parametrize("norms", [(1e-3,), (1e6,), (0.5, 0.25), (float("inf"), 0.1)])
+def test_clipping_by_torch_is_that_of_a_plain_model(
+    norms: tuple[float, ...], foreach: bool | None, trainer: Streamed, reference: Reference
+) -> None:
+    for batch in range(3):
+        expected = clip_plainly(reference, batch, *norms, foreach=foreach)
+        trainer.backward(loss_of(trainer, batch))
+        found = [torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), norm, foreach=foreach) for norm in norms]
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert torch.equal(reference.step(), trainer.step())
+    assert differences(reference.state(), trainer.state()) == []
+
+
+def test_clipping_by_torch_of_a_few_parameters_and_what_is_added_behind(tmp_path: Path) -> None:
+    """Gradients of several backward passes are in fp32, and so are their norms."""
+    case = replace(CASE, name="added up", batches=2)
+    reference, made = Reference(case), prepared(case, tmp_path / "run", "smallest")
+    try:
+        for batch in range(2):
+            both(reference, made, batch)
+            few = [name for name, parameter in made.model.named_parameters() if parameter.dim() == 2][:3]
+            expected = torch.nn.utils.clip_grad_norm_([reference.masters[name] for name in few], 0.01)
+            found = torch.nn.utils.clip_grad_norm_([made.model.get_parameter(name) for name in few], 0.01)
+            assert torch.equal(expected, found)
+        assert torch.equal(reference.step(), made.step())
+        assert differences(reference.state(), made.state()) == []
+    finally:
+        penstock.close(made.model)
+
+
+def test_clipping_where_updates_begin_in_backward_raises_at_once(tmp_path: Path) -> None:
+    made = Streamed(
+        *penstock.prepare(
+            CASE.build(),
+            optimizer=CASE.optimizer,
+            disk=tmp_path / "run",
+            device="cpu",
+            max_memory={"host": 2**30},
+            updates="backward",
+        )
+    )
+    try:
+        made.backward(loss_of(made, 0))
+        with pytest.raises(penstock.UsageError, match='leave updates="backward" out'):
+            torch.nn.utils.clip_grad_norm_(made.model.parameters(), 1e6)
+        made.step()
+    finally:
+        penstock.close(made.model)
+
+
+@pytest.mark.parametrize("foreach", [None, False])
+def test_clipping_of_values_raises_instead_of_doing_nothing(trainer: Streamed, foreach: bool | None) -> None:
     trainer.backward(loss_of(trainer, 0))
     with pytest.raises(penstock.UsageError, match=r"max_grad_norm=1\.0"):
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1e-3, foreach=foreach)
-    with pytest.raises(penstock.UsageError, match=r"max_grad_norm=1\.0"):
         torch.nn.utils.clip_grad_value_(trainer.model.parameters(), 1e-3, foreach=foreach)
+
+
+@pytest.mark.parametrize("cleared", ["optimizer", "model", "hand", "never"])
+def test_gradients_that_nobody_cleared_after_a_step(cleared: str, trainer: Streamed, reference: Reference) -> None:
+    """PyTorch would add the next ones to them; they are gone, so this is refused. `.grad` stays, as in PyTorch."""
+    both(reference, trainer, 0)
+    reference.step()
+    trainer.optimizer.step()
+    assert all(parameter.grad is not None for parameter in trainer.model.parameters())
+    if cleared == "optimizer":
+        trainer.optimizer.zero_grad()
+    elif cleared == "model":
+        trainer.model.zero_grad()
+    elif cleared == "hand":
+        for parameter in trainer.model.parameters():
+            parameter.grad = None
+    else:
+        with pytest.raises(penstock.UsageError, match=r"optimizer\.zero_grad\(\) after each step"):
+            trainer.backward(loss_of(trainer, 1))
+        trainer.optimizer.zero_grad()
+    both(reference, trainer, 1)
+    assert torch.equal(reference.step(), trainer.step())
+    trainer.optimizer.step()  # once more, for nothing: there is no gradient
+    assert differences(reference.state(), trainer.state()) == []
 
 
 def test_a_norm_without_clipping_is_the_norm(trainer: Streamed, reference: Reference) -> None:
@@ -134,7 +218,7 @@ def test_a_gradient_says_what_it_is_and_no_values(trainer: Streamed) -> None:
         assert parameter.grad is not None
         assert (parameter.grad.shape, parameter.grad.dtype) == (parameter.shape, parameter.dtype)
         assert "TakenGradient" in repr(parameter.grad)
-        for use in (lambda g: g * 2, lambda g: g.mul_(0.5), lambda g: g.sum(), lambda g: g.tolist()):
+        for use in (lambda g: g * 2, lambda g: g.mul_(g), lambda g: g.sum(), lambda g: g.tolist()):
             with pytest.raises(penstock.UsageError, match="streamed model"):
                 use(parameter.grad)
     trainer.step()

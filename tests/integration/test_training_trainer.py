@@ -37,7 +37,6 @@ def _arguments(folder: Path, **changes: Any) -> transformers.TrainingArguments:
         "report_to": [],
         "logging_steps": 1,
         "use_cpu": True,
-        "max_grad_norm": 0.0,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
@@ -66,47 +65,39 @@ def _prepared(folder: Path) -> Streamed:
     )
 
 
-def test_the_trainer_takes_a_streamed_model_and_its_optimizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_norm", [None, 0.0, 0.05])
+def test_the_trainer_takes_a_streamed_model_and_its_optimizer(max_norm: float | None, tmp_path: Path) -> None:
+    """By default it clips gradients to a norm of 1 itself."""
     pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate, which is not installed")
     reference = Reference(CASE)
-    schedule, losses = _decline(reference.optimizer), []
+    schedule, losses, norms = _decline(reference.optimizer), [], []
     for step in range(STEPS):
         rows = torch.stack([row["input_ids"] for row in _rows()[2 * step : 2 * step + 2]])
         loss = reference.model(input_ids=rows, labels=rows).loss
         losses.append(loss.item())
-        reference.backward(loss)
+        loss.backward()
+        clip = 1.0 if max_norm is None else max_norm or float("inf")
+        norms.append(torch.nn.utils.clip_grad_norm_(reference.parameters.values(), clip).item())
+        reference.backward(torch.zeros((), requires_grad=True))  # takes what is there
         reference.step()
         schedule.step()
+    assert max(norms) > 1, "or the default would clip nothing"
     trainer = _prepared(tmp_path / "run")
     try:
+        changes = {} if max_norm is None else {"max_grad_norm": max_norm}
         loop = _Loop(
             model=trainer.model,
-            args=_arguments(tmp_path / "out"),
+            args=_arguments(tmp_path / "out", **changes),
             train_dataset=_rows(),
             optimizers=(trainer.optimizer, _decline(trainer.optimizer)),
         )
         loop.train()
         logged = [entry for entry in loop.state.log_history if "loss" in entry]
         assert [entry["loss"] for entry in logged] == pytest.approx(losses, abs=1e-2)
+        assert [entry["grad_norm"] for entry in logged] == norms
         assert differences(reference.state(), trainer.state()) == []
         loop.save_model(str(tmp_path / "saved"))
     finally:
         penstock.close(trainer.model)
     again = type(reference.model).from_pretrained(tmp_path / "saved")
     assert differences(dict(reference.model.state_dict()), dict(again.state_dict())) == []
-
-
-def test_the_trainers_own_clipping_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate, which is not installed")
-    trainer = _prepared(tmp_path / "run")
-    try:
-        loop = _Loop(
-            model=trainer.model,
-            args=_arguments(tmp_path / "out", max_grad_norm=1e-3),
-            train_dataset=_rows(),
-            optimizers=(trainer.optimizer, _decline(trainer.optimizer)),
-        )
-        with pytest.raises(penstock.UsageError, match="max_grad_norm=0 for transformers' Trainer"):
-            loop.train()
-    finally:
-        penstock.close(trainer.model)

@@ -144,6 +144,28 @@ def test_next_start_removes_what_a_killed_process_left_and_spares_the_living(
         end(living)
 
 
+def test_leftovers_in_a_named_folder_go_only_when_it_is_said_to_be_for_scratch(
+    tmp_path: Path, folders: ScratchFolders
+) -> None:
+    named = tmp_path / "run"
+    killed, dead = holder(str(named), "wait")
+    with pytest.raises(ScratchBusyError, match=f"pid {killed.pid}"):
+        folders.remove_leftovers(named)
+    end(killed)
+    (named / "notes").mkdir()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("keep")
+    (named / "penstock-00").symlink_to(tmp_path / "precious")
+    with folders.open(named) as use:
+        folders.remove_leftovers(named)  # in use, here
+        assert use.path.is_dir()
+        assert dead.is_dir()
+    folders.remove_leftovers(named)
+    assert everything(named) == ["notes", "penstock-00"]
+    assert (tmp_path / "precious" / "file").read_text() == "keep"
+    folders.remove_leftovers(tmp_path / "nowhere")
+
+
 def test_leftover_that_is_a_symlink_is_not_followed(cache: Path, tmp_path: Path, folders: ScratchFolders) -> None:
     cache.mkdir(parents=True)
     (tmp_path / "precious").mkdir()

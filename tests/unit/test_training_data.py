@@ -305,12 +305,18 @@ def test_nothing_to_train_on(tmp_path: Path) -> None:
 def test_damaged_tokens_are_not_trained_on(tmp_path: Path) -> None:
     data = texts(tmp_path, [7, 3], seq=8)
     kept = tmp_path / "run" / "data.tokens"
-    content = bytearray(kept.read_bytes())
+    good = kept.read_bytes()
+    content = bytearray(good)
     content[64 + 3] ^= 0x80
     kept.write_bytes(content)
-    damaged = texts(tmp_path, [7, 3], seq=8)
+    again = texts(tmp_path, [7, 3], seq=8)  # it is noticed, and they are made again
+    assert kept.read_bytes() == good
+    assert again.identity == data.identity
+    with kept.open("r+b") as file:  # behind the back of who has it mapped
+        file.seek(64 + 3)
+        file.write(bytes([good[64 + 3] ^ 0x80]))
     with pytest.raises(DiskError, match="is damaged in sequence 0"):
-        damaged.training[0]
+        again.training[0]
     assert len(data.training) == 2
 
 

@@ -154,13 +154,14 @@ def test_a_source_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "run") == []
 
 
-def test_every_bit_of_header_and_tables_is_guarded(tmp_path: Path) -> None:
+def test_every_byte_is_guarded(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "d.jsonl", TEXTS)
     made = tokenized(path, word_tokenizer(), folder=tmp_path)
     good = made.path.read_bytes()
-    rows_at = good.index(made.documents.tobytes())
+    tokens_at, rows_at = 64, good.index(made.documents.tobytes())
+    tokens = range(tokens_at, tokens_at + made.tokens.nbytes)
     damaged = tmp_path / "damaged"
-    for at in [*range(28), *range(rows_at, len(good))]:
+    for at in [*range(28), *tokens, *range(rows_at, len(good))]:
         damaged.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
         with pytest.raises(DiskError, match="remove it, so that it is made again"):
             read_token_file(damaged)
@@ -205,7 +206,7 @@ def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypa
 
     def logged_replace(source: Path, target: Path) -> None:
         done.append(f"{source.name} → {target.name}")
-        assert HEADER.unpack(source.read_bytes()[: HEADER.size])[0] == b"pnsttok1"
+        assert HEADER.unpack(source.read_bytes()[: HEADER.size])[0] == b"pnsttok2"
         replace(source, target)
 
     monkeypatch.setattr(tokenwriter.os, "fsync", logged_fsync)

@@ -49,7 +49,8 @@ class TokenWriter:
         self._learnt = 0
         self._flagged: bool | None = None
         self._digest = hashlib.blake2b(digest_size=16)
-        self._rows_crc32 = 0
+        self._crc32 = {"tokens": 0, "loss": 0, "rows": 0}
+        """Of each section."""
         self._partial = path.with_name(f"{path.name}.partial")  # one name, so that a killed run's is overwritten
         self._lock: FileLock | None = FileLock.acquire(path.with_name(f"{path.name}.lock"))
         self._files = ExitStack()
@@ -85,9 +86,9 @@ class TokenWriter:
         largest = int(ids.max())
         assert largest <= np.iinfo(self._dtype).max
         self._largest = max(self._largest, largest)
-        self._write(self._main, self._digested(ids.astype(self._dtype)))
+        self._write("tokens", self._main, self._digested(ids.astype(self._dtype)))
         if loss is not None:
-            self._write(self._loss, self._digested(loss.astype(np.uint8)))
+            self._write("loss", self._loss, self._digested(loss.astype(np.uint8)))
         self._learnt += len(ids) if loss is None else int(loss.sum())
         self.tokens += len(ids)
 
@@ -104,8 +105,7 @@ class TokenWriter:
         assert self.tokens > self.began
         self._digested(np.array(self.tokens, "<i8"))
         row = np.array([(self.tokens, self._learnt, line, offset)], DOCUMENT).tobytes()
-        self._rows_crc32 = zlib.crc32(row, self._rows_crc32)
-        self._write(self._rows, row)
+        self._write("rows", self._rows, row)
         self.began, self._learnt = self.tokens, 0
         self.documents += 1
 
@@ -130,7 +130,7 @@ class TokenWriter:
                 "largest": self._largest,
                 "flagged": bool(self._flagged),
                 "sections": sections,
-                "rows_crc32": self._rows_crc32,
+                "crc32": self._crc32,
             }
             text = json.dumps(footer).encode()
             offset = self._main.tell()
@@ -149,7 +149,8 @@ class TokenWriter:
         self._digest.update(data)
         return data
 
-    def _write(self, file: IO[bytes], data: bytes) -> None:
+    def _write(self, section: str, file: IO[bytes], data: bytes) -> None:
+        self._crc32[section] = zlib.crc32(data, self._crc32[section])
         try:
             file.write(data)
         except OSError as error:

@@ -1,0 +1,119 @@
+"""What a training step takes of the tier that computes beside weights: activations, logits, and their gradients.
+
+It is rehearsed with the model's own forward and backward on tensors without bytes, as `penstock plan --sizes` does it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from ...scheduler.sizes import Workload
+from ..devices.base import Device
+from ..feeding import with_context
+from ..headroom import FRAMEWORK, headroom_nbytes
+from ..layout import Changing
+from ..sizing import measure_step
+from ..tiers import Wanted, resolve_budgets
+from .run import Activations
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRoom:
+    """What an automatic budget leaves free, and for what."""
+
+    headroom_nbytes: int
+    activations: Activations
+    """Whether they are kept, or made again: that much room is left, and no more."""
+
+
+def is_automatic(wanted: Wanted, device: Device) -> bool:
+    """Whether a budget is to be worked out."""
+    return wanted.host is None or (device.separate and wanted.device is None)
+
+
+def step_room(
+    model: nn.Module,
+    changing: Changing,
+    *,
+    wanted: Wanted,
+    device: Device,
+    activations: Activations,
+    context: int | None,
+    batch: int | None,
+) -> StepRoom:
+    """Work out what a step takes. Takes seconds for a large model.
+
+    Args:
+        model: To be trained; its weights may be on the meta device. It is left as it is.
+        changing: What updates take beside its weights.
+        wanted: Budgets as asked for.
+        device: That computes.
+        activations: "auto" keeps them where everything fits beside them, and has them made again otherwise.
+        context: Tokens per sequence.
+        batch: Sequences of a backward pass.
+
+    Raises:
+        UsageError: the model has fewer positions than `context`.
+    """
+    sizes = [parameter.nbytes for parameter in model.parameters()]
+    if activations != "recompute":
+        kept = _headroom(model, sizes, context, batch, device, recompute=False)
+        if activations == "keep" or _fits(sum(sizes), changing, kept, wanted, device):
+            return StepRoom(headroom_nbytes=kept, activations="keep")
+    made_again = _headroom(model, sizes, context, batch, device, recompute=True)
+    return StepRoom(headroom_nbytes=made_again, activations="recompute")
+
+
+def _fits(weights_nbytes: int, changing: Changing, headroom: int, wanted: Wanted, device: Device) -> bool:
+    budgets = resolve_budgets(wanted, device, headroom_nbytes=headroom, disk_rate=None, link_rate=None)
+    if budgets.device is not None:
+        return weights_nbytes <= budgets.device
+    return weights_nbytes + changing.own_nbytes <= budgets.host
+
+
+def _headroom(
+    model: nn.Module, sizes: Sequence[int], context: int | None, batch: int | None, device: Device, *, recompute: bool
+) -> int:
+    if not isinstance(model, PreTrainedModel):
+        logger.warning(
+            "what forward and backward of a %s take is not known, and an automatic budget leaves %d MiB for it: name a "
+            "budget with max_memory=… if that is too little",
+            type(model).__name__,
+            FRAMEWORK >> 20,
+        )
+        return FRAMEWORK
+    workload = with_context(model, Workload(train="adamw", batch=batch or 1, context=context or 0))
+    step = measure_step(
+        _without_bytes(model), workload, checkpointing=recompute, on_cpu=device.torch_device.type == "cpu"
+    )
+    if step is None:
+        logger.warning(
+            "what forward and backward of a %s take cannot be worked out, and an automatic budget leaves room as for "
+            "inference: name a budget with max_memory=… if that is too little",
+            type(model).__name__,
+        )
+        return headroom_nbytes(model.config, model.dtype, context=context, batch=batch)
+    return FRAMEWORK + step + max(sizes, default=0)  # a gradient is there before it is taken
+
+
+def _without_bytes(model: PreTrainedModel) -> Any:
+    """A copy on tensors that have shapes only."""
+    mode = FakeTensorMode()
+    made: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        with mode:
+            empty: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        trained = isinstance(tensor, nn.Parameter)
+        made[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if trained else empty
+    return copy.deepcopy(model, made)
