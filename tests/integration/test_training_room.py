@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from test_training_manners import CASE as MANNERS
+from test_training_manners import clip_plainly, loss_of
 from training_cases import CASES
 from training_reference import (
     EMULATED,
@@ -334,5 +336,24 @@ def test_a_step_that_is_skipped_leaves_everything_as_it_was(tmp_path: Path) -> N
         trainer.step()
         assert differences(reference.state(), trainer.state()) == []
         step_both(case, trainer, reference, 2)
+    finally:
+        penstock.close(trainer.model)
+
+
+def test_clipping_by_torch_multiplies_gradients_on_disk(tmp_path: Path) -> None:
+    """They are read, multiplied, and written again; their norms, which nobody may see stale, with them."""
+    reference = Reference(MANNERS)
+    trainer = prepare(MANNERS, tmp_path / "run", *reversed(budget(MANNERS, tmp_path, "spilled")))
+    try:
+        on_disk, _, _ = kept(trainer)
+        assert on_disk > 0
+        for batch in range(3):
+            norms = (0.5, 0.25, 1e6)
+            expected = clip_plainly(reference, batch, *norms)
+            trainer.backward(loss_of(trainer, batch))
+            found = [torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), norm) for norm in norms]
+            assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+            assert torch.equal(reference.step(), trainer.step())
+        assert differences(reference.state(), trainer.state()) == []
     finally:
         penstock.close(trainer.model)
