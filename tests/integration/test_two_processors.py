@@ -22,7 +22,8 @@ from zoo import ZOO, load_resident
 from zoo.budgets import PLENTY
 
 import penstock
-from penstock.api import _wanted, link_cache
+from penstock.api import link_cache
+from penstock.arguments import wanted_of
 from penstock.devices import open_device
 from penstock.runtime import loading
 from penstock.runtime.deciding import Decisions
@@ -377,7 +378,7 @@ def test_a_calibration_decides_whether_lanes_alternate(
     costs = CostModel(hardware=machine(link=link, cpu=cpu))
     model: Any = loading.load(
         saved("llama"),
-        wanted=_wanted({"device": budget(saved("llama"), "nothing")["device"], "host": PLENTY}),
+        wanted=wanted_of({"device": budget(saved("llama"), "nothing")["device"], "host": PLENTY}),
         device=open_device(f"emulated:h2d={int(link) >> 20}MiB/s,d2h=20GiB/s,disk=20GiB/s"),
         dtype="auto",
         disk=[],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from penstock.runtime.placing import Work, place_on_tiers
+from penstock.runtime.placing import TokenWork, place_on_tiers
 from penstock.scheduler.cost import CostModel
 from penstock.scheduler.curves import Curve
 from penstock.scheduler.hardware import Hardware, Link, Processor
@@ -45,7 +45,7 @@ def seconds(*, lanes: int, exact: bool = False) -> float:
     blocks: list[Any] = [SimpleNamespace(id=number, front_nbytes=NBYTES, image=image) for number in range(8)]
     found = place_on_tiers(
         blocks,
-        work=Work(costs=costs, rows=1, dtype="float32", exact=exact, lanes=lanes),
+        work=TokenWork(costs=costs, rows=1, dtype="float32", exact=exact, lanes=lanes),
         device_nbytes=6 * NBYTES,
         host_nbytes=2**30,
         worth={},
