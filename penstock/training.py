@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,16 +15,20 @@ from .caches import link_cache
 from .devices import open_device
 from .memory.errors import UsageError
 from .memory.store import Commit
+from .runtime.beside import Beside
 from .runtime.loading import load as _load
 from .runtime.offloading import offload as _offload
+from .runtime.training import adapters
 from .runtime.training.facade import StreamedOptimizer
 from .runtime.training.optimizers import SGD, AdamW, Lion, OptimizerChoice
 from .runtime.training.preparing import (
     RunFolders,
+    arrays_of,
     attach,
     changing,
     check_new,
     check_trained,
+    choice_of,
     go_on,
     run_folders,
     state_of_run,
@@ -37,6 +42,7 @@ def prepare(
     *,
     optimizer: OptimizerChoice,
     disk: Folders,
+    lora: Any = None,
     max_memory: MaxMemory = "auto",
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -53,10 +59,14 @@ def prepare(
 
     Args:
         model: A module that is built, or a checkpoint (a folder, or a Hub id). Of a module those parameters are trained
-            that have `requires_grad`; of a checkpoint all of them.
+            that have `requires_grad`; of a checkpoint all of them. Where PEFT has put adapters into a module, what is
+            trained stays in host memory, and the rest streams.
         optimizer: `penstock.AdamW(…)`, `penstock.SGD(…)` or `penstock.Lion(…)`.
         disk: The folder of the run, or one on each of several drives: masters and states lie there, 12 bytes per
             parameter for AdamW, twice, so that the last commit stays whole while the next one grows. It must be empty.
+        lora: A `peft.LoraConfig`: these adapters are put into the model, and nothing else is trained. They, their
+            masters and states are in host memory, and written when a commit is made; the model's own weights are only
+            read, a checkpoint's from its own files. What is returned is a `peft.PeftModel`.
         max_memory: As for `load`; `host` bounds weights, gradients and what updates pass through.
         device: As for `load`.
         dtype: What a checkpoint is computed in.
@@ -77,11 +87,25 @@ def prepare(
     """
     folders = run_folders(_folders(disk))
     settings = _settings(accumulate, activations, updates, nonfinite, optimizer.max_grad_norm)
+    if lora is not None:
+        adapters.check_config(lora)
     check_new(folders)  # before a module gives its weights up
-    if isinstance(model, nn.Module):
-        check_trained(model, optimizer)
-    made, origin = _streamed(model, max_memory, device, dtype, trust_remote_code, settings, folders)
+    with adapters.put_if_built(model, lora) as wrapped:
+        frozen = lora is not None
+        if isinstance(wrapped, nn.Module):
+            frozen = adapters.is_adapted(wrapped)
+            check_trained(wrapped, optimizer)
+        beside = None
+        if frozen:
+            settings.check_frozen()
+            own = None if isinstance(wrapped, nn.Module) else lora
+            beside = adapters.beside(own, arrays=arrays_of(optimizer), accumulate=accumulate)
+        streamed = _streamed(wrapped, max_memory, device, dtype, trust_remote_code, settings, folders, beside=beside)
+    made, origin = streamed
     try:
+        if frozen:
+            text = None if lora is None else adapters.as_text(made)
+            origin = replace(origin, adapters=text, frozen=True)
         return made, attach(made, optimizer, folders, origin=origin, settings=settings)
     except BaseException:
         handle_of(made).close()
@@ -126,7 +150,8 @@ def resume(
     Args:
         folder: What was `disk` of `prepare`.
         model: The module as it was built before `prepare`, where that was not given a checkpoint. Its weights are
-            replaced; parameters that are not trained keep what they have.
+            replaced; parameters that are not trained keep what they have. Adapters that `prepare` put into it are put
+            into it again.
         max_memory: As for `prepare`; it may differ.
         device: Likewise.
         nonfinite: Likewise.
@@ -147,17 +172,25 @@ def resume(
         raise UsageError("the run was begun with a module, not a checkpoint: give it to resume(…, model=…), as built")
     source: Any = state.source if model is None else model
     settings = _settings(accumulate, activations, updates, nonfinite, state.max_grad_norm)
-    made, _ = _streamed(
-        source,
-        max_memory,
-        device,
-        state.dtype,
-        trust_remote_code,
-        settings,
-        folders,
-        limit=state.limit_nbytes,
-    )
-    origin = Origin(source=state.source, dtype=state.dtype)
+    lora = None if state.adapters is None else adapters.from_text(state.adapters)
+    with adapters.put_if_built(source, lora) as wrapped:
+        beside = None
+        if state.frozen:
+            settings.check_frozen()
+            own, arrays = None if isinstance(wrapped, nn.Module) else lora, arrays_of(choice_of(state))
+            beside = adapters.beside(own, arrays=arrays, accumulate=accumulate, trained=state.names)
+        made, _ = _streamed(
+            wrapped,
+            max_memory,
+            device,
+            state.dtype,
+            trust_remote_code,
+            settings,
+            folders,
+            limit=state.limit_nbytes,
+            beside=beside,
+        )
+    origin = Origin(source=state.source, dtype=state.dtype, adapters=state.adapters, frozen=state.frozen)
     try:
         optimizer = go_on(made, folders, origin=origin, settings=settings)
         if scheduler is not None:
@@ -195,6 +228,7 @@ def _streamed(
     folders: RunFolders,
     *,
     limit: int | None = None,
+    beside: Beside | None = None,
 ) -> tuple[nn.Module, Origin]:
     wanted = _wanted(max_memory)
     early = settings.updates == "backward"
@@ -209,7 +243,8 @@ def _streamed(
             context=None,
             batch=None,
             cache=link_cache(),
-            trains=trains,
+            trains=None if beside is not None else trains,
+            beside=beside,
         )
         return made, Origin()
     made = _load(
@@ -222,9 +257,11 @@ def _streamed(
         batch=None,
         trust_remote_code=trust_remote_code,
         cache=link_cache(),
-        trains=trains,
+        trains=None if beside is not None else trains,
+        beside=beside,
     )
-    trainable(made)
+    if beside is None:
+        trainable(made)
     source = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
     return made, Origin(source=source, dtype=str(dtype).removeprefix("torch."))
 

@@ -15,6 +15,7 @@ from ..memory.disk import DiskEngine
 from ..memory.layout import ITEMSIZE, TensorSource
 from ..scheduler.plan import Links, Plan
 from .backing import CheckpointBacking
+from .beside import Beside, renamed, trained_in
 from .binding import placeholder
 from .deciding import Decisions
 from .devices.base import Device
@@ -46,6 +47,7 @@ def load(
     decisions: Decisions | None = None,
     plan: Plan | None = None,
     trains: Trains | None = None,
+    beside: Beside | None = None,
 ) -> nn.Module:
     """Build the model, plan it, and start reading. See `penstock.load`.
 
@@ -54,15 +56,21 @@ def load(
         decisions: Choose that, and what stays where, by what a token costs; None where that is not known.
         plan: To be carried out as it is, within the budgets; nothing is decided then.
         trains: Weights will change; what that takes beside them. None where they are only read.
+        beside: They stay frozen, and something else is trained. What is returned is the model that it was put into.
     """
     with ExitStack() as held:
         held.callback(device.close)
         bones = skeleton(path, dtype=dtype, trust_remote_code=trust_remote_code)
-        model = bones.model
+        model: nn.Module = bones.model
+        headroom = headroom_nbytes(bones.config, bones.model.dtype, context=context, batch=batch)
         sources = on_disk(bones, disk, wanted.disk, held)
         _real_buffers(model, sources, device)
         _placeholders(model, sources, device)
         dtypes = {name: stored_dtype(bones.dtypes[name]) for name in sources}
+        if beside is not None:
+            named = dict(model.named_parameters())
+            model = beside.put(model)
+            sources, dtypes = renamed(sources, named, model), renamed(dtypes, named, model)
         shapes = {name: source.shape for name, source in sources.items()}
         backing = CheckpointBacking(sources, dtypes, shapes)
         files = sorted({span.path for source in sources.values() for span in source.spans})
@@ -70,12 +78,15 @@ def load(
         budgets = resolve_budgets(
             wanted,
             device,
-            headroom_nbytes=headroom_nbytes(bones.config, model.dtype, context=context, batch=batch),
+            headroom_nbytes=headroom,
             disk_rate=links.disk_read,
             link_rate=links.h2d,
             on_cpu=decisions is not None and not decisions.exact,
         )
         buffers = sum(buffer.nbytes for buffer in model.buffers())
+        changing = trains and trains([prod(shape) * ITEMSIZE[dtypes[name]] for name, shape in shapes.items()])
+        if beside is not None:
+            changing = beside.changing(list(trained_in(model).values()), device)
         planner = Planner(
             model,
             backing,
@@ -83,7 +94,7 @@ def load(
             buffers_nbytes=buffers,
             keep_skew=skewed(device),
             work=None if decisions is None else decisions.of(model),
-            changing=trains and trains([prod(shape) * ITEMSIZE[dtypes[name]] for name, shape in shapes.items()]),
+            changing=changing,
         )
         layout = planner.best() if plan is None else planner.as_planned(plan)
         if decisions is not None and processors is None and plan is None:
@@ -107,9 +118,9 @@ def load(
             backing=backing,
             export_folder=_temporary_folder(),
             held=held,
-            trains=trains is not None,
+            changing=changing,
         )
-        if layout.resident and trains is None:
+        if layout.resident and changing is None:
             _as_pretrained(model)
     return model
 

@@ -111,12 +111,16 @@ class StreamedOptimizer(torch.optim.Optimizer):
             buffers={} if model is None else pack_buffers(model),
             source=self._origin.source,
             dtype=self._origin.dtype,
+            adapters=self._origin.adapters,
+            frozen=self._origin.frozen,
             limit_nbytes=self._training.limit_nbytes,
             max_grad_norm=self._choice.max_grad_norm,
             scheduler=scheduler,
             extra=extra,
         )
-        return self._store.commit(encode(state))
+        document = encode(state)
+        self._training.write_out()
+        return self._store.commit(document)
 
     def state_dict(self) -> dict[str, Any]:
         """Hyperparameters, and which moment of the run they belong to; masters and states stay where they are.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
@@ -27,6 +27,22 @@ STALL_S: Final = 120.0
 
 Work = Callable[[Shard, Sequence[torch.Tensor]], None]
 """Changes the arrays of a shard in place: fp32, [elements] each."""
+
+
+class Pipeline(Protocol):
+    """What carries work out on shards, wherever they are."""
+
+    def run(self, take: Callable[[], int | None], work: Work, *, new: bool = False, write: bool = True) -> None:
+        """Work on shards until there are no more."""
+        ...
+
+    def write_out(self) -> None:
+        """See that the store has the present state of all shards."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
 
 
 class ShardPipeline:
@@ -182,6 +198,9 @@ class ShardPipeline:
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
+
+    def write_out(self) -> None:
+        """Nothing is left to do: `run` returns when all has been written."""
 
     def close(self) -> None:
         """Give the memory back."""

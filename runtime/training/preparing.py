@@ -19,20 +19,23 @@ from ...memory.arena import round_up
 from ...memory.errors import StoreError, UsageError
 from ...memory.files import disk_error
 from ...memory.store import BlockSpec, BlockStore
+from ..beside import trained_in
 from ..build import Machinery
 from ..launch import open_scratch, scratch_files
 from ..layout import Changing
 from ..recompute import recompute
+from .adaptershards import AdapterShards
+from .adapterweights import AdapterWeights
 from .buffers import restore_buffers
 from .facade import StreamedOptimizer
 from .gradients import GradientRoom, Gradients, Trained
 from .optimizers import SGD, AdamW, Lion, OptimizerChoice
-from .pipeline import BUFFERS, ShardPipeline
+from .pipeline import BUFFERS, Pipeline, ShardPipeline
 from .run import Origin, RunState, Settings, decode, set_random_state
 from .shards import ELEMENTS, GRAIN, Shard, cut_shards
 from .training import BEHIND, Training
-from .updater import Updater
-from .weights import TrainedWeights
+from .updater import SMALL, Updater
+from .weights import TrainedWeights, Weights
 
 MOST_BLOCK: Final = 64 << 20
 ARRAYS: Final = 3
@@ -78,9 +81,16 @@ def attach(
         ]
         store = BlockStore.create(folders.states, specs, identity=identity_of(trained, shards, choice.mathematics))
         made.callback(store.close)
-        scratches = open_scratch(folders.scratch, made)
-        paths = scratch_files(scratches, "weights.bin")
-        training = assemble(machinery, trained, shards, store, choice.kernel, paths, settings, arrays=arrays)
+        training = assemble(
+            machinery,
+            trained,
+            shards,
+            store,
+            choice.kernel,
+            scratch_of(folders, machinery, made),
+            settings,
+            arrays=arrays,
+        )
         made.callback(training.close)
         training.write_masters(master_of(machinery, trained))
         finish_before_export(model, training)
@@ -111,15 +121,13 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
                 f"{folders.states[0]} belongs to another model: its parameters have other names, shapes or places. "
                 "Give the one that the run was begun with"
             )
-        scratches = open_scratch(folders.scratch, made)
-        paths = scratch_files(scratches, "weights.bin")
         training = assemble(
             machinery,
             trained,
             shards,
             store,
             choice.kernel,
-            paths,
+            scratch_of(folders, machinery, made),
             settings,
             arrays=arrays_of(choice),
             counts=state.steps,
@@ -134,6 +142,11 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
         set_random_state(state.random)
         machinery.on_close(made.pop_all().close)
     return optimizer
+
+
+def scratch_of(folders: RunFolders, machinery: Machinery, made: ExitStack) -> list[str]:
+    """Files for weights that change, to be closed with `made`; none where those that stream do not."""
+    return scratch_files(open_scratch(folders.scratch, made), "weights.bin") if machinery.trains else []
 
 
 def check_new(folders: RunFolders) -> None:
@@ -256,6 +269,8 @@ def find_trained(model: nn.Module, machinery: Machinery) -> list[Trained]:
         UsageError: there is none, or one is not streamed.
     """
     strides = {bound.name: bound.stride for binding in machinery.bindings.values() for bound in binding.tensors}
+    if not machinery.trains:
+        strides = {name: tuple(parameter.stride()) for name, parameter in trained_in(model).items()}
     found = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or not parameter.numel():
@@ -273,12 +288,19 @@ def find_trained(model: nn.Module, machinery: Machinery) -> list[Trained]:
 
 def shards_of(trained: Sequence[Trained], machinery: Machinery) -> tuple[Shard, ...]:
     """The shards of these parameters, block by block in the order in which a forward uses them."""
+    if not machinery.trains:
+        return beside_blocks(trained)
     number = {each.name: index for index, each in enumerate(trained)}
     blocks = {
         block.id: [number[portion.name] for portion in block.portions if portion.name in number]
         for block in machinery.layout.blocks
     }
     return cut_shards([each.elements for each in trained], blocks)
+
+
+def beside_blocks(trained: Sequence[Trained]) -> tuple[Shard, ...]:
+    """The shards of what is trained beside frozen weights: it counts as one block, which is never withdrawn."""
+    return cut_shards([each.elements for each in trained], {SMALL: range(len(trained))})
 
 
 def assemble(
@@ -294,8 +316,14 @@ def assemble(
     counts: Sequence[int] = (),
 ) -> Training:
     """Everything that trains, around a store."""
-    pipeline = ShardPipeline(store=store, engine=machinery.engine, shards=shards, arrays=arrays)
-    weights = TrainedWeights(machinery, paths)
+    pipeline: Pipeline
+    weights: Weights
+    if machinery.trains:
+        pipeline = ShardPipeline(store=store, engine=machinery.engine, shards=shards, arrays=arrays)
+        weights = TrainedWeights(machinery, paths)
+    else:
+        pipeline = AdapterShards(store=store, engine=machinery.engine, shards=shards, arrays=arrays)
+        weights = AdapterWeights(trained)
     together = settings.updates == "step"
     room = GradientRoom(trained, wide=settings.accumulate > 1) if together else None
     return Training(
@@ -319,6 +347,9 @@ def assemble(
 
 def master_of(machinery: Machinery, trained: Sequence[Trained]) -> Callable[[int], torch.Tensor]:
     """Gives a parameter's present weights in fp32, flat, as they lie in memory."""
+    if not machinery.trains:
+        resident = AdapterWeights(trained)
+        return lambda index: resident.value(trained[index].name)
     session = machinery.session
     home = {bound.name: binding for binding in machinery.bindings.values() for bound in binding.tensors}
 

@@ -20,10 +20,10 @@ from ...kernels.optimizer import Clip
 from ...memory.errors import ClosedError, PenstockError, UsageError
 from ..build import Machinery
 from .gradients import Gradients, Trained
-from .pipeline import ShardPipeline
+from .pipeline import Pipeline
 from .shards import Shard
 from .updater import SMALL, Step, Updater
-from .weights import TrainedWeights
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
 BEHIND = 3
@@ -57,8 +57,8 @@ class Training:
         trained: Sequence[Trained],
         gradients: Gradients,
         shards: Sequence[Shard],
-        pipeline: ShardPipeline,
-        weights: TrainedWeights,
+        pipeline: Pipeline,
+        weights: Weights,
         updater: Updater,
         counts: Sequence[int] = (),
     ) -> None:
@@ -348,6 +348,14 @@ class Training:
                 "after step(); if a backward pass was interrupted, go on from the last commit with penstock.resume"
             )
         self._updater.wait()
+
+    def write_out(self) -> None:
+        """Write what of masters and states is in host memory only: a commit from now on has all of them.
+
+        Raises:
+            PenstockError: a write failed. The last commit is what is left.
+        """
+        self._pipeline.write_out()
 
     def close(self) -> None:
         """End the step under way, and give all memory back."""

@@ -19,9 +19,9 @@ from ...kernels.optimizer import Clip, Optimizer
 from ...kernels.scratch import Scratch
 from ...memory.errors import PenstockError
 from ...scheduler.executor import Executor
-from .pipeline import ShardPipeline
+from .pipeline import Pipeline
 from .shards import Shard
-from .weights import TrainedWeights
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
 SMALL: Final = 0
@@ -72,8 +72,8 @@ class Updater:
         executor: Executor,
         shards: Sequence[Shard],
         names: Sequence[str],
-        pipeline: ShardPipeline,
-        weights: TrainedWeights,
+        pipeline: Pipeline,
+        weights: Weights,
         kernel: Optimizer[Any],
     ) -> None:
         self._executor = executor
