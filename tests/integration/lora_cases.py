@@ -25,7 +25,7 @@ SEED = 11
 
 def llama(**changes: Any) -> nn.Module:
     """Three layers."""
-    return transformers.LlamaForCausalLM(llama_config(num_hidden_layers=3, **TEXT, **changes))
+    return transformers.LlamaForCausalLM(llama_config(num_hidden_layers=3, **{**TEXT, **changes}))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,6 +103,11 @@ TIED = LoraCase(
 )
 """A fp32 base with tied embeddings, and settings that are not everybody's."""
 
+WORDY = LoraCase(
+    case=replace(BFLOAT.case, name="wordy", make=lambda: llama(vocab_size=2**14), steps=2),
+    config=lambda: peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj", "lm_head"]),
+)
+"""So many words that the embedding is worth looking up; it has an adapter of its own, and so has the output layer."""
 GPT2 = LoraCase(
     case=replace(CASES["gpt2"], steps=3, schedule=None, between=None),
     config=lambda: peft.LoraConfig(

@@ -13,7 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from lora_cases import BFLOAT, GPT2, MIXTRAL, SEED, TIED, Saved, llama, prepared, resumed, train
+from lora_cases import BFLOAT, GPT2, MIXTRAL, SEED, TIED, WORDY, Saved, llama, prepared, resumed, train
 from torch import nn
 from training_cases import UNet, language, restore
 from training_reference import PLACEMENTS, Case, Reference, Trace, run, scheduled, smallest
@@ -30,6 +30,7 @@ pytestmark = [
 ]
 CASES = {
     "bfloat": BFLOAT,
+    "wordy": WORDY,
     "tied": TIED,
     "gpt2": GPT2,
     "mixtral": MIXTRAL,
@@ -49,15 +50,17 @@ def in_memory(name: str, folder: Path) -> tuple[Trace, Outputs]:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("name", ["bfloat", "tied", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["bfloat", "tied", "wordy", "gpt2", "mixtral"])
 def test_adapters_have_the_bits_of_those_in_memory(
     name: str, placement: str, checkpoints: Path, tmp_path: Path
 ) -> None:
     expected, left = in_memory(name, checkpoints)
     trainer = prepared(CASES[name], tmp_path, placement)
     try:
-        if placement != "resident":
-            assert trainer.model.penstock.machinery.layout.on_disk()
+        layout = trainer.model.penstock.machinery.layout
+        assert bool(layout.on_disk()) == (placement != "resident")
+        if name == "wordy" and placement != "resident":
+            assert list(layout.tables) == ["base_model.model.model.embed_tokens.base_layer.weight"]
         actual, state = train(CASES[name], trainer)
     finally:
         penstock.close(trainer.model)
