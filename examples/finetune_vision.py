@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import penstock
 
-STEPS = 30
+STEPS = 20
 
 
 def pictures(seed: int, count: int = 16) -> tuple[torch.Tensor, torch.Tensor]:

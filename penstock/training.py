@@ -116,7 +116,7 @@ def save(model: nn.Module, optimizer: StreamedOptimizer, *, scheduler: Any = Non
     """Make the present state of a run durable: a commit of what is on disk already. Nothing is copied.
 
     Waits for the updates of the last step, and returns a handle; the commit is published in the background
-    (`handle.wait()`).
+    (`handle.wait()`). What of masters and states is in host memory (those of adapters) is written first.
 
     Args:
         model: What `prepare` or `resume` returned.

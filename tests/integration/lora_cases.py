@@ -74,11 +74,10 @@ BFLOAT = LoraCase(
         batches=2,
         steps=20,
         schedule=cosine,
-        between=look,
     ),
     config=lambda: peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear"),
 )
-"""The usual: a bf16 base, adapters in fp32, dropout, clipping, accumulation, a schedule, evaluation between steps."""
+"""The usual: a bf16 base, adapters in fp32, dropout, clipping, accumulation, a schedule."""
 TIED = LoraCase(
     case=replace(
         BFLOAT.case,
@@ -89,6 +88,7 @@ TIED = LoraCase(
         batches=1,
         steps=6,
         schedule=None,
+        between=look,
     ),
     config=lambda: peft.LoraConfig(
         r=3,
@@ -101,10 +101,10 @@ TIED = LoraCase(
         lora_bias=False,
     ),
 )
-"""A fp32 base with tied embeddings, and settings that are not everybody's."""
+"""A fp32 base with tied embeddings, settings that are not everybody's, evaluation between steps."""
 
 WORDY = LoraCase(
-    case=replace(BFLOAT.case, name="wordy", make=lambda: llama(vocab_size=2**14), steps=2),
+    case=replace(BFLOAT.case, name="wordy", make=lambda: llama(vocab_size=2**14), steps=2, between=look),
     config=lambda: peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj", "lm_head"]),
 )
 """So many words that the embedding is worth looking up; it has an adapter of its own, and so has the output layer."""

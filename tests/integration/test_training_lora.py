@@ -177,8 +177,7 @@ EMBEDDED = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])
 MANUAL = {"plain": BFLOAT.config(), "dora": DORA, "pissa": PISSA, "biased": BIASED, "embedded": EMBEDDED}
 
 
-@pytest.mark.parametrize("placement", ["smallest", "emulated"])
-@pytest.mark.parametrize("name", MANUAL)
+@pytest.mark.parametrize(("name", "placement"), [*((name, "smallest") for name in MANUAL), ("dora", "emulated")])
 def test_adapters_of_ones_own_making(name: str, placement: str, tmp_path: Path) -> None:
     """Settings that need the weights in memory work where the module has been built there."""
 

@@ -86,7 +86,7 @@ def test_a_step_moves_nothing_and_a_commit_what_has_changed(tmp_path: Path) -> N
     engine.close()
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.lists(st.one_of(st.integers(0, len(SHARDS) - 1), st.sampled_from(["commit", "open"])), max_size=25))
 def test_what_is_found_is_what_the_last_commit_saw(actions: list[int | str]) -> None:
     """Against a list of numbers: changes, commits, and ends without one, in any order."""
