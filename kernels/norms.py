@@ -70,11 +70,15 @@ class GradientNorms:
         Raises:
             ValueError: there is no such parameter, or its gradient came before.
         """
+        self.note(index, gradient_norm(grad))
+
+    def note(self, index: int, norm: torch.Tensor) -> None:
+        """The same for a gradient that has been let go already: what `gradient_norm` gave. Raises as `add` does."""
         if not 0 <= index < len(self._norms):
             raise ValueError(f"parameter {index} of {len(self._norms)}: there is none")
         if self._norms[index] is not None:
             raise ValueError(f"the gradient of parameter {index} came twice in one step: add it up first")
-        self._norms[index] = gradient_norm(grad)
+        self._norms[index] = norm
 
     def total(self, *, error_if_nonfinite: bool = False) -> torch.Tensor:
         """The norm of all that came; see `total_norm`."""

@@ -75,11 +75,45 @@ def load(
         DoesNotFitError: the budget is too small even for streaming; nothing was loaded.
         UsageError: an argument has no meaning, or the plan is for another model or another kind of device.
     """
+    return load_for_lanes(
+        path,
+        max_memory=max_memory,
+        device=device,
+        dtype=dtype,
+        disk=disk,
+        context=context,
+        batch=batch,
+        exact=exact,
+        plan=plan,
+        trust_remote_code=trust_remote_code,
+        lanes=1,
+    )
+
+
+def load_for_lanes(
+    path: str | os.PathLike[str],
+    *,
+    max_memory: MaxMemory,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    disk: Folders | None,
+    context: int | None,
+    batch: int | None,
+    exact: bool,
+    plan: Plan | str | os.PathLike[str] | None,
+    trust_remote_code: bool,
+    lanes: int,
+) -> Any:
+    """As `load`, placed for sequences that run in so many micro-batches at once, where placing knows what that changes.
+
+    Args, errors: as for `load`; `batch` counts the sequences of all micro-batches.
+    """
     wanted, folders = _wanted(max_memory), _folders(disk)  # before a device is opened, which starts threads
     given = plan if plan is None or isinstance(plan, Plan) else read_plan(plan)
     if given is not None:
         wanted = _as_planned(wanted, given, exact)
     opened = open_device(device)
+    decided = _decisions(opened, rows=-(-(batch or 1) // lanes), exact=exact, lanes=lanes)
     model = _load(
         path,
         wanted=wanted,
@@ -90,8 +124,9 @@ def load(
         batch=batch,
         trust_remote_code=trust_remote_code,
         cache=link_cache(),
-        decisions=None if given is not None else _decisions(opened, batch=batch or 1, exact=exact),
+        decisions=None if given is not None else decided,
         plan=given,
+        costs=None if decided is None else decided.costs,
     )
     handle: Any = model.penstock
     handle.exact = exact
@@ -117,14 +152,14 @@ def _as_planned(wanted: Wanted, plan: Plan, exact: bool) -> Wanted:
     return Wanted(host=host, device=device, disk=wanted.disk)
 
 
-def _decisions(device: Device, *, batch: int, exact: bool) -> Decisions | None:
+def _decisions(device: Device, *, rows: int, exact: bool, lanes: int) -> Decisions | None:
     """What a calibration of this machine decides; None where there is none that holds, or nothing to decide."""
     if not device.separate:
         return None
     kept = calibration_cache().read(device)
     if kept.trusted is None:
         return None
-    return Decisions(costs=CostModel(hardware=kept.trusted.hardware), rows=batch, exact=exact)
+    return Decisions(costs=CostModel(hardware=kept.trusted.hardware), rows=rows, exact=exact, lanes=lanes)
 
 
 def offload(

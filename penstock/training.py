@@ -25,7 +25,6 @@ from .runtime.training.preparing import (
     RunFolders,
     arrays_of,
     attach,
-    changing,
     check_new,
     check_trained,
     choice_of,
@@ -34,6 +33,7 @@ from .runtime.training.preparing import (
     state_of_run,
     trainable,
 )
+from .runtime.training.room import changing
 from .runtime.training.run import Activations, Origin, Settings, Updates
 
 
@@ -67,16 +67,17 @@ def prepare(
         lora: A `peft.LoraConfig`: these adapters are put into the model, and nothing else is trained. They, their
             masters and states are in host memory, and written when a commit is made; the model's own weights are only
             read, a checkpoint's from its own files. What is returned is a `peft.PeftModel`.
-        max_memory: As for `load`; `host` bounds weights, gradients and what updates pass through.
+        max_memory: As for `load`; `host` bounds weights, gradients, states that stay in memory, and what updates pass
+            through. Gradients that have no room go to disk.
         device: As for `load`.
         dtype: What a checkpoint is computed in.
         accumulate: Backward passes of each step, at most; their gradients are added up in fp32.
         activations: "keep" them in memory, or "recompute" those of layers in backward, which takes about a third more
             time and little memory; "auto" does so where weights are streamed.
-        updates: "step": all at `step()`, as in PyTorch; gradients of the whole model are in memory until then.
-            "backward": each part as soon as its last gradient is there, which needs memory for few gradients and works
-            beside backward. Then every backward pass (`accumulate` of them) must be followed by `step()`, gradients
-            cannot be clipped or dropped, and learning rates may change only after `step()`.
+        updates: "step": all at `step()`, as in PyTorch; until then gradients of the whole model are in memory, or on
+            disk. "backward": each part as soon as its last gradient is there, which needs memory for few gradients and
+            works beside backward. Then every backward pass (`accumulate` of them) must be followed by `step()`,
+            gradients cannot be clipped or dropped, and learning rates may change only after `step()`.
         nonfinite: What `step()` does where a gradient is infinite or not a number: raise, or skip that step.
         trust_remote_code: Run code that comes with the checkpoint.
 
@@ -100,7 +101,10 @@ def prepare(
             settings.check_frozen()
             own = None if isinstance(wrapped, nn.Module) else lora
             beside = adapters.beside(own, arrays=arrays_of(optimizer), accumulate=accumulate)
-        streamed = _streamed(wrapped, max_memory, device, dtype, trust_remote_code, settings, folders, beside=beside)
+        arrays = arrays_of(optimizer)
+        streamed = _streamed(
+            wrapped, max_memory, device, dtype, trust_remote_code, settings, folders, arrays=arrays, beside=beside
+        )
     made, origin = streamed
     try:
         if frozen:
@@ -113,10 +117,10 @@ def prepare(
 
 
 def save(model: nn.Module, optimizer: StreamedOptimizer, *, scheduler: Any = None, extra: Any = None) -> Commit:
-    """Make the present state of a run durable: a commit of what is on disk already. Nothing is copied.
+    """Make the present state of a run durable: a commit of what is on disk already, and of states in host memory.
 
-    Waits for the updates of the last step, and returns a handle; the commit is published in the background
-    (`handle.wait()`). What of masters and states is in host memory (those of adapters) is written first.
+    Waits for the updates of the last step, and returns a handle; states in host memory are written, and the commit is
+    published, in the background (`handle.wait()`).
 
     Args:
         model: What `prepare` or `resume` returned.
@@ -174,10 +178,10 @@ def resume(
     settings = _settings(accumulate, activations, updates, nonfinite, state.max_grad_norm)
     lora = None if state.adapters is None else adapters.from_text(state.adapters)
     with adapters.put_if_built(source, lora) as wrapped:
-        beside = None
+        beside, arrays = None, arrays_of(choice_of(state))
         if state.frozen:
             settings.check_frozen()
-            own, arrays = None if isinstance(wrapped, nn.Module) else lora, arrays_of(choice_of(state))
+            own = None if isinstance(wrapped, nn.Module) else lora
             beside = adapters.beside(own, arrays=arrays, accumulate=accumulate, trained=state.names)
         made, _ = _streamed(
             wrapped,
@@ -187,6 +191,7 @@ def resume(
             trust_remote_code,
             settings,
             folders,
+            arrays=arrays,
             limit=state.limit_nbytes,
             beside=beside,
         )
@@ -227,12 +232,15 @@ def _streamed(
     settings: Settings,
     folders: RunFolders,
     *,
+    arrays: int,
     limit: int | None = None,
     beside: Beside | None = None,
 ) -> tuple[nn.Module, Origin]:
     wanted = _wanted(max_memory)
     early = settings.updates == "backward"
-    trains = partial(changing, accumulate=settings.accumulate, early=early, limit=limit)
+    if wanted.host is None:  # what is left then is for the activations of training, which nobody has counted
+        arrays = 0
+    trains = partial(changing, accumulate=settings.accumulate, early=early, arrays=arrays, limit=limit)
     opened = open_device(device)
     if isinstance(model, nn.Module):
         made = _offload(

@@ -96,21 +96,31 @@ class Bundle:
     def __init__(self, crossing: Crossing, twins: Twins) -> None:
         self._crossing = crossing
         self._twins = twins
+        self._wanted: dict[int, torch.Tensor] = {}
+        self._here: dict[int, torch.Tensor] = {}
+        """Copies by id of the device's tensor."""
+        self._missing: list[torch.Tensor] = []
+        """Those that had no copy yet."""
+        self._arrived: Callable[[], list[torch.Tensor]] = list
         self._pairs: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         """The device's tensor, the host's, and the version of the latter when they were the same."""
 
-    def to_host(
+    def leave(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin to carry the arguments to the host, each tensor once, behind what the device has been given so far."""
+        wanted = {id(t): t for t in tensors_in((args, kwargs)) if self._crossing.away(t)}
+        self._here = {key: copy for key, t in wanted.items() if (copy := self._twins.find(t)) is not None}
+        self._wanted, self._missing = wanted, [tensor for key, tensor in wanted.items() if key not in self._here]
+        self._arrived = self._crossing.leaving(self._missing) if self._missing else list
+
+    def arrive(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments as the CPU is to have them, each tensor once; the device's name becomes the CPU's."""
-        wanted = {id(t): t for t in tensors_in((args, kwargs)) if self._crossing.away(t)}
-        here = {key: copy for key, t in wanted.items() if (copy := self._twins.find(t)) is not None}
-        missing = [tensor for key, tensor in wanted.items() if key not in here]
-        if missing:
-            for tensor, copy in zip(missing, self._crossing.to_host(missing), strict=True):
-                here[id(tensor)] = copy
-                self._twins.add(tensor, copy)
-        self._pairs = [(tensor, here[key], here[key]._version) for key, tensor in wanted.items()]
+        """The arguments that left, as the CPU is to have them; the device's name becomes the CPU's."""
+        here = self._here
+        for tensor, copy in zip(self._missing, self._arrived(), strict=True):
+            here[id(tensor)] = copy
+            self._twins.add(tensor, copy)
+        self._pairs = [(tensor, here[key], here[key]._version) for key, tensor in self._wanted.items()]
 
         def change(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
@@ -118,6 +128,13 @@ class Bundle:
             return torch.device("cpu") if isinstance(value, torch.device) and value == device else value
 
         return replaced(args, change), replaced(kwargs, change)
+
+    def to_host(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Both at once."""
+        self.leave(args, kwargs)
+        return self.arrive(args, kwargs, device)
 
     def to_device(self, result: Any) -> Any:
         """The result as the device is to have it. Arguments that were changed in place are changed there too."""

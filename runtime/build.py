@@ -19,6 +19,7 @@ from ..memory.layout import FileSpan
 from ..memory.ledger import Reservation
 from ..memory.trim import return_free_memory
 from ..scheduler.core import Core
+from ..scheduler.cost import CostModel
 from ..scheduler.executor import Executor
 from ..scheduler.order import AccessOrders
 from ..scheduler.plan import Plan
@@ -61,6 +62,7 @@ class Machinery:
     ) -> None:
         self.device = device
         self.layout = layout
+        self.share = share
         self.changing = changing
         self.trains = changing is not None and changing.weights_change
         """Whether weights in blocks change."""
@@ -69,9 +71,12 @@ class Machinery:
         self.timeline = Timeline()
         self.plan: Plan | None = None
         """What the layout means, once the links have been measured."""
+        self.costs: CostModel | None = None
+        """What operations take on this machine, where a calibration says so."""
         self._lock = threading.Lock()
         self._closed = False
         self._on_close: list[Callable[[], None]] = []
+        self._before_close: list[Callable[[], None]] = []
         with ExitStack() as made:
             self._make(layout, backing, module, share, made)
             made.pop_all()
@@ -79,7 +84,8 @@ class Machinery:
     def _make(self, layout: Layout, backing: Backing, module: nn.Module, share: Reservation, made: ExitStack) -> None:
         device = self.device
         self.host, self.front_arena = _arenas(device, layout, made)
-        share.touched = partial(_touched, {self.host, self.front_arena}, layout.own_host_nbytes)
+        self._counted: set[AnyArena] = {self.host, self.front_arena}
+        share.touched = partial(_touched, self._counted, layout.own_host_nbytes - layout.granted_nbytes)
         self.engine = DiskEngine(throttle=device.disk_throttle, staging_nbytes=layout.staging_nbytes)
         made.callback(self.engine.close)  # before the arenas: it joins the threads that use them
         droppable = frozenset() if self.trains else _droppable(layout, backing)
@@ -168,9 +174,17 @@ class Machinery:
         """Whether `close` was called."""
         return self._closed
 
+    def count(self, arena: AnyArena) -> None:
+        """Another arena takes of what the ledger has booked."""
+        self._counted.add(arena)
+
     def on_close(self, callback: Callable[[], None]) -> None:
         """Have something released at the end."""
         self._on_close.append(callback)
+
+    def before_close(self, callback: Callable[[], None]) -> None:
+        """Have something done at the end while everything still works."""
+        self._before_close.append(callback)
 
     def close(self) -> None:
         """Stop threads and give all memory back. May be called twice, from any thread but the executor's own."""
@@ -188,6 +202,8 @@ class Machinery:
             end.callback(self.mover.close)
             end.callback(self.engine.close)  # joins the threads that write into the arenas
             end.callback(self.executor.close)
+            for callback in self._before_close:
+                end.callback(callback)
 
 
 def _keep_root(module: nn.Module) -> None:

@@ -13,6 +13,8 @@ from typing import Any, Final
 import torch
 
 _MODULE: Final = "transformers.cache_utils"
+_MODULES: Final = frozenset({_MODULE, "penstock.runtime.reserved"})
+"""Where kinds of caches are known from; not imported for this."""
 _CACHES: Final = frozenset({"Cache", "DynamicCache", "StaticCache", "EncoderDecoderCache"})
 _LAYERS: Final = frozenset(
     {
@@ -20,6 +22,7 @@ _LAYERS: Final = frozenset(
         *("StaticLayer", "StaticSlidingWindowLayer", "StaticIndexedLayer", "LinearAttentionLayer", "DummyLayer"),
         *("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"),
         *("LinearAttentionAndStaticFullAttentionLayer", "LinearAttentionAndStaticSlidingWindowAttentionLayer"),
+        "ReservedLayer",  # whose buffers follow: it makes others where it finds its keys and values
     }
 )
 """Those that keep all they have in tensors, and dicts of tensors, among their attributes."""
@@ -79,5 +82,5 @@ def _layers(cache: Any, indices: Collection[int]) -> Iterator[Any]:
 
 
 def _name(value: object) -> str:
-    """The name of a class of transformers'; empty for others, a subclass of a model's own among them."""
-    return type(value).__name__ if type(value).__module__ == _MODULE else ""
+    """The name of a class that is known here; empty for others, a subclass of a model's own among them."""
+    return type(value).__name__ if type(value).__module__ in _MODULES else ""

@@ -23,7 +23,6 @@ class Frame:
 class RootCall:
     """One root call."""
 
-    thread: int
     sweep: Sweep | None
     """The sweep that it is part of."""
     frames: list[Frame] = field(default_factory=list)

@@ -7,7 +7,7 @@ a mask, and once per change of phase the keys and values of a layer.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
@@ -33,6 +33,10 @@ class Crossing(Protocol):
         """Copies that the CPU may read when this returns."""
         ...
 
+    def leaving(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        """Begin to copy behind what the caller's stream holds now; what is returned waits, and gives the copies."""
+        ...
+
     def to_device(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copies that the caller's stream may read; the originals may be changed when this returns."""
         ...
@@ -52,6 +56,11 @@ class EmulatedCrossing:
 
     to_device = to_host
 
+    def leaving(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        """There is nothing to wait for."""
+        copies = self.to_host(tensors)
+        return lambda: copies
+
 
 class CudaCrossing:
     """Copies on the caller's current stream, by pinned memory where they are small.
@@ -69,6 +78,10 @@ class CudaCrossing:
 
     def to_host(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """One wait for all of them."""
+        return self.leaving(tensors)()
+
+    def leaving(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        """Enqueued, but for tensors too large for pinned memory; no later work of the stream is waited for."""
         with torch.inference_mode(False), torch.no_grad():
             sources = [_dense(_narrowed(tensor)) for tensor in tensors]
             found = [_host_memory(source) for source in sources]
@@ -76,8 +89,13 @@ class CudaCrossing:
                 target.copy_(source, non_blocking=True)
             event = _cuda.Event(blocking=False)
             event.record(_cuda.current_stream(self._device))
+
+        def arrived() -> list[torch.Tensor]:
             event.synchronize()
-            return [_expanded(copy, tensor) for copy, tensor in zip(found, tensors, strict=True)]
+            with torch.inference_mode(False), torch.no_grad():
+                return [_expanded(copy, tensor) for copy, tensor in zip(found, tensors, strict=True)]
+
+        return arrived
 
     def to_device(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Enqueued, and not waited for."""

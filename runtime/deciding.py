@@ -10,8 +10,10 @@ from math import prod
 import torch
 from torch import nn
 
+from ..scheduler.alternation import Alternation
 from ..scheduler.cost import CostModel
 from ..scheduler.operations import Operation
+from ..scheduler.plan import Plan
 from ..scheduler.processors import Candidate, Traffic, choose, cpu_s, device_s
 from .layout import Draft, Layout
 from .placing import REQUEST, Work
@@ -25,19 +27,17 @@ class Decisions:
         costs: Of the machine.
         rows: Sequences at a time while they are continued.
         exact: Whether only one processor may compute.
+        lanes: Micro-batches of so many sequences that will share each sweep.
     """
 
     costs: CostModel
     rows: int
     exact: bool
+    lanes: int = 1
 
     def of(self, model: nn.Module) -> Work:
         """What a token of a model costs."""
-        dtypes = Counter[torch.dtype]()
-        for parameter in model.parameters():
-            dtypes[parameter.dtype] += parameter.numel()
-        dtype = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
-        return Work(costs=self.costs, rows=self.rows, dtype=dtype, exact=self.exact)
+        return Work(costs=self.costs, rows=self.rows, dtype=_main_dtype(model), exact=self.exact, lanes=self.lanes)
 
     def processors(self, model: nn.Module, layout: Layout) -> Mapping[int, int]:
         """For blocks that stay on the host: below how many rows the CPU computes them."""
@@ -56,6 +56,36 @@ class Decisions:
         return saved or None
 
 
+def alternation_of(
+    model: nn.Module, layout: Layout, on_cpu: Mapping[int, int], plan: Plan, costs: CostModel
+) -> Alternation:
+    """What sweeps of several micro-batches take, with one processor and with two.
+
+    Args:
+        on_cpu: Blocks that the CPU can in fact compute, with the number of rows from which on the device does.
+        plan: Of the layout.
+    """
+    dtype = _main_dtype(model)
+    drafts = [block for block in layout.blocks if layout.per_token(block) and block.id]
+    copied = sum(layout.per_token(b) * b.image.data_nbytes for b in layout.streamed() if b.id not in on_cpu)
+    return Alternation(
+        costs,
+        able=[(_candidate(block, dtype), on_cpu[block.id]) for block in drafts if block.id in on_cpu],
+        others=[_candidate(block, dtype) for block in drafts if block.id not in on_cpu],
+        copied_nbytes=copied,
+        disk_s=plan.terms.get("disk", 0.0),
+        link_rate=plan.links.h2d,
+    )
+
+
+def _main_dtype(model: nn.Module) -> str:
+    """That most of a model's weights have."""
+    dtypes = Counter[torch.dtype]()
+    for parameter in model.parameters():
+        dtypes[parameter.dtype] += parameter.numel()
+    return str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
+
+
 def _traffic(layout: Layout) -> Traffic:
     return Traffic(copying=bool(layout.streamed()), reading=bool(layout.on_disk()))
 
@@ -65,15 +95,18 @@ def _candidates(layout: Layout, work: Work) -> Iterator[Candidate]:
         return
     for block in layout.blocks:
         if block.id in layout.back.resident and block.id not in layout.front.resident:
-            nbytes = block.image.data_nbytes
-            product = Operation(kind="linear", nbytes=nbytes, dtype=work.dtype)
-            yield Candidate(
-                block=block.id,
-                operations=(product,),
-                nbytes=nbytes,
-                request_nbytes=min(REQUEST, nbytes),
-                row_nbytes=_row_nbytes(block),
-            )
+            yield _candidate(block, work.dtype)
+
+
+def _candidate(block: Draft, dtype: str) -> Candidate:
+    nbytes = block.image.data_nbytes
+    return Candidate(
+        block=block.id,
+        operations=(Operation(kind="linear", nbytes=nbytes, dtype=dtype),),
+        nbytes=nbytes,
+        request_nbytes=min(REQUEST, nbytes),
+        row_nbytes=_row_nbytes(block),
+    )
 
 
 def _row_nbytes(block: Draft) -> float:

@@ -50,6 +50,7 @@ def plan_renderable(plan: Plan) -> RenderableType:
     lines = [Text(f"ring of {plan.slots} slots of {gib(plan.slot_nbytes)}; " + _tables(plan))]
     if plan.on_cpu():
         lines.append(Text(_on_cpu(plan)))
+        lines.append(Text("many prompts at once: as much of that as pays, while the device goes on with other prompts"))
     terms = ", ".join(f"{name} {seconds(value)}" for name, value in plan.terms.items())
     if terms:
         lines.append(Text(f"at least {seconds(plan.bound_s())} per sweep ({terms}); bound by the {plan.binds()}"))

@@ -18,6 +18,18 @@ class Root(NamedTuple):
     """Index of the module."""
     under: int
     """The least number of rows, among those below which blocks are computed on the CPU, that it stays below."""
+    part: frozenset[int] | None = None
+    """The blocks that the CPU computes where it computes no others; None for all that it can."""
+
+
+def breadth_of(root: Hashable) -> int:
+    """How much of the device's a root call uses, compared with others of the same module."""
+    return root.under if isinstance(root, Root) else ALWAYS
+
+
+def module_of(root: Hashable) -> Hashable:
+    """What root calls have in common that may share a sweep."""
+    return root.module if isinstance(root, Root) else root
 
 
 def guess_of(module: nn.Module, layout: Layout, on_cpu: Mapping[int, int]) -> Callable[[Hashable], tuple[int, ...]]:
@@ -28,11 +40,11 @@ def guess_of(module: nn.Module, layout: Layout, on_cpu: Mapping[int, int]) -> Ca
     paths = [path for path, _ in module.named_modules()]
 
     def guess(root: Hashable) -> tuple[int, ...]:
-        key, under = root if isinstance(root, Root) else (root, ALWAYS)
+        key, under, part = root if isinstance(root, Root) else (root, ALWAYS, None)
         assert isinstance(key, int)
         prefix = paths[key]
         inside = (p for p in paths if p == prefix or not prefix or p.startswith(f"{prefix}."))
         expected = (block for path in inside for block in layout.expected.get(path, ()))
-        return tuple(block for block in expected if on_cpu.get(block, 0) < under)
+        return tuple(b for b in expected if on_cpu.get(b, 0) < under or (part is not None and b not in part))
 
     return guess

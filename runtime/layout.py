@@ -27,9 +27,11 @@ class Changing:
     """What it takes to train."""
 
     own_nbytes: int
-    """Host memory beside the weights: gradients, and what updates pass through."""
+    """Host memory beside the weights, at least: gradients that cannot go to disk, and what all else passes through."""
     block_nbytes: int
     """Blocks are no larger, but for parameters that are: each is put together in host memory before it is written."""
+    more_nbytes: int = 0
+    """What could be kept in host memory beyond that, if there is room: all gradients, all states."""
     limit_nbytes: int | None = None
     """Cut by this and no other: a run that goes on has states that lie by block, under whatever budgets."""
     own_device_nbytes: int = 0
@@ -88,6 +90,10 @@ class Layout:
     """Host memory besides the arena: staging and buffers."""
     own_device_nbytes: int = 0
     """Likewise of a device apart."""
+    training_nbytes: int = 0
+    """Of these, what training has for gradients, states, and what they pass through."""
+    granted_nbytes: int = 0
+    """Of that, what is more than it needs: room that weights have left."""
     limit_nbytes: int = 0
     """What parameters were cut by: blocks are no larger, but for parameters that are."""
     token_s: float | None = None

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..memory.disk import DiskEngine
 from ..memory.layout import ITEMSIZE, TensorSource
+from ..scheduler.cost import CostModel
 from ..scheduler.plan import Links, Plan
 from .backing import CheckpointBacking
 from .beside import Beside, renamed, trained_in
@@ -20,6 +21,7 @@ from .binding import placeholder
 from .deciding import Decisions
 from .devices.base import Device
 from .dtypes import stored_dtype
+from .handle import Handle
 from .headroom import headroom_nbytes
 from .launch import launch
 from .layout import Trains
@@ -46,6 +48,7 @@ def load(
     processors: Processors | None = None,
     decisions: Decisions | None = None,
     plan: Plan | None = None,
+    costs: CostModel | None = None,
     trains: Trains | None = None,
     beside: Beside | None = None,
 ) -> nn.Module:
@@ -55,6 +58,8 @@ def load(
         processors: Chooses what the CPU computes; nothing without.
         decisions: Choose that, and what stays where, by what a token costs; None where that is not known.
         plan: To be carried out as it is, within the budgets; nothing is decided then.
+        costs: What operations take on this machine, for choices that are made when many prompts run; None where that is
+            not known.
         trains: Weights will change; what that takes beside them. None where they are only read.
         beside: They stay frozen, and something else is trained. What is returned is the model that it was put into.
     """
@@ -120,6 +125,9 @@ def load(
             held=held,
             changing=changing,
         )
+        handle: Handle = model.penstock  # type: ignore[assignment]
+        if handle.machinery is not None:
+            handle.machinery.costs = costs
         if layout.resident and changing is None:
             _as_pretrained(model)
     return model

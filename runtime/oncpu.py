@@ -6,14 +6,16 @@
 Nothing of this counts as an access of the device's: no block is copied for it, and none is brought ahead of the next
 token. A call with many rows leases the same blocks in the device's ring, as if there were no unit. So a prompt is
 computed by the device and the tokens after it by the CPU.
+
+A member of a sweep gives the device to another one meanwhile (`sweep.py`), so that both processors work.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -68,6 +70,8 @@ class OnCpu:
         self._host = session.device.tensor(host)
         self._crossing = crossing_of(session.device)
         self._twins = Twins()
+        self._twins_of: dict[int, Twins] = {}
+        """Those of the members of a sweep, by thread: they compute at the same time."""
         self._buffers = Twins()
         """Of buffers, which stay."""
         self._small: dict[int, torch.Tensor] = {}
@@ -76,6 +80,7 @@ class OnCpu:
         self._inside: set[int] = set()
         """Threads that compute a unit on the CPU."""
         self._thresholds = sorted(set(units.on_cpu.values()))
+        self._all = frozenset(units.on_cpu)
         self._refused: set[str] = set()
         self.computed = 0
         """Calls of units, and pieces of tables, computed on the CPU so far."""
@@ -117,19 +122,48 @@ class OnCpu:
 
     def root(self, key: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         """What the executor is to know a root call by, so that the order of few rows is apart from that of many."""
-        if self._session.sweeping:
+        sweep = self._session.sweep_here()
+        part = self._all if sweep is None else sweep.on_cpu
+        if not part:
             return key
         rows = rows_of_root(args, kwargs)
         under = None if rows is None else next((each for each in self._thresholds if rows < each), None)
-        return key if under is None else Root(key, under)
+        return key if under is None else Root(key, under, None if part == self._all else part)
+
+    def part(self, share: float, nbytes: Mapping[int, int]) -> frozenset[int]:
+        """A share of the blocks that the CPU can compute, by bytes, in whole units that are spread evenly.
+
+        Args:
+            share: 0 to 1.
+            nbytes: Of each block.
+        """
+        found: set[int] = set()
+        owed = 0.0
+        for blocks in sorted([*(unit.blocks for unit in self._units.units), *((b,) for b in self._units.pieces)]):
+            size = sum(nbytes[block] for block in blocks)
+            owed += share * size
+            if 0 < size <= 2 * owed:
+                found.update(blocks)
+                owed -= size
+        return frozenset(found)
 
     def end_of_call(self) -> None:
-        """The root call ended."""
-        self._twins.end_of_call()
+        """The root call of this thread ended."""
+        self._own_twins().end_of_call()
+
+    def end_of_sweeps(self) -> None:
+        """Nobody is a member of a sweep any more."""
+        self._twins_of.clear()
+
+    def _own_twins(self) -> Twins:
+        if self._session.sweep_here() is None:
+            return self._twins
+        return self._twins_of.setdefault(threading.get_ident(), Twins())
 
     def close(self) -> None:
         """Let go of everything."""
         self._twins.clear()
+        self._twins_of.clear()
         self._buffers.clear()
         self._small.clear()
         self._host = torch.empty(0)
@@ -139,7 +173,7 @@ class OnCpu:
     def _takes(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the CPU is to compute this call."""
         rows = rows_of(args, kwargs)
-        if rows is None or rows >= unit.rows_below or not self._allowed():
+        if rows is None or rows >= unit.rows_below or not self._allowed(unit.blocks[0]):
             return False
         stranger = next((v for v in (*args, *kwargs.values()) if not portable(v, unit.layers)), None)
         if stranger is not None and unit.path not in self._refused:
@@ -151,8 +185,9 @@ class OnCpu:
             )
         return stranger is None
 
-    def _allowed(self) -> bool:
-        if self._session.sweeping:  # many rows share each copy, and lanes of any number of rows must share orders
+    def _allowed(self, block: int) -> bool:
+        sweep = self._session.sweep_here()
+        if sweep is not None and block not in sweep.on_cpu:  # many members share one copy of it
             return False
         kind = self._session.device.torch_device.type
         return not torch.is_grad_enabled() and (kind == "cpu" or not torch.is_autocast_enabled(kind))
@@ -162,20 +197,23 @@ class OnCpu:
     @contextmanager
     def _device_runs(self, unit: Unit, state: _State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """While it does, keys and values are there, and the CPU does not begin."""
-        returned = self._session.returned
-        with returned:
-            while state.on_cpu:
-                if not returned.wait(WATCH_S):
-                    logger.warning("%s waits for the device: the CPU is still computing it", unit.path)
-            state.on_device += 1
-        try:
-            for value in (*args, *kwargs.values()):
-                if caches.is_cache(value) and caches.can_move(value, unit.layers):
-                    caches.move(value, unit.layers, self._to_device)
-            yield
-        finally:
+        sweep = self._session.sweep_here()
+        apart = sweep is not None and unit.blocks[0] in sweep.on_cpu and self._session.running_here()
+        with sweep.inside(unit.path, unit.blocks) if sweep is not None and apart else nullcontext():
+            returned = self._session.returned
             with returned:
-                state.on_device -= 1
+                while state.on_cpu:
+                    if not returned.wait(WATCH_S):
+                        logger.warning("%s waits for the device: the CPU is still computing it", unit.path)
+                state.on_device += 1
+            try:
+                for value in (*args, *kwargs.values()):
+                    if caches.is_cache(value) and caches.can_move(value, unit.layers):
+                        caches.move(value, unit.layers, self._to_device)
+                yield
+            finally:
+                with returned:
+                    state.on_device -= 1
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         device = self._session.device.torch_device
@@ -191,26 +229,33 @@ class OnCpu:
     ) -> tuple[bool, Any]:
         """Compute a call on the CPU, unless the device has the unit at this moment. Whether it was done; the result."""
         executor = self._session.executor
-        leases: list[Lease] = []
-        try:
-            for block in unit.blocks:
-                leases.append(executor.acquire_host(block))
-            if not self._lend(unit, module, leases):
-                return False, None
-            try:
-                return True, self._compute(unit, inner, args, kwargs)
-            finally:
-                self._take_back(unit)
-        finally:
-            for lease in leases:
-                executor.release(lease)
-
-    def _compute(self, unit: Unit, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for value in (*args, *kwargs.values()):
             if caches.is_cache(value):
                 caches.move(value, unit.layers, self._to_host)
-        bundle = Bundle(self._crossing, self._twins)
-        args, kwargs = bundle.to_host(args, kwargs, self._session.device.torch_device)
+        bundle = Bundle(self._crossing, self._own_twins())
+        bundle.leave(args, kwargs)  # before others of a sweep give the device more to do
+        leases: list[Lease] = []
+        with self._away(unit.path, unit.blocks):
+            try:
+                for block in unit.blocks:
+                    leases.append(executor.acquire_host(block))
+                if not self._lend(unit, module, leases):
+                    return False, None
+                try:
+                    return True, self._compute(bundle, inner, args, kwargs)
+                finally:
+                    self._take_back(unit)
+            finally:
+                for lease in leases:
+                    executor.release(lease)
+
+    def _away(self, part: str | None, blocks: Sequence[int]) -> AbstractContextManager[None]:
+        """Others of the sweep go on on the device meanwhile, where there are any."""
+        sweep = self._session.sweep_here()
+        return nullcontext() if sweep is None else sweep.away(part, blocks)
+
+    def _compute(self, bundle: Bundle, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = bundle.arrive(args, kwargs, self._session.device.torch_device)
         ident = threading.get_ident()
         self._inside.add(ident)
         try:
@@ -331,7 +376,7 @@ class OnCpu:
 
     def _piece_here(self, piece: Piece, x: torch.Tensor) -> bool:
         rows = x.numel() // max(x.shape[-1], 1)
-        return rows < self._units.pieces.get(piece.block, 0) and self._allowed()
+        return rows < self._units.pieces.get(piece.block, 0) and self._allowed(piece.block)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> Callable[[Piece], torch.Tensor | None]:
         """What computes pieces of x Wᵀ + b [..., rows of the piece] on the CPU; it gives None for those it does not."""
@@ -342,7 +387,8 @@ class OnCpu:
                 return None
             if not here:
                 here.extend(self._crossing.to_host([x] if bias is None else [x, bias]))
-            return self._piece(piece, here[0], here[1] if bias is not None else None)
+            with self._away(None, (piece.block,)):
+                return self._piece(piece, here[0], here[1] if bias is not None else None)
 
         return compute
 

@@ -33,6 +33,9 @@ class Work:
     """That is computed with, as torch names it."""
     exact: bool = False
     """Whether only one processor may compute."""
+    lanes: int = 1
+    """Calls that share each copy of a block, each of so many rows. Where they are several they alternate between the
+    processors, which then work at the same time."""
 
 
 def place_on_tiers(
@@ -71,6 +74,7 @@ def place_on_tiers(
             link=hardware.link.h2d.best if hardware.link is not None else 1e12,
             dram=work.costs.memory_rate("cpu"),
         ),
+        overlapped=work.lanes > 1,
     )
     found = place(problem, _rings(classes, min_slots, depth_nbytes, device_nbytes, host_nbytes, passing_nbytes))
     if found is None:
@@ -114,7 +118,8 @@ def _classes(blocks: Sequence[Draft], work: Work, worth: Mapping[int, float]) ->
 
 
 def _use(work: Work, nbytes: int, times: float) -> Use:
-    """What a block of weights takes per token on either processor; where the CPU pays, mode cpu computes there."""
+    """What a block of weights takes per token on either processor, for all lanes; where the CPU pays for a call of one,
+    mode cpu computes there."""
     costs = work.costs
     product = Operation(kind="linear", nbytes=nbytes, rows=work.rows, dtype=work.dtype)
     device_s = costs.compute_s((product,), "gpu")
@@ -122,7 +127,8 @@ def _use(work: Work, nbytes: int, times: float) -> Use:
     crossing_s = CROSSINGS * link.latency_s if link is not None else 0.0
     cpu_s = costs.compute_s((product,), "cpu") / costs.hardware.sharing.compute_while_copying + crossing_s
     pays = cpu_s <= 0.95 * (device_s + costs.copy_s(nbytes, REQUEST))
-    return Use(device_s=times * device_s, cpu_s=times * cpu_s, on_cpu=pays and not work.exact, times=times)
+    calls = times * work.lanes
+    return Use(device_s=calls * device_s, cpu_s=calls * cpu_s, on_cpu=pays and not work.exact, times=times)
 
 
 def _rings(

@@ -112,6 +112,21 @@ class Planner:
         Raises:
             DoesNotFitError: no layout fits.
         """
+        return self._with_the_rest(self._best())
+
+    def _with_the_rest(self, layout: Layout) -> Layout:
+        """Give to gradients and states what weights have left: a byte of weights that stays saves more than theirs."""
+        if self._changing is None:
+            return layout
+        more = max(0, min(self._changing.more_nbytes, self.budgets.host - layout.host_nbytes))
+        return replace(
+            layout,
+            own_host_nbytes=layout.own_host_nbytes + more,
+            training_nbytes=self._changing.own_nbytes + more,
+            granted_nbytes=more,
+        )
+
+    def _best(self) -> Layout:
         total = sum(self.sizes.values())
         fixed = None if self._changing is None else self._changing.limit_nbytes
         whole = self._try(max(total // 8, 1) if fixed is None else fixed, set())

@@ -2,7 +2,7 @@
 
 The top of the data path, per call of a module that anchors blocks: acquire and bind its blocks, run its own forward,
 unbind and release. The outermost such call is the root call: it takes the model's lock and tells the executor. Several
-root calls may go on together as members of a sweep (`sweep.py`), of which one at a time computes.
+root calls may go on together as members of a sweep (`sweep.py`), of which one at a time has the device.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Session:
             self.vanish(table.parameter)
         self.saved = SavedTensors(self)
         self._root = threading.RLock()
-        self._run: RootCall | None = None
-        """The root call that computes now."""
+        self._runs: dict[int, RootCall] = {}
+        """Root calls by thread: one, or those of the members of a sweep."""
         self._sweep: Sweep | None = None
         self.bind_lock = threading.RLock()
         self.returned = threading.Condition(self.bind_lock)
@@ -157,9 +157,8 @@ class Session:
                 self._end(failed)
 
     def _frames(self) -> list[Frame]:
-        """The calls under way in the root call that computes."""
-        assert self._run is not None
-        return self._run.frames
+        """The calls under way in the root call of this thread."""
+        return self._runs[threading.get_ident()].frames
 
     def _release(self, leases: list[Lease]) -> None:
         failure: BaseException | None = None
@@ -177,7 +176,7 @@ class Session:
                 "a streamed model cannot run in a forked child: its threads and its memory are not there. Load it in "
                 "the child, or use the 'spawn' start method"
             )
-        sweep = self._sweep if self._sweep is not None and self._sweep.takes_part() else None
+        sweep = self.sweep_here()
         if sweep is not None:
             sweep.begin(key)
         else:
@@ -187,7 +186,7 @@ class Session:
             except BaseException:
                 self._root.release()
                 raise
-        self._run = run = RootCall(thread=threading.get_ident(), sweep=sweep)
+        self._runs[threading.get_ident()] = run = RootCall(sweep=sweep)
         try:
             if torch.is_grad_enabled():
                 hooks = self.saved.hooks()
@@ -204,12 +203,11 @@ class Session:
             ClosedError: it was closed.
         """
         while not self._root.acquire(timeout=WATCH_S):
-            run = self._run
             logger.warning(
                 "thread %d waits for its turn: thread %s runs this model. If that one waits for this one (a forward "
                 "that calls its submodules in other threads), neither will go on",
                 threading.get_ident(),
-                None if run is None else run.thread,
+                next(iter(list(self._runs)), None),
             )
         if self.closed:
             self._root.release()
@@ -228,6 +226,8 @@ class Session:
             yield
         finally:
             self._sweep = None
+            if self.on_cpu is not None:
+                self.on_cpu.end_of_sweeps()
             self._root.release()
 
     def _refuse_other_hooks(self) -> None:
@@ -240,8 +240,7 @@ class Session:
             )
 
     def _end(self, failed: bool) -> None:
-        run = self._run
-        assert run is not None
+        run = self._runs[threading.get_ident()]
         try:
             if self.on_cpu is not None:
                 self.on_cpu.end_of_call()
@@ -249,19 +248,18 @@ class Session:
                 run.contexts.pop().__exit__(None, None, None)
             (self.executor if run.sweep is None else run.sweep).end(failed=failed)
         finally:
-            self._run = None
+            del self._runs[threading.get_ident()]
             if run.sweep is None:
                 self._root.release()
 
-    @property
-    def sweeping(self) -> bool:
-        """Whether several calls share each pass over the weights."""
-        return self._sweep is not None
+    def sweep_here(self) -> Sweep | None:
+        """The sweep of which the calling thread is a member."""
+        sweep = self._sweep
+        return sweep if sweep is not None and sweep.takes_part() else None
 
     def running_here(self) -> bool:
         """Whether the calling thread is inside a root call."""
-        run = self._run
-        return run is not None and run.thread == threading.get_ident()
+        return threading.get_ident() in self._runs
 
     def flagged(self) -> bool:
         """Whether lent weights are to want a gradient, as those of `from_pretrained` do, where none is recorded.
@@ -298,13 +296,10 @@ class Session:
             raise
 
     def _acquire(self, block: int, *, observed: bool = True) -> Lease:
-        run = self._run
-        if not observed or run is None or run.sweep is None or not self.running_here():
+        run = self._runs.get(threading.get_ident())
+        if not observed or run is None or run.sweep is None:
             return self.executor.acquire(block, observed=observed)
-        try:
-            return run.sweep.acquire(block)
-        finally:
-            self._run = run  # others may have run meanwhile
+        return run.sweep.acquire(block)
 
     def _give_back(self, lease: Lease, event: Event) -> None:
         giver = self.executor if self._sweep is None else self._sweep
@@ -365,7 +360,7 @@ class Session:
 
     def _can_keep(self, leases: list[Lease]) -> bool:
         """Whether slots are to spare for leases that last longer than a call; slots of resident blocks always are."""
-        run = self._run
+        run = self._runs.get(threading.get_ident())
         if run is None or not run.frames:
             return False
         ring = [lease for lease in leases if not lease.residence.permanent]

@@ -1,8 +1,9 @@
-"""Several threads that run one model together: one computes at a time, and each streamed block is brought once for all.
+"""Several threads that run one model together, and each streamed block is brought once for all of them.
 
-Each member runs the model's own code in a thread of its own. The baton is handed over where a member needs a block that
-is not shared now (`scheduler/turnstile.py` says to whom), so the model's code need not know of it. To the executor a
-sweep is one root call, and a shared block one lease.
+Each member runs the model's own code in a thread of its own. One has the device. It hands that on where it needs a
+block that is not shared now (`scheduler/turnstile.py` says to whom), so the model's code need not know of it. One more
+has the CPU, where parts of the model are computed from host memory. To the executor a sweep is one root call, and a
+shared block one lease.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -18,11 +19,12 @@ from ..scheduler.executor import WATCH_S, Executor
 from ..scheduler.lease import Lease
 from ..scheduler.mover import Event
 from ..scheduler.turnstile import Turnstile
+from .guess import breadth_of, module_of
 
 logger = logging.getLogger(__name__)
 
 _QUIET_WATCHES: Final = 6
-"""Times that a wait for the baton is looked at before it is told of: a prefill may take long."""
+"""Times that a wait for a turn is looked at before it is told of: a prefill may take long."""
 
 
 class StoppedError(Exception):
@@ -32,12 +34,16 @@ class StoppedError(Exception):
 class Sweep:
     """The members' side of an executor.
 
-    Only the member that has the baton changes anything here, so there is no lock. The rest calls `stop` at most.
+    Only the member that has the device changes what has no lock here.
 
     Args:
         members: Their numbers.
         resident: Whether a block stays in memory; such a block is leased by each member without a turn.
         computed: An event after all that has been enqueued for computing.
+        on_cpu: Blocks that the CPU computes for calls of few rows, while others go on on the device. Without, one
+            processor computes.
+        ahead: Blocks that may stay leased for members that are on the CPU, besides what one member needs.
+        nbytes: Of each block, for what the processors' shares are counted in.
     """
 
     def __init__(
@@ -47,11 +53,23 @@ class Sweep:
         members: Iterable[int],
         resident: Callable[[int], bool],
         computed: Callable[[], Event],
+        on_cpu: frozenset[int] = frozenset(),
+        ahead: int = 0,
+        nbytes: Mapping[int, int] | None = None,
     ) -> None:
+        self.on_cpu = on_cpu
+        self._nbytes = nbytes or {}
+        self._device_nbytes = self._cpu_nbytes = 0
+        """Bytes of weights that either processor has used, as often as it did."""
         self._executor = executor
         self._resident = resident
         self._computed = computed
-        self._turnstile = Turnstile()
+        self._turnstile = Turnstile(ahead=ahead)
+        self._lock = threading.RLock()
+        """Held while anything of the turnstile's is looked at or changed, and never while anybody is waited for. Who
+        gives a processor back says so and hands it on at once: others would take it for one that waits already."""
+        self._roots: dict[int, Hashable] = {}
+        """The root call that each member wants to begin, or is in."""
         self._batons = {member: threading.Semaphore(0) for member in members}
         self._threads: dict[int, int] = {}
         """Members by thread."""
@@ -74,15 +92,21 @@ class Sweep:
         """Sweeps that have ended."""
         return self._turnstile.ended
 
+    @property
+    def cpu_share(self) -> float:
+        """The part of the weights used so far, by bytes and as often as they were, that the CPU computed with."""
+        return self._cpu_nbytes / max(self._cpu_nbytes + self._device_nbytes, 1)
+
     def withdraw(self, member: int) -> None:
         """A member will not take part after all. Before `start`."""
         self._turnstile.leave(member)
         del self._batons[member], self._accesses[member]
 
     def start(self) -> None:
-        """Give the baton to the first member, once the threads of all are there."""
-        if self._batons:
-            self._batons[min(self._batons)].release()
+        """Give the device to the first member, once the threads of all are there."""
+        first = self._turnstile.start()
+        if first is not None:
+            self._batons[first].release()
 
     def stop(self) -> None:
         """Have every member end, each in its turn, with `StoppedError`. From any thread."""
@@ -101,7 +125,7 @@ class Sweep:
 
     @contextmanager
     def taking_part(self, member: int) -> Iterator[None]:
-        """The calling thread is this member; the context is entered with the baton and hands it on at its end."""
+        """The calling thread is this member; the context is entered with the device and hands it on at its end."""
         self._threads[threading.get_ident()] = member
         try:
             self._wait(member)
@@ -112,28 +136,33 @@ class Sweep:
             raise
         finally:
             del self._threads[threading.get_ident()]
-            self._turnstile.leave(member)
-            self._hand_on(member)
+            with self._lock:
+                self._turnstile.leave(member)
+                self._hand_on(member)
 
     def takes_part(self) -> bool:
         """Whether the calling thread is a member."""
         return threading.get_ident() in self._threads
 
     def begin(self, root: Hashable) -> None:
-        """A member's root call starts: wait for the sweep to begin, and for the baton."""
+        """A member's root call starts: wait for the sweep to begin, and for the device."""
         member = self._here()
-        self._turnstile.arrive(member, root)
+        with self._lock:
+            self._roots[member] = root
+            self._turnstile.arrive(member, module_of(root), breadth=breadth_of(root))
         self._pass_on(member)
 
     def end(self, *, failed: bool) -> None:
-        """A member's root call ended. It keeps the baton."""
+        """A member's root call ended. It keeps the device."""
         self._failed |= failed
-        self._turnstile.finish(self._here())
+        with self._lock:
+            self._turnstile.finish(self._here())
 
     def rest(self) -> None:
         """Sit out until one more sweep has ended."""
         member = self._here()
-        self._turnstile.rest(member)
+        with self._lock:
+            self._turnstile.rest(member)
         self._pass_on(member)
 
     def acquire(self, block: int, *, observed: bool = True) -> Lease:
@@ -148,27 +177,86 @@ class Sweep:
         self.check()
         member = self._here()
         self._accesses[member][block] += 1
+        self._device_nbytes += self._nbytes.get(block, 0)
         if self._resident(block):
             return self._executor.acquire(block, observed=self._is_new(member, block))
-        if not self._turnstile.wants(member, block):
+        with self._lock:
+            shared = self._turnstile.wants(member, block)
+        if not shared:
             self._pass_on(member)
         new = self._is_new(member, block)
         lease = self._shared.get(block)
         if lease is None:
             lease = self._executor.acquire(block, observed=new)
-            self._shared[block] = lease
-            self._turnstile.shares(block)
-        self._turnstile.uses(block)
+            with self._lock:
+                self._shared[block] = lease
+                self._turnstile.shares(block)
+        with self._lock:
+            self._turnstile.uses(block)
         return lease
 
     def release(self, lease: Lease, event: Event = None) -> None:
         """Give a lease back; a shared one is kept until all have used it."""
         if self._shared.get(lease.block) is lease:
-            self._turnstile.used(lease.block)
+            with self._lock:
+                self._turnstile.used(lease.block)
         else:
             self._executor.release(lease, event)
 
-    # --- the baton --------------------------------------------------------------------------------------------------
+    @contextmanager
+    def away(self, part: Hashable, blocks: Sequence[int]) -> Iterator[None]:
+        """The member gives the device up, and the context is entered when it has the CPU; at its end, when others have
+        gone on there meanwhile, it has the device again.
+
+        Args:
+            part: What is computed; nobody is inside of it on the device meanwhile. None where that does not matter.
+            blocks: Its weights.
+
+        Raises:
+            StoppedError: the sweep was stopped.
+        """
+        member = self._here()
+        self.check()
+        with self._lock:
+            self._turnstile.crosses(member, part, last_block=max(blocks))
+            goes_on = self._hand_on(member)
+        if not goes_on:
+            self._wait(member)
+        if not self._turnstile.on_cpu(member):
+            self.check()
+            raise AssertionError(f"member {member} was given the device, though nothing has stopped")
+        try:
+            self._cpu_nbytes += sum(self._nbytes.get(block, 0) for block in blocks)
+            yield
+        finally:
+            with self._lock:
+                self._turnstile.crossed(member)
+                goes_on = self._hand_on(member)
+            if not goes_on:
+                self._wait(member)
+        self.check()
+
+    @contextmanager
+    def inside(self, part: Hashable, blocks: Sequence[int]) -> Iterator[None]:
+        """The member computes on the device what the CPU computes for others. Entered when the CPU is elsewhere.
+
+        Raises:
+            StoppedError: the sweep was stopped.
+        """
+        member = self._here()
+        self.check()
+        with self._lock:
+            enters = self._turnstile.enters(member, part, first_block=min(blocks))
+        if not enters:
+            self._pass_on(member)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._turnstile.left(part)
+                self._hand_on(None)  # somebody may wait for this part on the CPU
+
+    # --- who goes on --------------------------------------------------------------------------------------------------
 
     def _is_new(self, member: int, block: int) -> bool:
         """Whether no other member has used the block so often in this sweep: it belongs to the order, once."""
@@ -181,28 +269,32 @@ class Sweep:
         return self._threads[threading.get_ident()]
 
     def _pass_on(self, member: int) -> None:
-        """Let others run, if it is their turn, and come back with the baton."""
+        """Let others run, if it is their turn, and come back with the device.
+
+        Raises:
+            StoppedError: the sweep was stopped.
+        """
         if not self._hand_on(member):
             self._wait(member)
         self.check()
 
-    def _hand_on(self, member: int) -> bool:
-        """Do what comes next, and hand the baton over; returns whether `member` keeps it."""
-        turn = self._turnstile.turn(member)
-        for block in turn.release:
-            self._executor.release(self._shared.pop(block), self._computed())
-        if turn.ends:
-            self._executor.end(failed=self._failed or self._turnstile.stopping)
-        if turn.begins:
-            self._told.clear()
-            for accesses in self._accesses.values():
-                accesses.clear()
-            self._executor.begin(turn.root)
-        if turn.member == member:
-            return True
-        if turn.member is not None:
-            self._batons[turn.member].release()
-        return False
+    def _hand_on(self, member: int | None) -> bool:
+        """Do what comes next, and let those go on whose turn it is; returns whether `member` is one of them."""
+        with self._lock:
+            turn = self._turnstile.turn(member)
+            for block in turn.release:
+                self._executor.release(self._shared.pop(block), self._computed())
+            if turn.ends:
+                self._executor.end(failed=self._failed or self._turnstile.stopping)
+            if turn.begins:
+                self._told.clear()
+                for accesses in self._accesses.values():
+                    accesses.clear()
+                self._executor.begin(max((self._roots[each] for each in turn.admitted), key=breadth_of))
+            for each in (turn.member, turn.cpu):
+                if each is not None and each != member:
+                    self._batons[each].release()
+            return member is not None and member in (turn.member, turn.cpu)
 
     def _wait(self, member: int) -> None:
         watches = 0

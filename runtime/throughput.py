@@ -1,7 +1,8 @@
 """Many prompts through one model: micro-batches in lanes, which share every sweep over the weights.
 
 A lane is a thread that takes one micro-batch after another and runs the model's own `generate` on it. While one lane
-computes the others wait at a block (`sweep.py`). A model that is resident as a whole has one lane and no sweeps.
+computes on the device, and one on the CPU where the schedule says so, the others wait at a block (`sweep.py`). A model
+that is resident as a whole has one lane and no sweeps.
 """
 
 from __future__ import annotations
@@ -58,6 +59,9 @@ class ThroughputStatistics:
     """Of all the new tokens that may come, those that have come or will not."""
     sweeps: int
     """Sweeps over the weights so far; 0 where all of them are resident."""
+    cpu_share: float
+    """The part of the weights that lanes have used, by bytes and as often as they did, that the CPU computed with while
+    others went on on the device; 0 where one processor computes."""
     schedule: Schedule
 
 
@@ -115,6 +119,7 @@ class Work:
             tokens=self._tokens,
             share=(self._tokens + self._spared) / self._all_tokens,
             sweeps=0 if self._sweep is None else self._sweep.ended,
+            cpu_share=0.0 if self._sweep is None else self._sweep.cpu_share,
             schedule=self._schedule,
         )
 
@@ -144,11 +149,16 @@ class Work:
 
     def _run_lanes(self, machinery: Machinery) -> None:
         session, front = machinery.session, machinery.front
+        nbytes = {block.id: block.image.data_nbytes for block in machinery.layout.blocks}
+        share = self._schedule.cpu_share
         sweep = Sweep(
             machinery.executor,
             members=range(self._schedule.lanes),
             resident=lambda block: block in front.permanent,
             computed=machinery.device.computed,
+            on_cpu=frozenset() if session.on_cpu is None else session.on_cpu.part(share, nbytes),
+            ahead=machinery.layout.spare_slots,
+            nbytes=nbytes,
         )
         with session.alone(sweep):
             self._sweep = sweep

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..memory.errors import ClosedError, UsageError
+from ..scheduler.alternation import Alternation
 from ..scheduler.microbatches import MEMORY_RATE, MOST_LANES, Job, Machine, Schedule, schedule
+from .build import Machinery
+from .deciding import alternation_of
 from .handle import Handle
 from .throughput import Work
 from .throughput_batch import Row, Ways, ways_of
@@ -147,6 +150,9 @@ def _choose(model: Any, ways: Ways, prompts: Sequence[Asked], limits: Limits, pr
         on_device = None if machinery is None else machinery.device.available_nbytes()
         room = free_host_nbytes() if on_device is None else on_device
     together = not plan.resident and ways.interleaves  # what does not stream has no reads to share
+    alternation = _alternation(model, machinery) if machinery is not None and together else None
+    if alternation is not None and machinery is not None and limits.room_nbytes is None:
+        room = min(room, int(free_host_nbytes() / max(_share_of_keys(model, machinery), 1e-9)))
     return schedule(
         [asked.job for asked in prompts],
         footprint_of(model.config, model.dtype, reserved=ways.reserves),
@@ -156,8 +162,24 @@ def _choose(model: Any, ways: Ways, prompts: Sequence[Asked], limits: Limits, pr
             sweep_s=0.0 if plan.resident else plan.with_all_copied().bound_s(),
             memory_rate=MEMORY_RATE if model.device.type == "cpu" else _DEVICE_MEMORY_RATE,
             products=None if products is None else products.rates,
+            alternation=alternation,
         ),
         pads=ways.pads,
         rows=limits.rows,
         lanes=limits.lanes if together else 1,
     )
+
+
+def _alternation(model: Any, machinery: Machinery) -> Alternation | None:
+    """What two processors take; None where there is one, or it is not known."""
+    on_cpu = machinery.units.on_cpu
+    if not on_cpu or machinery.costs is None or machinery.plan is None:
+        return None
+    return alternation_of(model, machinery.layout, on_cpu, machinery.plan, machinery.costs)
+
+
+def _share_of_keys(model: Any, machinery: Machinery) -> float:
+    """The part of a cache's layers that lies in host memory where the CPU computes all it can: what attends there."""
+    layers = {index for child in model.modules() if isinstance(index := getattr(child, "layer_idx", None), int)}
+    there = {index for unit in machinery.units.units for index in unit.layers}
+    return len(there) / max(len(layers), 1)

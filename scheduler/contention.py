@@ -15,7 +15,8 @@ from typing import Literal
 
 from .hardware import Sharing
 
-Kind = Literal["compute", "read", "copy"]
+Kind = Literal["compute", "start", "read", "copy"]
+"""compute: an operation at work. start: Python between two of them."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -98,8 +99,13 @@ def speeds_of(sharing: Sharing) -> Callable[[Kind, frozenset[Kind]], float]:
         if kind == "compute":
             result *= sharing.compute_while_reading if "read" in active else 1.0
             result *= sharing.compute_while_copying if "copy" in active else 1.0
+        elif kind == "start":
+            result *= sharing.start_while_reading if "read" in active else 1.0
+            result *= sharing.start_while_copying if "copy" in active else 1.0
         elif "compute" in active:
             result *= sharing.read_while_computing if kind == "read" else sharing.copy_while_computing
+        elif "start" in active:
+            result *= sharing.read_while_starting if kind == "read" else sharing.copy_while_starting
         return result
 
     return speed

@@ -42,12 +42,17 @@ class CostModel:
         A CPU starts each when the one before has ended. Before a GPU the host runs ahead: what it takes to start all of
         them shows only where it is more than what they take.
         """
+        started, worked = self.parts_s(operations, where)
+        return max(started, worked) if where == "gpu" and self.hardware.gpu is not None else started + worked
+
+    def parts_s(self, operations: Iterable[Operation], where: Where) -> tuple[float, float]:
+        """What starting operations takes, and what they take themselves."""
         launch_s = self.processor(where).launch_s
         started = worked = 0.0
         for operation in operations:
             started += operation.launches * launch_s
             worked += self.worked_s(operation, where)
-        return max(started, worked) if where == "gpu" and self.hardware.gpu is not None else started + worked
+        return started, worked
 
     def worked_s(self, operation: Operation, where: Where) -> float:
         """Seconds that a processor works on an operation that has been started."""

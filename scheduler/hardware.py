@@ -124,6 +124,15 @@ class Sharing(msgspec.Struct, frozen=True, kw_only=True):
     """The product while the link is busy."""
     copy_while_computing: float = 1.0
     """Copies to the device during that product."""
+    start_while_reading: float = 1.0
+    """Starting small operations from a model's own Python while the disk is read: the threads that read share Python's
+    lock with it, and the cores."""
+    read_while_starting: float = 1.0
+    """Reads from disk meanwhile."""
+    start_while_copying: float = 1.0
+    """The same while the link is busy."""
+    copy_while_starting: float = 1.0
+    """Copies to the device meanwhile."""
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True):

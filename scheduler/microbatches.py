@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from ..memory.errors import DoesNotFitError
+from .alternation import Alternation, Split
 from .curves import Curve
 
 MOST_LANES: Final = 16
@@ -63,6 +64,8 @@ class Machine:
     products: Curve | None = None
     """Bytes of weights per second that products take, by rows; None where that was not measured, and every pass is
     taken to read weights at `memory_rate`."""
+    alternation: Alternation | None = None
+    """Chooses what the CPU computes beside the device; None where that is not known, or there is one processor."""
 
     def pass_s(self, rows: int) -> float:
         """Seconds that so many rows compute with all weights."""
@@ -117,6 +120,9 @@ class Schedule:
     """Expected."""
     seconds: float
     """Expected; it only ranks choices."""
+    cpu_share: float = 0.0
+    """The part, by bytes, of the blocks that the CPU can compute from host memory that it does compute, while other
+    micro-batches go on on the device. At 0 one processor computes."""
 
 
 def schedule(
@@ -264,13 +270,17 @@ def _options(
                 stays = max(0, machine.room_nbytes - int(needed))
                 moved = max(0, machine.weights_nbytes - stays) / machine.disk_rate
             computed = count * usual_s
+            swept = Split(cpu_share=0.0, seconds=max(moved, computed))
+            if machine.alternation is not None:
+                swept = machine.alternation.best(rows=rows, lanes=count)
             yield Schedule(
                 batches=batches,
                 lanes=count,
                 prefill_tokens=at_once,
                 nbytes=int(needed),
                 sweeps=sweeps,
-                seconds=sweeps * max(moved, computed) + prefill_s,
+                seconds=sweeps * swept.seconds + prefill_s,
+                cpu_share=swept.cpu_share,
             )
             if limit >= together:
                 break

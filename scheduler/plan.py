@@ -69,10 +69,10 @@ class Plan:
     """Blocks that can be on their way or ready ahead of the one in use."""
     notes: tuple[str, ...] = ()
 
-    def with_all_copied(self) -> Plan:
-        """The plan of calls of many rows: what the CPU computes for few of them is copied, too."""
+    def with_all_copied(self, part: float = 1.0) -> Plan:
+        """The plan of calls of many rows: what the CPU computes for few of them is copied, too, or a part of it."""
         more = sum(block.nbytes for block in self.blocks if block.cpu_rows_below > 1)
-        return replace(self, link_nbytes_per_sweep=self.link_nbytes_per_sweep + more)
+        return replace(self, link_nbytes_per_sweep=self.link_nbytes_per_sweep + int(part * more))
 
     @property
     def terms(self) -> dict[str, float]:

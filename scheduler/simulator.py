@@ -270,7 +270,9 @@ class _Simulation:
         if not self._separate or where == "cpu":
             if self._ahead is not None:
                 await self._ahead  # what it computes from has to be there
-            await self._contention.work("compute", seconds)
+            started, worked = self._cost.parts_s(operations, where)
+            await self._contention.work("start", started)
+            await self._contention.work("compute", worked)
             return
         gpu = self._cost.hardware.gpu
         assert gpu is not None

@@ -148,7 +148,11 @@ def _told(statistics: ThroughputStatistics, *, streams: bool) -> Text:
     rows = max(len(batch.indices) for batch in choice.batches)
     text = f"{statistics.prompts} prompts in {len(choice.batches)} micro-batches of up to {rows}, {choice.lanes} at "
     text += f"once: up to {format_size(choice.nbytes)} for keys, values and activations"
-    return Text(text + f", about {choice.sweeps} sweeps" if streams else text)
+    if streams:
+        text += f", about {choice.sweeps} sweeps"
+    if choice.cpu_share:
+        text += f"; two processors alternate: the CPU computes {choice.cpu_share:.0%} of what it can"
+    return Text(text)
 
 
 def _pace(handle: Handle, reached: ThroughputStatistics, seconds: float, waited_s: float) -> dict[str, Any]:
@@ -162,6 +166,7 @@ def _pace(handle: Handle, reached: ThroughputStatistics, seconds: float, waited_
         "sweeps": sweeps,
         "micro_batches": len(reached.schedule.batches),
         "lanes": reached.schedule.lanes,
+        "cpu_share": reached.cpu_share,
         "s_per_sweep": None,
         "bound_s_per_sweep": None,
         "bound_by": None,
@@ -169,7 +174,7 @@ def _pace(handle: Handle, reached: ThroughputStatistics, seconds: float, waited_
     }
     if sweeps:
         computing = max(seconds - waited_s, 0.0) / sweeps
-        plan = handle.plan.with_all_copied()
+        plan = handle.plan.with_all_copied(1 - reached.schedule.cpu_share)
         bound = plan.bound_s(computing)
         pace |= {
             "s_per_sweep": seconds / sweeps,

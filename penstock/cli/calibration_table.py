@@ -67,10 +67,17 @@ def _sharing(hardware: Hardware) -> Iterator[Text]:
         yield _single(
             "product, reads", f"{sharing.compute_while_reading:.2f} and {sharing.read_while_computing:.2f} of each rate"
         )
+        yield _single(
+            "Python, reads", f"{sharing.start_while_reading:.2f} and {sharing.read_while_starting:.2f} of each rate"
+        )
     if hardware.link is not None:
         yield _single(
             "product, copies",
             f"{sharing.compute_while_copying:.2f} and {sharing.copy_while_computing:.2f} of each rate",
+        )
+        yield _single(
+            "Python, copies",
+            f"{sharing.start_while_copying:.2f} and {sharing.copy_while_starting:.2f} of each rate",
         )
     if len(hardware.drives) > 1:
         yield _single("all drives", f"{hardware.drives_together:.2f} of the sum of their rates")

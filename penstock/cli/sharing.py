@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from ..api import load
+from ..api import load_for_lanes
 from ..budget import MemoryBudget, parse_budget
 from ..memory.errors import DoesNotFitError
 from ..runtime.pretrained import outline
@@ -20,6 +20,8 @@ from ..scheduler.microbatches import MOST_LANES, Footprint, Machine, Schedule, s
 from .prompts import ManyRequest
 
 _TRIES: Final = 3
+_LANES: Final = 2
+"""Micro-batches that such a device is planned for: as few as keep both processors busy."""
 _BATCH: Final = 32
 """Sequences to leave room for in the automatic budgets of a device with memory of its own."""
 
@@ -103,7 +105,7 @@ def _shared(
 
 def _load(request: ManyRequest, folder: str, budget: MemoryBudget, *, context: int | None, batch: int | None) -> Any:
     tiers = {"host": budget.host, "device": budget.device, "disk": budget.disk}
-    return load(
+    return load_for_lanes(
         folder,
         max_memory={tier: nbytes for tier, nbytes in tiers.items() if nbytes is not None} or "auto",
         device=request.device,
@@ -111,5 +113,8 @@ def _load(request: ManyRequest, folder: str, budget: MemoryBudget, *, context: i
         disk=request.disk,
         context=context,
         batch=batch,
+        exact=False,
+        plan=None,
         trust_remote_code=request.trust_remote_code,
+        lanes=1 if batch is None else min(_LANES, batch),
     )

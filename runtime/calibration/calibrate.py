@@ -25,12 +25,13 @@ from .cache import device_key
 from .disk import DEPTHS, WRITE_NBYTES, DriveProbe, EngineMaker, drives_together, engine_maker
 from .diskload import AHEAD, FILE_NBYTES, PIECE, ProbeFile, probe_file
 from .fingerprint import cpu_model, fingerprint, identify_drive
+from .framework import decoding_token
 from .lastlevel import last_level_cache
 from .link import measure_link
 from .others import Others, others_between, read_ticks
 from .processor import ProcessorProbe
 from .products import one_row
-from .sharing import copy_load, disk_load, share
+from .sharing import ALONE, Beside, Load, copy_load, disk_load, share
 from .timing import device_timer
 
 logger = logging.getLogger(__name__)
@@ -136,10 +137,14 @@ class Run:
             gpu=gpu if link is not None else None,
             link=link if gpu is not None else None,
             sharing=Sharing(
-                compute_while_reading=reading[0],
-                read_while_computing=reading[1],
-                compute_while_copying=copying[0],
-                copy_while_computing=copying[1],
+                compute_while_reading=reading.product.compute,
+                read_while_computing=reading.product.load,
+                compute_while_copying=copying.product.compute,
+                copy_while_computing=copying.product.load,
+                start_while_reading=reading.start.compute,
+                read_while_starting=reading.start.load,
+                start_while_copying=copying.start.compute,
+                copy_while_starting=copying.start.load,
             ),
             sources=("measured by `penstock calibrate`",),
             emulated=self.device.separate and self.device.torch_device.type == "cpu",
@@ -154,11 +159,11 @@ class Run:
             device=device, nbytes=nbytes, seconds=pace.processor, attempt=self.attempt, quick=pace.quick
         ).measure()
 
-    def _device(self, cpu: Processor) -> tuple[Processor | None, Link | None, tuple[float, float]]:
+    def _device(self, cpu: Processor) -> tuple[Processor | None, Link | None, Beside]:
         """The device's processor, its link, and what products and copies leave each other."""
         device = self.device
         if not device.separate:
-            return None, None, (1.0, 1.0)
+            return None, None, ALONE
         if device.torch_device.type == "cpu":
             gpu: Processor | None = cpu
         else:
@@ -166,27 +171,33 @@ class Run:
         half = self.nbytes // 2
         link = self.attempt(f"link to {device.name}", lambda: measure_link(device, nbytes=half, seconds=self.pace.link))
         shares = self.attempt("products while copying", lambda: self._while_copying(half // 2))
-        return gpu, link, shares or (1.0, 1.0)
+        return gpu, link, shares or ALONE
 
-    def _while_copying(self, nbytes: int) -> tuple[float, float]:
+    def _while_copying(self, nbytes: int) -> Beside:
         host = self.device.host_arena(nbytes)
         try:
             host.poison(host.cut(nbytes))
             target = self.device.device_arena(nbytes)
             try:
-                load = copy_load(self.device, host, target)
-                shares = share(self._product(), load, seconds=self.pace.sharing)
+                return self._beside(copy_load(self.device, host, target))
             finally:
                 target.close()
         finally:
             host.close()
-        return shares.compute, shares.load
+
+    def _beside(self, load: Load) -> Beside:
+        """What a load and the CPU leave each other."""
+        seconds = self.pace.sharing / 2
+        return Beside(
+            product=share(self._product(), load, seconds=seconds),
+            start=share(decoding_token(torch.device("cpu")), load, seconds=seconds),
+        )
 
     def _product(self) -> Callable[[], float]:
         cpu = torch.device("cpu")
         return one_row(cpu, torch.bfloat16, nbytes=self.nbytes // 2, timer=device_timer(cpu))
 
-    def _drives(self) -> tuple[tuple[Drive, ...], float, tuple[float, float]]:
+    def _drives(self) -> tuple[tuple[Drive, ...], float, Beside]:
         """The drives, what is left of their rates together, and what reads and products leave each other."""
         engines = engine_maker(self.device.disk_throttle)
         arena = HostArena(AHEAD * PIECE, tier="measuring")
@@ -224,9 +235,9 @@ class Run:
             if files:
                 shares = self.attempt(
                     "products while reading",
-                    lambda: share(self._product(), disk_load(files[0], arena, engines), seconds=self.pace.sharing),
+                    lambda: self._beside(disk_load(files[0], arena, engines)),
                 )
-        return tuple(drives), together or 1.0, (shares.compute, shares.load) if shares else (1.0, 1.0)
+        return tuple(drives), together or 1.0, shares or ALONE
 
     def _different_drives(self) -> list[tuple[str | None, DriveIdentity]]:
         """One folder on each drive: as it was named, and what it is on. Nothing was made there yet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any, Final
 
@@ -39,21 +40,34 @@ def framework_cost(device: torch.device, *, seconds: float, timer: Timer, clock:
         clock: Seconds since any moment, for `seconds` only.
     """
     with quietly():
-        config = LlamaConfig(**_CONFIG)
-        rehearsed = LlamaForCausalLM(config).train(False)
-        make_fake(rehearsed)
-        calls = programs(rehearsed, Workload(batch=1, context=PROMPT + 2), prompt=PROMPT)
-        launches = sum(operation.launches for operation in calls[-1].operations())
-        model = LlamaForCausalLM(config).train(False)
-        nn.Module.to(model, device)
-        ids = torch.ones(1, PROMPT, dtype=torch.long, device=device)
-        cache = model(input_ids=ids, use_cache=True).past_key_values
-
-        def token() -> None:
-            output = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            output.logits[:, -1, :].to(torch.float32, copy=True).argmax(-1)
-            cache.crop(-1)
-
+        token, launches = _decoding(device)
         for _ in range(3):
             token()
         return in_turns({1: lambda: timer.seconds(token) / launches}, seconds=seconds, clock=clock, pick=min)[1]
+
+
+def decoding_token(device: torch.device) -> Callable[[], None]:
+    """Computes a token of that transformer, which is nearly all Python."""
+    with quietly(), torch.no_grad():
+        token, _ = _decoding(device)
+    return torch.no_grad()(token)
+
+
+def _decoding(device: torch.device) -> tuple[Callable[[], None], int]:
+    """Computes a token; and the operations that takes."""
+    config = LlamaConfig(**_CONFIG)
+    rehearsed = LlamaForCausalLM(config).train(False)
+    make_fake(rehearsed)
+    calls = programs(rehearsed, Workload(batch=1, context=PROMPT + 2), prompt=PROMPT)
+    launches = sum(operation.launches for operation in calls[-1].operations())
+    model = LlamaForCausalLM(config).train(False)
+    nn.Module.to(model, device)
+    ids = torch.ones(1, PROMPT, dtype=torch.long, device=device)
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+
+    def token() -> None:
+        output = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output.logits[:, -1, :].to(torch.float32, copy=True).argmax(-1)
+        cache.crop(-1)
+
+    return token, launches

@@ -82,14 +82,14 @@ class Product:
         tokens: Room for the rows.
         rows: Tokens that are multiplied with each matrix.
         timer: Of the device.
-        multiply: How.
+        multiply: How; as models do it, if not said otherwise.
     """
 
     def __init__(
-        self, weights: Weights, tokens: Tensor, rows: int, timer: Timer, multiply: Multiply = functional.linear
+        self, weights: Weights, tokens: Tensor, rows: int, timer: Timer, multiply: Multiply | None = None
     ) -> None:
         self._weights = weights
-        self._multiply = multiply
+        self._multiply = multiply or functional.linear
         # A part of a larger [1, rows, inputs] would keep its first stride, for which some of torch's kernels are 60
         # times slower, though it is as contiguous as this one.
         inputs = weights.all.shape[1]
@@ -131,7 +131,7 @@ def linear_curve(
     clock: Clock = perf_counter,
     rows: Sequence[int] = ROWS,
     shape: Shape | None = None,
-    multiply: Multiply = functional.linear,
+    multiply: Multiply | None = None,
 ) -> Curve:
     """Bytes of weights per second by rows.
 

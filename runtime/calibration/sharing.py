@@ -35,6 +35,20 @@ class Shares:
     load: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beside:
+    """What a load leaves to the CPU, and that to it."""
+
+    product: Shares
+    """Products of one row."""
+    start: Shares
+    """A model's own Python."""
+
+
+ALONE: Final = Beside(product=Shares(compute=1.0, load=1.0), start=Shares(compute=1.0, load=1.0))
+"""Nothing beside it, or nothing known."""
+
+
 def share(
     compute: Callable[[], object],
     load: Load,

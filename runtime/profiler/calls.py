@@ -5,6 +5,9 @@ modules that are recorded carry hooks, because a hook costs many microseconds wh
 of long stacks carry them only in some of their root's calls (`Turns`). Roots are found by a global hook. Where only
 layers are recorded it is there only while modules exist that nobody knows yet: they make themselves known when they get
 parameters.
+
+Where every module is recorded, those of long stacks take turns as well, but only while gradients are off: a backward
+pass, and the activations it waits for, are told by the modules of its forward.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from .paths import above, is_element, layers
 from .recorder import Recorder
 from .schema import NONE, Phase
 from .spans import Spanned
-from .turns import Turns
+from .turns import EVERY_COLD_NS, EVERY_SHARE, Turns
 
 _CALL: Final = nn.Module._call_impl.__code__
 """What calls hooks: it is on the stack once for every module under way."""
@@ -115,7 +118,7 @@ class ModuleWatch:
         self._hooks: dict[int, tuple[Any, Any]] = {}
         """By id of a recorded module: the handles of its hooks."""
         self._stacks: dict[int, _Stack] = {}
-        """By row of a root, where only layers are recorded."""
+        """By row of a root."""
         self._registration: Any = None
         self._finder: Any = None
         self._unknown: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -208,18 +211,23 @@ class ModuleWatch:
         chosen = None if self._every else layers(root)
         rows: dict[str, int] = {}
         by_turns: list[weakref.ref[nn.Module]] = []
+        elements: set[str] = set()
         for path, module in root.named_modules():
             self._unknown.discard(module)
             parent = next((rows[up] for up in above(path) if up in rows), NONE)
             if chosen is None or path in chosen:
-                kind, sampled = type(module).__name__, not self._every and is_element(root, path)
+                kind, sampled = type(module).__name__, is_element(root, path)
                 rows[path] = self._recorder.module(path=prefix + path, kind=kind, parent=parent, sampled=sampled)
                 self._hook(module)
                 if sampled:
+                    elements.add(path)
+                if sampled or (self._every and not elements.isdisjoint(above(path))):
                     by_turns.append(weakref.ref(module))
             self._remember(module, rows.get(path, NONE))
         if by_turns:
-            self._stacks[rows[""]] = _Stack(Turns(len(by_turns)), by_turns)
+            count = len(by_turns)
+            turns = Turns(count, cold_ns=EVERY_COLD_NS, share=EVERY_SHARE) if self._every else Turns(count)
+            self._stacks[rows[""]] = _Stack(turns, by_turns)
         return rows[""]
 
     def _hook(self, module: nn.Module) -> None:
@@ -233,7 +241,7 @@ class ModuleWatch:
 
     def _take_turn(self, stack: _Stack) -> None:
         """Let the layers of a root that is about to run carry hooks, or none."""
-        wanted = stack.turns.next()
+        wanted = stack.turns.next() or (self._every and torch.is_grad_enabled())
         for known in stack.layers:
             layer = known()
             if layer is None or (id(layer) in self._hooks) is wanted:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from .pages import PAGE, resident_nbytes
 
-SHARE: Final = {"light": 2000, "full": 200}
+SHARE: Final = {"light": 2000, "full": 500}
 """By level: looks may take one part in so many of the time. Each walks all free chunks, and pages of the heap."""
 ALLOWANCE_NS: Final = 10_000_000
 """What looks may take beyond that: a program that grows deserves some at its start."""

@@ -1,9 +1,9 @@
 """Which calls of a root have its layers recorded, so that recording stays cheap. No torch.
 
 Between the operations of a large model a hook finds nothing of itself in the processor's caches: it costs some 50 µs
-where a loop over hooks measures five. That is nothing in a call of a second, and several percent of one of a
-millisecond. So a root's layers are recorded in one of so many of its calls that their hooks stay below `SHARE` of what
-the calls take.
+where a loop over hooks measures five, and 25 where every module has one. That is nothing in a call of a second, and
+several percent of one of a millisecond. So a root's layers are recorded in one of so many of its calls that their hooks
+stay below a share of what the calls take.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ COLD_NS: Final = 50_000
 """What the hooks of one layer cost."""
 SHARE: Final = 0.002
 """Of the time of the calls, at most; but for the first ones, and one in `RAREST`."""
+EVERY_COLD_NS: Final = 25_000
+"""What those of one module cost where all modules are recorded, coming and going included."""
+EVERY_SHARE: Final = 0.015
+"""Of the time of the calls, there."""
 FIRST: Final = 2
 """Calls that are recorded whole, whatever that costs: a prompt, and the token after it."""
 RAREST: Final = 64
@@ -24,10 +28,13 @@ class Turns:
 
     Args:
         layers: How many of its layers carry hooks in a call that is recorded whole.
+        cold_ns: What those of one cost.
+        share: Of the time of the calls, at most.
     """
 
-    def __init__(self, layers: int) -> None:
-        self._cost_ns = layers * COLD_NS
+    def __init__(self, layers: int, *, cold_ns: int = COLD_NS, share: float = SHARE) -> None:
+        self._cost_ns = layers * cold_ns
+        self._share = share
         self._begun = 0
         self._since = 0
         """Calls begun since the last one that was recorded whole."""
@@ -38,7 +45,7 @@ class Turns:
         """A call begins: whether its layers are recorded."""
         self._begun += 1
         self._since += 1
-        if self._begun > FIRST and self._since * self._took_ns * SHARE < self._cost_ns and self._since < RAREST:
+        if self._begun > FIRST and self._since * self._took_ns * self._share < self._cost_ns and self._since < RAREST:
             return False
         self._since = 0
         return True

@@ -20,13 +20,13 @@ import torch
 from torch import nn
 
 from ...kernels.scratch import SUBCHUNK
-from ...memory.arena import round_up
+from ...memory.arena import PAGE, round_up
 from ...memory.errors import UsageError
 from ...memory.image import ALIGN
 from ..beside import Beside, trained_in
 from ..devices.base import Device
 from ..layout import Changing
-from .adaptershards import AdapterShards
+from .pipeline import BUFFERS
 from .preparing import only_trained
 from .shards import cut_shards
 
@@ -206,7 +206,8 @@ def changing(parameters: Sequence[nn.Parameter], device: Device, *, arrays: int,
     norm = 0 if wide else max((4 * p.numel() for p in parameters if p.dtype != torch.float32), default=0)
     weights = sum(parameter.nbytes for parameter in parameters)
     in_host = weights if not device.separate or device.torch_device.type != "cpu" else 0
-    own = AdapterShards.needed_nbytes(shards, arrays) + gradients + norm + 2 * 12 * SUBCHUNK + in_host
+    states = sum(arrays * shard.array_nbytes for shard in shards) + BUFFERS * PAGE
+    own = states + gradients + norm + 2 * 12 * SUBCHUNK + in_host
     return Changing(
         own_nbytes=own,
         own_device_nbytes=weights if device.separate else 0,

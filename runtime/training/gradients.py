@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate as accumulated
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from ...kernels.accumulation import accumulate
+from ...kernels.norms import gradient_norm
 from ...kernels.scratch import Scratch
 from ...memory.arena import HostArena, round_up
 from ...memory.errors import UsageError
 from ...memory.image import ALIGN
+from .spill import GradientSpill
 from .taken import TakenGradient
 
 
@@ -33,32 +35,84 @@ class Trained:
         return self.parameter.numel()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SpilledGradient:
+    """A gradient that is on disk."""
+
+    elements: int
+    norm: torch.Tensor | None
+    """Of all of it in fp32, 0-dim; None while a further backward may add to it."""
+
+
+Gradient = torch.Tensor | SpilledGradient
+"""Of one step: flat and in host memory, or on disk."""
+
+
+class WideGradient:
+    """One gradient in fp32, for as long as no other one is asked for.
+
+    One buffer for all of them: of those that are allocated anew, the norms, small and long-lived, keep malloc from
+    giving half back until the next step.
+    """
+
+    def __init__(self, elements: int) -> None:
+        """`elements`: of the longest. Memory is taken on first use."""
+        self._elements = elements
+        self._buffer: torch.Tensor | None = None
+
+    def room(self, elements: int) -> torch.Tensor:
+        """The buffer's first elements, fp32."""
+        if self._buffer is None:
+            self._buffer = torch.empty(self._elements, dtype=torch.float32)
+        return self._buffer[:elements]
+
+    def of(self, gradient: torch.Tensor) -> torch.Tensor:
+        """A flat gradient in fp32, in host memory; itself where it is that."""
+        if gradient.dtype == torch.float32 and gradient.device.type == "cpu":
+            return gradient
+        return self.room(len(gradient)).copy_(gradient)
+
+
 class GradientRoom:
-    """A place for the gradient of every parameter, made once.
+    """A place for the gradient of each of some parameters, made once.
 
     Kept where autograd puts them, between activations that come and go, gradients leave holes that malloc cannot use:
     100 MiB and more of a few hundred. A place is used again in the next step: by then the forward has waited for the
     update that used it.
     """
 
-    def __init__(self, trained: Sequence[Trained], *, wide: bool) -> None:
-        """`wide`: in fp32, for gradients that are added up; else in the dtype of the parameter."""
-        self._dtypes = [torch.float32 if wide else each.parameter.dtype for each in trained]
-        sizes = [each.elements * dtype.itemsize for each, dtype in zip(trained, self._dtypes, strict=True)]
+    def __init__(self, trained: Sequence[Trained], *, wide: bool, elsewhere: Collection[int] = ()) -> None:
+        """Make it.
+
+        Args:
+            trained: All parameters.
+            wide: In fp32, for gradients that are added up; else in the dtype of the parameter.
+            elsewhere: The numbers of those that need no place here.
+        """
+        self._dtypes = [gradient_dtype(each, wide=wide) for each in trained]
+        sizes = [
+            0 if index in elsewhere else each.elements * dtype.itemsize
+            for index, (each, dtype) in enumerate(zip(trained, self._dtypes, strict=True))
+        ]
         self._offsets = list(accumulated((round_up(size, ALIGN) for size in sizes), initial=0))
         self._sizes = sizes
-        self._arena = HostArena(max(self._offsets[-1], 1), tier="gradients")
+        self.arena = HostArena(max(self._offsets[-1], 1), tier="gradients")
 
     def put(self, index: int, flat: torch.Tensor) -> torch.Tensor:
         """A copy of a gradient in its place."""
         if not self._sizes[index]:
             return flat.cpu()
-        raw = self._arena.view(self._offsets[index], self._sizes[index])
+        raw = self.arena.view(self._offsets[index], self._sizes[index])
         return torch.frombuffer(raw, dtype=self._dtypes[index]).copy_(flat)
 
     def close(self) -> None:
         """Give the memory back."""
-        self._arena.close()
+        self.arena.close()
+
+
+def gradient_dtype(each: Trained, *, wide: bool) -> torch.dtype:
+    """What the gradient of a parameter is kept in."""
+    return torch.float32 if wide else each.parameter.dtype
 
 
 class Gradients:
@@ -69,7 +123,13 @@ class Gradients:
     """
 
     def __init__(
-        self, trained: Sequence[Trained], scratch: Scratch, *, most: int = 1, room: GradientRoom | None = None
+        self,
+        trained: Sequence[Trained],
+        scratch: Scratch,
+        *,
+        most: int = 1,
+        room: GradientRoom | None = None,
+        spill: GradientSpill | None = None,
     ) -> None:
         """Take gradients in from now on.
 
@@ -78,15 +138,18 @@ class Gradients:
             scratch: Of the thread in which backward runs.
             most: Backward passes of a step.
             room: Where they are kept; None to keep them where autograd put them.
+            spill: Where those go that are not kept.
         """
         self._trained = trained
         self._room = room
+        self._spill = spill
+        self.wide = WideGradient(max(each.elements for each in trained))
         self._most = most
         self._came = [0] * len(trained)
         self.on_whole: Callable[[int], None] | None = None
         """Called with the number of each parameter whose gradients of a step have all come."""
         self._scratch = scratch
-        self._kept: list[torch.Tensor | None] = [None] * len(trained)
+        self._kept: list[Gradient | None] = [None] * len(trained)
         self._shown: list[TakenGradient | None] = [None] * len(trained)
         """What `.grad` was left as, where a gradient is kept."""
         self._hooks: list[Any] = []
@@ -132,6 +195,9 @@ class Gradients:
                 f"the gradient of {self._trained[index].name} has gone into an update already, which nothing had to "
                 "wait for. Clip with max_grad_norm, as in penstock.AdamW(lr=…, max_grad_norm=1.0), not in .grad"
             )
+        if isinstance(kept, SpilledGradient):
+            assert self._spill is not None
+            return self._spill.get(index)
         return kept
 
     def add(self, index: int, grad: torch.Tensor) -> None:
@@ -139,6 +205,7 @@ class Gradients:
 
         Raises:
             UsageError: it is sparse, or comes from more backward passes than a step was said to have.
+            DiskError: it is to go to disk, and it or one before it cannot.
         """
         each = self._trained[index]
         if self._came[index] == self._most:
@@ -160,6 +227,10 @@ class Gradients:
             )
         flat = _as_in_memory(grad.detach(), each)
         kept = self._kept[index]
+        if self._spill is not None and index in self._spill:
+            self._kept[index] = self._send(index, flat, self._spill, first=kept is None)
+            return
+        assert not isinstance(kept, SpilledGradient)
         if kept is None:
             self._kept[index] = flat.cpu() if self._room is None else self._room.put(index, flat)
             return
@@ -168,26 +239,53 @@ class Gradients:
         accumulate(kept, flat.cpu(), first=False, scratch=self._scratch)
         self._kept[index] = kept
 
+    def _send(self, index: int, flat: torch.Tensor, spill: GradientSpill, *, first: bool) -> SpilledGradient:
+        """Send one to disk, with what has come of it before. The norm is taken here, while it is in memory."""
+        if not first:
+            total = self.wide.room(len(flat))
+            spill.load(index, total)
+            accumulate(total, flat.cpu(), first=False, scratch=self._scratch)
+            flat = total
+        norm = gradient_norm(self.wide.of(flat)) if self._came[index] == self._most else None
+        spill.put(index, flat)
+        return SpilledGradient(elements=len(flat), norm=norm)
+
     def pop(self, index: int) -> torch.Tensor:
         """One that is there, flat and in host memory. It is not kept."""
         gradient, self._kept[index] = self._kept[index], None
-        assert gradient is not None
+        assert isinstance(gradient, torch.Tensor)
         return gradient
 
-    def take(self) -> list[torch.Tensor | None]:
-        """All of them, flat and in host memory; None where no backward reached a parameter. None is kept.
+    def take(self) -> list[Gradient | None]:
+        """All of them; None where no backward reached a parameter. None is kept. What went to disk is there.
 
         Raises:
             UsageError: one was put into `.grad` by hand, and does not fit what else is kept.
+            DiskError: one is lost, which was to go to disk. All are forgotten.
         """
         for index, each in enumerate(self._trained):
             self._settle(index)
             if each.parameter.grad is not None:  # by hand, or of a time before it was streamed
                 grad, each.parameter.grad = each.parameter.grad, None
                 self.add(index, grad)
+        if self._spill is not None:
+            try:
+                self._spill.settle()
+                self._end_norms(self._spill)
+            except Exception:
+                self.clear()
+                raise
         kept, self._kept = self._kept, [None] * len(self._trained)
         self._came = [0] * len(self._trained)
         return kept
+
+    def _end_norms(self, spill: GradientSpill) -> None:
+        """Take the norms of those that could have been of more backward passes than they are."""
+        for index, kept in enumerate(self._kept):
+            if isinstance(kept, SpilledGradient) and kept.norm is None:
+                whole = self.wide.room(kept.elements)
+                spill.load(index, whole)
+                self._kept[index] = replace(kept, norm=gradient_norm(whole))
 
     def clear(self) -> None:
         """Forget all of them."""
@@ -196,11 +294,13 @@ class Gradients:
             each.parameter.grad = None
         self._kept = [None] * len(self._trained)
         self._came = [0] * len(self._trained)
+        if self._spill is not None:
+            self._spill.forget()
 
     @property
     def nbytes(self) -> int:
         """Of host memory, now."""
-        return sum(grad.nbytes for grad in self._kept if grad is not None)
+        return sum(grad.nbytes for grad in self._kept if isinstance(grad, torch.Tensor))
 
     def close(self) -> None:
         """Leave the parameters alone from now on."""
@@ -209,6 +309,8 @@ class Gradients:
         self.clear()
         if self._room is not None:
             self._room.close()
+        if self._spill is not None:
+            self._spill.close()
 
 
 def _as_in_memory(grad: torch.Tensor, each: Trained) -> torch.Tensor:

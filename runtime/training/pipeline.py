@@ -1,48 +1,68 @@
 """Reading, changing and writing shards, three at a time: while one is changed the next is read and the last is written.
 
-Bytes: every array of a shard is read once and written once, 12 and 12 per parameter with AdamW. The bound of a run
-over all shards is max(work, bytes / mixed rate of the drive); three buffers reach it as long as work and transfers of
-a shard take about as long as those of the next.
+Bytes: every array of a shard is read once and written once, 12 and 12 per parameter with AdamW; of shards that stay in
+host memory nothing is. The bound of a run over all shards is max(work, bytes / mixed rate of the drive); three buffers
+reach it as long as work and transfers of a shard take about as long as those of the next.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, Protocol
 
 import torch
 
 from ...memory.arena import PAGE, HostArena, Slot, round_up
 from ...memory.disk import DiskEngine, Transfer
-from ...memory.errors import StallError
-from ...memory.image import whole_window
-from ...memory.store import BlockStore, checksum
+from ...memory.store import BlockStore
+from .residents import ResidentShards
+from .shardfiles import STALL_S, ShardFiles
 from .shards import Shard
 
 BUFFERS: Final = 4
 """Shards in memory: one that is changed, one on each side of it, and one that lets a slow one catch up."""
-STALL_S: Final = 120.0
 
 Work = Callable[[Shard, Sequence[torch.Tensor]], None]
 """Changes the arrays of a shard in place: fp32, [elements] each."""
 
 
-class Pipeline(Protocol):
-    """What carries work out on shards, wherever they are."""
+class Pending(Protocol):
+    """What is read ahead beside a shard."""
 
-    def run(self, take: Callable[[], int | None], work: Work, *, new: bool = False, write: bool = True) -> None:
-        """Work on shards until there are no more."""
-        ...
+    def wait(self) -> None:
+        """Wait for it, and raise what it met."""
 
-    def write_out(self) -> None:
-        """See that the store has the present state of all shards."""
-        ...
+    def cancel(self) -> None:
+        """Give it up; nothing touches the memory afterwards."""
 
-    def close(self) -> None:
-        """Give the memory back."""
-        ...
+
+Beside = Callable[[Shard, memoryview], Pending | None]
+"""Begins to read what the work on a shard needs beside it, into memory of the buffer; None where it needs nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Ahead:
+    """A shard that was taken."""
+
+    shard: Shard
+    slot: Slot
+    raw: memoryview
+    """Its arrays: in the slot, or where it stays."""
+    reading: Transfer | None
+    beside: Pending | None
+
+    def give_up(self) -> None:
+        """Wait until nobody writes to its memory any more."""
+        if self.reading is not None:
+            self.reading.cancel()
+            with suppress(Exception):  # what it met is of no interest any more
+                self.reading.wait(STALL_S)
+        if self.beside is not None:
+            self.beside.cancel()
 
 
 class ShardPipeline:
@@ -53,32 +73,48 @@ class ShardPipeline:
         engine: Reads and writes.
         shards: All there are.
         arrays: How many each has.
+        kept: The numbers of those that stay in host memory.
+        beside_nbytes: Memory for what is read beside a shard.
     """
 
-    def __init__(self, *, store: BlockStore, engine: DiskEngine, shards: Sequence[Shard], arrays: int) -> None:
-        self._store = store
-        self._engine = engine
+    def __init__(
+        self,
+        *,
+        store: BlockStore,
+        engine: DiskEngine,
+        shards: Sequence[Shard],
+        arrays: int,
+        kept: Collection[int] = (),
+        beside_nbytes: int = 0,
+    ) -> None:
         self._shards = shards
         self._arrays = arrays
-        each = max(arrays * shard.array_nbytes for shard in shards)
-        self._arena = HostArena(BUFFERS * round_up(each), tier="shards")
+        self._files = ShardFiles(store, engine)
+        self._residents = ResidentShards(self._files, shards, kept, arrays)
+        self._beside_at = max((arrays * shard.array_nbytes for shard in shards if shard.id not in kept), default=0)
+        each = max(self._beside_at + round_up(beside_nbytes), PAGE)
+        self._arena = HostArena(BUFFERS * each, tier="shards")
         self._free = deque(self._arena.cut(each) for _ in range(BUFFERS))
-        self._changed = threading.Condition()
-        self._writing: set[int] = set()
-        """Shards whose writes have not landed: what is on disk is older than what they hold."""
-        self._error: Exception | None = None
 
     @property
-    def nbytes(self) -> int:
-        """Host memory that it takes."""
-        return self._arena.nbytes
+    def arenas(self) -> tuple[HostArena, ...]:
+        """The host memory that it takes: what shards stay in, if any does. What they pass through is small."""
+        return () if self._residents.arena is None else (self._residents.arena,)
 
     @staticmethod
     def needed_nbytes(shards: Sequence[Shard], arrays: int) -> int:
-        """What it would take."""
+        """What it would take for shards of which none stays, with nothing beside them."""
         return BUFFERS * max(arrays * shard.array_nbytes for shard in shards)
 
-    def run(self, take: Callable[[], int | None], work: Work, *, new: bool = False, write: bool = True) -> None:
+    def run(
+        self,
+        take: Callable[[], int | None],
+        work: Work,
+        *,
+        new: bool = False,
+        write: bool = True,
+        beside: Beside | None = None,
+    ) -> None:
         """Work on shards until there are no more; returns when the last has been written.
 
         Args:
@@ -87,35 +123,47 @@ class ShardPipeline:
             work: What to do with each.
             new: They are not there yet: nothing is read, and the arrays start as zeros.
             write: Write them back. Without, they are only looked at.
+            beside: What is to be read with each.
 
         Raises:
             PenstockError: a shard could not be read or written, or is damaged.
         """
-        ahead: deque[tuple[Shard, Slot, Transfer | None]] = deque()
+        ahead: deque[_Ahead] = deque()
         try:
-            while self._read_ahead(take, ahead, new):
-                shard, slot, transfer = ahead.popleft()
+            while self._read_ahead(take, ahead, new, beside):
+                taken = ahead.popleft()
                 writing = False
                 try:
-                    self._one(shard, slot, transfer, work)
-                    if write:
-                        self._write(shard, slot)
+                    self._one(taken, work, new, write)
+                    if write and taken.shard not in self._residents:
+                        span = self._files.begin(taken.shard)
                         writing = True
+                        self._files.write(taken.shard, span, taken.raw, partial(self._give_back, taken.slot))
                 finally:
                     if not writing:  # the write gives it back
-                        self._give_back(slot)
+                        taken.give_up()
+                        self._give_back(taken.slot)
         finally:
-            for _, slot, transfer in ahead:
-                if transfer is not None:
-                    transfer.cancel()
-                    transfer.add_done_callback(lambda _, slot=slot: self._give_back(slot))  # type: ignore[misc]
-                else:
-                    self._give_back(slot)
+            for taken in ahead:
+                taken.give_up()
+                self._give_back(taken.slot)
             self._all_back()
-        self._raise()
+        self._files.raise_error()
+
+    def write_out(self) -> None:
+        """Begin to write what stays in host memory and has changed: a commit from now on has it. See `ResidentShards`.
+
+        Raises:
+            PenstockError: the store stopped, or a write failed.
+        """
+        self._residents.write_out()
+
+    def settle(self) -> None:
+        """Wait until that is on disk: before the drive's threads are stopped."""
+        self._residents.settle()
 
     def _read_ahead(
-        self, take: Callable[[], int | None], ahead: deque[tuple[Shard, Slot, Transfer | None]], new: bool
+        self, take: Callable[[], int | None], ahead: deque[_Ahead], new: bool, beside: Beside | None
     ) -> bool:
         """Start reading as many as there are buffers for, one at least. Whether there is anything to work on."""
         while (slot := self._take(wait=not ahead)) is not None:
@@ -123,92 +171,64 @@ class ShardPipeline:
             if number is None:
                 self._give_back(slot)
                 break
-            shard = self._shards[number]
             try:
-                ahead.append((shard, slot, None if new else self._read(shard, slot)))
+                ahead.append(self._begin(self._shards[number], slot, new, beside))
             except BaseException:  # the drive's threads have been stopped, for one
                 self._give_back(slot)
                 raise
         return bool(ahead)
 
-    def _read(self, shard: Shard, slot: Slot) -> Transfer:
-        with self._changed:
-            if not self._changed.wait_for(lambda: shard.id not in self._writing or self._error, timeout=STALL_S):
-                raise _stalled()
-        span = self._store.location(shard.id)
-        window = whole_window(span.path, span.offset, round_up(span.nbytes))
-        return self._engine.read([window], [], self._arena.view(slot.offset, slot.nbytes))
+    def _begin(self, shard: Shard, slot: Slot, new: bool, beside: Beside | None) -> _Ahead:
+        stays = shard in self._residents
+        raw = self._residents.view(shard) if stays else self._arena.view(slot.offset, self._arrays * shard.array_nbytes)
+        reading = None if new or (stays and self._residents.has(shard)) else self._files.read(shard, raw)
+        taken = _Ahead(shard=shard, slot=slot, raw=raw, reading=reading, beside=None)
+        if beside is None:
+            return taken
+        try:
+            room = self._arena.view(slot.offset + self._beside_at, slot.nbytes - self._beside_at)
+            return replace(taken, beside=beside(shard, room))
+        except BaseException:
+            taken.give_up()
+            raise
 
-    def _one(self, shard: Shard, slot: Slot, transfer: Transfer | None, work: Work) -> None:
-        raw = self._arena.view(slot.offset, self._arrays * shard.array_nbytes)
-        if transfer is None:
-            raw[:] = bytes(len(raw))
-        else:
-            transfer.wait()
-            self._store.check(shard.id, raw)
-        work(shard, arrays_of(raw, shard, self._arrays))
-
-    def _write(self, shard: Shard, slot: Slot) -> None:
-        raw = self._arena.view(slot.offset, self._arrays * shard.array_nbytes)
-        found = checksum(raw)
-        span = self._store.begin_write(shard.id)
-        assert span is not None
-        with self._changed:
-            self._writing.add(shard.id)
-        transfer = self._engine.write(span.path, span.offset, raw)
-
-        def landed(done: Transfer) -> None:
-            try:
-                if done.error is None:
-                    self._store.written(shard.id, found)
-                else:
-                    self._store.write_failed(shard.id, done.error)
-                    self._fail(done.error)
-            except Exception as error:  # it must surface where the work is done, not in a thread of the drive
-                self._fail(error)
-            finally:
-                with self._changed:
-                    self._writing.discard(shard.id)
-                self._give_back(slot)
-
-        transfer.add_done_callback(landed)
+    def _one(self, taken: _Ahead, work: Work, new: bool, write: bool) -> None:
+        shard, stays = taken.shard, taken.shard in self._residents
+        if new:
+            taken.raw[:] = bytes(len(taken.raw))
+        elif taken.reading is not None:
+            taken.reading.wait()
+            self._files.check(shard, taken.raw)
+            if stays:
+                self._residents.loaded(shard)
+        if taken.beside is not None:
+            taken.beside.wait()
+        if stays and write:
+            self._residents.wait_unwritten(shard)
+        work(shard, arrays_of(taken.raw, shard, self._arrays))
+        if stays and write:
+            self._residents.changed(shard)
 
     def _take(self, *, wait: bool) -> Slot | None:
-        with self._changed:
-            if wait and not self._changed.wait_for(lambda: self._free or self._error, timeout=STALL_S):
-                raise _stalled()
-            self._raise()
+        with self._files.changed:
+            if wait:
+                self._files.wait_for(lambda: self._files.failed or bool(self._free))
+            self._files.raise_error()
             return self._free.popleft() if self._free else None
 
     def _give_back(self, slot: Slot) -> None:
-        with self._changed:
+        with self._files.changed:
             self._free.append(slot)
-            self._changed.notify_all()
+            self._files.changed.notify_all()
 
     def _all_back(self) -> None:
-        with self._changed:
-            if not self._changed.wait_for(lambda: len(self._free) == BUFFERS, timeout=STALL_S):
-                raise _stalled()
-
-    def _fail(self, error: Exception) -> None:
-        with self._changed:
-            self._error = self._error or error
-            self._changed.notify_all()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def write_out(self) -> None:
-        """Nothing is left to do: `run` returns when all has been written."""
+        with self._files.changed:
+            self._files.wait_for(lambda: len(self._free) == BUFFERS)
 
     def close(self) -> None:
         """Give the memory back."""
+        self._residents.close()
         self._arena.close()
-
-
-def _stalled() -> StallError:
-    return StallError(f"no shard of the optimizer's state was written for {STALL_S:.0f} s: is the drive still there?")
 
 
 def arrays_of(raw: memoryview, shard: Shard, count: int) -> list[torch.Tensor]:

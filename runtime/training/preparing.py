@@ -4,42 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...kernels.optimizer import GRADIENT_DTYPES, Optimizer
-from ...kernels.scratch import SUBCHUNK, Scratch
-from ...memory.arena import round_up
+from ...kernels.scratch import Scratch
 from ...memory.errors import StoreError, UsageError
 from ...memory.files import disk_error
+from ...memory.scratch import Scratch as ScratchFolder
 from ...memory.store import BlockSpec, BlockStore
+from ...memory.trim import return_free_memory
 from ..beside import trained_in
 from ..build import Machinery
 from ..launch import open_scratch, scratch_files
-from ..layout import Changing
 from ..recompute import recompute
-from .adaptershards import AdapterShards
 from .adapterweights import AdapterWeights
 from .buffers import restore_buffers
 from .facade import StreamedOptimizer
 from .gradients import GradientRoom, Gradients, Trained
 from .optimizers import SGD, AdamW, Lion, OptimizerChoice
-from .pipeline import BUFFERS, Pipeline, ShardPipeline
+from .pipeline import ShardPipeline
+from .room import TrainingRoom, adapter_room, plan_room, tell
 from .run import Origin, RunState, Settings, decode, set_random_state
-from .shards import ELEMENTS, GRAIN, Shard, cut_shards
-from .training import BEHIND, Training
+from .shards import ELEMENTS, Shard, cut_shards
+from .spill import GradientSpill
+from .training import Training
 from .updater import SMALL, Updater
 from .weights import TrainedWeights, Weights
-
-MOST_BLOCK: Final = 64 << 20
-ARRAYS: Final = 3
-"""Of a shard, at most: masters and two states."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +78,16 @@ def attach(
         ]
         store = BlockStore.create(folders.states, specs, identity=identity_of(trained, shards, choice.mathematics))
         made.callback(store.close)
-        training = assemble(
-            machinery,
-            trained,
-            shards,
-            store,
-            choice.kernel,
-            scratch_of(folders, machinery, made),
-            settings,
-            arrays=arrays,
-        )
+        scratches = scratches_of(folders, machinery, made)
+        room = room_of(machinery, trained, shards, settings, arrays=arrays)
+        training = assemble(machinery, trained, shards, store, choice.kernel, scratches, settings, room, arrays=arrays)
         made.callback(training.close)
         training.write_masters(master_of(machinery, trained))
         finish_before_export(model, training)
         optimizer = StreamedOptimizer(training, choice, store, model=model, origin=origin, settings=settings)
+        tell(model, machinery, room)
+        return_free_memory()  # of masters that passed through
+        machinery.before_close(training.settle)
         machinery.on_close(made.pop_all().close)
     return optimizer
 
@@ -121,15 +114,19 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
                 f"{folders.states[0]} belongs to another model: its parameters have other names, shapes or places. "
                 "Give the one that the run was begun with"
             )
+        scratches = scratches_of(folders, machinery, made)
+        arrays = arrays_of(choice)
+        room = room_of(machinery, trained, shards, settings, arrays=arrays)
         training = assemble(
             machinery,
             trained,
             shards,
             store,
             choice.kernel,
-            scratch_of(folders, machinery, made),
+            scratches,
             settings,
-            arrays=arrays_of(choice),
+            room,
+            arrays=arrays,
             counts=state.steps,
         )
         made.callback(training.close)
@@ -140,13 +137,25 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
             training, choice, store, model=model, origin=origin, settings=settings, state=state
         )
         set_random_state(state.random)
+        tell(model, machinery, room)
+        return_free_memory()  # of masters that passed through
+        machinery.before_close(training.settle)
         machinery.on_close(made.pop_all().close)
     return optimizer
 
 
-def scratch_of(folders: RunFolders, machinery: Machinery, made: ExitStack) -> list[str]:
-    """Files for weights that change, to be closed with `made`; none where those that stream do not."""
-    return scratch_files(open_scratch(folders.scratch, made), "weights.bin") if machinery.trains else []
+def scratches_of(folders: RunFolders, machinery: Machinery, made: ExitStack) -> list[ScratchFolder]:
+    """Folders for weights that change and for gradients, to be closed with `made`; none where adapters are trained."""
+    return open_scratch(folders.scratch, made) if machinery.trains else []
+
+
+def room_of(
+    machinery: Machinery, trained: Sequence[Trained], shards: Sequence[Shard], settings: Settings, *, arrays: int
+) -> TrainingRoom:
+    """What of gradients and states stays in host memory: of adapters, all."""
+    if machinery.trains:
+        return plan_room(machinery, trained, shards, settings, arrays=arrays)
+    return adapter_room(trained, shards, settings, arrays=arrays)
 
 
 def check_new(folders: RunFolders) -> None:
@@ -211,28 +220,6 @@ def arrays_of(choice: OptimizerChoice) -> int:
     return 1 + len(choice.kernel.states_of(choice.kernel.hyper_of(choice.defaults())))
 
 
-def changing(weights: Collection[int], *, accumulate: int, early: bool, limit: int | None = None) -> Changing:
-    """Host memory that training takes beside weights of so many bytes each.
-
-    Gradients: of all weights in their dtype, in fp32 where several are added up, or only of those blocks that wait for
-    their update where updates begin early. The buffers that shards pass through; what norms and updates compute with;
-    one buffer that a block of weights is put together in.
-
-    Args:
-        weights: Bytes of each.
-        accumulate: Backward passes of a step.
-        early: Whether updates begin in backward.
-        limit: What the blocks of a run that goes on were cut by.
-    """
-    total, largest = sum(weights), max(weights, default=0)
-    block = max(largest, min(MOST_BLOCK, total // 8))
-    shards = BUFFERS * ARRAYS * 4 * min(ELEMENTS, round_up(total // 2, GRAIN))
-    waiting = min(total, (BEHIND + 1) * block + total // 32)  # the small tensors wait until the end
-    gradients = 2 * total if accumulate > 1 else waiting if early else total
-    own = gradients + shards + 2 * largest + 2 * 12 * SUBCHUNK + block
-    return Changing(own_nbytes=own, block_nbytes=block, limit_nbytes=limit)
-
-
 def only_trained(model: nn.Module, names: Sequence[str]) -> None:
     """Let these parameters want a gradient and no others.
 
@@ -295,7 +282,7 @@ def shards_of(trained: Sequence[Trained], machinery: Machinery) -> tuple[Shard, 
         block.id: [number[portion.name] for portion in block.portions if portion.name in number]
         for block in machinery.layout.blocks
     }
-    return cut_shards([each.elements for each in trained], blocks)
+    return cut_shards([each.elements for each in trained], blocks, most=ELEMENTS)
 
 
 def beside_blocks(trained: Sequence[Trained]) -> tuple[Shard, ...]:
@@ -309,37 +296,53 @@ def assemble(
     shards: Sequence[Shard],
     store: BlockStore,
     kernel: Optimizer[Any],
-    paths: Sequence[str],
+    scratches: Sequence[ScratchFolder],
     settings: Settings,
+    room: TrainingRoom,
     *,
     arrays: int,
     counts: Sequence[int] = (),
 ) -> Training:
     """Everything that trains, around a store."""
-    pipeline: Pipeline
+    names = [each.name for each in trained]
+    spill = None
+    if room.spilled:
+        paths = scratch_files(scratches, "gradients.bin")
+        spill = GradientSpill(
+            names, room.spilled, shards, itemsizes=room.itemsizes, engine=machinery.engine, paths=paths
+        )
+    pipeline = ShardPipeline(
+        store=store,
+        engine=machinery.engine,
+        shards=shards,
+        arrays=arrays,
+        kept=room.resident,
+        beside_nbytes=0 if spill is None else max(spill.beside_nbytes(shard) for shard in shards),
+    )
     weights: Weights
     if machinery.trains:
-        pipeline = ShardPipeline(store=store, engine=machinery.engine, shards=shards, arrays=arrays)
-        weights = TrainedWeights(machinery, paths)
+        weights = TrainedWeights(machinery, scratch_files(scratches, "weights.bin"))
     else:
-        pipeline = AdapterShards(store=store, engine=machinery.engine, shards=shards, arrays=arrays)
         weights = AdapterWeights(trained)
-    together = settings.updates == "step"
-    room = GradientRoom(trained, wide=settings.accumulate > 1) if together else None
+    wide = settings.accumulate > 1
+    kept = GradientRoom(trained, wide=wide, elsewhere=room.spilled) if settings.updates == "step" else None
+    for arena in (*pipeline.arenas, *(() if kept is None else (kept.arena,))) if machinery.trains else ():
+        machinery.count(arena)
     return Training(
         machinery=machinery,
         trained=trained,
-        gradients=Gradients(trained, Scratch.of(), most=settings.accumulate, room=room),
+        gradients=Gradients(trained, Scratch.of(), most=settings.accumulate, room=kept, spill=spill),
         shards=shards,
         pipeline=pipeline,
         weights=weights,
         updater=Updater(
             executor=machinery.executor,
             shards=shards,
-            names=[each.name for each in trained],
+            names=names,
             pipeline=pipeline,
             weights=weights,
             kernel=kernel,
+            spill=spill,
         ),
         counts=counts,
     )

@@ -19,8 +19,8 @@ from ...kernels.norms import GradientNorms, clip_coefficient
 from ...kernels.optimizer import Clip
 from ...memory.errors import ClosedError, PenstockError, UsageError
 from ..build import Machinery
-from .gradients import Gradients, Trained
-from .pipeline import Pipeline
+from .gradients import Gradient, Gradients, SpilledGradient, Trained
+from .pipeline import ShardPipeline
 from .shards import Shard
 from .updater import SMALL, Step, Updater
 from .weights import Weights
@@ -57,7 +57,7 @@ class Training:
         trained: Sequence[Trained],
         gradients: Gradients,
         shards: Sequence[Shard],
-        pipeline: Pipeline,
+        pipeline: ShardPipeline,
         weights: Weights,
         updater: Updater,
         counts: Sequence[int] = (),
@@ -78,8 +78,6 @@ class Training:
             for piece in shard.pieces:
                 self._blocks[piece.parameter] = shard.block
         self._last_norm: torch.Tensor | None = None
-        self._wide: torch.Tensor | None = None
-        """One gradient in fp32."""
         self._hypers: Hypers | None = None
         """Where blocks are submitted by backward."""
         self._step: Step | None = None
@@ -145,27 +143,18 @@ class Training:
         if SMALL in blocks:
             self._updater.wait(SMALL)
 
-    def _norm(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    def _norm(self, gradients: Sequence[Gradient | None]) -> torch.Tensor | None:
         """The norm of all gradients in fp32, as `clip_grad_norm_` has it; None if there is none."""
         norms = GradientNorms(len(gradients))
         for index, gradient in enumerate(gradients):
-            if gradient is not None:
-                norms.add(index, self._in_fp32(gradient))
+            if isinstance(gradient, torch.Tensor):
+                norms.add(index, self.gradients.wide.of(gradient))
+            elif gradient is not None:
+                assert gradient.norm is not None  # taken when it went to disk
+                norms.note(index, gradient.norm)
         return norms.total() if any(gradient is not None for gradient in gradients) else None
 
-    def _in_fp32(self, gradient: torch.Tensor) -> torch.Tensor:
-        """A gradient in fp32, for as long as no other one is asked for.
-
-        In one buffer for all of them: of those that are allocated anew, the norms, small and long-lived, keep malloc
-        from giving half back until the next step.
-        """
-        if gradient.dtype == torch.float32:
-            return gradient
-        if self._wide is None:
-            self._wide = torch.empty(max(each.elements for each in self.trained), dtype=torch.float32)
-        return self._wide[: len(gradient)].copy_(gradient)
-
-    def _having(self, gradients: Sequence[torch.Tensor | None]) -> list[int]:
+    def _having(self, gradients: Sequence[Gradient | None]) -> list[int]:
         """Blocks with a gradient, in the order in which a forward uses them."""
         return sorted({self._blocks[index] for index, gradient in enumerate(gradients) if gradient is not None})
 
@@ -257,6 +246,7 @@ class Training:
             )
         for index, gradient in enumerate(rest):
             if gradient is not None:  # of fewer backward passes than there could have been
+                assert not isinstance(gradient, SpilledGradient)
                 self._use(step, index, gradient)
         self._step = None
         self._submit(step, [block for block in self._having(step.gradients) if block not in self._submitted])
@@ -350,12 +340,16 @@ class Training:
         self._updater.wait()
 
     def write_out(self) -> None:
-        """Write what of masters and states is in host memory only: a commit from now on has all of them.
+        """Begin to write what of masters and states is in host memory only: a commit from now on has all of them.
 
         Raises:
             PenstockError: a write failed. The last commit is what is left.
         """
         self._pipeline.write_out()
+
+    def settle(self) -> None:
+        """Wait until that is on disk. Before the end: the commit would be given up."""
+        self._pipeline.settle()
 
     def close(self) -> None:
         """End the step under way, and give all memory back."""

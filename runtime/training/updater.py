@@ -19,8 +19,10 @@ from ...kernels.optimizer import Clip, Optimizer
 from ...kernels.scratch import Scratch
 from ...memory.errors import PenstockError
 from ...scheduler.executor import Executor
-from .pipeline import Pipeline
-from .shards import Shard
+from .gradients import Gradient, SpilledGradient
+from .pipeline import ShardPipeline
+from .shards import Piece, Shard
+from .spill import GradientRead, GradientSpill
 from .weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -32,8 +34,8 @@ SMALL: Final = 0
 class Step:
     """One update of all weights."""
 
-    gradients: list[torch.Tensor | None]
-    """By parameter, flat. Each is dropped when it has been used."""
+    gradients: list[Gradient | None]
+    """By parameter. Each is dropped when it has been used."""
     hypers: Sequence[Any]
     """Of each parameter."""
     counts: Sequence[int]
@@ -64,6 +66,7 @@ class Updater:
         pipeline: Reads and writes shards.
         weights: Where new weights go.
         kernel: The optimizer's mathematics.
+        spill: Where gradients are that have gone to disk.
     """
 
     def __init__(
@@ -72,11 +75,13 @@ class Updater:
         executor: Executor,
         shards: Sequence[Shard],
         names: Sequence[str],
-        pipeline: Pipeline,
+        pipeline: ShardPipeline,
         weights: Weights,
         kernel: Optimizer[Any],
+        spill: GradientSpill | None = None,
     ) -> None:
         self._executor = executor
+        self._spill = spill
         self._names = names
         self._pipeline = pipeline
         self._weights = weights
@@ -88,6 +93,8 @@ class Updater:
         self._queue: deque[_Job] = deque()
         self._taken: dict[int, _Job] = {}
         """By shard."""
+        self._read: dict[int, GradientRead] = {}
+        """Gradients of shards that were taken, on their way back from disk."""
         self._unfinished: set[int] = set()
         """Blocks."""
         self._changed = threading.Condition()
@@ -162,7 +169,7 @@ class Updater:
                 if not self._queue:
                     return
             try:
-                self._pipeline.run(self._take, self._work)
+                self._pipeline.run(self._take, self._work, beside=None if self._spill is None else self._beside)
             except Exception as error:  # it must surface in the thread that trains, and free whoever waits for a block
                 logger.debug("an update failed", exc_info=True)
                 self._fail(error)
@@ -197,9 +204,20 @@ class Updater:
                 self._queue.popleft()
             return None
 
+    def _beside(self, shard: Shard, room: memoryview) -> GradientRead | None:
+        """Begin to read the gradients of a shard that was taken, those that are on disk."""
+        assert self._spill is not None
+        gradients = self._taken[shard.id].step.gradients
+        wanted = {p.parameter for p in shard.pieces if isinstance(gradients[p.parameter], SpilledGradient)}
+        reading = self._spill.read(shard, wanted, room)
+        if reading is not None:
+            self._read[shard.id] = reading
+        return reading
+
     def _work(self, shard: Shard, arrays: Sequence[torch.Tensor]) -> None:
         with self._changed:
             job = self._taken.pop(shard.id)
+        read = self._read.pop(shard.id, None)
         if job.views is None:
             job.views = self._begin(job)
         step = job.step
@@ -211,14 +229,14 @@ class Updater:
             self._kernel.update(
                 arrays[0][here],
                 [array[here] for array in arrays[1:]],
-                gradient[piece.start : piece.stop],
+                _values(gradient, piece, read),
                 step.hypers[piece.parameter],
                 step=step.counts[piece.parameter],
                 scratch=self._scratch,
                 out=job.views[self._names[piece.parameter]][piece.start : piece.stop],
                 clip=step.clip,
             )
-            if piece.stop == len(gradient):
+            if piece.stop == (len(gradient) if isinstance(gradient, torch.Tensor) else gradient.elements):
                 step.gradients[piece.parameter] = None
         job.open -= 1
         if not job.open:
@@ -239,3 +257,11 @@ class Updater:
         with self._changed:
             self._unfinished.discard(job.block)
             self._changed.notify_all()
+
+
+def _values(gradient: Gradient, piece: Piece, read: GradientRead | None) -> torch.Tensor:
+    """The elements of a piece, flat."""
+    if isinstance(gradient, torch.Tensor):
+        return gradient[piece.start : piece.stop]
+    assert read is not None
+    return read.tensors[piece.parameter]

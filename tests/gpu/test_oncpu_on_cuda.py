@@ -19,6 +19,10 @@ from penstock.api import _wanted, link_cache
 from penstock.devices import open_device
 from penstock.runtime import loading
 from penstock.runtime.layout import Layout
+from penstock.runtime.throughput import Completions
+from penstock.runtime.throughput_choice import Sampling
+from penstock.runtime.throughput_start import Asked, Limits, start
+from penstock.scheduler.microbatches import Schedule, cut
 from penstock.scheduler.processors import ALWAYS
 
 pytestmark = [
@@ -133,6 +137,33 @@ def test_keys_and_values_lie_where_attention_is_computed(tmp_path: Path) -> None
             assert {layer.keys.device.type for layer in state.layers} == {"cpu"}
         model(ids.cuda(), past_key_values=state)
         assert {layer.keys.device.type for layer in state.layers} == {"cuda"}
+
+
+def test_lanes_that_alternate(tmp_path: Path) -> None:
+    """fp32 and a small model: rounding does not change a token, whichever processor computes for which lane."""
+    folder = ZOO["llama"].save(tmp_path / "llama")
+    resident: Any = load_resident(folder).cuda()
+    prompts = [token_ids(seed=seed, batch=1, length=length) for seed, length in enumerate((5, 9, 9, 12, 7, 20))]
+    counts = (4, 8, 6, 8, 5, 7)
+    expected = [
+        tuple(resident.generate(ids.cuda(), max_new_tokens=count, do_sample=False)[0, ids.shape[1] :].tolist())
+        for ids, count in zip(prompts, counts, strict=True)
+    ]
+    asked = [
+        Asked(index=index, ids=tuple(ids[0].tolist()), new_tokens=count, name=f"prompt {index}")
+        for index, (ids, count) in enumerate(zip(prompts, counts, strict=True))
+    ]
+    with computed(folder, below(FEW, 2)) as model:
+        for share in (0.0, 0.5, 1.0):
+            choice = Schedule(
+                batches=cut([each.job for each in asked], 2, pads=True), lanes=3, prefill_tokens=64, nbytes=0,
+                sweeps=0, seconds=0.0, cpu_share=share,
+            )  # fmt: skip
+            run = Completions(
+                start(model, asked, Sampling(), limits=Limits(), choice=choice), ordered=True, decode=None
+            )
+            assert [done.ids for done in run] == expected
+            assert (run.statistics().cpu_share > 0) is (share > 0)
 
 
 def test_on_a_stream_of_the_callers(tmp_path: Path) -> None:

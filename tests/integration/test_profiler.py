@@ -267,6 +267,23 @@ def test_layers_of_short_calls_are_recorded_in_a_few_of_them_and_told_for_all(tm
     assert told["layers.0"].calls > 4
 
 
+def test_full_records_all_of_a_call_with_gradients_and_takes_turns_without(tmp_path: Path) -> None:
+    net = Net().eval()
+    with Profiler(tmp_path / "run.prof", level="full") as profiler:
+        for _ in range(RAREST + 2):
+            net(torch.randn(8, 64))
+    calls = Counter(profiler.profile().module_path(n) for n in profiler.profile()[Compute].module.tolist())
+    assert calls["layers.2.1"] == calls["(root)"] == RAREST + 2
+    with torch.no_grad(), Profiler(tmp_path / "tokens.prof", level="full") as profiler:
+        for _ in range(2 * RAREST + 2):
+            net(torch.randn(8, 64))
+    calls = Counter(profiler.profile().module_path(n) for n in profiler.profile()[Compute].module.tolist())
+    assert (calls["(root)"], calls["head"]) == (2 * RAREST + 2, 2 * RAREST + 2)
+    assert calls["layers.0"] == calls["layers.2.1"] < RAREST
+    told = {use.path: use for use in profiler.summary().modules}
+    assert told["layers.2.1"].calls > calls["layers.2.1"]
+
+
 def test_an_exception_is_told_and_the_file_is_complete(tmp_path: Path) -> None:
     profiler = Profiler(tmp_path / "run.prof")
 

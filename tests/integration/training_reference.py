@@ -185,6 +185,8 @@ class Streamed:
         found = {f"weight {name}": value.clone() for name, value in self.model.state_dict().items()}
         training, store = self.optimizer.training, self.optimizer._store
         training.finish()
+        training.write_out()  # as a commit has it
+        store.drain()
         names = [each.name for each in training.trained]
         kernel = self.optimizer._choice.kernel
         kinds = ("master", *kernel.states_of(kernel.hyper_of(self.optimizer.defaults)))

@@ -167,6 +167,20 @@ def test_interrupt_is_130_and_finished_lines_are_there(checkpoint: Path, tmp_pat
     assert list(results(out.read_text())) == [0]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_two_processors_are_told_of(share: float) -> None:
+    from penstock.cli.batch import _told
+    from penstock.runtime.throughput import ThroughputStatistics
+    from penstock.scheduler.microbatches import Job, Schedule, cut
+
+    batches = cut([Job(index=0, prompt_tokens=1, new_tokens=1)], 1, pads=True)
+    choice = Schedule(batches=batches, lanes=1, prefill_tokens=1, nbytes=0, sweeps=7, seconds=0.0, cpu_share=share)
+    now = ThroughputStatistics(prompts=1, finished=0, tokens=0, share=0.0, sweeps=0, cpu_share=0.0, schedule=choice)
+    text = str(_told(now, streams=True))
+    assert "about 7 sweeps" in text
+    assert ("two processors alternate: the CPU computes 50% of what it can" in text) is bool(share)
+
+
 def test_the_bar_is_for_terminals_only() -> None:
     from penstock.cli.batch import _bar
     from penstock.cli.output import Output
@@ -174,7 +188,7 @@ def test_the_bar_is_for_terminals_only() -> None:
     from penstock.scheduler.microbatches import Schedule
 
     schedule = Schedule(batches=(), lanes=1, prefill_tokens=1, nbytes=0, sweeps=1, seconds=0.0)
-    now = ThroughputStatistics(prompts=4, finished=1, tokens=3, share=0.25, sweeps=2, schedule=schedule)
+    now = ThroughputStatistics(prompts=4, finished=1, tokens=3, share=0.25, sweeps=2, cpu_share=0.0, schedule=schedule)
     for terminal in (True, False):
         screen = StringIO()
         output = Output()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -34,6 +35,9 @@ class FakeCrossing:
     def to_host(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         self.crossed += len(tensors)
         return [torch.empty_like(tensor, device="cpu") for tensor in tensors]
+
+    def leaving(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        return partial(self.to_host, tensors)
 
     def to_device(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         self.crossed += len(tensors)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from penstock.cli.generation import plan_summary
 from penstock.runtime.explain import Explanation
 from penstock.scheduler.plan import Home, Links, Plan, PlannedBlock
@@ -53,6 +55,9 @@ def test_blocks_and_their_threshold() -> None:
     assert "would end all copying" in text
     assert plan_summary(some)["on_cpu"] == {"blocks": 2, "nbytes": 2 * GIB}
     assert some.terms == {"host-to-device link": 0.1}
+    assert "many prompts at once: as much of that as pays" in text
+    assert some.with_all_copied().terms == {"host-to-device link": pytest.approx(0.3)}
+    assert some.with_all_copied(0.5).terms == {"host-to-device link": pytest.approx(0.2)}
 
 
 def test_several_thresholds_and_none() -> None:

@@ -27,6 +27,10 @@ def test_of_short_calls_so_many_are_that_their_hooks_take_their_share() -> None:
     assert whole(Turns(12), 26, ns) == [0, 1, 6, 11, 16, 21]
 
 
+def test_what_hooks_cost_and_may_take_can_be_said() -> None:
+    assert whole(Turns(12, cold_ns=1000, share=0.5), 26, 12 * 1000 // 5 * 2) == [0, 1, 6, 11, 16, 21]
+
+
 def test_of_very_short_calls_some_are() -> None:
     assert whole(Turns(100), 2 * RAREST + FIRST, 1000) == [0, 1, RAREST + 1, 2 * RAREST + 1]
 

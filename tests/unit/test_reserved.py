@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from penstock.runtime import caches
 from penstock.runtime.reserved import ReservedLayer, reserved_cache
 
 HEADS, SIZE = 2, 4
@@ -23,6 +24,7 @@ STEPS = st.lists(
         st.tuples(st.just("reorder"), st.integers(0, 2**16)),
         st.tuples(st.just("repeat"), st.just(2)),
         st.tuples(st.just("reset"), st.just(0)),
+        st.tuples(st.just("move"), st.just(0)),
     ),
     max_size=12,
 )
@@ -34,6 +36,9 @@ def test_whatever_happens_to_it_it_holds_what_a_growing_one_holds(
 ) -> None:
     mine, other = ReservedLayer(tokens), DynamicLayer()  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(0)
+    cache = DynamicCache()
+    cache.layers = [mine]
+    assert caches.can_move(cache, {0})
     for what, number in [("update", 2), *steps]:
         if what == "update":
             new = [torch.randn(rows, HEADS, number, SIZE, generator=generator) for _ in range(2)]
@@ -49,6 +54,8 @@ def test_whatever_happens_to_it_it_holds_what_a_growing_one_holds(
         elif what == "repeat" and other.get_seq_length() and rows < 8:
             mine.batch_repeat_interleave(number), other.batch_repeat_interleave(number)
             rows *= number
+        elif what == "move":  # to the other memory, where its lanes are computed from now on
+            caches.move(cache, {0}, torch.clone)
         elif what == "reset":
             mine.reset(), other.reset()
         assert mine.get_seq_length() == other.get_seq_length()

@@ -1,0 +1,133 @@
+"""Shards that stay in host memory: no step reads or writes them, and a commit has those written that have changed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Sequence
+from typing import Final
+
+from ...memory.arena import HostArena, Slot
+from ...memory.layout import FileSpan
+from .shardfiles import ShardFiles
+from .shards import Shard
+
+AT_ONCE: Final = 3
+"""Shards that a commit has under way: reads of weights must not wait behind gigabytes of states."""
+
+
+class ResidentShards:
+    """The shards that stay, and their writing.
+
+    A commit's writes read the very memory that the next step changes: `wait_unwritten` comes before any change. They
+    are written in the order in which steps change them.
+
+    Args:
+        files: Where they are written.
+        shards: All there are.
+        kept: The numbers of those that stay.
+        arrays: How many each has.
+    """
+
+    def __init__(self, files: ShardFiles, shards: Sequence[Shard], kept: Collection[int], arrays: int) -> None:
+        self._files = files
+        self._shards = [shard for shard in shards if shard.id in kept]
+        self._sizes = {shard.id: arrays * shard.array_nbytes for shard in self._shards}
+        self.arena = HostArena(sum(self._sizes.values()), tier="states") if self._shards else None
+        self._slots: dict[int, Slot] = {}
+        if self.arena is not None:
+            self._slots = {shard.id: self.arena.cut(self._sizes[shard.id]) for shard in self._shards}
+        self._loaded: set[int] = set()
+        self._dirty: set[int] = set()
+        """What the store does not have."""
+        self._thread: threading.Thread | None = None
+
+    def __contains__(self, shard: Shard) -> bool:
+        """Whether it stays."""
+        return shard.id in self._sizes
+
+    def view(self, shard: Shard) -> memoryview:
+        """Its bytes."""
+        assert self.arena is not None
+        return self.arena.view(self._slots[shard.id].offset, self._sizes[shard.id])
+
+    def has(self, shard: Shard) -> bool:
+        """Whether its bytes are there."""
+        return shard.id in self._loaded
+
+    def loaded(self, shard: Shard) -> None:
+        """They are, as the store has them."""
+        self._loaded.add(shard.id)
+
+    def changed(self, shard: Shard) -> None:
+        """They are, and the store has others."""
+        self._loaded.add(shard.id)
+        self._dirty.add(shard.id)
+
+    def wait_unwritten(self, shard: Shard) -> None:
+        """Wait until its bytes may change.
+
+        Raises:
+            PenstockError: a write failed.
+        """
+        self._files.wait_landed(shard)
+
+    def write_out(self) -> None:
+        """Begin to write what the store does not have: a commit that is cut after this returns has it, as it is now.
+
+        No shard may be at work. Waits for a publication under way where both places of a shard are needed by commits.
+
+        Raises:
+            PenstockError: the store stopped, or an earlier write failed.
+        """
+        self._files.raise_error()
+        dirty = [shard for shard in self._shards if shard.id in self._dirty]
+        if not dirty:
+            return
+        self.join()  # all that it writes has begun, so this takes as long as the last few
+        begun: list[tuple[Shard, FileSpan]] = []
+        try:
+            for shard in dirty:
+                begun.append((shard, self._files.begin(shard)))
+        except Exception as error:
+            for shard, _ in begun:
+                self._files.abandon(shard, error)
+            raise
+        self._dirty.clear()
+        self._thread = threading.Thread(target=self._write, args=(begun,), name="penstock-write-out", daemon=True)
+        self._thread.start()
+
+    def _write(self, begun: Sequence[tuple[Shard, FileSpan]]) -> None:
+        places = threading.Semaphore(AT_ONCE)
+        left = list(reversed(begun))
+        while left:
+            places.acquire()
+            shard, span = left.pop()
+            try:
+                self._files.raise_error()
+                self._files.write(shard, span, self.view(shard), places.release)
+            except Exception as error:  # it is raised where the work is done; what was not written goes the same way
+                for other in (shard, *(other for other, _ in left)):
+                    self._files.abandon(other, error)
+                return
+
+    def join(self) -> None:
+        """Wait until all that was to be written is under way, or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def settle(self) -> None:
+        """Wait until it has landed, too; at the end, before the drive's threads are stopped. Failures are the commit's.
+
+        Raises:
+            StallError: nothing lands any more.
+        """
+        self.join()
+        with self._files.changed:
+            self._files.wait_for(lambda: not any(self._files.is_writing(shard) for shard in self._shards))
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.join()
+        if self.arena is not None:
+            self.arena.close()
