@@ -16,9 +16,11 @@ from .caches import link_cache
 from .devices import open_device
 from .memory.errors import UsageError
 from .memory.store import Commit
+from .runtime.beside import Beside, trained_in
 from .runtime.loading import load as _load
 from .runtime.offloading import offload as _offload
 from .runtime.pretrained import outline
+from .runtime.training import adapters
 from .runtime.training.facade import StreamedOptimizer
 from .runtime.training.headroom import StepRoom, is_automatic, step_room
 from .runtime.training.optimizers import SGD, AdamW, Lion, OptimizerChoice
@@ -43,6 +45,7 @@ def prepare(
     *,
     optimizer: OptimizerChoice,
     disk: Folders,
+    lora: Any = None,
     max_memory: MaxMemory = "auto",
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -61,10 +64,14 @@ def prepare(
 
     Args:
         model: A module that is built, or a checkpoint (a folder, or a Hub id). Of a module those parameters are trained
-            that have `requires_grad`; of a checkpoint all of them.
+            that have `requires_grad`; of a checkpoint all of them. Where PEFT has put adapters into a module, what is
+            trained stays in host memory, and the rest streams.
         optimizer: `penstock.AdamW(…)`, `penstock.SGD(…)` or `penstock.Lion(…)`.
         disk: The folder of the run, or one on each of several drives: masters and states lie there, 12 bytes per
             parameter for AdamW, twice, so that the last commit stays whole while the next one grows. It must be empty.
+        lora: A `peft.LoraConfig`: these adapters are put into the model, and nothing else is trained. They, their
+            masters and states are in host memory, and written when a commit is made; the model's own weights are only
+            read, a checkpoint's from its own files. What is returned is a `peft.PeftModel`.
         max_memory: As for `load`; `host` bounds weights, gradients, states that stay in memory, and what updates pass
             through. Gradients that have no room go to disk.
         device: As for `load`.
@@ -88,12 +95,26 @@ def prepare(
     """
     folders = run_folders(folders_of(disk))
     settings = _settings(accumulate, activations, updates, nonfinite, optimizer.max_grad_norm)
+    if lora is not None:
+        adapters.check_config(lora)
     check_new(folders)  # before a module gives its weights up
-    if isinstance(model, nn.Module):
-        check_trained(model, optimizer)
     asked = _Asked(max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code)
-    made, origin, settings = _streamed(model, asked, dtype, settings, folders, arrays=arrays_of(optimizer))
+    arrays = arrays_of(optimizer)
+    with adapters.put_if_built(model, lora) as wrapped:
+        frozen = lora is not None
+        if isinstance(wrapped, nn.Module):
+            frozen = adapters.is_adapted(wrapped)
+            check_trained(wrapped, optimizer)
+        beside = None
+        if frozen:
+            settings.check_frozen()
+            own = None if isinstance(wrapped, nn.Module) else lora
+            beside = adapters.beside(own, arrays=arrays, accumulate=accumulate)
+        made, origin, settings = _streamed(wrapped, asked, dtype, settings, folders, arrays=arrays, beside=beside)
     try:
+        if frozen:
+            text = None if lora is None else adapters.as_text(made)
+            origin = replace(origin, adapters=text, frozen=True)
         return made, attach(made, optimizer, folders, origin=origin, settings=settings)
     except BaseException:
         handle_of(made).close()
@@ -140,7 +161,8 @@ def resume(
     Args:
         folder: What was `disk` of `prepare`.
         model: The module as it was built before `prepare`, where that was not given a checkpoint. Its weights are
-            replaced; parameters that are not trained keep what they have.
+            replaced; parameters that are not trained keep what they have. Adapters that `prepare` put into it are put
+            into it again.
         max_memory: As for `prepare`; it may differ.
         device: Likewise.
         nonfinite: Likewise.
@@ -164,10 +186,17 @@ def resume(
     source: Any = state.source if model is None else model
     settings = _settings(accumulate, activations, updates, nonfinite, state.max_grad_norm)
     asked = _Asked(max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code)
-    made, _, settings = _streamed(
-        source, asked, state.dtype, settings, folders, arrays=arrays_of(choice_of(state)), limit=state.limit_nbytes
-    )
-    origin = Origin(source=state.source, dtype=state.dtype)
+    lora = None if state.adapters is None else adapters.from_text(state.adapters)
+    with adapters.put_if_built(source, lora) as wrapped:
+        beside, arrays = None, arrays_of(choice_of(state))
+        if state.frozen:
+            settings.check_frozen()
+            own = None if isinstance(wrapped, nn.Module) else lora
+            beside = adapters.beside(own, arrays=arrays, accumulate=accumulate, trained=state.names)
+        made, _, settings = _streamed(
+            wrapped, asked, state.dtype, settings, folders, arrays=arrays, limit=state.limit_nbytes, beside=beside
+        )
+    origin = Origin(source=state.source, dtype=state.dtype, adapters=state.adapters, frozen=state.frozen)
     try:
         optimizer = go_on(made, folders, origin=origin, settings=settings)
         if scheduler is not None:
@@ -215,6 +244,7 @@ def _streamed(
     *,
     arrays: int,
     limit: int | None = None,
+    beside: Beside | None = None,
 ) -> tuple[nn.Module, Origin, Settings]:
     """The model, where it came from, and settings in which it is said what becomes of activations, if that is known."""
     wanted = wanted_of(asked.max_memory)
@@ -224,10 +254,15 @@ def _streamed(
     room: StepRoom | None = None
     if is_automatic(wanted, opened):
         try:
-            bones = model if isinstance(model, nn.Module) else _trainable_outline(model, dtype, asked.trust)
+            bones = model if isinstance(model, nn.Module) else _outline(model, dtype, asked.trust, beside)
+            changes = (
+                trains([parameter.nbytes for parameter in bones.parameters()])
+                if beside is None
+                else beside.changing(list(trained_in(bones).values()), opened)
+            )
             room = step_room(
-                bones,
-                trains([parameter.nbytes for parameter in bones.parameters()]),
+                adapters.without_adapters(bones),
+                changes,
                 wanted=wanted,
                 device=opened,
                 activations=settings.activations,
@@ -245,20 +280,24 @@ def _streamed(
         "context": asked.context,
         "batch": asked.batch,
         "cache": link_cache(),
-        "trains": trains,
+        "trains": None if beside is not None else trains,
+        "beside": beside,
         "headroom": None if room is None else room.headroom_nbytes,
     }
     if isinstance(model, nn.Module):
         return _offload(model, **common), Origin(), settings
     made = _load(model, dtype=dtype, trust_remote_code=asked.trust, **common)
-    trainable(made)
+    if beside is None:
+        trainable(made)
     source = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
     return made, Origin(source=source, dtype=str(dtype).removeprefix("torch.")), settings
 
 
-def _trainable_outline(path: str | os.PathLike[str], dtype: str | torch.dtype, trust: bool) -> nn.Module:
-    """The model of a checkpoint, without weights."""
-    made = outline(path, dtype=dtype, trust_remote_code=trust)
+def _outline(path: str | os.PathLike[str], dtype: str | torch.dtype, trust: bool, beside: Beside | None) -> nn.Module:
+    """The model of a checkpoint, without weights, as it is to be trained."""
+    made: nn.Module = outline(path, dtype=dtype, trust_remote_code=trust)
+    if beside is not None:
+        return beside.put(made)
     trainable(made)
     return made
 

@@ -30,7 +30,7 @@ from .backing import Backing, ModuleBacking, Portion
 from .binding import Binding, Bound, placeholder
 from .devices.base import Device
 from .guess import guess_of
-from .layout import Draft, Layout
+from .layout import Changing, Draft, Layout
 from .mover import BlockMover
 from .oncpu import OnCpu
 from .partition import callable_module
@@ -47,7 +47,8 @@ class Machinery:
 
     Args:
         share: What the ledger has booked of the host; it is told how much of that the arenas have touched.
-        trains: Weights will change: a block has one home, in host memory or on disk, and every other copy follows it.
+        changing: It is to be trained. Where weights change, a block has one home, in host memory or on disk, and every
+            other copy follows it.
     """
 
     def __init__(
@@ -58,12 +59,16 @@ class Machinery:
         backing: Backing,
         module: nn.Module,
         share: Reservation,
-        trains: bool = False,
+        changing: Changing | None = None,
     ) -> None:
         self.device = device
         self.layout = layout
         self.share = share
-        self.trains = trains
+        self.changing = changing
+        self.trains = changing is not None and changing.weights_change
+        """Whether weights in blocks change."""
+        self.lent_for_good = False
+        """Whether all of them were lent once, and nobody leases them again."""
         self.timeline = Timeline()
         self.plan: Plan | None = None
         """What the layout means, once the links have been measured."""
@@ -125,7 +130,8 @@ class Machinery:
             bindings=self.bindings,
             tables=self.tables,
             spare_slots=layout.spare_slots,
-            pretrained=not isinstance(backing, ModuleBacking),
+            # Frozen weights want no gradient in memory either: nothing is to be computed as if they did.
+            pretrained=not isinstance(backing, ModuleBacking) and (self.changing is None or self.trains),
         )
         if on_cpu:
             self.session.on_cpu = OnCpu(self.session, self.units, self.host)
@@ -151,6 +157,7 @@ class Machinery:
     def load_all(self, module: nn.Module) -> None:
         """Bring every block, lend all of them for good, and stop everything but the arenas."""
         _keep_root(module)
+        self.lent_for_good = True
         self.executor.start()
         for block in self.layout.blocks:
             self.session.lend(block.id, observed=False)

@@ -133,7 +133,7 @@ class Handle:
             ReadOnlyWeightError: on leaving, if a weight was changed.
         """
         machinery = self._machinery
-        if machinery is None or (self.plan.resident and not machinery.trains):
+        if machinery is None or machinery.lent_for_good:
             yield module
             return
         if self.closed:

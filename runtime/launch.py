@@ -19,7 +19,7 @@ from .build import Machinery
 from .devices.base import Device
 from .export import Exporter
 from .handle import Handle, refuse_moves
-from .layout import Layout
+from .layout import Changing, Layout
 from .profiler.environment import start_if_asked
 from .profiler.registry import process_registry
 from .tiers import reserve
@@ -36,7 +36,7 @@ def launch(
     export_folder: str,
     held: ExitStack,
     freed_nbytes: int = 0,
-    trains: bool = False,
+    changing: Changing | None = None,
 ) -> None:
     """Start streaming a module, or fill it for good where everything fits, and give it its handle.
 
@@ -47,7 +47,7 @@ def launch(
         held: What must be closed with the model: the device, scratch folders. It is emptied; the model owns it from
             now on, or it is closed where this fails.
         freed_nbytes: Host memory that the module gives up on the way.
-        trains: Weights will change, so that they are leased even where all of them stay.
+        changing: It is to be trained: weights are leased even where all of them stay.
 
     Raises:
         DoesNotFitError: the memory is not there, or other models have reserved it. Nothing was loaded.
@@ -59,10 +59,12 @@ def launch(
     for reservation in booked:
         held.callback(reservation.release)
     start_if_asked()  # here, where a file that is there already costs a built module nothing
-    machinery = Machinery(device=device, layout=layout, backing=backing, module=module, share=booked[0], trains=trains)
+    machinery = Machinery(
+        device=device, layout=layout, backing=backing, module=module, share=booked[0], changing=changing
+    )
     machinery.on_close(held.pop_all().close)
     try:
-        if layout.resident and not trains:
+        if layout.resident and changing is None:
             machinery.load_all(module)
             if layout.back is not None:  # the weights only passed through the host
                 booked[0].give_back(layout.back.nbytes)

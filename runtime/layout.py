@@ -24,7 +24,7 @@ class Budgets:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Changing:
-    """What it takes that weights change."""
+    """What it takes to train."""
 
     own_nbytes: int
     """Host memory beside the weights, at least: gradients that cannot go to disk, and what all else passes through."""
@@ -34,6 +34,15 @@ class Changing:
     """What could be kept in host memory beyond that, if there is room: all gradients, all states."""
     limit_nbytes: int | None = None
     """Cut by this and no other: a run that goes on has states that lie by block, under whatever budgets."""
+    own_device_nbytes: int = 0
+    """Memory of a device apart, likewise."""
+    frozen: bool = False
+    """Whether weights in blocks only pass on gradients: what is trained (adapters) lies beside them, in no block."""
+
+    @property
+    def weights_change(self) -> bool:
+        """Whether those in blocks do."""
+        return not self.frozen
 
 
 Trains = Callable[[Collection[int]], Changing]
@@ -79,6 +88,8 @@ class Layout:
     staging_nbytes: int
     own_host_nbytes: int
     """Host memory besides the arena: staging and buffers."""
+    own_device_nbytes: int = 0
+    """Likewise of a device apart."""
     training_nbytes: int = 0
     """Of these, what training has for gradients, states, and what they pass through."""
     granted_nbytes: int = 0
@@ -128,4 +139,4 @@ class Layout:
     @property
     def device_nbytes(self) -> int:
         """Bytes of device memory that it takes."""
-        return self.front.nbytes if self.back else 0
+        return self.own_device_nbytes + self.front.nbytes if self.back else 0

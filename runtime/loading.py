@@ -16,6 +16,7 @@ from ..memory.layout import ITEMSIZE, TensorSource
 from ..scheduler.cost import CostModel
 from ..scheduler.plan import Links, Plan
 from .backing import CheckpointBacking
+from .beside import Beside, renamed, trained_in
 from .binding import placeholder
 from .deciding import Decisions
 from .devices.base import Device
@@ -51,6 +52,7 @@ def load(
     costs: CostModel | None = None,
     trains: Trains | None = None,
     headroom: int | None = None,
+    beside: Beside | None = None,
 ) -> nn.Module:
     """Build the model, plan it, and start reading. See `penstock.load`.
 
@@ -62,15 +64,22 @@ def load(
             not known.
         trains: Weights will change; what that takes beside them. None where they are only read.
         headroom: Bytes that automatic budgets leave free; None for those of inference.
+        beside: They stay frozen, and something else is trained. What is returned is the model that it was put into.
     """
     with ExitStack() as held:
         held.callback(device.close)
         bones = skeleton(path, dtype=dtype, trust_remote_code=trust_remote_code)
-        model = bones.model
+        model: nn.Module = bones.model
+        if headroom is None:
+            headroom = headroom_nbytes(bones.config, bones.model.dtype, context=context, batch=batch)
         sources = on_disk(bones, disk, wanted.disk, held)
         _real_buffers(model, sources, device)
         _placeholders(model, sources, device)
         dtypes = {name: stored_dtype(bones.dtypes[name]) for name in sources}
+        if beside is not None:
+            named = dict(model.named_parameters())
+            model = beside.put(model)
+            sources, dtypes = renamed(sources, named, model), renamed(dtypes, named, model)
         shapes = {name: source.shape for name, source in sources.items()}
         backing = CheckpointBacking(sources, dtypes, shapes)
         files = sorted({span.path for source in sources.values() for span in source.spans})
@@ -78,17 +87,18 @@ def load(
         budgets = resolve_budgets(
             wanted,
             device,
-            headroom_nbytes=headroom_nbytes(bones.config, model.dtype, context=context, batch=batch)
-            if headroom is None
-            else headroom,
+            headroom_nbytes=headroom,
             disk_rate=links.disk_read,
             link_rate=links.h2d,
             on_cpu=decisions is not None and not decisions.exact,
         )
-        beside = 0
+        kv = 0
         if wanted.host is not None:  # else they are left room for already
-            beside = kv_nbytes(bones.config, model.dtype, context=context, batch=batch)
+            kv = kv_nbytes(bones.config, bones.model.dtype, context=context, batch=batch)
         buffers = sum(buffer.nbytes for buffer in model.buffers())
+        changing = trains and trains([prod(shape) * ITEMSIZE[dtypes[name]] for name, shape in shapes.items()])
+        if beside is not None:
+            changing = beside.changing(list(trained_in(model).values()), device)
         planner = Planner(
             model,
             backing,
@@ -96,13 +106,13 @@ def load(
             buffers_nbytes=buffers,
             keep_skew=skewed(device),
             work=None if decisions is None else decisions.of(model),
-            changing=trains and trains([prod(shape) * ITEMSIZE[dtypes[name]] for name, shape in shapes.items()]),
-            beside_nbytes=beside,
+            changing=changing,
+            beside_nbytes=kv,
         )
         layout = planner.best() if plan is None else planner.as_planned(plan)
         if decisions is not None and processors is None and plan is None:
             processors = decisions.processors
-        room = None if decisions is None else budgets.host - beside
+        room = None if decisions is None else budgets.host - kv
         layout, stays = settled(model, layout, device.torch_device, processors, host_nbytes=room)
         if plan is not None:
             check_fits(layout, budgets)  # with the copies of small tensors that the CPU needs
@@ -124,12 +134,12 @@ def load(
             backing=backing,
             export_folder=_temporary_folder(),
             held=held,
-            trains=trains is not None,
+            changing=changing,
         )
         handle: Handle = model.penstock  # type: ignore[assignment]
         if handle.machinery is not None:
             handle.machinery.costs = costs
-        if layout.resident and trains is None:
+        if layout.resident and changing is None:
             _as_pretrained(model)
     return model
 

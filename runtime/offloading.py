@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..memory.errors import UsageError
 from ..scheduler.plan import Links, Plan
 from .backing import ModuleBacking
+from .beside import Beside, trained_in
 from .devices.base import Device
 from .handle import Handle
 from .headroom import FRAMEWORK, headroom_nbytes
@@ -43,6 +44,7 @@ def offload(
     processors: Processors | None = None,
     trains: Trains | None = None,
     headroom: int | None = None,
+    beside: Beside | None = None,
 ) -> nn.Module:
     """Plan the module and move its weights. See `penstock.offload`.
 
@@ -50,12 +52,16 @@ def offload(
         processors: Chooses what the CPU computes; nothing without.
         trains: Weights will change; what that takes beside them. None where they are only read.
         headroom: Bytes that automatic budgets leave free; None for those of inference.
+        beside: Something else is trained, and stays in memory: what wants a gradient once that has been put in.
     """
     with ExitStack() as held:
         held.callback(device.close)
         _check(module)
+        if beside is not None:
+            module = beside.put(module)
         process_registry().introduce(module)
-        parameters = streamable(module)
+        resident = {} if beside is None else trained_in(module)
+        parameters = {name: parameter for name, parameter in streamable(module).items() if name not in resident}
         total = sum(parameter.nbytes for parameter in parameters.values())
         config = getattr(module, "config", None)
         dtype = next((p.dtype for p in parameters.values()), torch.float32)
@@ -65,17 +71,20 @@ def offload(
         budgets = resolve_budgets(wanted, device, headroom_nbytes=headroom, disk_rate=None, link_rate=rate)
         backing = ModuleBacking(parameters)
         changing = trains and trains([parameter.nbytes for parameter in parameters.values()])
+        if beside is not None:
+            changing = beside.changing(list(resident.values()), device)
+        changes = changing is not None and changing.weights_change
         layout = Planner(module, backing, budgets, buffers_nbytes=0, keep_skew=skewed(device), changing=changing).best()
         layout, stays = settled(module, layout, device.torch_device, processors)
-        if layout.resident and not device.separate and trains is None:
+        if layout.resident and not device.separate and changing is None:
             untouched = untouched_plan(device.name, budgets, total, "everything fits: the module was left as it is")
             module.penstock = Handle(module, untouched, None)  # type: ignore[assignment]
             return module
         export_folder = tempfile.gettempdir()
-        if needs_scratch(layout, trains=trains is not None):
+        if needs_scratch(layout, trains=changes):
             scratches = open_scratch(disk, held)
             export_folder = os.fspath(scratches[0].path)
-            kept = kept_in_memory(layout, trains=trains is not None)
+            kept = kept_in_memory(layout, trains=changes)
             needed = sum(block.image.nbytes for block in layout.blocks if block.id not in kept)
             needed += sum(parameters[name].nbytes for name in layout.tables)
             check_room(scratches, needed, wanted.disk)
@@ -98,12 +107,14 @@ def offload(
                 export_folder=export_folder,
                 held=held,
                 freed_nbytes=freed,
-                trains=trains is not None,
+                changing=changing,
             )
         except BaseException:
             for child, name, buffer in where_buffers_were:
                 child._buffers[name] = buffer
             raise
+        for parameter in resident.values():
+            parameter.data = parameter.data.to(device.torch_device)
     return module
 
 

@@ -86,13 +86,14 @@ class Planner:
 
         Args:
             work: Says what a token costs; without it bytes are what counts.
-            changing: Weights will change, and it takes so much. None is served by rows then, where a gradient would
-                have no place to go.
+            changing: It is to be trained, and that takes so much. No product is served by rows then: its gradient
+                would have no place to go.
             beside_nbytes: Host memory to leave where the CPU computes blocks: for their keys and values.
         """
         self._beside_nbytes = beside_nbytes
         self.module = module
         self._changing = changing
+        self._own_device = 0 if changing is None else changing.own_device_nbytes
         self.work = work
         self.backing = backing
         self.budgets = budgets
@@ -150,13 +151,19 @@ class Planner:
         lookups = embedding_only(self.module)
         tables = {
             name
-            for name in (table_candidates(self.module) if self._changing is None else ())
+            for name in self._table_candidates(lookups)
             if name in self.sizes
             and (self.sizes[name] > limit or (name in lookups and self.sizes[name] > 2**20))
             and len(self.parameters[name].shape) == 2
             and self.parameters[name].shape[0] > 1
         }
         return self._try(limit, tables)
+
+    def _table_candidates(self, lookups: set[str]) -> set[str]:
+        """None where weights are trained. Where they are frozen, what is looked up: no gradient goes through it."""
+        if self._changing is None:
+            return table_candidates(self.module)
+        return lookups if self._changing.frozen else set()
 
     def _try(self, limit: int, tables: set[str]) -> Layout | None:
         if self._changing is not None:
@@ -200,7 +207,8 @@ class Planner:
             home.update(dict.fromkeys(group.names, block.id))
             blocks.append(block)
         if not tables:
-            own = 0 if self.budgets.device is not None else self._own(self._staging(blocks, {}))
+            separate = self.budgets.device is not None
+            own = self._own_device if separate else self._own(self._staging(blocks, {}))
             self._all_nbytes = min(self._all_nbytes, sum(block.front_nbytes for block in blocks) + own)
         lookups = embedding_only(self.module)
         pieces: dict[str, tuple[int, ...]] = {}
@@ -274,8 +282,10 @@ class Planner:
             front, back, token_s = placed
             return replace(self._layout(made, front, back), token_s=token_s)
         own, worth = made.own_nbytes, made.worth
-        front_budget = self.budgets.host - own if self.budgets.device is None else self.budgets.device
-        found = self._front(blocks[1:], small, front_budget, made.min_slots, own, worth, depth)
+        front_own, front_budget = own, self.budgets.host
+        if self.budgets.device is not None:
+            front_own, front_budget = self._own_device, self.budgets.device
+        found = self._front(blocks[1:], small, front_budget - front_own, made.min_slots, front_own, worth, depth)
         if found is None:
             return None
         if self.budgets.device is None:
@@ -305,6 +315,7 @@ class Planner:
             spare_slots=max(0, front.slots - made.min_slots),
             staging_nbytes=max(made.staging_nbytes, 4096),
             own_host_nbytes=made.own_nbytes,
+            own_device_nbytes=self._own_device,
             limit_nbytes=made.limit_nbytes,
         )
 
@@ -372,7 +383,7 @@ class Planner:
         found = choose_residency(sized, room, min_slots=min_slots, depth_nbytes=min(depth, max(0, room) // 8))
         if found is None:
             needed = smallest_budget(sized, min_slots=min_slots) + small.front_nbytes
-            self._needs["device" if on_device else "host"].append(needed if on_device else needed + own)
+            self._needs["device" if on_device else "host"].append(needed + own)
             return None
         return Residency(
             resident=found.resident | {small.id},

@@ -1,4 +1,4 @@
-"""`penstock finetune`: train all weights of a checkpoint that may be larger than memory on a file of texts."""
+"""`penstock finetune`: train a checkpoint that may be larger than memory, or adapters on it, on a file of texts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .finetune_request import FinetuneRequest, Recipe
+from .lora_option import parse_lora
 from .options import MACHINE, Dtype, MaxMemory, TrustRemoteCode
 from .output import Output
 
@@ -52,7 +53,11 @@ _TooLong = Annotated[
 _Optimizer = Annotated[str, typer.Option(help="adamw, sgd or lion.", rich_help_panel=_RATE)]
 _Lr = Annotated[
     float | None,
-    typer.Option(min=0, help="Learning rate. Default: adamw 1e-5, lion 1e-6, sgd 1e-3.", rich_help_panel=_RATE),
+    typer.Option(
+        min=0,
+        help="Learning rate. Default: adamw 1e-5, lion 1e-6, sgd 1e-3; ten times that with --lora.",
+        rich_help_panel=_RATE,
+    ),
 ]
 _Schedule = Annotated[
     str, typer.Option(help="constant, linear or cosine: how the rate falls, to 0.", rich_help_panel=_RATE)
@@ -93,6 +98,18 @@ _EvalEvery = Annotated[
 _CommitEvery = Annotated[
     int, typer.Option(min=1, metavar="N", help="Make the run durable every N steps.", rich_help_panel=_RUN)
 ]
+_CommitMinutes = Annotated[
+    float | None,
+    typer.Option(metavar="M", help="And after a step when the last time is M minutes ago.", rich_help_panel=_RUN),
+]
+_Lora = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="Train adapters, not the weights: r=16, or r=16,alpha=32,dropout=0.05,targets=q_proj+v_proj,rslora=true. "
+        "Default: alpha twice r, no dropout, targets all-linear (all linear layers but the output layer).",
+    ),
+]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last commit, if any.", rich_help_panel=_RUN)]
 _Force = Annotated[
     bool, typer.Option("--force", help="Take away the run that is there, and begin anew.", rich_help_panel=_RUN)
@@ -105,6 +122,7 @@ def finetune(
     checkpoint: _Checkpoint,
     data: _Data,
     out: _Out,
+    lora: _Lora = None,
     steps: _Steps = None,
     epochs: _Epochs = None,
     batch: _Batch = 1,
@@ -125,6 +143,7 @@ def finetune(
     eval_fraction: _EvalFraction = 0.0,
     eval_every: _EvalEvery = None,
     commit_every: _CommitEvery = 20,
+    commit_minutes: _CommitMinutes = None,
     resume: _Resume = False,
     force: _Force = False,
     max_memory: MaxMemory = "auto",
@@ -133,7 +152,7 @@ def finetune(
     trust_remote_code: TrustRemoteCode = False,
     as_json: _AsJson = False,
 ) -> int:
-    """Train all weights of a checkpoint that may be larger than memory.
+    """Train all weights of a checkpoint that may be larger than memory, or adapters beside them (--lora).
 
     Masters in fp32 and the optimizer's states lie in RUN; updates have the bits of a run in memory. A run that was
     killed goes on from its last commit with --resume and the same options, and has the losses of one that was not.
@@ -145,11 +164,12 @@ def finetune(
         steps=steps, epochs=epochs, batch=batch, accumulate=accumulate, seq=seq, too_long=too_long, seed=seed,
         optimizer=optimizer, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, no_decay=no_decay,
         betas=betas, momentum=momentum, clip=clip, nonfinite=nonfinite, eval_fraction=eval_fraction, dtype=dtype,
+        lora=None if lora is None else parse_lora(lora),
     )  # fmt: skip
     request = FinetuneRequest(
         checkpoint=checkpoint, data=data, out=out, recipe=recipe, eval_every=eval_every, commit_every=commit_every,
-        resume=resume, force=force, max_memory=max_memory, device=device, trust_remote_code=trust_remote_code,
-        as_json=as_json,
+        commit_minutes=commit_minutes, resume=resume, force=force, max_memory=max_memory, device=device,
+        trust_remote_code=trust_remote_code, as_json=as_json,
     )  # fmt: skip
     output = Output()
     with output.busy("starting"):

@@ -12,6 +12,7 @@ from transformers import set_seed
 
 from ..memory.errors import UsageError
 from ..runtime.pretrained import locate, outline
+from ..runtime.training import adapters
 from ..runtime.training.data.batches import Batches
 from ..runtime.training.data.dataset import DataOptions, TrainingData, open_data
 from ..runtime.training.data.tokenizing import TokenizingProgress
@@ -42,6 +43,8 @@ class Job:
     batches: Batches
     schedule: Schedule
     choice: OptimizerChoice
+    lora: Any
+    """A `peft.LoraConfig`; None where all weights are trained."""
     settings: dict[str, Any]
     """For the commits."""
     step: int
@@ -67,7 +70,15 @@ class Job:
         }
         if self.goes_on:
             return go_on(request.out, **common)
-        made = prepare(self.folder, optimizer=self.choice, disk=request.out, dtype=request.recipe.dtype, **common)
+        set_seed(request.recipe.seed)  # what adapters begin with
+        made = prepare(
+            self.folder,
+            optimizer=self.choice,
+            disk=request.out,
+            lora=self.lora,
+            dtype=request.recipe.dtype,
+            **common,
+        )
         set_seed(request.recipe.seed)
         return made
 
@@ -106,13 +117,23 @@ def make_ready(request: FinetuneRequest, run: RunFolder, found: Progress | None,
             f"{request.out} cannot be gone on with: {'; '.join(differences)}. Give what it began with, or begin anew "
             "with --force"
         )
-    shapes = {name: tuple(each.shape) for name, each in bones.named_parameters() if each.is_floating_point()}
+    lora = None
+    trained: Any = bones
+    if recipe.lora is not None:
+        lora = adapters.peft().LoraConfig(**recipe.lora.settings())
+        trained = adapters.put(bones, lora)
+    shapes = {
+        name: tuple(each.shape)
+        for name, each in trained.named_parameters()
+        if each.is_floating_point() and (lora is None or each.requires_grad)
+    }
     return Job(
         folder=folder,
         data=data,
         batches=batches,
         schedule=Schedule(kind=recipe.schedule, steps=steps, warmup=recipe.warmup_steps(steps)),  # type: ignore[arg-type]
         choice=optimizer_choice(recipe, shapes),
+        lora=lora,
         settings=settings,
         step=0 if found is None else found.step,
         goes_on=found is not None,

@@ -35,9 +35,11 @@ class FinetunePlan:
     states_nbytes: int
     """On disk for as long as the run is kept: every state twice, so that the last commit stays whole."""
     step_written_nbytes: int
-    """By each step: all states, and the weights that do not stay in memory."""
+    """By each step: all states, and the weights that do not stay in memory. Of adapters, nothing."""
+    commit_written_nbytes: int
+    """By each commit: the states that stay in memory, those of adapters."""
     written_nbytes: int
-    """By the steps that are left: that is the wear of the drive."""
+    """By the steps that are left, and their commits: that is the wear of the drive."""
 
 
 def finetune_plan(
@@ -45,7 +47,10 @@ def finetune_plan(
 ) -> FinetunePlan:
     """The plan of a run whose model is there."""
     store = stats(run.states)
-    each = store.payload_nbytes + model.penstock.plan.home_nbytes("disk")
+    each, commit = store.payload_nbytes + model.penstock.plan.home_nbytes("disk"), 0
+    if request.recipe.lora is not None:
+        each, commit = 0, store.payload_nbytes
+    left = job.schedule.steps - job.step
     sequences = request.recipe.batch * request.recipe.accumulate
     return FinetunePlan(
         parameters=sum(trained.elements for trained in optimizer.training.trained),
@@ -58,7 +63,8 @@ def finetune_plan(
         epochs=job.schedule.steps * sequences / len(job.data.training),
         states_nbytes=store.file_nbytes,
         step_written_nbytes=each,
-        written_nbytes=each * (job.schedule.steps - job.step),
+        commit_written_nbytes=commit,
+        written_nbytes=each * left + commit * -(-left // request.commit_every),
     )
 
 
@@ -77,15 +83,20 @@ def plan_lines(plan: FinetunePlan, request: FinetuneRequest, training: DataStati
     data += f"{plan.seq} ({training.padding / max(training.sequences * plan.seq, 1):.1%} padding)"
     for count, what in ((training.truncated, "truncated"), (training.left_out, "left out"), (aside, "for evaluation")):
         data += f"; {count:,} {what}" if count else ""
+    written = f"{format_size(plan.step_written_nbytes)} written per step"
+    if recipe.lora is not None:
+        written = f"{format_size(plan.commit_written_nbytes)} written per commit"
     lines = [
         f"trains {plan.parameters:,} parameters in {plan.tensors} tensors with {recipe.optimizer} ({hyper}), "
         + (f"clipped to {recipe.clip:g}" if recipe.clip else "not clipped"),
         data,
         f"{plan.steps} steps of {recipe.accumulate} × {recipe.batch} sequences, {plan.epochs:.2f} epochs; "
         f"{_schedule(request, plan)}",
-        f"disk: {format_size(plan.states_nbytes)} in {request.out} for states; about "
-        f"{format_size(plan.step_written_nbytes)} written per step, {format_size(plan.written_nbytes)} in all",
+        f"disk: {format_size(plan.states_nbytes)} in {request.out} for states; about {written}, "
+        f"{format_size(plan.written_nbytes)} in all",
     ]
+    if recipe.lora is not None:
+        lines.insert(1, f"adapters: {recipe.lora}; the model's own weights are only read")
     if plan.undecayed:
         more = len(plan.undecayed) - _MOST_PATTERNS
         listed = ", ".join(plan.undecayed[:_MOST_PATTERNS]) + (f" and {more} more patterns" if more > 0 else "")

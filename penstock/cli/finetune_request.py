@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from ..budget import parse_budget
 from ..memory.errors import UsageError
+from .lora_option import LoraOption
 
 OPTIMIZERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "adamw": {"lr": 1e-5, "betas": (0.9, 0.999), "weight_decay": 0.01},
@@ -16,6 +17,8 @@ OPTIMIZERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "sgd": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0},
 }
 """The hyperparameters that each has an option for, and what they are where it is not given."""
+LORA_LR: Final = 10
+"""Times as large is the learning rate of adapters, where it is not given: they begin as nothing."""
 SCHEDULES: Final = ("constant", "linear", "cosine")
 TOO_LONG: Final = ("truncate", "leave-out", "refuse")
 NONFINITE: Final = ("raise", "skip")
@@ -54,6 +57,8 @@ class Recipe:
     eval_fraction: float
     too_long: str
     dtype: str
+    lora: LoraOption | None = None
+    """Adapters to train; None to train all weights."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -81,6 +86,8 @@ class Recipe:
             UsageError: one was given that it has not.
         """
         found = dict(OPTIMIZERS[self.optimizer])
+        if self.lora is not None:
+            found["lr"] *= LORA_LR
         given = {
             "lr": self.lr,
             "weight_decay": self.weight_decay,
@@ -109,6 +116,8 @@ class Recipe:
         for name, value in self.hyperparameters().items():
             found[name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
         found |= {"eval-fraction": self.eval_fraction, "too-long": self.too_long, "dtype": self.dtype}
+        if self.lora is not None:
+            found["lora"] = str(self.lora)
         return found if self.schedule == "constant" else {**found, "steps": steps}
 
 
@@ -124,6 +133,8 @@ class FinetuneRequest:
     recipe: Recipe
     eval_every: int | None
     commit_every: int
+    commit_minutes: float | None = None
+    """Commits are this far apart, at most, if steps are not longer."""
     resume: bool
     force: bool
     max_memory: str
@@ -137,6 +148,8 @@ class FinetuneRequest:
             raise UsageError("--resume goes on with a run and --force takes it away: give one of them")
         if self.eval_every is not None and not self.recipe.eval_fraction:
             raise UsageError("--eval-every needs something to evaluate on: set it aside with --eval-fraction 0.02")
+        if self.commit_minutes is not None and not self.commit_minutes > 0:
+            raise UsageError(f"--commit-minutes {self.commit_minutes:g} has no meaning: give a number above 0")
         if not self.data.exists():
             raise UsageError(f"--data {self.data}: there is no such file")
         if self.out.exists() and not self.out.is_dir():

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..api import close, explain
 from ..memory.errors import DiskError
+from ..runtime.training.adapters import without_adapters
 from ..runtime.training.board import open_board
 from ..runtime.training.evaluation import takes_positions
 from ..runtime.training.facade import StreamedOptimizer
@@ -101,7 +102,10 @@ def _train(
             sequences=len(job.data.training),
             evaluation=lambda: job.data.evaluation_batches(batch=request.recipe.batch),
             options=LoopOptions(
-                schedule=job.schedule, commit_every=request.commit_every, eval_every=request.eval_every
+                schedule=job.schedule,
+                commit_every=request.commit_every,
+                commit_minutes=request.commit_minutes,
+                eval_every=request.eval_every,
             ),
             settings=job.settings,
             step=job.step,
@@ -132,9 +136,8 @@ def _tell_plan(plan: FinetunePlan, request: FinetuneRequest, job: Job, model: An
     for line in plan_lines(plan, request, job.data.training.statistics, aside):
         output.notes.print(Text(line))
     if not takes_positions(model):
-        output.notes.print(
-            Text(f"a {type(model).__name__} takes no positions: documents that share a sequence see each other")
-        )
+        kind = type(without_adapters(model)).__name__
+        output.notes.print(Text(f"a {kind} takes no positions: documents that share a sequence see each other"))
 
 
 def _draw(request: FinetuneRequest, run: RunFolder) -> None:

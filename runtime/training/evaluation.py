@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .adapters import without_adapters
 from .data.batches import Batch
 
 
@@ -18,7 +19,7 @@ def model_inputs(model: Any, batch: Batch) -> Mapping[str, Any]:
     A model that takes no positions sees the documents of a sequence as one text.
     """
     named = batch.inputs(positions=takes_positions(model))
-    known = inspect.signature(type(model).forward).parameters.values()
+    known = _parameters(model).values()
     if not any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in known):
         del named["use_cache"]
     device = model.device
@@ -28,7 +29,12 @@ def model_inputs(model: Any, batch: Batch) -> Mapping[str, Any]:
 def takes_positions(model: Any) -> bool:
     """Whether documents that share a sequence can be kept apart. It is the class that says: what runs a model may have
     put a function of its own in the place of its `forward`."""
-    return "position_ids" in inspect.signature(type(model).forward).parameters
+    return "position_ids" in _parameters(model)
+
+
+def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
+    """Of the forward of the model itself: what PEFT wraps around it passes on whatever it is given."""
+    return inspect.signature(type(without_adapters(model)).forward).parameters
 
 
 def evaluate(model: Any, batches: Iterable[Batch]) -> float:

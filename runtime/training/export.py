@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ...memory.casting import cast
+from ...memory.checkpoint import SINGLE
 from ...memory.errors import UsageError
 from ...memory.layout import ITEMSIZE, TensorSource
 from ...memory.safetensors_header import same_bytes
@@ -37,7 +38,7 @@ from ..partition import cut, streamable
 from ..phases import once_per_answer
 from ..pretrained import Skeleton, skeleton
 from .gradients import Trained
-from .preparing import identity_of
+from .preparing import beside_blocks, identity_of
 from .run import RunState, decode
 from .shards import Piece, Shard, cut_shards
 
@@ -68,7 +69,7 @@ class ExportedTensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Run:
+class Run:
     """Consecutive elements of a parameter, and where they go."""
 
     start: int
@@ -83,7 +84,7 @@ class Export:
 
     tensors: Sequence[ExportedTensor]
     names: str
-    """Whose names they have: "checkpoint" or "model"."""
+    """Whose names they have: "checkpoint", "model", or "adapter" where they are PEFT's."""
     steps: int
     """Updates that the commit has seen."""
     dtype: str
@@ -92,8 +93,12 @@ class Export:
     """Folder of the checkpoint that the run began with; None for a module."""
     trained: Sequence[Trained]
     shards: Sequence[Shard]
-    runs: Mapping[str, Sequence[_Run]]
+    runs: Mapping[str, Sequence[Run]]
     """Of each trained parameter."""
+    files: Mapping[str, str] | None = None
+    """Texts to be written beside the weights, by file; None where the source's are copied."""
+    weights: str = SINGLE
+    """File of the weights, where they go into one."""
 
     def write_masters(self, store: BlockStore, sink: Sink) -> None:
         """Write what the run has trained. Tensors with something to be copied must have it by then: it shines through
@@ -133,14 +138,18 @@ def plan_export(
         CheckpointError: the source cannot be used.
     """
     wanted, state = parse_dtype(dtype), decode(store.metadata)
+    if module is None and state.adapters is not None and state.source is not None:
+        from .adapterexport import plan_adapter_export  # which is built on this file
+
+        return plan_adapter_export(store, state, dtype=dtype, source=source, trust_remote_code=trust_remote_code)
     if module is not None:
         tensors, trained, shards = _of_module(module, state, store.identity, wanted)
-        runs: Mapping[str, Sequence[_Run]] = _whole_runs(tensors)
+        runs: Mapping[str, Sequence[Run]] = _whole_runs(tensors)
         names, folder = "model", None
     else:
-        bones = _bones(state, source, state.dtype, trust_remote_code)
+        bones = bones_of(state, source, state.dtype, trust_remote_code)
         trained, shards = _of_checkpoint(bones, state, store.identity)
-        shown = bones if wanted is None else _bones(state, source, wanted, trust_remote_code)
+        shown = bones if wanted is None else bones_of(state, source, wanted, trust_remote_code)
         names, folder = "checkpoint", bones.checkpoint.folder
         found = _as_stored(shown, state.names)
         if found is None:
@@ -161,19 +170,26 @@ def plan_export(
 # --- where masters lie in the store -----------------------------------------------------------------------------------
 
 
-def _bones(state: RunState, source: str | None, dtype: str | torch.dtype, trust_remote_code: bool) -> Skeleton:
+def bones_of(state: RunState, source: str | None, dtype: str | torch.dtype, trust_remote_code: bool) -> Skeleton:
+    """The model that the run began with.
+
+    Raises:
+        UsageError: it began with a module.
+        CheckpointError: the checkpoint cannot be used.
+    """
     path = source or state.source
     if path is None:
         raise UsageError(
             "the run began with a module, and its commits do not say what shapes parameters have: build the module, "
-            "go on by penstock.resume(RUN, model=module), and save what model.state_dict() gives"
+            "go on by penstock.resume(RUN, model=module), and save what model.state_dict() gives (of adapters, "
+            "model.save_pretrained writes them)"
         )
     return skeleton(path, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def _of_checkpoint(bones: Skeleton, state: RunState, identity: str) -> tuple[list[Trained], Sequence[Shard]]:
     parameters = {name: p for name, p in streamable(bones.model).items() if name in bones.sources}
-    _require(state.names, parameters)
+    required(state.names, parameters)
     sizes = {name: p.numel() * ITEMSIZE[stored_dtype(bones.dtypes[name])] for name, p in parameters.items()}
     trained = [
         Trained(name=name, parameter=parameters[name], stride=contiguous_stride(parameters[name].shape))
@@ -186,7 +202,7 @@ def _of_module(
     module: nn.Module, state: RunState, identity: str, wanted: torch.dtype | None
 ) -> tuple[list[ExportedTensor], list[Trained], Sequence[Shard]]:
     parameters = streamable(module)
-    _require(state.names, parameters)
+    required(state.names, parameters)
     backing = ModuleBacking(parameters)
     trained = [Trained(name=name, parameter=parameters[name], stride=backing.stride(name)) for name in state.names]
     shards = _shards(module, {name: p.nbytes for name, p in parameters.items()}, trained, state, identity)
@@ -201,7 +217,12 @@ def _of_module(
     return tensors, trained, shards
 
 
-def _require(names: Sequence[str], parameters: Collection[str]) -> None:
+def required(names: Sequence[str], parameters: Collection[str]) -> None:
+    """See that a model has what a run trains.
+
+    Raises:
+        UsageError: it is another model.
+    """
     missing = [name for name in names if name not in parameters]
     if missing:
         raise UsageError(
@@ -214,7 +235,11 @@ def _shards(
     model: nn.Module, sizes: Mapping[str, int], trained: Sequence[Trained], state: RunState, identity: str
 ) -> Sequence[Shard]:
     """How the run cut its parameters: by blocks of weights, whose size its commits hold."""
-    if state.limit_nbytes is not None:
+    if state.frozen:
+        shards = beside_blocks(trained)
+        if identity_of(trained, shards, state.mathematics) == identity:
+            return shards
+    elif state.limit_nbytes is not None:
         number = {each.name: index for index, each in enumerate(trained)}
         partition = cut(model, sizes, limit=state.limit_nbytes, tables=set(), apart=once_per_answer(model))
         groups = [partition.small.names, *(group.names for group in partition.groups)]
@@ -222,7 +247,12 @@ def _shards(
         shards = cut_shards([each.elements for each in trained], blocks)
         if identity_of(trained, shards, state.mathematics) == identity:
             return shards
-    raise UsageError(
+    raise refuse_other()
+
+
+def refuse_other() -> UsageError:
+    """That the run belongs to another model."""
+    return UsageError(
         "the run belongs to another model: its parameters have other shapes or places. Give the one that it began "
         "with (--source where a checkpoint was moved)"
     )
@@ -230,11 +260,16 @@ def _shards(
 
 # --- what goes where --------------------------------------------------------------------------------------------------
 
-_Drafted = tuple[list[ExportedTensor], Mapping[str, Sequence[_Run]]]
+_Drafted = tuple[list[ExportedTensor], Mapping[str, Sequence[Run]]]
 
 
-def _whole_runs(tensors: Sequence[ExportedTensor]) -> dict[str, list[_Run]]:
-    return {t.name: [_Run(start=0, elements=prod(t.shape), name=t.name, at=0)] for t in tensors}
+def whole_run(tensor: ExportedTensor) -> list[Run]:
+    """A parameter that is written as one tensor."""
+    return [Run(start=0, elements=prod(tensor.shape), name=tensor.name, at=0)]
+
+
+def _whole_runs(tensors: Sequence[ExportedTensor]) -> dict[str, list[Run]]:
+    return {tensor.name: whole_run(tensor) for tensor in tensors}
 
 
 def _as_named(bones: Skeleton, names: Sequence[str]) -> _Drafted:
@@ -255,7 +290,7 @@ def _as_named(bones: Skeleton, names: Sequence[str]) -> _Drafted:
 def _as_stored(bones: Skeleton, names: Sequence[str]) -> _Drafted | None:
     """By the names of the checkpoint; None where a trained parameter cannot be taken apart again."""
     stored, trained = bones.checkpoint.tensors, set(names)
-    runs: dict[str, list[_Run]] = {name: [] for name in names}
+    runs: dict[str, list[Run]] = {name: [] for name in names}
     used: Counter[str] = Counter()
     filled: Counter[str] = Counter()
     dtypes: dict[str, set[str]] = {}
@@ -275,7 +310,7 @@ def _as_stored(bones: Skeleton, names: Sequence[str]) -> _Drafted | None:
         dtypes[alias] = {stored_dtype(bones.dtypes[name])}
         if name in trained:
             elements = prod(stored[alias].shape)
-            runs[name].append(_Run(start=0, elements=elements, name=alias, at=0))
+            runs[name].append(Run(start=0, elements=elements, name=alias, at=0))
             filled[alias] += elements
     if any(used[name] > prod(stored[name].shape) for name in used) or any(len(kinds) > 1 for kinds in dtypes.values()):
         return None
@@ -319,7 +354,7 @@ class _Places:
         for tensors in self._sorted.values():
             tensors.sort()
 
-    def runs(self, source: TensorSource) -> Iterator[_Run]:
+    def runs(self, source: TensorSource) -> Iterator[Run]:
         """The elements of a source, by the stored tensors that they lie in."""
         size, start = ITEMSIZE[source.dtype], 0
         for span in source.spans:
@@ -328,7 +363,7 @@ class _Places:
                 begin, end, name = tensors[bisect.bisect_right(tensors, at, key=lambda each: each[0]) - 1]
                 nbytes = min(end, span.offset + span.nbytes) - at
                 assert nbytes > 0, (name, span)
-                yield _Run(start=start, elements=nbytes // size, name=name, at=(at - begin) // size)
+                yield Run(start=start, elements=nbytes // size, name=name, at=(at - begin) // size)
                 start += nbytes // size
                 at += nbytes
 

@@ -124,6 +124,8 @@ class StreamedOptimizer(torch.optim.Optimizer):
             buffers={} if model is None else pack_buffers(model),
             source=self._origin.source,
             dtype=self._origin.dtype,
+            adapters=self._origin.adapters,
+            frozen=self._origin.frozen,
             limit_nbytes=self._training.limit_nbytes,
             max_grad_norm=self._choice.max_grad_norm,
             scheduler=scheduler,

@@ -40,6 +40,8 @@ class LoopOptions:
     """Its `steps` are the run's."""
     commit_every: int
     """Steps from one commit to the next; the end of the run is one, too."""
+    commit_minutes: float | None = None
+    """Minutes after which the end of a step is one, too; None for none."""
     eval_every: int | None = None
     """Steps from one evaluation to the next. None: after the last step only."""
 
@@ -47,6 +49,18 @@ class LoopOptions:
         for name, value in (("commit_every", self.commit_every), ("eval_every", self.eval_every)):
             if value is not None and value < 1:
                 raise UsageError(f"{name}={value} has no meaning: give 1 or more")
+        if self.commit_minutes is not None and not self.commit_minutes > 0:
+            raise UsageError(f"commit_minutes={self.commit_minutes} has no meaning: give a number above 0")
+
+    def commit_due(self, *, step: int, seconds: float) -> bool:
+        """Whether the end of a step is a commit.
+
+        Args:
+            step: Its number, from 1.
+            seconds: Since the last one.
+        """
+        late = self.commit_minutes is not None and seconds >= 60 * self.commit_minutes
+        return late or step % self.commit_every == 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +119,7 @@ class Loop:
             PenstockError: a step or a commit failed; likewise.
         """
         self.model.train()
-        committed = self.step if self.step else None
+        committed, committed_s = self.step if self.step else None, self.clock()
         while self.step < self.options.schedule.steps:
             began, moved = self.clock(), self._moved()
             taken = self._take_step()
@@ -115,9 +129,10 @@ class Loop:
             record = self._record(taken, seconds=self.clock() - began, moved=moved)
             for listener in self.listeners:
                 listener(record)
-            if self.step % self.options.commit_every == 0:
+            now = self.clock()
+            if self.options.commit_due(step=self.step, seconds=now - committed_s):
                 self.commit()
-                committed = self.step
+                committed, committed_s = self.step, now
         if committed != self.step:
             self.commit()
         if self._commit is not None:

@@ -20,21 +20,23 @@ from ...memory.scratch import Scratch as ScratchFolder
 from ...memory.scratch import process_scratch
 from ...memory.store import BlockSpec, BlockStore, check_unused, check_vacant
 from ...memory.trim import return_free_memory
+from ..beside import trained_in
 from ..build import Machinery
 from ..launch import open_scratch, scratch_files
 from ..recompute import recompute
+from .adapterweights import AdapterWeights
 from .buffers import restore_buffers
 from .facade import StreamedOptimizer
 from .gradients import GradientRoom, Gradients, Trained
 from .optimizers import SGD, AdamW, Lion, OptimizerChoice
 from .pipeline import ShardPipeline
-from .room import TrainingRoom, plan_room, tell
+from .room import TrainingRoom, adapter_room, plan_room, tell
 from .run import Origin, RunState, Settings, decode, set_random_state
 from .shards import ELEMENTS, Shard, cut_shards
 from .spill import GradientSpill
 from .training import Training
-from .updater import Updater
-from .weights import TrainedWeights
+from .updater import SMALL, Updater
+from .weights import TrainedWeights, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +78,8 @@ def attach(
         ]
         store = BlockStore.create(folders.states, specs, identity=identity_of(trained, shards, choice.mathematics))
         made.callback(store.close)
-        scratches = open_scratch(folders.scratch, made)
-        room = plan_room(machinery, trained, shards, settings, arrays=arrays)
+        scratches = scratches_of(folders, machinery, made)
+        room = room_of(machinery, trained, shards, settings, arrays=arrays)
         training = assemble(machinery, trained, shards, store, choice.kernel, scratches, settings, room, arrays=arrays)
         made.callback(training.close)
         training.write_masters(master_of(machinery, trained))
@@ -113,9 +115,9 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
                 f"{folders.states[0]} belongs to another model: its parameters have other names, shapes or places. "
                 "Give the one that the run was begun with"
             )
-        scratches = open_scratch(folders.scratch, made)
+        scratches = scratches_of(folders, machinery, made)
         arrays = arrays_of(choice)
-        room = plan_room(machinery, trained, shards, settings, arrays=arrays)
+        room = room_of(machinery, trained, shards, settings, arrays=arrays)
         training = assemble(
             machinery,
             trained,
@@ -142,6 +144,20 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
         machinery.before_close(training.last)
         machinery.on_close(made.pop_all().close)
     return optimizer
+
+
+def scratches_of(folders: RunFolders, machinery: Machinery, made: ExitStack) -> list[ScratchFolder]:
+    """Folders for weights that change and for gradients, to be closed with `made`; none where adapters are trained."""
+    return open_scratch(folders.scratch, made) if machinery.trains else []
+
+
+def room_of(
+    machinery: Machinery, trained: Sequence[Trained], shards: Sequence[Shard], settings: Settings, *, arrays: int
+) -> TrainingRoom:
+    """What of gradients and states stays in host memory: of adapters, all."""
+    if machinery.trains:
+        return plan_room(machinery, trained, shards, settings, arrays=arrays)
+    return adapter_room(trained, shards, settings, arrays=arrays)
 
 
 def check_new(folders: RunFolders) -> None:
@@ -250,6 +266,8 @@ def find_trained(model: nn.Module, machinery: Machinery) -> list[Trained]:
         UsageError: there is none, or one is not streamed.
     """
     strides = {bound.name: bound.stride for binding in machinery.bindings.values() for bound in binding.tensors}
+    if not machinery.trains:
+        strides = {name: tuple(parameter.stride()) for name, parameter in trained_in(model).items()}
     found = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or not parameter.numel():
@@ -267,12 +285,19 @@ def find_trained(model: nn.Module, machinery: Machinery) -> list[Trained]:
 
 def shards_of(trained: Sequence[Trained], machinery: Machinery) -> tuple[Shard, ...]:
     """The shards of these parameters, block by block in the order in which a forward uses them."""
+    if not machinery.trains:
+        return beside_blocks(trained)
     number = {each.name: index for index, each in enumerate(trained)}
     blocks = {
         block.id: [number[portion.name] for portion in block.portions if portion.name in number]
         for block in machinery.layout.blocks
     }
     return cut_shards([each.elements for each in trained], blocks, most=ELEMENTS)
+
+
+def beside_blocks(trained: Sequence[Trained]) -> tuple[Shard, ...]:
+    """The shards of what is trained beside frozen weights: it counts as one block, which is never withdrawn."""
+    return cut_shards([each.elements for each in trained], {SMALL: range(len(trained))})
 
 
 def assemble(
@@ -304,10 +329,14 @@ def assemble(
         kept=room.resident,
         beside_nbytes=0 if spill is None else max(spill.beside_nbytes(shard) for shard in shards),
     )
-    weights = TrainedWeights(machinery, scratch_files(scratches, "weights.bin"), pipeline.watch)
+    weights: Weights
+    if machinery.trains:
+        weights = TrainedWeights(machinery, scratch_files(scratches, "weights.bin"), pipeline.watch)
+    else:
+        weights = AdapterWeights(trained)
     wide = settings.accumulate > 1
     kept = GradientRoom(trained, wide=wide, elsewhere=room.spilled) if settings.updates == "step" else None
-    for arena in (*pipeline.arenas, *(() if kept is None else (kept.arena,))):
+    for arena in (*pipeline.arenas, *(() if kept is None else (kept.arena,))) if machinery.trains else ():
         machinery.count(arena)
     return Training(
         machinery=machinery,
@@ -331,6 +360,9 @@ def assemble(
 
 def master_of(machinery: Machinery, trained: Sequence[Trained]) -> Callable[[int], torch.Tensor]:
     """Gives a parameter's present weights in fp32, flat, as they lie in memory."""
+    if not machinery.trains:
+        resident = AdapterWeights(trained)
+        return lambda index: resident.value(trained[index].name)
     session = machinery.session
     home = {bound.name: binding for binding in machinery.bindings.values() for bound in binding.tensors}
 

@@ -140,6 +140,27 @@ def _passing(itemsizes: Sequence[int], movable: frozenset[int], shards: Sequence
     return RING * largest + BUFFERS * beside
 
 
+def adapter_room(
+    trained: Sequence[Trained], shards: Sequence[Shard], settings: Settings, *, arrays: int
+) -> TrainingRoom:
+    """That of adapters, which was set aside as a whole: nothing goes to disk before a commit.
+
+    Args:
+        trained: What is trained.
+        shards: Of these.
+        settings: Of how many backward passes a step is.
+        arrays: Of each shard.
+    """
+    stays = sum(arrays * shard.array_nbytes for shard in shards)
+    return TrainingRoom(
+        spilled=frozenset(),
+        itemsizes=tuple(gradient_dtype(each, wide=settings.accumulate > 1).itemsize for each in trained),
+        resident=frozenset(shard.id for shard in shards),
+        unused_nbytes=0,
+        notes=(f"adapters: {gib(stays)} of masters and states stay in host memory",),
+    )
+
+
 def tell(model: nn.Module, machinery: Machinery, room: TrainingRoom) -> None:
     """Put the decision into the model's plan, and give back to the ledger what it has no use for."""
     unused = min(room.unused_nbytes, machinery.layout.granted_nbytes)

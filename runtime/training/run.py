@@ -26,6 +26,10 @@ class Origin:
     source: str | None = None
     """The checkpoint; None for a module that was built."""
     dtype: str = "auto"
+    adapters: str | None = None
+    """Settings of the adapters that were put into it, as adapter_config.json has them."""
+    frozen: bool = False
+    """Whether what is trained lies beside frozen weights, in host memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,18 @@ class Settings:
             raise UsageError(
                 f'updates="backward" begins before all gradients are there, and {what} needs all of them first: leave '
                 "one of the two out"
+            )
+
+    def check_frozen(self) -> None:
+        """See that they make sense where adapters are trained beside frozen weights.
+
+        Raises:
+            UsageError: they do not.
+        """
+        if self.updates == "backward":
+            raise UsageError(
+                'updates="backward" makes room for gradients of weights that stream, and those of adapters stay in '
+                'memory, few as they are: leave it out, or say "step"'
             )
 
     def __post_init__(self) -> None:
@@ -85,6 +101,10 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     source: str | None = None
     """The checkpoint that the model was loaded from."""
     dtype: str = "auto"
+    adapters: str | None = None
+    """Settings of the adapters that were put into it, as adapter_config.json has them."""
+    frozen: bool = False
+    """Whether what is trained lies beside frozen weights, and is no part of their blocks."""
     limit_nbytes: int | None = None
     """What blocks were cut by."""
     max_grad_norm: float | None = None

@@ -24,7 +24,7 @@ from .gradients import Gradient, Gradients, SpilledGradient, Trained
 from .pipeline import ShardPipeline
 from .shards import Shard
 from .updater import SMALL, Step, Updater
-from .weights import TrainedWeights
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
 BEHIND = 3
@@ -59,7 +59,7 @@ class Training:
         gradients: Gradients,
         shards: Sequence[Shard],
         pipeline: ShardPipeline,
-        weights: TrainedWeights,
+        weights: Weights,
         updater: Updater,
         counts: Sequence[int] = (),
     ) -> None:

@@ -24,7 +24,7 @@ from .pipeline import ShardPipeline
 from .shards import Piece, Shard
 from .spill import GradientRead, GradientSpill
 from .watch import WATCH_S
-from .weights import TrainedWeights
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
 SMALL: Final = 0
@@ -77,7 +77,7 @@ class Updater:
         shards: Sequence[Shard],
         names: Sequence[str],
         pipeline: ShardPipeline,
-        weights: TrainedWeights,
+        weights: Weights,
         kernel: Optimizer[Any],
         spill: GradientSpill | None = None,
     ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 
@@ -13,6 +14,26 @@ from ...memory.image import Image, Place, whole_window
 from ..build import Machinery
 from ..dtypes import torch_dtype
 from .watch import Watch
+
+
+class Weights(Protocol):
+    """Where new weights go, block by block."""
+
+    def names(self, block: int) -> Sequence[str]:
+        """The parameters of a block."""
+        ...
+
+    def begin(self, block: int, *, whole: bool) -> Mapping[str, torch.Tensor]:
+        """The weights of a block, to be written to."""
+        ...
+
+    def end(self, block: int) -> None:
+        """All that was to be written to it has been."""
+        ...
+
+    def close(self) -> None:
+        """Give memory back."""
+        ...
 
 
 class TrainedWeights:

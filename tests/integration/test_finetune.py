@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,7 +26,7 @@ from zoo.finetune import write_checkpoint, write_rows, zen
 import penstock
 from penstock.cli import main
 from penstock.runtime.training.data.dataset import DataOptions, open_data
-from penstock.runtime.training.evaluation import model_inputs
+from penstock.runtime.training.evaluation import model_inputs, takes_positions
 from penstock.runtime.training.schedule import Schedule
 
 BUDGET = "host=15MiB"
@@ -163,6 +165,70 @@ def test_losses_are_those_of_a_run_in_memory(
         assert optimizer_again.extra["step"] == count
     finally:
         penstock.close(again)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
+def test_adapters_are_those_of_peft_in_memory(
+    checkpoint: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--lora`, in one go and in two, against plain PyTorch and PEFT; then the folder that PEFT loads."""
+    count, lr = 6, 3e-3
+    recipe = ("--schedule", "constant", "--accumulate", "2", "--seed", "5", "--clip", "0.7")
+    lora: tuple[str, ...] = ("--lora", "r=4,dropout=0.1,targets=q_proj+down_proj")
+    assert main(command(checkpoint, rows, tmp_path / "no", *recipe, *lora, "--max-memory", "host=1KiB")) == 3
+    needed = re.search(r"at least (\d+) bytes", capsys.readouterr().err)
+    assert needed is not None
+    lora += ("--max-memory", f"host={-(-int(needed[1]) // 1024)}KiB")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(command(checkpoint, rows, whole, "--steps", str(count), *recipe, *lora, "--json")) == 0
+    out, error = capsys.readouterr()
+    for words in ("adapters: r=4,alpha=8,dropout=0.1,targets=q_proj+down_proj", "written per commit", "step 6/6"):
+        assert words in error
+    assert main(command(checkpoint, rows, broken, "--steps", "4", *recipe, *lora)) == 0
+    assert main(command(checkpoint, rows, broken, "--steps", str(count), *recipe, "--resume")) == 2
+    assert "lora was r=4,alpha=8,dropout=0.1,targets=q_proj+down_proj and is not set" in capsys.readouterr().err
+    assert main(command(checkpoint, rows, broken, "--steps", str(count), *recipe, *lora, "--resume")) == 0
+    assert told(steps(broken)) == told(steps(whole))
+
+    data = open_data(rows, AutoTokenizer.from_pretrained(checkpoint), folder=tmp_path / "data",
+                     options=DataOptions(seq=64, seed=5))  # fmt: skip
+    batches = data.batches(batch=2, accumulate=2)
+    torch.manual_seed(5)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    torch.manual_seed(5)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(base, config).train()
+    assert takes_positions(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01)
+    torch.manual_seed(5)
+    expected = []
+    for _ in range(count):
+        given, loss_of_step = batches.step(), 0.0
+        for batch in given:
+            share = batch.loss_tokens / sum(each.loss_tokens for each in given)
+            loss = model(**model_inputs(model, batch)).loss * share
+            loss.backward()
+            loss_of_step += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 0.7)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append((loss_of_step, norm.item()))
+    assert [(each["loss"], each["gradient_norm"]) for each in steps(whole)] == expected
+
+    document = json.loads(out)
+    assert document["training"]["parameters"] == sum(parameter.numel() for parameter in trained)
+    assert document["training"]["step_written_nbytes"] == 0
+    assert document["disk_written_nbytes"] == document["training"]["commit_written_nbytes"]  # one, at the end
+    assert document["plan"]["resident"] is False
+    assert main(["store", "export", str(broken), str(tmp_path / "out")]) == 0
+    again = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto"), tmp_path / "out"
+    )
+    found = [parameter for name, parameter in again.named_parameters() if "lora_" in name]
+    assert all(torch.equal(one, other) for one, other in zip(found, trained, strict=True))
 
 
 def test_a_run_that_is_killed_goes_on_with_the_same_bits(checkpoint: Path, rows: Path, tmp_path: Path) -> None:

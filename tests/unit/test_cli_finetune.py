@@ -76,6 +76,10 @@ def finetune(folder: Path, rows: Path, out: Path, *options: str) -> int:
         (("--resume", "--force"), "one of them"),
         (("--max-memory", "8G"), "host=8G"),
         (("--seq", "257"), "more than the 256 positions"),
+        (("--commit-minutes", "0"), "above 0"),
+        (("--lora", "r=16,alhpa=3"), "did you mean alpha"),
+        (("--lora", "r=16,targets=nothing"), "PEFT cannot put these adapters into a LlamaForCausalLM"),
+        (("--lora", "r=16", "--no-decay", "*norm*"), "matches none"),
     ],
 )
 def test_usage(

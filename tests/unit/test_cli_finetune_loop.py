@@ -111,6 +111,7 @@ class Run:
                 schedule=Schedule(kind="linear", steps=steps),
                 commit_every=chosen["commit_every"],
                 eval_every=chosen["eval_every"],
+                commit_minutes=chosen.get("commit_minutes"),
             ),
             settings={"seed": 0},
             step=chosen.get("step", 0),
@@ -265,8 +266,21 @@ def test_inputs_are_those_that_the_model_takes(data: TrainingData) -> None:
     assert not takes_positions(Words([]))
 
 
+def test_commits_are_due_by_steps_or_by_minutes(data: TrainingData) -> None:
+    """On a clock of which a step takes 50 seconds: the second one ends after 100, which is more than 1.5 minutes."""
+    run = Run(data, steps=7, commit_every=5, commit_minutes=1.5)
+    run.loop.listeners = [*run.loop.listeners, lambda record: setattr(run, "now", run.now + 50)]
+    assert run.loop.run()
+    assert [extra["step"] for extra in run.optimizer.commits] == [2, 4, 5, 7]
+    rarely = Run(data, steps=7, commit_every=5, commit_minutes=1000)
+    assert rarely.loop.run()
+    assert [extra["step"] for extra in rarely.optimizer.commits] == [5, 7]
+
+
 def test_options_of_the_loop() -> None:
     schedule = Schedule(kind="linear", steps=1)
+    with pytest.raises(UsageError, match="commit_minutes=0"):
+        LoopOptions(schedule=schedule, commit_every=1, commit_minutes=0)
     with pytest.raises(UsageError, match="commit_every=0"):
         LoopOptions(schedule=schedule, commit_every=0)
     with pytest.raises(UsageError, match="eval_every=0"):

@@ -38,7 +38,8 @@ class ExportReport:
     nbytes: int
     """Of all tensors."""
     names: str
-    """Whose names they have: "checkpoint", or "model" where there is no way back to those of the checkpoint."""
+    """Whose names they have: "checkpoint", or "model" where there is no way back to those of the checkpoint; "adapter"
+    where they are PEFT's."""
 
 
 def export(
@@ -58,6 +59,7 @@ def export(
     """Write the weights of a run's last commit as a Hugging Face checkpoint: safetensors, config, tokenizer.
 
     Weights are the run's fp32 masters, rounded; what is not trained comes from the checkpoint that the run began with.
+    Of a run of adapters (--lora) it is the folder of the adapters alone, which peft.PeftModel.from_pretrained loads.
     There is nothing to import: penstock.prepare takes any checkpoint. Prints the name of the folder.
     """
     from ...memory.store import BlockStore
@@ -68,7 +70,7 @@ def export(
     if as_json:
         output.write_json(report)
         return
-    note = "" if report.names == "checkpoint" else ", by the model's own names"
+    note = {"checkpoint": "", "adapter": " of adapters"}.get(report.names, ", by the model's own names")
     output.notes.print(
         f"{report.tensors} tensors{note}, {format_size(report.nbytes)}, {report.trained} of them trained for "
         f"{report.steps} steps (commit {report.commit})",
@@ -100,11 +102,14 @@ def _export(store: BlockStore, out: Path, *, force: bool, **options: Any) -> Exp
 
 def _write(store: BlockStore, planned: Export, folder: Path) -> list[str]:
     from .copying import copy_files, copy_tensor
-    from .weightfiles import WeightFiles
+    from .weightfiles import WeightFiles, write_durably
 
-    if planned.source is not None:
+    if planned.files is not None:
+        for name, text in planned.files.items():
+            write_durably(str(folder / name), text.encode())
+    elif planned.source is not None:
         copy_files(planned.source, str(folder), planned.dtype)
-    with WeightFiles(str(folder), planned.tensors) as files:
+    with WeightFiles(str(folder), planned.tensors, single=planned.weights) as files:
         for tensor in planned.tensors:
             copy_tensor(tensor, files)
         try:
@@ -136,7 +141,7 @@ def _check(planned: Export, folder: Path, *, trust_remote_code: bool) -> None:
     from ...memory.layout import TensorSource
     from ...runtime.pretrained import skeleton
 
-    if planned.source is None:
+    if planned.source is None or planned.names == "adapter":
         return
     try:
         sources = skeleton(folder, trust_remote_code=trust_remote_code).sources

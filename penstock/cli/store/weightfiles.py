@@ -28,13 +28,16 @@ class WeightFiles:
     Closing makes the files durable; after an exception it only closes them.
     """
 
-    def __init__(self, folder: str, tensors: Sequence[ExportedTensor], *, most_nbytes: int = MOST_NBYTES) -> None:
+    def __init__(
+        self, folder: str, tensors: Sequence[ExportedTensor], *, most_nbytes: int = MOST_NBYTES, single: str = SINGLE
+    ) -> None:
         """Make the files.
 
         Args:
             folder: Empty of weights.
             tensors: Their order is kept from file to file.
             most_nbytes: Of one file.
+            single: Name of the file where there is one; another than a checkpoint's is never split.
 
         Raises:
             DoesNotFitError: the drive has not enough room.
@@ -43,8 +46,8 @@ class WeightFiles:
         self._folder = folder
         self._fds: list[int] = []
         self._places: dict[str, tuple[int, int]] = {}
-        files = _dealt(tensors, most_nbytes)
-        self.names = _file_names(len(files))
+        files = _dealt(tensors, most_nbytes) if single == SINGLE else [list(tensors)]
+        self.names = _file_names(len(files)) if single == SINGLE else [single]
         """Of the files, in the order of the tensors."""
         self._check_room(sum(tensor.nbytes for tensor in tensors))
         try:
