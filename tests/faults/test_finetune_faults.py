@@ -23,6 +23,7 @@ from penstock.memory.store import BlockStore
 from penstock.memory.store.folder import MANIFEST, PREVIOUS
 from penstock.runtime.training.data.tokenfile import HEADER
 
+pytestmark = pytest.mark.usefixtures("states_on_disk")
 OK, FAILED, USAGE, DOES_NOT_FIT = 0, 1, 2, 3
 COMMITTED = 4
 STEPS = 6
