@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from .linear_samples import copies_agree, copies_weight, linear_by_sample
+from .revealing import reveal_in_operand, reveal_in_weight, revealing_columns
 
 PAGE: Final = 4096
 PERIOD: Final = 1 << 20
@@ -78,7 +79,9 @@ def splits_exactly(
             samples = x.shape[:-2].numel()
             with _virtual(samples * columns, rows, dtype, 0, generator) as transposed:
                 return copies_agree(x, transposed.view(samples, columns, rows), piece_rows)
-        with _virtual(rows, columns, dtype, skew, generator) as weight:
+        huge, away = revealing_columns(columns, generator)
+        reveal_in_operand(x, huge, away)
+        with _virtual(rows, columns, dtype, skew, generator, away_from=(huge, away)) as weight:
             whole = functional.linear(x, weight.detach().requires_grad_(requires_grad), bias)
             for start in range(0, rows, piece_rows):
                 stop = min(start + piece_rows, rows)
@@ -91,9 +94,18 @@ def splits_exactly(
 
 @contextmanager
 def _virtual(
-    rows: int, columns: int, dtype: torch.dtype, skew: int, generator: torch.Generator
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    skew: int,
+    generator: torch.Generator,
+    *,
+    away_from: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Iterator[torch.Tensor]:
-    """A matrix [rows, columns] of random numbers that repeat after about PERIOD bytes, which is what it takes."""
+    """A matrix [rows, columns] of random numbers that repeat after about PERIOD bytes, which is what it takes.
+
+    `away_from`: the columns of `revealing_columns`, for products that show how they were summed.
+    """
     unit = columns * dtype.itemsize
     step = PAGE // gcd(unit, PAGE)
     period = -(-max(1, PERIOD // unit, rows // MAPPINGS) // step) * step
@@ -101,6 +113,8 @@ def _virtual(
         made = torch.frombuffer(buffer, dtype=dtype, offset=skew, count=rows * columns).view(rows, columns)
         lent = min(period, rows)
         made[:lent].copy_(torch.randn(lent, columns, generator=generator))
+        if away_from is not None:
+            reveal_in_weight(made[:lent], *away_from)
         yield made
 
 

@@ -273,6 +273,8 @@ def _streamed(
             opened.close()
             raise
         settings = replace(settings, activations=room.activations)
+        if not room.known:  # then what is left over is for activations, not for states
+            trains = partial(changing, accumulate=settings.accumulate, early=early, arrays=0, limit=limit)
     common: dict[str, Any] = {
         "wanted": wanted,
         "device": opened,

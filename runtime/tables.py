@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..kernels.linear_rows import linear_piece, splits_exactly
+from ..kernels.revealing import reveal_in_operand, reveal_in_weight, revealing_columns
 from ..memory.disk import DiskEngine
 from ..memory.image import ALIGN, Bounce, bounce_window, bounces_of
 from ..memory.layout import ITEMSIZE, TensorSource
@@ -171,6 +172,9 @@ def _splits_exactly_on_device(like: torch.Tensor, rows: int, piece_rows: int) ->
         return False
     x = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
     x.normal_(generator=generator)
+    huge, away = revealing_columns(like.shape[-1], generator)
+    reveal_in_operand(x, huge, away)
+    reveal_in_weight(weight, huge, away)
     whole = nn.functional.linear(x, weight)
     spans = [(start, min(start + piece_rows, rows)) for start in range(0, rows, piece_rows)]
     return all(torch.equal(nn.functional.linear(x, weight[a:b]), whole[..., a:b]) for a, b in spans)

@@ -35,6 +35,8 @@ class StepRoom:
     headroom_nbytes: int
     activations: Activations
     """Whether they are kept, or made again: that much room is left, and no more."""
+    known: bool
+    """Whether a step was rehearsed; else it may take more, and all that is left over should stay free."""
 
 
 def is_automatic(wanted: Wanted, device: Device) -> bool:
@@ -69,10 +71,28 @@ def step_room(
     sizes = [parameter.nbytes for parameter in model.parameters()]
     if activations != "recompute":
         kept = _headroom(model, sizes, context, batch, device, recompute=False)
-        if activations == "keep" or _fits(sum(sizes), changing, kept, wanted, device):
-            return StepRoom(headroom_nbytes=kept, activations="keep")
+        if activations == "keep" or _fits(sum(sizes), changing, FRAMEWORK if kept is None else kept, wanted, device):
+            return _room(model, kept, context, batch, activations="keep")
     made_again = _headroom(model, sizes, context, batch, device, recompute=True)
-    return StepRoom(headroom_nbytes=made_again, activations="recompute")
+    return _room(model, made_again, context, batch, activations="recompute")
+
+
+def _room(
+    model: nn.Module, rehearsed: int | None, context: int | None, batch: int | None, *, activations: Activations
+) -> StepRoom:
+    """What was rehearsed, or a guess and a warning."""
+    if rehearsed is not None:
+        return StepRoom(headroom_nbytes=rehearsed, activations=activations, known=True)
+    guess = FRAMEWORK
+    if isinstance(model, PreTrainedModel):
+        guess = headroom_nbytes(model.config, model.dtype, context=context, batch=batch)
+    logger.warning(
+        "what forward and backward of a %s take cannot be worked out, and an automatic budget leaves %d MiB for it: "
+        "name a budget with max_memory=… if that is too little",
+        type(model).__name__,
+        guess >> 20,
+    )
+    return StepRoom(headroom_nbytes=guess, activations=activations, known=False)
 
 
 def _fits(weights_nbytes: int, changing: Changing, headroom: int, wanted: Wanted, device: Device) -> bool:
@@ -84,26 +104,16 @@ def _fits(weights_nbytes: int, changing: Changing, headroom: int, wanted: Wanted
 
 def _headroom(
     model: nn.Module, sizes: Sequence[int], context: int | None, batch: int | None, device: Device, *, recompute: bool
-) -> int:
+) -> int | None:
+    """What a step takes; None where it cannot be rehearsed."""
     if not isinstance(model, PreTrainedModel):
-        logger.warning(
-            "what forward and backward of a %s take is not known, and an automatic budget leaves %d MiB for it: name a "
-            "budget with max_memory=… if that is too little",
-            type(model).__name__,
-            FRAMEWORK >> 20,
-        )
-        return FRAMEWORK
+        return None
     workload = with_context(model, Workload(train="adamw", batch=batch or 1, context=context or 0))
     step = measure_step(
         _without_bytes(model), workload, checkpointing=recompute, on_cpu=device.torch_device.type == "cpu"
     )
     if step is None:
-        logger.warning(
-            "what forward and backward of a %s take cannot be worked out, and an automatic budget leaves room as for "
-            "inference: name a budget with max_memory=… if that is too little",
-            type(model).__name__,
-        )
-        return headroom_nbytes(model.config, model.dtype, context=context, batch=batch)
+        return None
     return FRAMEWORK + step + max(sizes, default=0)  # a gradient is there before it is taken
 
 

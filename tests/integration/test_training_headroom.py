@@ -104,9 +104,9 @@ def test_activations_are_kept_where_everything_fits_beside_them(checkpoint: Path
     weights = sum(parameter.nbytes for parameter in model.parameters())
     kept, again = (room(model, kind).headroom_nbytes for kind in ("keep", "recompute"))
     capacity(weights + kept)
-    assert room(model) == StepRoom(headroom_nbytes=kept, activations="keep")
+    assert room(model) == StepRoom(headroom_nbytes=kept, activations="keep", known=True)
     capacity(weights + kept - 1)
-    assert room(model) == StepRoom(headroom_nbytes=again, activations="recompute")
+    assert room(model) == StepRoom(headroom_nbytes=again, activations="recompute", known=True)
 
 
 @pytest.mark.parametrize("built", [False, True])
@@ -166,7 +166,7 @@ def test_finetune_says_how_long_its_sequences_are(
 
 def test_of_other_modules_it_is_said_that_nothing_is_known(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert room(nn.Linear(3, 3)) == StepRoom(headroom_nbytes=FRAMEWORK, activations="keep")
+        assert room(nn.Linear(3, 3)) == StepRoom(headroom_nbytes=FRAMEWORK, activations="keep", known=False)
     assert "a Linear" in caplog.text
     assert "max_memory" in caplog.text
 

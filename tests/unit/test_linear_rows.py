@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from penstock.kernels.linear_rows import linear_piece, reference, splits_exactly
+from penstock.kernels.revealing import reveal_in_operand, reveal_in_weight, revealing_columns
 
 SKEWS = (0, 4)
 
@@ -43,6 +44,9 @@ def really(like: torch.Tensor, rows: int, piece_rows: int, skew: int, requires_g
     weight.copy_(torch.randn(rows, columns, generator=generator))
     x = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
     x.copy_(torch.randn(like.shape, generator=generator))
+    huge, away = revealing_columns(columns, generator)
+    reveal_in_operand(x, huge, away)
+    reveal_in_weight(weight, huge, away)
     with torch.no_grad():
         whole = torch.nn.functional.linear(x, weight.detach().requires_grad_(requires_grad))
         parts = [
@@ -110,3 +114,38 @@ def test_the_probe_takes_no_memory_to_speak_of() -> None:
     with open("/proc/self/statm") as statm:
         after = int(statm.read().split()[1])
     assert (after - before) * 4096 < 64 * 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_revealing_operands_tell_orders_of_summation_apart_that_random_ones_hide(dtype: torch.dtype) -> None:
+    """The same terms summed in fp32 from the first to the last and back, and rounded; exact sums are the same."""
+    generator = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(1, 64, generator=generator).to(dtype), torch.randn(256, 64, generator=generator).to(dtype)
+
+    def both_ways() -> tuple[torch.Tensor, torch.Tensor]:
+        terms = x.float() * weight.float()
+        there, back = torch.zeros(len(terms)), torch.zeros(len(terms))
+        for column in range(terms.shape[1]):
+            there, back = there + terms[:, column], back + terms[:, -1 - column]
+        return there.to(dtype), back.to(dtype)
+
+    hidden = (both_ways()[0] == both_ways()[1]).float().mean()
+    huge, away = revealing_columns(64, generator)
+    reveal_in_operand(x, huge, away)
+    reveal_in_weight(weight, huge, away)
+    assert torch.isfinite(x.float()).all()
+    shown = (both_ways()[0] == both_ways()[1]).float().mean()
+    assert shown < 0.5
+    assert hidden > 0.9 or dtype == torch.float32
+    small = [c for c in range(64) if c not in {*huge.tolist(), *away.tolist()}]
+    exact = (x.double() * weight.double()).sum(1)
+    assert torch.allclose(exact, (x.double() * weight.double())[:, small].sum(1), rtol=0, atol=1e-6)
+
+
+def test_expanded_operands_are_written_once() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 1, 16, generator=generator).expand(4, 1, 16)
+    huge, away = revealing_columns(16, generator)
+    reveal_in_operand(x, huge, away)
+    assert torch.equal(x[3, 0, huge], x[0, 0, away])
+    assert x[0, 0, huge].abs().min() >= 2**18
