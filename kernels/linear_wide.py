@@ -16,7 +16,7 @@ from torch.nn import functional
 
 DTYPES: Final = (torch.bfloat16, torch.float16)
 PIECE_NBYTES: Final = 8 << 20
-"""Of a piece of the weight in fp32: pieces that fit the last cache need not be read from memory again."""
+"""Of a piece of the weight in fp32, and of its products: what fits the last cache need not be read again."""
 GRAIN: Final = 16
 """Rows of the weight in a piece are a multiple of this: whole tiles of the kernels."""
 
@@ -44,7 +44,8 @@ class WideLinear:
         wide_x = x.detach().reshape(-1, inputs).to(torch.float32)
         rows = wide_x.shape[0]
         made = torch.empty(rows, outputs, dtype=x.dtype)
-        step = min(max(PIECE_NBYTES // (4 * inputs) // GRAIN * GRAIN, GRAIN), outputs)
+        widest = PIECE_NBYTES // (4 * max(inputs, rows, 1))  # neither the piece nor its products are to be larger
+        step = min(max(widest // GRAIN * GRAIN, GRAIN), outputs)
         self._piece = _room(self._piece, step * inputs)
         self._part = _room(self._part, rows * step)
         for start in range(0, outputs, step):

@@ -254,21 +254,22 @@ def _streamed(
     room: StepRoom | None = None
     if is_automatic(wanted, opened):
         try:
-            bones = model if isinstance(model, nn.Module) else _outline(model, dtype, asked.trust, beside)
-            changes = (
-                trains([parameter.nbytes for parameter in bones.parameters()])
-                if beside is None
-                else beside.changing(list(trained_in(bones).values()), opened)
-            )
-            room = step_room(
-                adapters.without_adapters(bones),
-                changes,
-                wanted=wanted,
-                device=opened,
-                activations=settings.activations,
-                context=asked.context,
-                batch=asked.batch,
-            )
+            with torch.random.fork_rng(devices=[]):  # adapters are made twice, and drawn once
+                bones = model if isinstance(model, nn.Module) else _outline(model, dtype, asked.trust, beside)
+                changes = (
+                    trains([parameter.nbytes for parameter in bones.parameters()])
+                    if beside is None
+                    else beside.changing(list(trained_in(bones).values()), opened)
+                )
+                room = step_room(
+                    adapters.without_adapters(bones),
+                    changes,
+                    wanted=wanted,
+                    device=opened,
+                    activations=settings.activations,
+                    context=asked.context,
+                    batch=asked.batch,
+                )
         except BaseException:
             opened.close()
             raise

@@ -23,7 +23,7 @@ class ReservedLayer(DynamicLayer):
     """
 
     def __init__(self, tokens: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._tokens = tokens
         self._rooms: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -54,6 +54,16 @@ class ReservedLayer(DynamicLayer):
             assert held is not None
             room[:, :, :length].copy_(held)
         return room
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows. The buffers go at once, not when the next token comes: those of all layers would add up."""
+        super().batch_select_indices(indices)
+        self._rooms = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        super().batch_repeat_interleave(repeats)
+        self._rooms = None
 
     def reset(self) -> None:
         """Forget all tokens."""

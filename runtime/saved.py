@@ -144,7 +144,7 @@ class SavedTensors:
             return saved.unpack()
         self.check(saved.generation)
         session = self._session
-        lease = session.executor.acquire(saved.block, observed=False)
+        lease = session.executor.acquire(saved.block, backward=True)
         try:
             session.device.compute_waits(lease.residence.event)
             flat = session.arena[lease.residence.slot.offset :].view(saved.dtype)

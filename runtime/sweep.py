@@ -282,18 +282,20 @@ class Sweep:
         """Do what comes next, and let those go on whose turn it is; returns whether `member` is one of them."""
         with self._lock:
             turn = self._turnstile.turn(member)
-            for block in turn.release:
-                self._executor.release(self._shared.pop(block), self._computed())
-            if turn.ends:
-                self._executor.end(failed=self._failed or self._turnstile.stopping)
-            if turn.begins:
-                self._told.clear()
-                for accesses in self._accesses.values():
-                    accesses.clear()
-                self._executor.begin(max((self._roots[each] for each in turn.admitted), key=breadth_of))
-            for each in (turn.member, turn.cpu):
-                if each is not None and each != member:
-                    self._batons[each].release()
+            try:
+                for block in turn.release:
+                    self._executor.release(self._shared.pop(block), self._computed())
+                if turn.ends:
+                    self._executor.end(failed=self._failed or self._turnstile.stopping)
+                if turn.begins:
+                    self._told.clear()
+                    for accesses in self._accesses.values():
+                        accesses.clear()
+                    self._executor.begin(max((self._roots[each] for each in turn.admitted), key=breadth_of))
+            finally:  # whose turn it is goes on, and meets the failure itself
+                for each in (turn.member, turn.cpu):
+                    if each is not None and each != member:
+                        self._batons[each].release()
             return member is not None and member in (turn.member, turn.cpu)
 
     def _wait(self, member: int) -> None:

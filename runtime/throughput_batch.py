@@ -175,7 +175,7 @@ def run_batch(
             return
         cache, chunk = found.past_key_values, None
         chosen = torch.tensor(kept, device=ids.device)
-        cache.batch_select_indices(chosen)
+        cache.batch_select_indices(torch.tensor(kept))  # some of its layers may lie in host memory
         ids = found.sequences[chosen]
         grown = ids.shape[1] - mask.shape[1]
         mask = torch.cat([mask[chosen], mask.new_ones(len(kept), grown)], dim=1)

@@ -128,7 +128,7 @@ def start(
         choice or _choose(model, ways, prompts, limits, products),
         rows,
         ways,
-        wide_from=None if products is None or handle.exact else products.wide_from,
+        wide_from=None if products is None or handle.exact or len(prompts) == 1 else products.wide_from,
     )
 
 

@@ -90,10 +90,11 @@ class Core:
 
     # --- called by consumers, from any thread -----------------------------------------------------------------------
 
-    def acquire_nowait(self, block: int, *, observed: bool = True) -> Lease | Wish:
+    def acquire_nowait(self, block: int, *, observed: bool = True, backward: bool = False) -> Lease | Wish:
         """A lease if the block is ready; else a wish, granted by the loop.
 
-        Accesses outside the model's own run (`observed=False`) teach the order nothing.
+        Accesses outside the model's own run (`observed=False`) teach the order nothing; those of a `backward` pass do
+        behind a root call, and nothing within one.
         """
         with self.lock:
             if self._broken is not None:
@@ -101,6 +102,8 @@ class Core:
             self._choice.failed.pop(
                 block, None
             )  # what a prefetch met may be over; if it is not, this demand meets it again
+            if backward:
+                observed = self.orders.begin_backward()
             predicted = not observed or self.orders.observe(block)
             held = self.front.holding.get(block)
             if held is not None and held.ready and (held.leases or block not in self._choice.away):
@@ -211,6 +214,8 @@ class Core:
     def begin(self, root: Hashable) -> None:
         """A root call starts."""
         with self.lock:
+            if self.orders.in_backward:
+                self._learn()
             self.orders.begin(root)
         self.wake()
 
@@ -220,10 +225,14 @@ class Core:
             if failed:
                 self.orders.abort()
             else:
-                if self.orders.end():
-                    self._tally.instant("relearn", -1)
-                self._adapt()
+                self._learn()
         self.wake()
+
+    def _learn(self) -> None:
+        """A root call is over, or a backward pass."""
+        if self.orders.end():
+            self._tally.instant("relearn", -1)
+        self._adapt()
 
     def _adapt(self) -> None:
         """Once the same call repeats: let blocks that it uses stay, in the place of those that it does not."""

@@ -66,15 +66,15 @@ class Executor:
         """A root call returned, or raised."""
         self.core.end(failed=failed)
 
-    def acquire(self, block: int, *, observed: bool = True) -> Lease:
-        """A lease on a block, waiting for it if it is not there.
+    def acquire(self, block: int, *, observed: bool = True, backward: bool = False) -> Lease:
+        """A lease on a block, waiting for it if it is not there. See `Core.acquire_nowait`.
 
         Raises:
             PenstockError: the block could not be brought (the reader's own error), the executor was closed, or nothing
                 moved for too long.
         """
         self._check_process()
-        return self._granted(self.core.acquire_nowait(block, observed=observed), block)
+        return self._granted(self.core.acquire_nowait(block, observed=observed, backward=backward), block)
 
     def acquire_host(self, block: int) -> Lease:
         """A lease on the host's copy of a block that stays there, to compute with it on the CPU.

@@ -68,8 +68,11 @@ class Machine:
     """Chooses what the CPU computes beside the device; None where that is not known, or there is one processor."""
 
     def pass_s(self, rows: int) -> float:
-        """Seconds that so many rows compute with all weights."""
-        return self.weights_nbytes / (self.memory_rate if self.products is None else self.products.at(max(rows, 1)))
+        """Seconds that so many rows compute with all weights: beyond what was measured, as long for each row."""
+        if self.products is None:
+            return self.weights_nbytes / self.memory_rate
+        beyond = max(rows / self.products.x[-1], 1.0)
+        return beyond * self.weights_nbytes / self.products.at(max(rows, 1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

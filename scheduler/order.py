@@ -4,6 +4,9 @@ A root call is the outermost call into a streamed model: one forward of the deco
 root keeps a few variants of its order (the first decoder call of an encoder–decoder projects the cross-attention keys,
 later ones do not), and each finished call remembers which one followed it, so that prefetching runs on across the
 token boundary. A wrong guess costs time, never correctness.
+
+A backward pass calls no root; what it uses behind a call is taken for one. So after a forward the blocks of its
+backward are expected, and after those the forward of the next step.
 """
 
 from __future__ import annotations
@@ -12,6 +15,15 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """What a backward pass uses behind a root call, as a root of its own: nobody says where it begins and ends."""
+
+    after: Hashable
+    """The root call."""
+
 
 Order = tuple[int, ...]
 Call = tuple[Hashable, Order]
@@ -63,7 +75,26 @@ class AccessOrders:
             self._order = self._expected[1]
         else:
             known = self._variants.get(root)
-            self._order = known[-1] if known else self._guess(root)
+            self._order = known[-1] if known else self._guessed(root)
+
+    def _guessed(self, root: Hashable) -> Order:
+        """What to expect of a root that has not run: of a backward pass, what was used before it, from behind."""
+        if not isinstance(root, Backward):
+            return self._guess(root)
+        return () if self._last is None else self._last[1][::-1]
+
+    def begin_backward(self) -> bool:
+        """A backward pass uses a block. Between two root calls such uses have an order of their own, which ends when
+        the next call begins; within one nothing is learned from them. Returns which it is."""
+        if self._root is None and self._last is not None:
+            last = self._last[0]
+            self.begin(Backward(last.after if isinstance(last, Backward) else last))
+        return self.in_backward
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether a backward pass is under way, for all that is known."""
+        return isinstance(self._root, Backward)
 
     def observe(self, block: int) -> bool:
         """A block is used. Returns whether it is the one that was predicted."""

@@ -87,15 +87,18 @@ class Publisher:
         Raises:
             StoreError: the store failed meanwhile, so that it would be in vain.
             ClosedError: it was closed meanwhile.
-            StallError: there was no timeout, and the wait was longer than any publication takes.
+            StallError: there was no timeout, and nothing has landed for longer than any write takes.
         """
         started = time.monotonic()
+        seen = self._landings
         limit = self._stall_s if timeout is None else timeout
         while not ready():
             if self.failure is not None:
                 raise self.failure
             if self._closing:
                 raise ClosedError(f"the block store was closed by another thread while this one waited for {what}")
+            if timeout is None and self._landings != seen:
+                seen, started = self._landings, time.monotonic()  # what it waits for may be long, but goes on
             passed = time.monotonic() - started
             if passed >= limit:
                 if timeout is None:

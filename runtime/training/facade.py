@@ -134,7 +134,7 @@ class StreamedOptimizer(torch.optim.Optimizer):
         document = encode(state)
         self._training.write_out()
         commit = self._store.commit(document)
-        self._training.saved()
+        commit.add_done_callback(self._training.saved())
         return commit
 
     def state_dict(self) -> dict[str, Any]:

@@ -209,7 +209,8 @@ class Gradients:
 
     def _scale(self, index: int, factor: torch.Tensor | float) -> None:
         """Multiply one, in place and in the dtype that it is kept in."""
-        flat = self._present(index).mul_(factor)
+        flat = self._present(index)
+        flat.mul_(factor.to(flat.device) if isinstance(factor, torch.Tensor) else factor)
         if isinstance(self._kept[index], SpilledGradient):  # that was a copy
             assert self._spill is not None
             norm = gradient_norm(self.wide.of(flat))
@@ -269,6 +270,8 @@ class Gradients:
 
     def _send(self, index: int, flat: torch.Tensor, spill: GradientSpill, *, first: bool) -> SpilledGradient:
         """Send one to disk, with what has come of it before. The norm is taken here, while it is in memory."""
+        if first and self._most > 1:
+            flat = self.wide.of(flat)  # as what is kept in memory is, where several passes may come
         if not first:
             total = self.wide.room(len(flat))
             spill.load(index, total)

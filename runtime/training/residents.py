@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from ...memory.arena import HostArena, Slot
+from ...memory.errors import ClosedError
 from ...memory.layout import FileSpan
 from .shardfiles import ShardFiles
 from .shards import Shard
@@ -88,13 +89,15 @@ class ResidentShards:
         try:
             for shard in dirty:
                 begun.append((shard, self._files.begin(shard)))
-        except Exception as error:
+            thread = threading.Thread(target=self._write, args=(begun,), name="penstock-write-out", daemon=True)
+            thread.start()
+        except BaseException as error:  # an interrupt, too, must not leave shards that nobody writes
+            reason = error if isinstance(error, Exception) else ClosedError("a commit was interrupted")
             for shard, _ in begun:
-                self._files.abandon(shard, error)
+                self._files.abandon(shard, reason)
             raise
         self._dirty.clear()
-        self._thread = threading.Thread(target=self._write, args=(begun,), name="penstock-write-out", daemon=True)
-        self._thread.start()
+        self._thread = thread
 
     def _write(self, begun: Sequence[tuple[Shard, FileSpan]]) -> None:
         places = threading.Semaphore(AT_ONCE)

@@ -25,6 +25,7 @@ from ...memory.errors import ClosedError, DiskError, DoesNotFitError, StallError
 from ...memory.files import disk_error
 from ...memory.image import whole_window
 from .shards import Piece, Shard
+from .watch import failure_of
 
 RING: Final = 4
 """Buffers that gradients are written from, and added up through; a piece of a shard each."""
@@ -61,6 +62,7 @@ class GradientRead:
         try:
             if not self._transfer.wait(STALL_S):
                 raise _stalled(self._what)
+            _check_whole(self._transfer)
         except DiskError as error:
             raise _lost(self._what, error) from error
 
@@ -209,6 +211,7 @@ class GradientSpill:
                 place, slot, transfer = ahead[0]
                 if not transfer.wait(STALL_S):
                     raise _stalled(self._label(index))
+                _check_whole(transfer)
                 raw = self._arena.view(slot.offset, slot.nbytes)
                 yield place.piece, torch.frombuffer(raw, dtype=self._dtypes[index], count=place.piece.elements)
                 ahead.popleft()
@@ -360,3 +363,14 @@ def _lost(what: str, error: DiskError) -> DiskError:
 
 def _stalled(what: str) -> StallError:
     return StallError(f"{what}: nothing was written or read for {STALL_S:.0f} s: is the drive still there?")
+
+
+def _check_whole(transfer: Transfer) -> None:
+    """See that all bytes of a read that is over are there.
+
+    Raises:
+        PenstockError: they are not: it was cancelled, for one.
+    """
+    error = failure_of(transfer)
+    if error is not None:
+        raise error

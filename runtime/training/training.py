@@ -19,6 +19,7 @@ import torch
 from ...kernels.norms import GradientNorms, clip_coefficient
 from ...kernels.optimizer import Clip
 from ...memory.errors import ClosedError, PenstockError, UsageError
+from ...memory.store import Commit
 from ..build import Machinery
 from .gradients import Gradient, Gradients, SpilledGradient, Trained
 from .pipeline import ShardPipeline
@@ -355,9 +356,17 @@ class Training:
         """Wait until that is on disk. Before the end: the commit would be given up."""
         self._pipeline.settle()
 
-    def saved(self) -> None:
-        """Note that a commit has all steps up to here."""
-        self._unsaved = 0
+    def saved(self) -> Callable[[Commit], None]:
+        """Note that a commit has all steps up to here, once it is published: what is to be called then."""
+        steps = self._unsaved
+
+        def done(commit: Commit) -> None:
+            if commit.error is None:
+                self._unsaved = max(0, self._unsaved - steps)
+            else:  # whoever made it may not have waited for it
+                logger.error("commit %d of the run was not made: %s", commit.number, commit.error)
+
+        return done
 
     def last(self) -> None:
         """Carry the last step out, since the model is about to be closed, and say which steps go with it.

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
+from zoo import ZOO
+from zoo.budgets import streamed
 
 import penstock
 
@@ -67,3 +69,21 @@ def test_a_forked_child_may_run_a_resident_model(tmp_path: Path) -> None:
         os._exit(0 if torch.equal(dict(model.named_parameters())[name], expected) else 3)
     assert os.waitpid(pid, 0)[1] == 0
     penstock.close(model)
+
+
+def test_the_order_of_backward_is_learned(tmp_path: Path) -> None:
+    """From the third step on every use is foreseen, and nothing is brought for nothing."""
+    folder = ZOO["llama"].save(tmp_path / "checkpoint")
+
+    def place(budget: dict[str, int], device: str) -> Any:
+        return penstock.load(folder, max_memory=budget, device=device)
+
+    with streamed(place, level="half") as model:
+        found = []
+        for _ in range(6):
+            embedded = torch.randn(1, 8, model.config.hidden_size, requires_grad=True)
+            model(inputs_embeds=embedded, use_cache=False).logits.float().sum().backward()
+            found.append(model.penstock.statistics().executor)
+    assert found[5].orders.mismatched == found[2].orders.mismatched
+    assert found[5].orders.matched > found[2].orders.matched
+    assert found[5].wasted == found[2].wasted

@@ -204,3 +204,51 @@ def test_what_repeats() -> None:
     assert call("b", 6) is None
     assert call("a", 5) == (6, 5), "two parts in turn"
     assert call("b", 6) == (5, 6)
+
+
+def backward(made: AccessOrders, blocks: Sequence[int]) -> None:
+    for block in blocks:
+        assert made.begin_backward()
+        made.observe(block)
+
+
+def test_a_backward_pass_is_expected_from_behind_and_then_as_it_was() -> None:
+    made = orders()
+    call(made, "a", [0, 1, 2, 3])
+    assert ahead(made, 3) == [0, 1, 2]  # whoever only runs forward has the next one at once
+    backward(made, [3])
+    assert ahead(made, 3) == [2, 1, 0]  # never seen: what was used last comes first
+    backward(made, [2, 1, 1])
+    call_after_backward(made, [0, 1, 2, 3])
+    assert ahead(made, 6) == [3, 2, 1, 1, 0, 1]
+    backward(made, [3, 2])
+    assert ahead(made, 4) == [1, 1, 0, 1]
+
+
+def call_after_backward(made: AccessOrders, blocks: Sequence[int]) -> None:
+    assert made.in_backward
+    made.end()
+    assert not made.in_backward
+    call(made, "a", blocks)
+
+
+def test_layers_that_run_again_in_backward_have_one_behind_each() -> None:
+    made = orders()
+    for _ in range(3):
+        call(made, "model", [0, 1, 2, 3])
+        for layer in (1, 0):
+            call(made, f"layer {layer}", [2 * layer, 2 * layer + 1])
+            backward(made, [2 * layer + 1, 2 * layer])
+            made.end()
+    assert ahead(made, 14) == [0, 1, 2, 3, 2, 3, 3, 2, 0, 1, 1, 0, 0, 1]
+
+
+def test_within_a_call_nothing_is_learned_of_a_backward_pass_and_before_any_there_is_none() -> None:
+    made = orders()
+    assert not made.begin_backward()
+    made.begin("a")
+    assert not made.begin_backward()
+    made.end()
+    assert made.begin_backward()
+    made.abort()
+    assert made.begin_backward()

@@ -39,9 +39,9 @@ class Lending:
         self.at = self.slots[2]
         self.put(self.at, value)
 
-    def acquire(self, block: int, *, observed: bool) -> Any:
+    def acquire(self, block: int, *, backward: bool) -> Any:
         assert block == BLOCK
-        assert not observed  # backward teaches the order nothing
+        assert backward  # it has an order of its own, if any
         self.leases += 1
         self.acquired += 1
         return SimpleNamespace(residence=SimpleNamespace(slot=self.at, event=None))
