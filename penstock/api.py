@@ -219,7 +219,8 @@ def generate_many(
     How prompts are batched is decided by the prompts and by `rows` and `lanes`; where these are not given, they follow
     from the memory that is free. The same batches give the same bits (where a CPU has no bf16 instructions, and
     products in fp32 may be chosen by what is measured first, those of one run). Other batches, or prompts run by
-    themselves, give results that are equal to rounding: where two tokens are almost equally likely, another one may be chosen.
+    themselves, give results that are equal to rounding: where two tokens are almost equally likely, another one may
+    be chosen.
 
     Args:
         model: What `load` or `offload` returned; a transformers model that continues texts.

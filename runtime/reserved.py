@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
-class ReservedLayer(DynamicLayer):
+class ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, [rows, heads, tokens, head size], as views of buffers that hold `tokens`.
 
     Whatever else replaces them (a selection of rows, another device) is taken as it is, and gets buffers of its own
@@ -23,7 +23,7 @@ class ReservedLayer(DynamicLayer):
     """
 
     def __init__(self, tokens: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tokens = tokens
         self._rooms: tuple[torch.Tensor, torch.Tensor] | None = None
 
