@@ -242,6 +242,8 @@ class ModuleWatch:
     def _take_turn(self, stack: _Stack) -> None:
         """Let the layers of a root that is about to run carry hooks, or none."""
         wanted = stack.turns.next() or (self._every and torch.is_grad_enabled())
+        if not wanted and self._lanes <= 1:
+            self._find(False)  # it would look at every module, and who is called within a root is none; see `_after`
         for known in stack.layers:
             layer = known()
             if layer is None or (id(layer) in self._hooks) is wanted:
@@ -359,6 +361,8 @@ class ModuleWatch:
                 for returned in self._of_graphs:
                     returned(call.row, depth, (args, kwargs), result)
         if call.root:
+            if self._every:
+                self._find(True)
             if call.row in self._stacks:
                 self._stacks[call.row].turns.took(self._recorder.clock() - call.at)
             for listener in self._listeners:
