@@ -160,7 +160,7 @@ def test_killed_at_any_operation(kind: str, tmp_path: Path, nursery: Nursery) ->
         runs += 1  # one may end before it is killed
         run = Run(kind=kind, folder=tmp_path / f"run {runs}")
         while not run.ended and kills < (KILLS or 30):
-            last = draw.randint(1, total // 2)
+            last = draw.randint(1, 2 * total // 3)
             host = draw.choice((tight, PLENTY))
             said = nursery.life(kind=kind, folder=str(run.folder), host=host, last=last)
             run.hear(said)
@@ -227,7 +227,7 @@ def test_finetune_killed_at_any_operation(tmp_path: Path, nursery: Nursery) -> N
         while not ended:
             before = committed_steps(folder)
             over = kills >= (KILLS // 3 or 8)
-            said = life(folder, 0 if over else draw.randint(1, 2 * total // 3))
+            said = life(folder, 0 if over else draw.randint(1, total))
             ended = said[:1] == ["exit 0"]
             assert ended or not said, (said, folder.with_name("run.said").read_text())
             kills += not ended

@@ -141,8 +141,8 @@ def test_an_interrupted_wait_leaks_nothing(late: bool, monkeypatch: pytest.Monke
     executor = make(InstantMover(stuck=frozenset() if late else frozenset({5})))
     original = executor.core.acquire_nowait
 
-    def interrupted(block: int, *, observed: bool = True) -> Any:
-        got = original(block, observed=observed)
+    def interrupted(block: int, **how: bool) -> Any:
+        got = original(block, **how)
         if not hasattr(got, "granted"):
             pytest.skip("the block was there already")
         got.granted.__class__ = Interrupted
