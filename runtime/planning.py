@@ -7,22 +7,20 @@ Everything here is arithmetic on sizes: nothing is read and nothing is allocated
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import nn
 
 from ..memory.disk import DiskEngine
 from ..memory.errors import DoesNotFitError, UsageError
-from ..memory.image import STAGING, device_image
 from ..memory.layout import ITEMSIZE
 from ..scheduler.plan import Plan
 from ..scheduler.residency import Residency, Sized, choose_residency, smallest_budget
-from .backing import Backing, Portion
+from .backing import Backing
+from .cutting import Cut, Cutter
 from .layout import Budgets, Changing, Draft, Layout
-from .partition import cut, embedding_only, limits, streamable, table_candidates
-from .phases import ONCE, once_per_answer
+from .partition import embedding_only, limits, streamable, table_candidates
 from .placing import TokenWork, cpu_pays, place_on_tiers
 from .replanning import check_fits, check_rings, check_same, check_tables, residencies
 
@@ -33,38 +31,6 @@ SHALLOWER = (1, 2, 4)
 """Parts of DEPTH that are tried: where little is streamed, blocks that stay are worth more than a deep ring."""
 SHALLOW_COST = 0.15
 """What a sweep loses, at most, to a ring too short to keep the link busy; an estimate that only ranks drafts."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Cut:
-    """A module in blocks, before anything has a home."""
-
-    limit_nbytes: int
-    blocks: list[Draft]
-    leases: dict[str, tuple[int, ...]]
-    expected: dict[str, tuple[int, ...]]
-    pieces: dict[str, tuple[int, ...]]
-    min_slots: int
-    staging_nbytes: int
-    own_nbytes: int
-    once: frozenset[str]
-
-    @property
-    def counts(self) -> Counter[int]:
-        """How many modules use each block."""
-        return Counter(block for held in self.expected.values() for block in held)
-
-    @property
-    def seldom(self) -> frozenset[int]:
-        """Blocks that are used once per answer."""
-        always = {block for path, held in self.expected.items() if path not in self.once for block in held}
-        return frozenset(self.counts.keys() - always)
-
-    @property
-    def worth(self) -> dict[int, float]:
-        """Uses of each block per token."""
-        seldom = self.seldom
-        return {block: count * (ONCE if block in seldom else 1.0) for block, count in self.counts.items()}
 
 
 class Planner:
@@ -98,12 +64,13 @@ class Planner:
         self.backing = backing
         self.budgets = budgets
         self.buffers_nbytes = buffers_nbytes
-        self.keep_skew = keep_skew
         self.parameters = {name: p for name, p in streamable(module).items() if backing.holds(name)}
         self.sizes = {
             name: parameter.numel() * ITEMSIZE[backing.dtype(name)] for name, parameter in self.parameters.items()
         }
-        self._once = once_per_answer(module)
+        self._cutter = Cutter(
+            module, backing, self.parameters, self.sizes, separate=budgets.device is not None, keep_skew=keep_skew
+        )
         self._needs: dict[str, list[int]] = {"device": [], "host": []}
         """By tier: the smallest budgets of cuts that did not fit."""
         self._all_nbytes = sys.maxsize
@@ -198,90 +165,20 @@ class Planner:
         check_fits(layout, self.budgets)
         return replace(layout, on_cpu={b.id: b.cpu_rows_below for b in plan.blocks if b.cpu_rows_below})
 
-    def _cut(self, limit: int, tables: set[str]) -> _Cut:
-        partition = cut(self.module, self.sizes, limit=limit, tables=tables, apart=self._once)
-        blocks: list[Draft] = [self._draft(0, "small tensors", [Portion(name=n) for n in partition.small.names])]
-        home: dict[str, int] = {}
-        for group in partition.groups:
-            block = self._draft(len(blocks), group.anchor or "model", [Portion(name=n) for n in group.names])
-            home.update(dict.fromkeys(group.names, block.id))
-            blocks.append(block)
+    def _cut(self, limit: int, tables: set[str]) -> Cut:
+        made = self._cutter.cut(limit, tables)
         if not tables:
-            separate = self.budgets.device is not None
-            own = self._own_device if separate else self._own(self._staging(blocks, {}))
-            self._all_nbytes = min(self._all_nbytes, sum(block.front_nbytes for block in blocks) + own)
-        lookups = embedding_only(self.module)
-        pieces: dict[str, tuple[int, ...]] = {}
-        for name in sorted(tables):
-            ids = []
-            for rows in [] if name in lookups else self._pieces(name, limit):
-                ids.append(len(blocks))
-                blocks.append(self._draft(len(blocks), f"{name}[{rows[0]}:{rows[1]}]", [Portion(name=name, rows=rows)]))
-            pieces[name] = tuple(ids)
-        leases, expected = self._uses(partition.uses, home, pieces)
-        staging = self._staging(blocks, pieces)
-        return _Cut(
-            limit_nbytes=limit,
-            blocks=blocks,
-            leases=leases,
-            expected=expected,
-            pieces=pieces,
-            min_slots=self._nesting(leases) + 1,
-            staging_nbytes=staging,
-            own_nbytes=self._own(staging),
-            once=self._once,
-        )
+            own = self._own_device if self.budgets.device is not None else self._own(made.staging_nbytes)
+            self._all_nbytes = min(self._all_nbytes, sum(block.front_nbytes for block in made.blocks) + own)
+        return made
 
-    def _draft(self, number: int, name: str, portions: list[Portion]) -> Draft:
-        image = self.backing.image(portions, move=self.budgets.device is None)
-        return Draft(
-            id=number,
-            name=name,
-            portions=tuple(portions),
-            image=image,
-            device_image=None if self.budgets.device is None else device_image(image, keep_skew=self.keep_skew),
-        )
-
-    def _pieces(self, name: str, limit: int) -> list[tuple[int, int]]:
-        rows = self.parameters[name].shape[0]
-        row = self.sizes[name] // rows
-        step = max(1, limit // row)
-        if step >= 64:
-            step -= step % 64
-        even = -(-rows // -(-rows // step))  # pieces of like size; kernels prefer whole tiles
-        step = even if step < 64 else -(-even // 64) * 64
-        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-    def _uses(
-        self, uses: Mapping[str, list[str]], home: Mapping[str, int], pieces: Mapping[str, tuple[int, ...]]
-    ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-        linear = {path for path, child in self.module.named_modules() if isinstance(child, nn.Linear)}
-        first = {id(parameter): name for name, parameter in self.parameters.items()}
-        leases, expected = {}, {}
-        for path, child in self.module.named_modules():
-            names = uses.get(path, [])
-            leases[path] = tuple(dict.fromkeys(home[name] for name in names if name in home))
-            inner = [first[id(child.weight)]] if path in linear and id(child.weight) in first else []
-            expected[path] = leases[path] + tuple(block for name in inner for block in pieces.get(name, ()))
-        return leases, expected
-
-    def _nesting(self, leases: Mapping[str, tuple[int, ...]]) -> int:
-        """Most blocks that one call chain leases at once."""
-        deepest = 1
-        for path in leases:
-            parts = path.split(".") if path else []
-            chain = ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
-            held = {block for step in chain for block in leases.get(step, ())}
-            deepest = max(deepest, len(held))
-        return deepest
-
-    def _place(self, made: _Cut, depth: int) -> Layout | None:
+    def _place(self, made: Cut, depth: int) -> Layout | None:
         blocks, small = made.blocks, made.blocks[0]
         placed = self._placed(made, depth)
         if placed is not None:
             front, back, token_s = placed
             return replace(self._layout(made, front, back), token_s=token_s)
-        own, worth = made.own_nbytes, made.worth
+        own, worth = self._own(made.staging_nbytes), made.worth
         front_own, front_budget = own, self.budgets.host
         if self.budgets.device is not None:
             front_own, front_budget = self._own_device, self.budgets.device
@@ -296,7 +193,7 @@ class Planner:
         kept = self._back(streamed, self.budgets.host - own, transit, own, worth, depth)
         return None if kept is None else self._layout(made, found, kept)
 
-    def _layout(self, made: _Cut, front: Residency, back: Residency | None) -> Layout:
+    def _layout(self, made: Cut, front: Residency, back: Residency | None) -> Layout:
         for block in made.blocks:
             assert block.id in front.resident or block.front_nbytes <= front.slot_nbytes, f"{block.name} fits no slot"
             passes = back is not None and block.id not in back.resident
@@ -314,12 +211,12 @@ class Planner:
             back=back,
             spare_slots=max(0, front.slots - made.min_slots),
             staging_nbytes=max(made.staging_nbytes, 4096),
-            own_host_nbytes=made.own_nbytes,
+            own_host_nbytes=self._own(made.staging_nbytes),
             own_device_nbytes=self._own_device,
             limit_nbytes=made.limit_nbytes,
         )
 
-    def _placed(self, made: _Cut, depth: int) -> tuple[Residency, Residency, float] | None:
+    def _placed(self, made: Cut, depth: int) -> tuple[Residency, Residency, float] | None:
         """Both tiers at once, by what a token costs; None where that is not known, or all fits the device."""
         device, small, blocks = self.budgets.device, made.blocks[0], made.blocks[1:]
         if self.work is None or device is None:
@@ -327,7 +224,7 @@ class Planner:
         room = device - small.front_nbytes
         if sum(block.front_nbytes for block in blocks) <= room:
             return None
-        host = self.budgets.host - made.own_nbytes
+        host = self.budgets.host - self._own(made.staging_nbytes)
         if cpu_pays(blocks, self.work):  # which needs copies of the small tensors, too
             host -= self._beside_nbytes + small.image.data_nbytes
         found = place_on_tiers(
@@ -346,12 +243,6 @@ class Planner:
         front, back, token_s = found
         kept, nbytes = front.resident | {small.id}, front.resident_nbytes + small.front_nbytes
         return replace(front, resident=kept, resident_nbytes=nbytes), back, token_s
-
-    def _staging(self, blocks: list[Draft], pieces: Mapping[str, tuple[int, ...]]) -> int:
-        """Bytes of the buffers that reads bounce through."""
-        bounce = max((b.nbytes for block in blocks for b in block.image.bounces), default=0)
-        rows = [2 * self.sizes[name] // self.parameters[name].shape[0] for name in pieces]
-        return min(STAGING, max([bounce, *rows]))
 
     def _own(self, staging: int) -> int:
         """Host memory besides the arena."""
