@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..scheduler.sizes import (
     Bytes,
@@ -28,9 +25,10 @@ from ..scheduler.sizes import (
     training_peak,
 )
 from ..scheduler.tape import Tape
+from .adapterbones import add_adapters
 from .feeding import UnknownInputError, inputs_of, loss_of, takes, token_ids, with_context
 from .pretrained import outline
-from .rehearsal import TooLongError, Watch, make_fake, mode_of, pattern, quietly, rehearsing, tensors_in, units
+from .rehearsal import TooLongError, Watch, make_fake, pattern, quietly, rehearsing, tensors_in, units
 
 logger = logging.getLogger(__name__)
 
@@ -148,29 +146,8 @@ def _trained(model: PreTrainedModel, workload: Workload) -> list[nn.Parameter]:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
     elif workload.train == "lora":
-        add_adapters(model, workload.rank)
+        add_adapters(model, rank=workload.rank, targets=workload.targets, dropout=workload.dropout)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def add_adapters(model: nn.Module, rank: int, targets: Collection[str] = ()) -> None:
-    """Adapters on every linear layer of the stacks: attention and MLP, not embeddings and heads. In the dtype of the
-    weights beside them. With `targets`, only on layers of these names."""
-    for path, module in list(model.named_modules()):
-        if "*" not in pattern(path) or not isinstance(module, nn.Linear | Conv1D):
-            continue
-        if targets and path.rpartition(".")[2] not in targets:
-            continue
-        narrow, wide = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
-        with mode_of(model):
-            down = nn.Parameter(torch.empty(rank, narrow, dtype=module.weight.dtype))
-            up = nn.Parameter(torch.empty(wide, rank, dtype=module.weight.dtype))
-        module.register_parameter("lora_a", down)
-        module.register_parameter("lora_b", up)
-        module.register_forward_hook(partial(_adapted, down, up))
-
-
-def _adapted(down: Tensor, up: Tensor, module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
-    return result + linear(linear(args[0], down), up) * 2.0
 
 
 def _static(model: nn.Module, trained: Sequence[nn.Parameter]) -> Bytes:

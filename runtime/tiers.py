@@ -48,7 +48,7 @@ def resolve_budgets(
         on_device, on_host = 0, headroom_nbytes
     host = wanted.host
     if host is None:
-        host = max(0, _unclaimed_host_nbytes() - on_host)
+        host = max(0, unclaimed_host_nbytes() - on_host)
         if device.separate:  # the device never needs more staging and homes than the weights; leave the rest alone
             host = int(host * 0.9)
     device_budget: int | None = None
@@ -103,7 +103,7 @@ def reserve(
     return booked
 
 
-def _unclaimed_host_nbytes() -> int:
+def unclaimed_host_nbytes() -> int:
     """What can still be allocated, less what models of this process will touch later."""
     return max(0, host_capacity().available_nbytes - process_ledger().untouched("host"))
 

@@ -207,6 +207,7 @@ def _of_processor(kind: str, processor: Processor) -> dict[str, Curve | None]:
         f"{kind} memory write": processor.memory_write,
         **{f"{kind} linear {dtype}": curve for dtype, curve in processor.linear.items()},
         **{f"{kind} attention {dtype}": curve for dtype, curve in processor.attention.items()},
+        **{f"{kind} attention backward {dtype}": curve for dtype, curve in processor.attention_back.items()},
         **{f"{kind} elementwise {dtype}": curve for dtype, curve in processor.elementwise.items()},
     }
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from .hardware import Hardware, Processor, Where
 from .operations import Operation
+
+GRAIN_NBYTES: Final = 2 * 4 * 2**15
+"""Read and written by an operation that torch lets one thread do: 2^15 elements (`at::internal::GRAIN_SIZE`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,10 +20,12 @@ class CostModel:
     Args:
         hardware: The machine.
         threads: CPU threads that compute; 0 is all cores.
+        beside: Whether another thread of the process computes on the CPU with several threads, too, now and then.
     """
 
     hardware: Hardware
     threads: int = 0
+    beside: bool = False
 
     def processor(self, where: Where) -> Processor:
         """One of the machine's processors; on a machine without a GPU both are the CPU."""
@@ -47,10 +53,12 @@ class CostModel:
 
     def parts_s(self, operations: Iterable[Operation], where: Where) -> tuple[float, float]:
         """What starting operations takes, and what they take themselves."""
-        launch_s = self.processor(where).launch_s
+        processor = self.processor(where)
         started = worked = 0.0
         for operation in operations:
-            started += operation.launches * launch_s
+            started += operation.launches * processor.launch_s
+            if self.beside and processor is self.hardware.cpu and _is_shared(operation):
+                started += operation.launches * processor.rouse_s
             worked += self.worked_s(operation, where)
         return started, worked
 
@@ -64,6 +72,8 @@ class CostModel:
                 rate = processor.linear_rate(operation.dtype, max(operation.rows, 1))
             case "attention":
                 rate = processor.attention_rate(operation.dtype, max(operation.rows, 1))
+            case "attention back":
+                rate = processor.attention_back_rate(operation.dtype, max(operation.rows, 1))
             case "memory":
                 rate = self._elementwise_rate(processor, operation) or self.memory_rate(where)
             case "adam":
@@ -100,3 +110,8 @@ class CostModel:
         pageable = link.d2h_pageable if back else link.h2d_pageable
         curve = (link.d2h if back else link.h2d) if pinned or pageable is None else pageable
         return nbytes / curve.at(request_nbytes)
+
+
+def _is_shared(operation: Operation) -> bool:
+    """Whether several threads do it."""
+    return operation.kind != "memory" or operation.nbytes / operation.launches > GRAIN_NBYTES

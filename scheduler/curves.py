@@ -60,6 +60,17 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
         share = math.log(x / low) / math.log(high / low)
         return math.exp((1 - share) * math.log(self.y[after - 1]) + share * math.log(self.y[after]))
 
+    def onward(self, x: float) -> float:
+        """The same of a rate that arithmetic bounds beyond the last point: the power law of the last two points goes on
+        where it falls, but no faster than 1 / x. With one point it is level.
+
+        A row more takes no more time than the rows before it took on average, and at least none.
+        """
+        if x <= self.x[-1] or len(self.x) == 1:
+            return self.at(x)
+        power = math.log(self.y[-1] / self.y[-2]) / math.log(self.x[-1] / self.x[-2])
+        return float(self.y[-1] * (x / self.x[-1]) ** min(max(power, -1.0), 0.0))
+
     @property
     def best(self) -> float:
         """The highest value measured."""

@@ -6,7 +6,7 @@ All rates are in bytes, operations or elements per second, all sizes in bytes, a
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -14,6 +14,9 @@ from ..memory.errors import UsageError
 from ..memory.requests import THREADS
 from .curves import Curve
 
+ATTENTION_BACK: Final = 2.5
+"""Attention's backward over its forward, where it was not measured: five products instead of two, since the scores are
+worked out again (Dao, "FlashAttention-2", 2023, section 3.1.2)."""
 Dtype = str
 """As torch names it: float32, bfloat16, float16, int8."""
 
@@ -81,6 +84,8 @@ class Processor(msgspec.Struct, frozen=True, kw_only=True):
     attention: dict[Dtype, Curve]
     """Bytes of keys and values per second that attention takes, by rows that use each of them: queries times heads per
     key-value head."""
+    attention_back: dict[Dtype, Curve] = {}
+    """The same of attention's backward, over the same keys and values. Empty where it was not measured."""
     elementwise: dict[Dtype, Curve] = {}
     """Bytes per second that everything else reads and writes (norms, activations, copies), by bytes of an operation.
     Empty where it was not measured: `memory` then."""
@@ -90,6 +95,9 @@ class Processor(msgspec.Struct, frozen=True, kw_only=True):
     """What starting one operation of a model takes, from its Python to the operation's end."""
     operation_s: float = 0.0
     """The same of small operations in a loop, with nothing between."""
+    rouse_s: float = 0.0
+    """What an operation that several threads share takes more where another thread of the process computes like that,
+    too: torch's threads go to sleep between operations then. 0 where it was not measured."""
     module_call_s: float = 0.0
     """What calling one module adds to that, in Python; 0 where it was not measured."""
     cores: int = 0
@@ -101,7 +109,7 @@ class Processor(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             UsageError: nothing was measured.
         """
-        return _of(self.linear, dtype, self.name, "linear").at(rows)
+        return _of(self.linear, dtype, self.name, "linear").onward(rows)
 
     def attention_rate(self, dtype: Dtype, rows: float) -> float:
         """`attention` at so many rows; of a dtype that was not measured, from the nearest one that was.
@@ -109,7 +117,17 @@ class Processor(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             UsageError: nothing was measured.
         """
-        return _of(self.attention, dtype, self.name, "attention").at(rows)
+        return _of(self.attention, dtype, self.name, "attention").onward(rows)
+
+    def attention_back_rate(self, dtype: Dtype, rows: float) -> float:
+        """The same of its backward; worked out from `attention` where it was not measured in any dtype.
+
+        Raises:
+            UsageError: nothing was measured.
+        """
+        if not self.attention_back:
+            return self.attention_rate(dtype, rows) / ATTENTION_BACK
+        return _of(self.attention_back, dtype, self.name, "attention").onward(rows)
 
 
 class Sharing(msgspec.Struct, frozen=True, kw_only=True):

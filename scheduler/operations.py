@@ -8,14 +8,15 @@ import msgspec
 
 from .hardware import Dtype
 
-OperationKind = Literal["linear", "attention", "memory", "adam"]
+OperationKind = Literal["linear", "attention", "attention back", "memory", "adam"]
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """One operation, or several alike that follow each other."""
 
     kind: OperationKind
-    """linear: a product with weights. attention: queries with the keys and values of a cache. memory: everything that
+    """linear: a product with weights. attention: queries with the keys and values of a cache. attention back: its
+    backward. memory: everything that
     only reads and writes (norms, activations, lookups, copies). adam: an optimizer's step."""
     nbytes: float
     """linear: of weights. attention: of keys and values. memory: read and written. adam: elements."""

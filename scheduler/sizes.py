@@ -60,6 +60,10 @@ class Workload:
     positions for."""
     rank: int = 16
     """Of the adapters of LoRA."""
+    targets: tuple[str, ...] = ()
+    """Ends of the names of the linear layers that get them; all but the output layer where none is named."""
+    dropout: float = 0.0
+    """Of what goes into them."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "rank"):

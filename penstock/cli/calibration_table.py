@@ -54,10 +54,13 @@ def _processor(processor: Processor) -> Iterator[Text]:
     yield from _group(f"{processor.name}: {by}", {n: c for n, c in memory.items() if c is not None}, _plain)
     yield from _group("weights of a product, by rows", processor.linear, _plain)
     yield from _group("keys and values of attention, by rows that use each", processor.attention, _plain)
+    yield from _group("the same of attention's backward", processor.attention_back, _plain)
     yield from _group("what other operations read and write, by bytes of one", processor.elementwise, _short)
     yield _single("AdamW", f"{processor.adam / 1e6:.0f} million elements/s")
     yield _single("small operation", f"{processor.operation_s * 1e6:.1f} us")
     yield _single("in a model", f"{processor.launch_s * 1e6:.1f} us for each operation, Python and all")
+    if processor.rouse_s:
+        yield _single("rousing threads", f"{processor.rouse_s * 1e6:.1f} us more for each, where two threads compute")
     yield _single("calling a module", f"{processor.module_call_s * 1e6:.1f} us")
 
 

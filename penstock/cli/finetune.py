@@ -114,6 +114,10 @@ _Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last com
 _Force = Annotated[
     bool, typer.Option("--force", help="Take away the run that is there, and begin anew.", rich_help_panel=_RUN)
 ]
+_DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Tell what a step would take, what binds, and what is written; then end."),
+]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or emulated:h2d=1GiB/s.", rich_help_panel=MACHINE)]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print a summary as one JSON document.")]
 
@@ -146,6 +150,7 @@ def finetune(
     commit_minutes: _CommitMinutes = None,
     resume: _Resume = False,
     force: _Force = False,
+    dry_run: _DryRun = False,
     max_memory: MaxMemory = "auto",
     device: _Device = "auto",
     dtype: Dtype = "auto",
@@ -168,8 +173,8 @@ def finetune(
     )  # fmt: skip
     request = FinetuneRequest(
         checkpoint=checkpoint, data=data, out=out, recipe=recipe, eval_every=eval_every, commit_every=commit_every,
-        commit_minutes=commit_minutes, resume=resume, force=force, max_memory=max_memory, device=device,
-        trust_remote_code=trust_remote_code, as_json=as_json,
+        commit_minutes=commit_minutes, resume=resume, force=force, dry_run=dry_run, max_memory=max_memory,
+        device=device, trust_remote_code=trust_remote_code, as_json=as_json,
     )  # fmt: skip
     output = Output()
     with output.busy("starting"):

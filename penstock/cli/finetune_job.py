@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from rich.status import Status
@@ -20,7 +21,6 @@ from ..runtime.training.decay import undecayed
 from ..runtime.training.facade import StreamedOptimizer
 from ..runtime.training.optimizers import SGD, AdamW, Lion, OptimizerChoice
 from ..runtime.training.progress import Progress
-from ..runtime.training.runfolder import RunFolder
 from ..runtime.training.schedule import Schedule
 from ..training import prepare
 from ..training import resume as go_on
@@ -83,12 +83,12 @@ class Job:
         return made
 
 
-def make_ready(request: FinetuneRequest, run: RunFolder, found: Progress | None, output: Output) -> Job:
-    """Look at checkpoint and data. The tokens are kept in the run's folder.
+def make_ready(request: FinetuneRequest, tokens: Path, found: Progress | None, output: Output) -> Job:
+    """Look at checkpoint and data.
 
     Args:
         request: What was asked.
-        run: Where it is to lie.
+        tokens: Folder that they are kept in.
         found: How far the run was at its last commit; None for a new one.
         output: Told how far tokenizing is.
 
@@ -104,7 +104,7 @@ def make_ready(request: FinetuneRequest, run: RunFolder, found: Progress | None,
             raise UsageError(f"{request.checkpoint} has no tokenizer: put its tokenizer.json beside the weights")
         bones = outline(folder, dtype=recipe.dtype, trust_remote_code=request.trust_remote_code)
     seq = sequence_length(bones, recipe.seq)
-    data = _tokenized(request, run, tokenizer, seq, output)
+    data = _tokenized(request, tokens, tokenizer, seq, output)
     check_ids(bones, data.largest_id)
     batches = data.batches(
         batch=recipe.batch, accumulate=recipe.accumulate, position=None if found is None else found.position
@@ -140,7 +140,7 @@ def make_ready(request: FinetuneRequest, run: RunFolder, found: Progress | None,
     )
 
 
-def _tokenized(request: FinetuneRequest, run: RunFolder, tokenizer: Any, seq: int, output: Output) -> TrainingData:
+def _tokenized(request: FinetuneRequest, tokens: Path, tokenizer: Any, seq: int, output: Output) -> TrainingData:
     recipe = request.recipe
     options = DataOptions(
         seq=seq,
@@ -155,7 +155,7 @@ def _tokenized(request: FinetuneRequest, run: RunFolder, tokenizer: Any, seq: in
                 share = progress.nbytes / max(progress.of_nbytes, 1)
                 status.update(f"tokenizing: {progress.tokens:,} tokens, {share:.0%} …")
 
-        return open_data(request.data, tokenizer, folder=run.data, options=options, progress=told)
+        return open_data(request.data, tokenizer, folder=tokens, options=options, progress=told)
 
 
 def sequence_length(bones: Any, asked: int | None) -> int:

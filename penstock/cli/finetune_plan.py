@@ -9,6 +9,7 @@ from typing import Any
 from ..memory.store import stats
 from ..runtime.training.data.sequences import DataStatistics
 from ..runtime.training.facade import StreamedOptimizer
+from ..runtime.training.forecast import TrainingForecast
 from ..runtime.training.runfolder import RunFolder
 from ..sizes import format_size
 from .finetune_job import Job
@@ -35,9 +36,10 @@ class FinetunePlan:
     states_nbytes: int
     """On disk for as long as the run is kept: every state twice, so that the last commit stays whole."""
     step_written_nbytes: int
-    """By each step: all states, and the weights that do not stay in memory. Of adapters, nothing."""
+    """By each step: states and gradients that do not stay in memory, and the weights that do not. Of adapters,
+    nothing."""
     commit_written_nbytes: int
-    """By each commit: the states that stay in memory, those of adapters."""
+    """By each commit: the states that stay in memory."""
     written_nbytes: int
     """By the steps that are left, and their commits: that is the wear of the drive."""
 
@@ -46,25 +48,48 @@ def finetune_plan(
     request: FinetuneRequest, job: Job, run: RunFolder, model: Any, optimizer: StreamedOptimizer
 ) -> FinetunePlan:
     """The plan of a run whose model is there."""
-    store = stats(run.states)
-    each, commit = store.payload_nbytes + model.penstock.plan.home_nbytes("disk"), 0
-    if request.recipe.lora is not None:
-        each, commit = 0, store.payload_nbytes
+    training = optimizer.training
+    return _plan(
+        request,
+        job,
+        parameters=sum(trained.elements for trained in training.trained),
+        tensors=len(training.trained),
+        states_nbytes=stats(run.states).file_nbytes,
+        step_written_nbytes=training.wear.step_nbytes,
+        commit_written_nbytes=training.wear.commit_nbytes,
+    )
+
+
+def foreseen_plan(request: FinetuneRequest, job: Job, found: TrainingForecast) -> FinetunePlan:
+    """The plan of a run that has not been prepared."""
+    return _plan(
+        request,
+        job,
+        parameters=found.trained,
+        tensors=found.tensors,
+        states_nbytes=found.disk_nbytes,
+        step_written_nbytes=found.load.wear.step_nbytes,
+        commit_written_nbytes=found.load.wear.commit_nbytes,
+    )
+
+
+def _plan(
+    request: FinetuneRequest, job: Job, *, step_written_nbytes: int, commit_written_nbytes: int, **sizes: int
+) -> FinetunePlan:
     left = job.schedule.steps - job.step
     sequences = request.recipe.batch * request.recipe.accumulate
+    commits = -(-left // request.commit_every)
     return FinetunePlan(
-        parameters=sum(trained.elements for trained in optimizer.training.trained),
-        tensors=len(optimizer.training.trained),
         undecayed=tuple(job.choice.groups or ()),
         steps=job.schedule.steps,
         done=job.step,
         sequences_per_step=sequences,
         seq=job.data.training.seq,
         epochs=job.schedule.steps * sequences / len(job.data.training),
-        states_nbytes=store.file_nbytes,
-        step_written_nbytes=each,
-        commit_written_nbytes=commit,
-        written_nbytes=each * left + commit * -(-left // request.commit_every),
+        step_written_nbytes=step_written_nbytes,
+        commit_written_nbytes=commit_written_nbytes,
+        written_nbytes=step_written_nbytes * left + commit_written_nbytes * commits,
+        **sizes,
     )
 
 
@@ -83,9 +108,8 @@ def plan_lines(plan: FinetunePlan, request: FinetuneRequest, training: DataStati
     data += f"{plan.seq} ({training.padding / max(training.sequences * plan.seq, 1):.1%} padding)"
     for count, what in ((training.truncated, "truncated"), (training.left_out, "left out"), (aside, "for evaluation")):
         data += f"; {count:,} {what}" if count else ""
-    written = f"{format_size(plan.step_written_nbytes)} written per step"
-    if recipe.lora is not None:
-        written = f"{format_size(plan.commit_written_nbytes)} written per commit"
+    parts = ((plan.step_written_nbytes, "step"), (plan.commit_written_nbytes, "commit"))
+    written = ", ".join(f"{format_size(nbytes)} written per {what}" for nbytes, what in parts if nbytes)
     lines = [
         f"trains {plan.parameters:,} parameters in {plan.tensors} tensors with {recipe.optimizer} ({hyper}), "
         + (f"clipped to {recipe.clip:g}" if recipe.clip else "not clipped"),

@@ -77,7 +77,11 @@ class Recipe:
             raise UsageError(f"--warmup {self.warmup:g} is neither whole steps nor a share of them below 1")
         if not self.eval_fraction < 1:
             raise UsageError(f"--eval-fraction {self.eval_fraction:g} leaves nothing to train on: give a share below 1")
-        self.hyperparameters()
+        if not self.hyperparameters()["weight_decay"] and self.no_decay is not None:
+            raise UsageError(
+                "--no-decay names parameters without weight decay, and none has any: leave it out, or give "
+                "--weight-decay"
+            )
 
     def hyperparameters(self) -> dict[str, Any]:
         """Of the optimizer, with its defaults filled in.
@@ -137,6 +141,8 @@ class FinetuneRequest:
     """Commits are this far apart, at most, if steps are not longer."""
     resume: bool
     force: bool
+    dry_run: bool = False
+    """Tell what a new run would take, and end."""
     max_memory: str
     device: str
     trust_remote_code: bool
@@ -146,6 +152,9 @@ class FinetuneRequest:
         parse_budget(self.max_memory)  # raises before the slow imports rather than after
         if self.resume and self.force:
             raise UsageError("--resume goes on with a run and --force takes it away: give one of them")
+        if self.dry_run and (self.resume or self.force):
+            option = "--resume" if self.resume else "--force"
+            raise UsageError(f"--dry-run tells of a run that begins anew, and touches none: leave {option} out")
         if self.eval_every is not None and not self.recipe.eval_fraction:
             raise UsageError("--eval-every needs something to evaluate on: set it aside with --eval-fraction 0.02")
         if self.commit_minutes is not None and not self.commit_minutes > 0:

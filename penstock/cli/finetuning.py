@@ -13,24 +13,28 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from ..api import close, explain
-from ..memory.errors import DiskError
+from ..memory.errors import DiskError, PenstockError
 from ..runtime.training.adapters import without_adapters
 from ..runtime.training.board import open_board
 from ..runtime.training.evaluation import takes_positions
 from ..runtime.training.facade import StreamedOptimizer
+from ..runtime.training.forecast import TrainingForecast
 from ..runtime.training.loop import Loop, LoopOptions
 from ..runtime.training.metrics import MetricsFile, StepRecord, read_metrics
 from ..runtime.training.progress import Progress
 from ..runtime.training.runfolder import RunFolder
 from ..sizes import format_size
 from .finetune_job import Job, make_ready
+from .finetune_outlook import dry_run, foresee, outlook_lines, room_of
 from .finetune_plan import FinetunePlan, finetune_plan, plan_lines
 from .finetune_progress import FinetuneProgress, duration
 from .finetune_request import FinetuneRequest
 from .generation import plan_summary
 from .losschart import draw_loss, loss_curve
+from .machines import kept_machine
 from .output import Output
 from .stopsignals import OK, StopSignals
+from .training_view import document
 
 
 @dataclass(kw_only=True)
@@ -60,11 +64,13 @@ class Reached:
 def carry_out(request: FinetuneRequest, output: Output) -> int:
     """Look at checkpoint and data, load, tell the plan, train, tell what was reached. Returns the exit code."""
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it advises on arguments of its own
+    if request.dry_run:
+        return dry_run(request, output)
     with RunFolder(request.out, resume=request.resume, force=request.force) as run:
         found = None if run.state is None else Progress.from_json(run.state.extra)
         if request.resume and found is None:
             output.notes.print(Text(f"{request.out} holds no commit to go on from: starting afresh"))
-        job = make_ready(request, run, found, output)
+        job = make_ready(request, run.data, found, output)
         if job.step >= job.schedule.steps:
             output.notes.print(Text(f"{request.out}: all {job.schedule.steps} steps are done already"))
             if request.as_json:
@@ -84,7 +90,8 @@ def _train(
     request: FinetuneRequest, job: Job, run: RunFolder, model: Any, optimizer: StreamedOptimizer, output: Output
 ) -> int:
     plan = finetune_plan(request, job, run, model, optimizer)
-    _tell_plan(plan, request, job, model, output)
+    foreseen = _foreseen(request, job, model, optimizer, output)
+    _tell_plan(plan, foreseen, request, job, model, output)
     reached = Reached()
     with ExitStack() as stack:
         metrics = stack.enter_context(MetricsFile(run.metrics, after=job.step))
@@ -126,14 +133,42 @@ def _train(
     for line in _summary(run, reached, model):
         output.notes.print(Text(line))
     if request.as_json:
-        output.write_json(_document(request, plan, loop, reached, model))
+        output.write_json(_document(request, plan, foreseen, loop, reached, model))
     return OK if finished else stopping.exit_code
 
 
-def _tell_plan(plan: FinetunePlan, request: FinetuneRequest, job: Job, model: Any, output: Output) -> None:
+def _foreseen(
+    request: FinetuneRequest, job: Job, model: Any, optimizer: StreamedOptimizer, output: Output
+) -> TrainingForecast | None:
+    """What a step of the run would take; None, and a note, where that cannot be said. A run begins all the same."""
+    hardware = kept_machine(request.device, disk=request.out)
+    if hardware is None:
+        output.notes.print(
+            Text("how long steps take is not foreseen: run `penstock calibrate` once to have it measured")
+        )
+        return None
+    again = bool(optimizer.training.segments)
+    with output.busy("foreseeing a step"):
+        try:
+            return foresee(request, job, hardware, room=room_of(model.penstock.plan), recompute=again)
+        except PenstockError as error:
+            output.notes.print(Text(f"how long steps take is not foreseen: {error}"))
+    return None
+
+
+def _tell_plan(
+    plan: FinetunePlan,
+    foreseen: TrainingForecast | None,
+    request: FinetuneRequest,
+    job: Job,
+    model: Any,
+    output: Output,
+) -> None:
     output.notes.print(explain(model))
     aside = 0 if job.data.evaluation is None else job.data.evaluation.statistics.documents
     for line in plan_lines(plan, request, job.data.training.statistics, aside):
+        output.notes.print(Text(line))
+    for line in () if foreseen is None else outlook_lines(foreseen, plan):
         output.notes.print(Text(line))
     if not takes_positions(model):
         kind = type(without_adapters(model)).__name__
@@ -169,7 +204,12 @@ def _summary(run: RunFolder, reached: Reached, model: Any) -> list[str]:
 
 
 def _document(
-    request: FinetuneRequest, plan: FinetunePlan, loop: Loop, reached: Reached, model: Any
+    request: FinetuneRequest,
+    plan: FinetunePlan,
+    foreseen: TrainingForecast | None,
+    loop: Loop,
+    reached: Reached,
+    model: Any,
 ) -> dict[str, object]:
     """For --json. Sizes in bytes, times in seconds."""
     statistics = model.penstock.statistics()
@@ -187,5 +227,6 @@ def _document(
         "disk_read_nbytes": statistics.disk_read_nbytes,
         "disk_written_nbytes": statistics.disk_written_nbytes,
         "training": plan,
+        "forecast": None if foreseen is None else document(foreseen),
         "plan": plan_summary(model.penstock.plan),
     }

@@ -29,14 +29,18 @@ class LoraOption:
     rslora: bool = False
     """Multiply by alpha / √r instead (Kalajdzievski, 2023)."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`targets`, or none where all linear layers are meant."""
+        return () if self.targets == (ALL,) else self.targets
+
     def settings(self) -> dict[str, Any]:
         """Arguments of `peft.LoraConfig`."""
-        targets = ALL if self.targets == (ALL,) else list(self.targets)
         return {
             "r": self.r,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
-            "target_modules": targets,
+            "target_modules": list(self.names) or ALL,
             "use_rslora": self.rslora,
             "task_type": "CAUSAL_LM",
         }

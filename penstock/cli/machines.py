@@ -7,13 +7,17 @@ from pathlib import Path
 from ..caches import calibration_cache
 from ..devices import open_device
 from ..hardware import load, names
+from ..memory.capacity import disk_capacity
 from ..runtime.calibration.calibrate import calibrate
+from ..runtime.calibration.fingerprint import identify_drive
+from ..scheduler.calibration import Calibration
 from ..scheduler.hardware import Hardware
 from .output import Output
 
 
 def find_machine(spec: str | None, *, device: str, disk: Path | None, output: Output) -> Hardware:
-    """The machine that `spec` names; None is this one, which is measured for some seconds if it has not been yet.
+    """The machine that `spec` names; None is this one, which is measured for some seconds if it has not been yet, or
+    not with the drive of `disk`.
 
     Raises:
         UsageError: it is not known, or has not got such a device.
@@ -24,16 +28,37 @@ def find_machine(spec: str | None, *, device: str, disk: Path | None, output: Ou
     cache, opened = calibration_cache(), open_device(device)
     try:
         kept = cache.read(opened)
-        if kept.trusted is not None:
+        if kept.trusted is not None and _has_drive(kept.trusted, disk):
             return kept.trusted.hardware
         for reason in kept.reasons:
             output.notes.print(f"stale: {reason}", style="yellow", markup=False)
         output.notes.print("measuring this machine for 5 seconds; `penstock calibrate` does it better, once")
-        found = calibrate(opened, folders=[str(disk)] if disk is not None else [], quick=True)
-        cache.write(found, opened)
+        found = calibrate(opened, folders=[] if disk is None else [disk_capacity(disk).folder], quick=True)
+        if kept.trusted is None:  # else it is that of the drives that are used otherwise
+            cache.write(found, opened)
         return found.hardware
     finally:
         opened.close()
+
+
+def kept_machine(device: str, *, disk: Path) -> Hardware | None:
+    """This machine, if it has been measured with the drive of `disk`, and that still holds.
+
+    Raises:
+        UsageError: it has not got such a device.
+    """
+    opened = open_device(device)
+    try:
+        kept = calibration_cache().read(opened).trusted
+        return kept.hardware if kept is not None and _has_drive(kept, disk) else None
+    finally:
+        opened.close()
+
+
+def _has_drive(kept: Calibration, folder: Path | None) -> bool:
+    """Whether the drive of a folder is one of those that were measured; there is nothing to ask for None."""
+    drive = None if folder is None else identify_drive(disk_capacity(folder).folder)
+    return drive is None or drive.device in {each.device for each in kept.fingerprint.drives}
 
 
 def known_machines() -> list[Hardware]:

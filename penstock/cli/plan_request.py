@@ -7,22 +7,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, get_args
 
+from ..budget import parse_budget
 from ..memory.errors import UsageError
 from ..scheduler.sizes import DEFAULT_CONTEXT, Training, Workload
 from ..scheduler.stepload import Updates
+from .lora_option import LoraOption, parse_lora
 
-_OPTIMIZERS: Final = ("adamw", "sgd", "lion")
+OPTIMIZERS: Final = ("adamw", "sgd", "lion")
+LORA: Final = "lora"
+"""In the place of an optimizer: adamw on adapters."""
+SYSTEM: Final = "penstock"
+"""Whose schedule is simulated, unless `--system` says otherwise."""
+PROMPT: Final = 128
+GENERATE: Final = 128
+TOP: Final = 8
 _SIZES: Final[tuple[Training, ...]] = get_args(Training)
-_APART: Final[tuple[tuple[str, str], ...]] = (
-    ("--system", "--sizes --target --sweep --max-memory --device --disk --save --profile --throughput --train"),
-    ("--sizes", "--target --sweep --hardware --save --profile --workload --throughput"),
-    ("--target", "--sweep --hardware --max-memory --device --disk --save --profile"),
-    ("--sweep", "--save --profile"),
-    ("--hardware", "--device --disk"),
-    ("--workload", "--throughput --train"),
-    ("--train", "--save --profile --throughput"),
-)
+_APART: Final[Mapping[str, str]] = {
+    "--system": "--sizes --target --sweep --chart --max-memory --device --disk --save --profile --throughput --train "
+    "--prompt --generate --batch --context --accumulate --clip --updates --recompute --lora --rank --top --dtype "
+    "--trust-remote-code --force",
+    "--sizes": "--target --sweep --hardware --save --profile --workload --throughput --prompt --generate --accumulate "
+    "--clip --updates --recompute",
+    "--target": "--sweep --hardware --max-memory --device --disk --save --profile",
+    "--sweep": "--save --profile",
+    "--hardware": "--device --disk",
+    "--workload": "--throughput --train --prompt --generate --batch",
+    "--throughput": "--batch",
+    "--train": "--save --profile --throughput --prompt --generate",
+    "--lora": "--rank",
+}
 """Options with which others have no meaning."""
+_TRAINING: Final = "--context --accumulate --clip --updates --recompute --lora --rank"
+_NEEDS: Final[Mapping[str, tuple[str, str]]] = {
+    **dict.fromkeys(_TRAINING.split(), ("--train --sizes", "is about training: add --train adamw, or for its sizes "
+                                                            "alone --sizes")),
+    "--chart": ("--sweep", "draws a sweep: add for example --sweep host=16GiB:128GiB"),
+    "--top": ("--sizes", "says how many modules --sizes shows: add --sizes"),
+    "--force": ("--save --profile --chart", "replaces files, and none is written: leave it out"),
+}  # fmt: skip
+"""Options that have a meaning only with one of others, and what to say where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,27 +57,69 @@ class Where:
     device: str
     disk: Path | None
 
+    def given(self) -> dict[str, bool]:
+        """Which of its options were."""
+        return {
+            "--hardware": self.hardware is not None,
+            "--max-memory": self.max_memory != "auto",
+            "--device": self.device != "auto",
+            "--disk": self.disk is not None,
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """What is to be told, and how."""
 
+    sizes: bool
     target: str | None
     sweep: str | None
     chart: Path | None
     profile: Path | None
     save: Path | None
+    top: int | None
     force: bool
     as_json: bool
+
+    def given(self) -> dict[str, bool]:
+        """Which of its options were."""
+        return {
+            "--sizes": self.sizes,
+            "--target": self.target is not None,
+            "--sweep": self.sweep is not None,
+            "--chart": self.chart is not None,
+            "--profile": self.profile is not None,
+            "--save": self.save is not None,
+            "--top": self.top is not None,
+            "--force": self.force,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """Of a run, as they were given; None is what the default is."""
+
+    prompt: int | None
+    generate: int | None
+    batch: int | None
+    """Also of a backward pass, where something is trained."""
+    throughput: bool
+    workload: Path | None
+
+    def given(self) -> dict[str, bool]:
+        """Which of them were."""
+        return {
+            "--prompt": self.prompt is not None,
+            "--generate": self.generate is not None,
+            "--batch": self.batch is not None,
+            "--throughput": self.throughput,
+            "--workload": self.workload is not None,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingOptions:
-    """Of a step of training, as they were given; None is what the default is.
-
-    Raises:
-        UsageError: one has no meaning, or is given where nothing is trained.
-    """
+    """Of a step of training, as they were given; None is what the default is."""
 
     train: str | None
     context: int | None
@@ -65,59 +130,55 @@ class TrainingOptions:
     recompute: bool | None
     lora: str | None
 
-    def check(self, *, sizes: bool) -> None:
-        """See that they go together."""
-        given = {
-            "--context": self.context,
-            "--accumulate": self.accumulate,
-            "--clip": self.clip,
-            "--updates": self.updates,
-            "--recompute": self.recompute,
-            "--lora": self.lora,
-            "--rank": self.rank,
+    def given(self) -> dict[str, bool]:
+        """Which of them were."""
+        return {
+            "--train": self.train is not None,
+            "--context": self.context is not None,
+            "--rank": self.rank is not None,
+            "--accumulate": self.accumulate is not None,
+            "--clip": self.clip is not None,
+            "--updates": self.updates is not None,
+            "--recompute": self.recompute is not None,
+            "--lora": self.lora is not None,
         }
-        named = [name for name, value in given.items() if value is not None]
-        if sizes:
-            if extra := [name for name in named if name not in ("--context", "--rank")]:
-                raise UsageError(f"{extra[0]} has no meaning with --sizes: leave one of them out")
-            return
-        if self.train is None:
-            if named:
-                raise UsageError(f"{named[0]} is about training: add --train adamw, or for its sizes alone --sizes")
-            return
+
+    @property
+    def optimizer(self) -> str:
+        """Its name, where something is trained."""
+        assert self.train is not None
+        return "adamw" if self.train == LORA else self.train
+
+    def check(self) -> None:
+        """See that a step of training is described.
+
+        Raises:
+            UsageError: an option has no meaning.
+        """
         if self.rank is not None:
             raise UsageError(f"--rank belongs to --sizes: write --lora r={self.rank}")
-        if self.train not in _OPTIMIZERS:
-            hint = f"--train adamw --lora r={16}" if self.train == "lora" else " or ".join(_OPTIMIZERS)
-            raise UsageError(f"--train {self.train!r} is no optimizer: use {hint}")
+        if self.train not in (*OPTIMIZERS, LORA):
+            raise UsageError(f"--train {self.train!r} is no optimizer: use {', '.join(OPTIMIZERS)} or {LORA}")
         if self.updates is not None and self.updates not in get_args(Updates):
             raise UsageError(f"--updates {self.updates!r}: use {' or '.join(get_args(Updates))}")
         if self.updates == "backward" and self.clip is not False:
             raise UsageError("--updates backward begins before all gradients are there, and clipping needs them: "
                              "add --no-clip")  # fmt: skip
-        self.adapters()
+        if self.adapters() is not None and self.updates == "backward":
+            raise UsageError(
+                "--updates backward makes room for gradients of weights that stream, and those of adapters stay in "
+                "memory: leave it out"
+            )
 
-    def adapters(self) -> tuple[int, tuple[str, ...]] | None:
-        """Rank and layers of --lora; None without it.
+    def adapters(self) -> LoraOption | None:
+        """What is trained in the place of the weights, if that is so.
 
         Raises:
-            UsageError: it cannot be read.
+            UsageError: --lora cannot be read.
         """
-        if self.lora is None:
+        if self.lora is None and self.train != LORA:
             return None
-        found: dict[str, str] = {}
-        for part in self.lora.split(","):
-            key, equals, value = part.strip().partition("=")
-            if key not in ("r", "targets") or not equals or not value or key in found:
-                raise UsageError(
-                    f"--lora {self.lora!r}: write for example r=16, or r=16,targets=q_proj+v_proj; what else there is "
-                    "to say of adapters does not change what they take"
-                )
-            found[key] = value
-        rank = found.get("r", "")
-        if not rank.isdecimal() or not int(rank):
-            raise UsageError(f"--lora {self.lora!r}: r is the rank, 1 or more: write for example r=16")
-        return int(rank), tuple(found["targets"].split("+")) if "targets" in found else ()
+        return parse_lora(self.lora or "r=16")
 
     def sizes(self, batch: int) -> Workload:
         """The workload of --sizes.
@@ -128,17 +189,84 @@ class TrainingOptions:
         chosen = next((each for each in _SIZES if each == self.train), None)
         if self.train is not None and chosen is None:
             raise UsageError(f"--train {self.train!r} is not a way to train: use {' or '.join(_SIZES)}")
-        return Workload(train=chosen, batch=batch, context=self.context or DEFAULT_CONTEXT, rank=self.rank or 16)
+        context = self.context or DEFAULT_CONTEXT
+        if self.lora is None:
+            return Workload(train=chosen, batch=batch, context=context, rank=self.rank or 16)
+        given = parse_lora(self.lora)
+        return Workload(train="lora", batch=batch, context=context, rank=given.r, targets=given.names)
 
 
-def refuse_together(given: Mapping[str, object]) -> None:
-    """See that no options were given with which others have no meaning.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanRequest:
+    """One `penstock plan`.
+
+    Raises:
+        UsageError: an option has no meaning, or none beside another one.
+    """
+
+    checkpoint: str | None
+    model: str | None
+    system: str
+    run: RunOptions
+    training: TrainingOptions
+    answer: Answer
+    where: Where
+    dtype: str
+    trust_remote_code: bool
+
+    @property
+    def source(self) -> str:
+        """The model."""
+        return self.checkpoint if self.checkpoint is not None else str(self.model)
+
+    def __post_init__(self) -> None:
+        given = {
+            "--system": self.system != SYSTEM,
+            "--dtype": self.dtype != "auto",
+            "--trust-remote-code": self.trust_remote_code,
+            **self.run.given(),
+            **self.training.given(),
+            **self.answer.given(),
+            **self.where.given(),
+        }
+        refuse_together(given)
+        if (self.checkpoint is not None) and (self.model is not None):
+            raise UsageError("CKPT and --model exclude each other: leave one of them out")
+        if self.system != SYSTEM:
+            return
+        if self.checkpoint is None and self.model is None:
+            raise UsageError("give CKPT, a folder with a config.json or a Hub id; or a config.json by --model")
+        if self.training.train is not None and not self.answer.sizes:
+            self.training.check()
+        self._check_sweep()
+
+    def _check_sweep(self) -> None:
+        """See that nothing is named that is to take several values."""
+        swept, budget = (self.answer.sweep or "").partition("=")[0], parse_budget(self.where.max_memory)
+        named = {
+            "batch": self.run.batch is not None or self.run.throughput,
+            "host": budget.host is not None,
+            "device": budget.device is not None,
+        }
+        if named.get(swept):
+            option = "--batch or --throughput" if swept == "batch" else f"{swept}= in --max-memory"
+            raise UsageError(f"--sweep {swept}=… tries several values of what {option} names: leave one of them out")
+
+
+def refuse_together(given: Mapping[str, bool]) -> None:
+    """See that no options were given with which others have no meaning, or without what they belong to.
+
+    Args:
+        given: By option: whether it was.
 
     Raises:
         UsageError: some were; the message names two.
     """
     there = {name for name, value in given.items() if value}
-    for option, others in _APART:
+    for option, others in _APART.items():
         clash = [other for other in others.split() if other in there]
-        if option in there and clash and not (option == "--sizes" and clash == ["--train"]):
+        if option in there and clash:
             raise UsageError(f"{option} and {clash[0]} exclude each other: leave one of them out")
+    for option, (others, words) in _NEEDS.items():
+        if option in there and not there.intersection(others.split()):
+            raise UsageError(f"{option} {words}")

@@ -2,52 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..budget import parse_budget
 from ..scheduler.planfile import write_plan
 from .forecast import VIEW, AnswerWork, Forecaster, show, title_of, work_of
 from .machines import find_machine, known_machines
 from .output import Output
-from .plan_request import Answer, Where
+from .plan_request import GENERATE, PROMPT, PlanRequest, RunOptions
 from .ranking import parse_target, rank, show_ranking
 from .sweep import parse_sweep, show_sweep, sweep
 
 
-def plan_run(
-    output: Output,
-    source: str,
-    where: Where,
-    answer: Answer,
-    *,
-    prompt: int,
-    generate: int,
-    batch: int | None,
-    workload: Path | None,
-    dtype: str,
-    trust_remote_code: bool,
-) -> int:
+def plan_run(request: PlanRequest, output: Output) -> int:
     """Foresee and print; the exit code.
-
-    Args:
-        batch: None for the one that gives most tokens per second.
-        workload: A file, in the place of prompt, generate and batch.
 
     Raises:
         DoesNotFitError: it does not fit.
         UsageError: an option has no meaning, or a file cannot be used.
     """
+    answer, where, source = request.answer, request.where, request.source
     target = None if answer.target is None else parse_target(answer.target)
-    asked = None if answer.sweep is None else parse_sweep(answer.sweep)
     budget = parse_budget(where.max_memory)
+    asked = None if answer.sweep is None else parse_sweep(answer.sweep)
     with output.busy("building the model without its weights"):
-        work = AnswerWork(prompt=prompt, generate=generate, batch=batch) if workload is None else work_of(workload)
+        work = _work(request.run)
+        forecaster = Forecaster(source, work, dtype=request.dtype, trust_remote_code=request.trust_remote_code)
         if target is not None:
-            forecaster = Forecaster(source, work, dtype=dtype, trust_remote_code=trust_remote_code)
             ranking = rank(forecaster.on, known_machines(), target)
         else:
             machine = find_machine(where.hardware, device=where.device, disk=where.disk, output=output)
-            forecaster = Forecaster(source, work, dtype=dtype, trust_remote_code=trust_remote_code)
             if asked is not None:
                 points = sweep(lambda on, room, size: forecaster.on(on, room, batch=size), machine, budget, asked)
             else:
@@ -64,3 +46,13 @@ def plan_run(
     title = title_of(forecaster.foresight, outlook.forecast)
     show(output, outlook, title=title, as_json=answer.as_json, profile=answer.profile, force=answer.force)
     return 0
+
+
+def _work(options: RunOptions) -> AnswerWork:
+    if options.workload is not None:
+        return work_of(options.workload)
+    return AnswerWork(
+        prompt=options.prompt or PROMPT,
+        generate=options.generate or GENERATE,
+        batch=None if options.throughput else options.batch or 1,
+    )

@@ -17,9 +17,10 @@ from ..scheduler.hardware import Hardware
 from ..scheduler.sizes import DEFAULT_CONTEXT
 from .finetune_request import OPTIMIZERS
 from .forecast import folder_of
+from .lora_option import LoraOption
 from .machines import find_machine, known_machines
 from .output import Output
-from .plan_request import Answer, TrainingOptions, Where
+from .plan_request import PlanRequest
 from .ranking import parse_target, rank, show_ranking
 from .sweep import parse_sweep, show_sweep, sweep
 from .training_view import VIEW, TrainingOutlook, show
@@ -29,27 +30,20 @@ _ACCUMULATED: Final = 4
 """Times as many backward passes, as a change that is foreseen."""
 
 
-def plan_training(
-    output: Output,
-    source: str,
-    where: Where,
-    answer: Answer,
-    options: TrainingOptions,
-    *,
-    batch: int,
-    dtype: str,
-    trust_remote_code: bool,
-) -> int:
+def plan_training(request: PlanRequest, output: Output) -> int:
     """Foresee and print; the exit code.
 
     Raises:
         DoesNotFitError: it does not fit; the message says what is the smallest change with which it does.
         UsageError: an option has no meaning, or the model cannot be foreseen.
     """
-    asked = None if answer.sweep is None else parse_sweep(answer.sweep)
+    answer, where, source = request.answer, request.where, request.source
     budget = parse_budget(where.max_memory)
+    asked = None if answer.sweep is None else parse_sweep(answer.sweep)
     with output.busy("building the model without its weights"):
-        forecaster = TrainingForecaster(source, options, batch=batch, dtype=dtype, trust_remote_code=trust_remote_code)
+        forecaster = TrainingForecaster(
+            source, work_of(request), dtype=request.dtype, trust_remote_code=request.trust_remote_code
+        )
         target = None
         if answer.target is not None:
             target = parse_target(answer.target, tokens_per_step=forecaster.work.tokens)
@@ -71,6 +65,27 @@ def plan_training(
     return 0
 
 
+def work_of(request: PlanRequest) -> TrainingWork:
+    """What a step of training consists of, as it was asked for."""
+    options = request.training
+    given = options.adapters()
+    clip = None if options.clip is False else 1.0
+    return TrainingWork(
+        choice=_KINDS[options.optimizer](max_grad_norm=clip, **OPTIMIZERS[options.optimizer]),
+        batch=request.run.batch or 1,
+        context=options.context or DEFAULT_CONTEXT,
+        accumulate=options.accumulate or 1,
+        updates="backward" if options.updates == "backward" else "step",
+        recompute=options.recompute,
+        adapters=None if given is None else adapters_of(given),
+    )
+
+
+def adapters_of(given: LoraOption) -> Adapters:
+    """What of adapters matters for what they take."""
+    return Adapters(rank=given.r, targets=given.names, dropout=given.dropout)
+
+
 @dataclass(kw_only=True, slots=True)
 class _Tried:
     """A change of how is trained, and what comes of it."""
@@ -82,25 +97,10 @@ class _Tried:
 class TrainingForecaster:
     """One model and one way to train it, on any machine."""
 
-    def __init__(
-        self, checkpoint: str, options: TrainingOptions, *, batch: int, dtype: str, trust_remote_code: bool
-    ) -> None:
+    def __init__(self, checkpoint: str, work: TrainingWork, *, dtype: str, trust_remote_code: bool) -> None:
         foresight = Foresight(folder_of(checkpoint), dtype=dtype, trust_remote_code=trust_remote_code)
-        given = options.adapters()
-        adapters = None if given is None else Adapters(rank=given[0], targets=given[1])
-        self._clips = options.clip is not False
-        assert options.train is not None
-        work = TrainingWork(
-            choice=_KINDS[options.train](max_grad_norm=1.0 if self._clips else None, **OPTIMIZERS[options.train]),
-            batch=batch,
-            context=options.context or DEFAULT_CONTEXT,
-            accumulate=options.accumulate or 1,
-            updates="backward" if options.updates == "backward" else "step",
-            recompute=options.recompute,
-            adapters=adapters,
-        )
         self._training = TrainingForesight(
-            foresight, dtype=dtype, trust_remote_code=trust_remote_code, adapters=adapters
+            foresight, dtype=dtype, trust_remote_code=trust_remote_code, adapters=work.adapters
         )
         self.work = self._training.with_context(work)
 
@@ -139,7 +139,7 @@ class TrainingForecaster:
         if not named:  # of a budget that was named the machine may have more
             bought = advise(found, lambda other: self._with(found.work, other, None))
             best = max((each for each in (best, bought) if each is not None), key=lambda a: a.speedup, default=None)
-        return TrainingOutlook(forecast=found, advice=best, clips=self._clips, budget=budget)
+        return TrainingOutlook(forecast=found, advice=best, budget=budget)
 
     def _own_advice(self, found: TrainingForecast, budget: MemoryBudget) -> Advice | None:
         """The change of how is trained that would give most tokens per second."""
@@ -158,7 +158,7 @@ class TrainingForecaster:
 
     def _changes(self, found: TrainingForecast) -> Iterator[_Tried]:
         work = found.work
-        if work.updates == "step" and not self._clips:
+        if work.updates == "step" and not work.clips:
             yield _Tried(words="--updates backward", work=replace(work, updates="backward"))
         if found.recompute:
             yield _Tried(words="--no-recompute", work=replace(work, recompute=False))

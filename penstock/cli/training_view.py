@@ -12,7 +12,7 @@ from ..budget import MemoryBudget
 from ..runtime.advice import Advice
 from ..runtime.training.forecast import STANDARD_NBYTES, TrainingForecast
 from ..scheduler.hardware import Hardware
-from ..scheduler.stepload import Home, LoadedBlock, StepPrediction
+from ..scheduler.stepload import Home, StepPrediction
 from ..sizes import format_size
 from .forecast import seconds_text
 from .output import Output
@@ -29,7 +29,6 @@ class TrainingOutlook:
 
     forecast: TrainingForecast
     advice: Advice | None
-    clips: bool
     budget: MemoryBudget
 
 
@@ -63,7 +62,7 @@ def _title(outlook: TrainingOutlook, name: str) -> str:
     found = outlook.forecast
     work, adapters = found.work, found.work.adapters
     what = "all weights" if adapters is None else f"adapters of rank {adapters.rank}"
-    clipped = "clipped" if outlook.clips else "not clipped"
+    clipped = "clipped" if work.clips else "not clipped"
     return (
         f"{name}, on {found.hardware.name}: training {what} with {work.choice.mathematics}, {clipped}, "
         f"{work.accumulate} × {work.batch} sequences of {work.context} tokens per step"
@@ -82,19 +81,16 @@ def held(found: TrainingForecast, tier: Home) -> Held:
             total=found.plan.device_nbytes + activations, read=traffic.to_device, written=traffic.from_device,
         )  # fmt: skip
 
-    def gradients(block: LoadedBlock) -> bool:
-        return block.spilled == (tier == "disk") and (tier == "disk" or found.work.updates == "step")
-
-    kept = sum(block.kept_nbytes for block in trained if gradients(block))
     if tier == "disk":
         return Held(
-            weights=weights, gradients=kept, states=found.disk_nbytes, activations=0,
-            total=found.disk_nbytes + found.scratch_nbytes, read=traffic.read, written=traffic.written,
+            weights=weights, gradients=sum(block.spilled_nbytes for block in trained), states=found.disk_nbytes,
+            activations=0, total=found.disk_nbytes + found.scratch_nbytes, read=traffic.read, written=traffic.written,
         )  # fmt: skip
-    states = sum(block.states_nbytes for block in trained if block.states_in_memory)
     return Held(
-        weights=weights, gradients=kept, states=states, activations=activations,
-        total=found.plan.host_nbytes + activations, read=0, written=0,
+        weights=weights,
+        gradients=sum(b.kept_nbytes - b.spilled_nbytes for b in trained) if found.work.updates == "step" else 0,
+        states=sum(block.states_nbytes - block.states_moved_nbytes for block in trained),
+        activations=activations, total=found.plan.host_nbytes + activations, read=0, written=0,
     )  # fmt: skip
 
 
@@ -116,7 +112,7 @@ def render(outlook: TrainingOutlook) -> Iterator[Text]:
     busy = sorted(step.busy_s.items(), key=lambda item: -item[1])
     yield Text(f"bound by the {found.binds}: per step {', '.join(f'{name} {seconds_text(s)}' for name, s in busy)}")
     yield Text(_moved(found))
-    yield Text(_wear(found))
+    yield Text(wear_text(found, step.traffic.written))
     yield Text(_before(found))
     if found.recompute:
         yield Text("activations of layers are made again in backward")
@@ -162,10 +158,11 @@ def _moved(found: TrainingForecast) -> str:
     )
 
 
-def _wear(found: TrainingForecast) -> str:
-    written, life = found.prediction.traffic.written, found.steps_in_life
-    if life is None:
+def wear_text(found: TrainingForecast, written: float) -> str:
+    """What so many bytes per step are of the drives' lives."""
+    if not written:
         return "wear of the drives: only commits write to them"
+    life = found.steps_until(written)
     known = found.endurance_nbytes
     of = f"the drives' {known / TB:,.0f} TBW" if known else f"{STANDARD_NBYTES / TB:,.0f} TBW, if that is the drive's,"
     return (
@@ -210,7 +207,7 @@ def document(found: TrainingForecast, advice: Advice | None = None) -> dict[str,
         "emulated": found.hardware.emulated,
         "price_usd": found.hardware.price_usd,
         "optimizer": work.choice.mathematics,
-        "lora": None if work.adapters is None else {"r": work.adapters.rank, "targets": work.adapters.targets},
+        "lora": None if work.adapters is None else work.adapters,
         "batch": work.batch,
         "context": work.context,
         "accumulate": work.accumulate,
@@ -230,7 +227,7 @@ def document(found: TrainingForecast, advice: Advice | None = None) -> dict[str,
         "wear": {
             "written_tb_per_1000_steps": 1000 * traffic.written / TB,
             "endurance_nbytes": found.endurance_nbytes or None,
-            "steps_until": found.steps_in_life,
+            "steps_until": found.steps_until(traffic.written) if traffic.written else None,
             "steps_until_nbytes": found.endurance_nbytes or STANDARD_NBYTES,
         },
         "begin_s": found.begin_s,

@@ -42,6 +42,10 @@ class Point:
         return self.queries * self.group
 
 
+LENGTHS: Final = (128, 512, 2048)
+"""Tokens of the sequences whose attention goes backward."""
+LONGEST_BACK_S: Final = 0.04
+"""A backward should not last longer: with many tokens, fewer heads show the same rate."""
 POINTS: Final = (
     Point(queries=1, group=1),
     Point(queries=1, group=4),
@@ -134,4 +138,64 @@ def attention_curve(
         for _ in range(max(nbytes // (per_key * keys), 1))
     ]
     measured: dict[float, Callable[[], float]] = {p.rows: Attention(caches, p, timer).once for p in points}
+    return curve(in_turns(measured, seconds=seconds, clock=clock, pick=max))
+
+
+class AttentionBack:
+    """The backward of a sequence's attention to itself, causal as decoders are trained.
+
+    Args:
+        length: Tokens.
+        timer: Of the device.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, length: int, timer: Timer) -> None:
+        self._timer = timer
+        self._length = length
+        self._build(device, dtype, heads=1)
+        each = timer.seconds(self._repeat)
+        self._build(device, dtype, heads=max(1, min(int(LONGEST_BACK_S / max(each, 1e-9)), HEADS)))
+
+    def _build(self, device: torch.device, dtype: torch.dtype, *, heads: int) -> None:
+        shape = (1, heads, self._length, WIDTH)
+        made = [torch.full(shape, value, dtype=dtype, device=device) for value in (0.02, 0.02, 0.5)]
+        self._inputs = [each.requires_grad_() for each in made]
+        with torch.enable_grad():
+            self._result = functional.scaled_dot_product_attention(*self._inputs, is_causal=True)
+        self._gradient = torch.full(shape, 0.1, dtype=dtype, device=device)
+        self._repeat()  # the first of a shape chooses its kernel
+
+    def once(self) -> float:
+        """Bytes of keys and values per second of one repetition."""
+        return 2 * self._inputs[1].nbytes / self._timer.seconds(self._repeat)
+
+    def _repeat(self) -> None:
+        torch.autograd.grad(self._result, self._inputs, self._gradient, retain_graph=True)
+
+
+def attention_back_curve(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    seconds: float,
+    timer: Timer,
+    clock: Clock = perf_counter,
+    lengths: Sequence[int] = LENGTHS,
+) -> Curve:
+    """Bytes of keys and values per second that the backward of attention takes, by rows that use each of them: tokens.
+
+    Args:
+        device: What computes.
+        dtype: Of queries, keys and values.
+        seconds: About so long.
+        timer: Of the device.
+        clock: Seconds since any moment, for `seconds` only.
+        lengths: Ascending.
+
+    Raises:
+        RuntimeError: this torch cannot attend in that dtype here.
+    """
+    measured: dict[float, Callable[[], float]] = {
+        length: AttentionBack(device, dtype, length, timer).once for length in lengths
+    }
     return curve(in_turns(measured, seconds=seconds, clock=clock, pick=max))

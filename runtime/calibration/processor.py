@@ -13,7 +13,7 @@ from ...memory.capacity import host_capacity
 from ...scheduler.curves import Curve
 from ...scheduler.hardware import Processor
 from .adam import WAYS, adam_rate
-from .attention import POINTS, attention_curve
+from .attention import LENGTHS, POINTS, attention_back_curve, attention_curve
 from .devicememory import device_memory_rate
 from .dram import memory_rates
 from .elementwise import elementwise_curve
@@ -21,6 +21,7 @@ from .fingerprint import cpu_model
 from .framework import framework_cost
 from .launch import launch_cost
 from .products import DTYPES, ROWS, linear_curve
+from .rouse import rouse_cost
 from .timing import Timer, device_timer, host_timer
 
 Attempt = Callable[[str, Callable[[], Any]], Any]
@@ -29,16 +30,19 @@ Attempt = Callable[[str, Callable[[], Any]], Any]
 SHARES: Final = {
     "memory": 0.12,
     "linear": 0.45,
-    "attention": 0.15,
+    "attention": 0.1,
+    "attention backward": 0.05,
     "elementwise": 0.1,
     "adam": 0.08,
     "launch": 0.03,
-    "framework": 0.07,
+    "framework": 0.05,
+    "rouse": 0.02,
 }
 """What each has of the time."""
 QUICK_DTYPES: Final = (torch.float32, torch.bfloat16)
 QUICK_ROWS: Final = (1, 4, 16, 64, 256, 1024)
-QUICK_POINTS: Final = (POINTS[0], POINTS[1], POINTS[4])
+QUICK_POINTS: Final = (POINTS[0], POINTS[1], POINTS[4], POINTS[5])
+QUICK_LENGTHS: Final = (256, 1024)
 QUICK_WAYS: Final = ("fused", "single")
 """The second only where there is no first."""
 
@@ -71,6 +75,7 @@ class ProcessorProbe:
             if not linear:
                 return None
             memory = {"memory": Curve.flat(max(curve.y[0] for curve in linear.values()))}
+        attention_back = self._by_dtype("attention backward", self._attention_back)
         elementwise = self._by_dtype("elementwise", self._elementwise)
         adam = self.attempt(
             f"{what} AdamW",
@@ -92,6 +97,12 @@ class ProcessorProbe:
                 self.device, seconds=self.seconds * SHARES["framework"], timer=host_timer(self.device)
             ),
         )
+        rouse = None
+        if self.device.type == "cpu" and torch.get_num_threads() > 1:
+            rouse = self.attempt(
+                f"{what} rousing threads",
+                lambda: rouse_cost(seconds=self.seconds * SHARES["rouse"], timer=host_timer(self.device)),
+            )
         started = framework or (launch.operation if launch else None)
         name, nbytes, cores = self._facts()
         return Processor(
@@ -99,10 +110,12 @@ class ProcessorProbe:
             memory_nbytes=nbytes,
             linear=linear,
             attention=attention,
+            attention_back=attention_back,
             adam=adam.elements.value if adam else 0.0,
             elementwise=elementwise,
             launch_s=started.value if started else 0.0,
             operation_s=launch.operation.value if launch else 0.0,
+            rouse_s=rouse.value if rouse else 0.0,
             module_call_s=launch.module.value if launch else 0.0,
             cores=cores,
             **memory,
@@ -132,6 +145,10 @@ class ProcessorProbe:
         return attention_curve(
             self.device, dtype, nbytes=self.nbytes, seconds=seconds, timer=self._timer, points=points
         )
+
+    def _attention_back(self, dtype: torch.dtype, seconds: float) -> Curve:
+        lengths = QUICK_LENGTHS if self.quick else LENGTHS
+        return attention_back_curve(self.device, dtype, seconds=seconds, timer=self._timer, lengths=lengths)
 
     def _elementwise(self, dtype: torch.dtype, seconds: float) -> Curve:
         return elementwise_curve(self.device, dtype, seconds=seconds, timer=self._timer)

@@ -195,22 +195,36 @@ def beside(config: Any = None, *, arrays: int, accumulate: int, trained: Sequenc
 
 
 def changing(parameters: Sequence[nn.Parameter], device: Device, *, arrays: int, accumulate: int) -> Changing:
+    """What it takes to train these beside frozen weights on a device; see `changing_on`."""
+    emulated = device.separate and device.torch_device.type == "cpu"
+    return changing_on(parameters, separate=device.separate, emulated=emulated, arrays=arrays, accumulate=accumulate)
+
+
+def changing_on(
+    parameters: Sequence[nn.Parameter], *, separate: bool, emulated: bool, arrays: int, accumulate: int
+) -> Changing:
     """What it takes to train these beside frozen weights.
 
     In host memory: masters and states; gradients, in fp32 where several are added up; one of them in fp32 for the norm;
     what updates compute with; the weights, or on a device apart a copy of them that updates write.
+
+    Args:
+        parameters: Of the adapters.
+        separate: Whether the device has memory of its own.
+        emulated: Whether that is a part of the host's, which the same tensors lie in.
+        arrays: Of each shard: masters and states.
+        accumulate: Backward passes of a step.
     """
     shards = cut_shards([parameter.numel() for parameter in parameters], {0: range(len(parameters))})
     wide = accumulate > 1
     gradients = sum(round_up(p.numel() * (4 if wide else p.element_size()), ALIGN) for p in parameters)
     norm = 0 if wide else max((4 * p.numel() for p in parameters if p.dtype != torch.float32), default=0)
     weights = sum(parameter.nbytes for parameter in parameters)
-    in_host = weights if not device.separate or device.torch_device.type != "cpu" else 0
     states = sum(arrays * shard.array_nbytes for shard in shards) + BUFFERS * PAGE
-    own = states + gradients + norm + 2 * 12 * SUBCHUNK + in_host
+    own = states + gradients + norm + 2 * 12 * SUBCHUNK + (0 if emulated else weights)
     return Changing(
         own_nbytes=own,
-        own_device_nbytes=weights if device.separate else 0,
+        own_device_nbytes=weights if separate else 0,
         block_nbytes=sys.maxsize,
         frozen=True,
     )

@@ -9,32 +9,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 from transformers import PreTrainedModel
 
 from ...memory.errors import DoesNotFitError, UsageError
+from ...memory.requests import CHUNK
 from ...scheduler.cost import CostModel
 from ...scheduler.hardware import Hardware
 from ...scheduler.plan import Links, Plan
 from ...scheduler.program import Program
-from ...scheduler.sizes import Bytes, Training, Workload
+from ...scheduler.sizes import Bytes, Workload
 from ...scheduler.stepload import StepLoad, StepPrediction, Updates
-from ...scheduler.trainstep import REQUEST, predict
+from ...scheduler.trainstep import predict
+from ..adapterbones import add_adapters
 from ..feeding import UnknownInputError, with_context
 from ..foresight import Foresight, Room, device_name
 from ..headroom import FRAMEWORK
-from ..layout import Changing
+from ..layout import Changing, Layout
 from ..planned import make_plan
 from ..planning import Planner
 from ..pretrained import outline
 from ..programs import training_program
 from ..recompute import segments_of
 from ..rehearsal import TooLongError, make_fake
-from ..sizing import add_adapters, measure_activations
-from .loads import Learned, StepSettings, load_of
+from ..sizing import measure_activations
+from .adapters import changing_on
+from .gradients import Trained
+from .loads import StepSettings, load_of
 from .optimizers import OptimizerChoice
-from .room import changing
+from .preparing import arrays_of, beside_blocks, shards_in
+from .room import TrainingRoom, adapter_room, changing, plan_room
+from .run import Settings
 
 STANDARD_NBYTES: Final = 600 * 10**12
 """What a drive of 1 TB for consumers is usually warranted for: shown where nothing is known of the machine's own."""
@@ -46,7 +53,9 @@ class Adapters:
 
     rank: int
     targets: tuple[str, ...] = ()
-    """Names of the linear layers that get them; all of the stacks where none is named."""
+    """Ends of the names of the linear layers that get them; all but the output layer where none is named."""
+    dropout: float = 0.0
+    """Of what goes into them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +74,11 @@ class TrainingWork:
     adapters: Adapters | None = None
 
     @property
+    def clips(self) -> bool:
+        """Whether the norm of all gradients is clipped."""
+        return self.choice.max_grad_norm is not None
+
+    @property
     def tokens(self) -> int:
         """Of a step."""
         return self.batch * self.context * self.accumulate
@@ -81,6 +95,8 @@ class TrainingForecast:
     """Of the weights. Host memory includes what gradients and states need at least."""
     load: StepLoad
     prediction: StepPrediction
+    tensors: int
+    """That are trained."""
     activations_nbytes: int
     """At most, on the tier that computes; with the framework's own."""
     activations: Bytes | None
@@ -122,14 +138,14 @@ class TrainingForecast:
     def scratch_nbytes(self) -> int:
         """Of drives while it runs: weights that do not stay in memory, gradients that go to disk."""
         return sum(
-            (block.weights_nbytes if block.home != "host" else 0) + (block.kept_nbytes if block.spilled else 0)
+            (block.weights_nbytes if block.home != "host" else 0) + block.spilled_nbytes
             for block in self.load.trained()
         )
 
     @property
     def begin_s(self) -> float:
         """Writing all masters, before the first step."""
-        return CostModel(hardware=self.hardware).write_s(self.disk_nbytes / 2, REQUEST)
+        return CostModel(hardware=self.hardware).write_s(self.disk_nbytes / 2, CHUNK)
 
     @property
     def endurance_nbytes(self) -> int:
@@ -137,11 +153,9 @@ class TrainingForecast:
         known = [drive.endurance_nbytes for drive in self.hardware.drives]
         return sum(known) if all(known) else 0
 
-    @property
-    def steps_in_life(self) -> float | None:
-        """Steps until so much has been written, or STANDARD_NBYTES where it is not known; None where nothing is."""
-        written = self.prediction.traffic.written
-        return (self.endurance_nbytes or STANDARD_NBYTES) / written if written else None
+    def steps_until(self, written: float) -> float:
+        """Steps, of so many bytes, until that or STANDARD_NBYTES, where it is not known, has been written."""
+        return (self.endurance_nbytes or STANDARD_NBYTES) / written
 
 
 class TrainingForesight:
@@ -171,13 +185,13 @@ class TrainingForesight:
         """The model as it will be trained, without values."""
         made = outline(self.foresight.name, dtype=self._dtype, trust_remote_code=self._trust)
         make_fake(made)
-        if self.adapters is not None:
-            add_adapters(made, self.adapters.rank, self.adapters.targets)
-        for parameter in made.parameters():
-            parameter.requires_grad_(parameter.requires_grad if self.adapters else parameter.is_floating_point())
-        if not any(parameter.requires_grad for parameter in made.parameters()):
-            named = ", ".join(self.adapters.targets) if self.adapters and self.adapters.targets else "a stack of layers"
-            raise UsageError(f"nothing would be trained: {type(made).__name__} has no linear layers in {named}")
+        given = self.adapters
+        if given is None:
+            for parameter in made.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
+        elif not add_adapters(made, rank=given.rank, targets=given.targets, dropout=given.dropout):
+            named = f" named {', '.join(given.targets)}" if given.targets else ""
+            raise UsageError(f"nothing would be trained: {type(made).__name__} has no linear layers{named}")
         return made
 
     def program(self, batch: int, context: int) -> Program:
@@ -188,7 +202,7 @@ class TrainingForesight:
         """
         key = batch, context
         if key not in self._programs:
-            workload = Workload(train=self._kind, batch=batch, context=context)
+            workload = self._workload(batch, context)
             try:
                 self._programs[key] = training_program(self._plain, workload)
             except UnknownInputError as error:
@@ -200,9 +214,8 @@ class TrainingForesight:
                 ) from error
         return self._programs[key]
 
-    @property
-    def _kind(self) -> Training:
-        return "adamw" if self.adapters is None else "lora"
+    def _workload(self, batch: int, context: int) -> Workload:
+        return Workload(train="adamw" if self.adapters is None else "lora", batch=batch, context=context)
 
     def activations(
         self, batch: int, context: int, *, again: bool, on_cpu: bool
@@ -213,18 +226,15 @@ class TrainingForesight:
             if again and self._again is None:
                 self._again = self._fake()
             model = self._again if again and self._again is not None else self._plain
-            workload = Workload(train=self._kind, batch=batch, context=context)
+            workload = self._workload(batch, context)
             self._activations[key] = measure_activations(model, workload, again=again, on_cpu=on_cpu)
         return self._activations[key]
 
-    def learned(self) -> Learned:
-        """What is trained."""
-        itemsize = self.foresight.model.dtype.itemsize
-        if self.adapters is None:
-            elements = {n: p.numel() for n, p in self.foresight.model.named_parameters() if p.is_floating_point()}
-            return Learned(elements=elements, itemsize=itemsize)
-        beside = sum(parameter.numel() for parameter in self._plain.parameters() if parameter.requires_grad)
-        return Learned(elements={}, itemsize=itemsize, beside=beside)
+    @cached_property
+    def trained(self) -> tuple[Trained, ...]:
+        """What is trained, in the order of `parameters()`. Nothing looks at strides before there are weights."""
+        named = self._plain.named_parameters()
+        return tuple(Trained(name=name, parameter=p, stride=()) for name, p in named if p.requires_grad)
 
     def forecast(self, hardware: Hardware, work: TrainingWork, *, room: Room | None = None) -> TrainingForecast:
         """Plan the model and simulate a step.
@@ -268,7 +278,7 @@ class TrainingForesight:
         weights = self.foresight.weights_nbytes
         if budgets.device is not None:
             return weights <= budgets.device
-        return weights + self._changing(work).own_nbytes <= budgets.host
+        return weights + self._changing(hardware, work).own_nbytes <= budgets.host
 
     def _as(self, hardware: Hardware, work: TrainingWork, room: Room | None, *, again: bool) -> TrainingForecast:
         on_cpu = hardware.gpu is None
@@ -277,7 +287,7 @@ class TrainingForesight:
         if held is None and again:  # transformers' own checkpointing, which the rehearsal uses, is not there
             held, notes = self.activations(work.batch, work.context, again=False, on_cpu=on_cpu)
             notes = (*notes, "activations made again are counted as if they were kept: they cannot be rehearsed")
-        largest = max((p.nbytes for p in self._plain.parameters() if p.requires_grad), default=0)
+        largest = max((each.parameter.nbytes for each in self.trained), default=0)
         transient = FRAMEWORK + largest + (0 if held is None else held.total)
         model = self.foresight.model
         budgets = self.foresight.budgets(hardware, room or Room(), transient)
@@ -287,31 +297,19 @@ class TrainingForesight:
             budgets,
             buffers_nbytes=sum(buffer.nbytes for buffer in model.buffers()),
             keep_skew=on_cpu or hardware.emulated,
-            changing=self._changing(work),
+            changing=self._changing(hardware, work),
         ).best()
-        cost = CostModel(hardware=hardware)
-        load = load_of(
-            layout,
-            self.program(work.batch, work.context),
-            cost,
-            learned=self.learned(),
-            settings=StepSettings(
-                choice=work.choice,
-                accumulate=work.accumulate,
-                updates=work.updates,
-                segments=self.segments if again else (),
-            ),
-            room_nbytes=layout.granted_nbytes,
-            passing_nbytes=self._passing_nbytes(work),
-        )
         links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
+        plan = make_plan(layout, device_name(hardware), budgets, links, self.foresight.weights_nbytes)
+        load, shared = self._load(hardware, work, layout, again=again)
         found = TrainingForecast(
             hardware=hardware,
             work=work,
             recompute=again,
-            plan=make_plan(layout, device_name(hardware), budgets, links, self.foresight.weights_nbytes),
+            plan=shared.told(plan, layout),
             load=load,
-            prediction=predict(load, cost),
+            prediction=predict(load, _cost(hardware)),
+            tensors=len(self.trained),
             activations_nbytes=transient,
             activations=held,
             notes=notes,
@@ -319,30 +317,46 @@ class TrainingForesight:
         _check_drives(found)
         return found
 
-    def _passing_nbytes(self, work: TrainingWork) -> int:
-        """Of what training needs at least, what gradients pass through: the rest of them is what it could have more."""
-        if self.adapters is not None or work.updates == "backward":
-            return 0
-        weights = [parameter.nbytes for parameter in self.foresight.model.parameters()]
-        every = (2 if work.accumulate > 1 else 1) * sum(weights)
-        return every - changing(weights, accumulate=work.accumulate, early=False, arrays=0).more_nbytes
-
-    def _changing(self, work: TrainingWork) -> Changing:
-        """Host memory that training needs at least."""
-        weights = [parameter.nbytes for parameter in self.foresight.model.parameters()]
+    def _load(
+        self, hardware: Hardware, work: TrainingWork, layout: Layout, *, again: bool
+    ) -> tuple[StepLoad, TrainingRoom]:
+        """What a step consists of, and what stays in memory: as `prepare` shares it out."""
+        steps = StepSettings(
+            choice=work.choice,
+            accumulate=work.accumulate,
+            updates=work.updates,
+            segments=self.segments if again else (),
+        )
+        settings = Settings(accumulate=work.accumulate, updates=work.updates)
         if self.adapters is None:
-            settings = StepSettings(choice=work.choice, accumulate=1, updates=work.updates, segments=())
+            shards = shards_in(layout, self.trained)
+            room = plan_room(layout, self.trained, shards, settings, arrays=steps.arrays)
+        else:
+            shards = beside_blocks(self.trained)
+            room = adapter_room(self.trained, shards, settings, arrays=steps.arrays)
+        program, cost = self.program(work.batch, work.context), _cost(hardware)
+        load = load_of(layout, program, cost, trained=self.trained, shards=shards, room=room, settings=steps)
+        return load, room
+
+    def _changing(self, hardware: Hardware, work: TrainingWork) -> Changing:
+        """Host memory that training needs at least, and what it could use: as `prepare` counts it."""
+        arrays = arrays_of(work.choice)
+        if self.adapters is None:
+            weights = [parameter.nbytes for parameter in self.foresight.model.parameters()]
             early = work.updates == "backward"
-            return changing(weights, accumulate=work.accumulate, early=early, arrays=settings.arrays)
-        learned = self.learned()
-        each = learned.beside * learned.itemsize
-        settings = StepSettings(choice=work.choice, accumulate=1, updates="step", segments=())
-        states = 4 * settings.arrays * learned.beside
-        gradients = 4 * learned.beside if work.accumulate > 1 else each
-        adapters = [p.nbytes for p in self._plain.parameters() if p.requires_grad]
-        passing = changing(adapters, accumulate=1, early=True).own_nbytes
-        whole = changing(weights, accumulate=1, early=True)
-        return Changing(own_nbytes=each + gradients + states + passing, block_nbytes=whole.block_nbytes)
+            return changing(weights, accumulate=work.accumulate, early=early, arrays=arrays)
+        return changing_on(
+            [each.parameter for each in self.trained],
+            separate=hardware.gpu is not None,
+            emulated=hardware.emulated,
+            arrays=arrays,
+            accumulate=work.accumulate,
+        )
+
+
+def _cost(hardware: Hardware) -> CostModel:
+    """What operations take while a thread of its own carries updates out."""
+    return CostModel(hardware=hardware, beside=True)
 
 
 def _check_drives(found: TrainingForecast) -> None:

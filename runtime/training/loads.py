@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,21 +12,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...kernels.scratch import SUBCHUNK, Scratch
+from ...memory.arena import round_up
 from ...scheduler.cost import CostModel
 from ...scheduler.operations import Operation
 from ...scheduler.program import Enter, Leave, Program
-from ...scheduler.sharing import share_out
 from ...scheduler.stepload import BlockUse, Home, LoadedBlock, StepLoad, Updates, UpdateWork
 from ..layout import Draft, Layout
+from .gradients import Trained
 from .optimizers import OptimizerChoice
 from .pipeline import BUFFERS
-from .shards import ELEMENTS
+from .room import TrainingRoom
+from .shards import ELEMENTS, Shard
 from .training import BEHIND
 from .updater import SMALL
-
-ATTENTION_BACK = 2.5
-"""Attention's backward over its forward: five products instead of two, since the scores are worked out again (Dao,
-"FlashAttention-2", 2023, section 3.1.2)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,27 +44,15 @@ class StepSettings:
         return 1 + len(kernel.states_of(kernel.hyper_of(self.choice.defaults())))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Learned:
-    """What is trained."""
-
-    elements: Mapping[str, int]
-    """Of each parameter that is one of the model's."""
-    itemsize: int
-    """Bytes of an element of a gradient of one backward pass."""
-    beside: int = 0
-    """Elements of adapters, which stay in memory with all that belongs to them."""
-
-
 def load_of(
     layout: Layout,
     program: Program,
     cost: CostModel,
     *,
-    learned: Learned,
+    trained: Sequence[Trained],
+    shards: Sequence[Shard],
+    room: TrainingRoom,
     settings: StepSettings,
-    room_nbytes: int,
-    passing_nbytes: int = 0,
 ) -> StepLoad:
     """What a step consists of.
 
@@ -74,20 +60,14 @@ def load_of(
         layout: Where weights lie.
         program: The forward.
         cost: Of the machine.
-        learned: What is trained.
-        settings: How.
-        room_nbytes: Host memory that gradients and states may take beyond what they need at least: gradients first,
-            since a byte of them on disk is moved twice per backward pass, and a byte of state twice per step.
-        passing_nbytes: What gradients have at least, to pass through where they do not all stay.
+        trained: What is trained.
+        shards: Of these.
+        room: What of gradients and states stays in host memory.
+        settings: How steps are taken.
     """
-    blocks = {block.id: _block(layout, block, learned, settings) for block in layout.blocks}
-    if learned.beside:
-        small = blocks[SMALL]
-        nbytes = learned.beside * learned.itemsize
-        blocks[SMALL] = _with(small, learned.beside, nbytes, settings, states_in_memory=True)
     uses, segments = _uses(layout, program, cost, settings.segments)
     return StepLoad(
-        blocks=_shared_out(blocks, settings, room_nbytes + passing_nbytes, passing_nbytes),
+        blocks={block.id: block for block in loaded_blocks(layout, trained, shards, room, arrays=settings.arrays)},
         uses=uses,
         segments=segments,
         slots=layout.front.slots,
@@ -104,72 +84,37 @@ def load_of(
     )
 
 
-def _block(layout: Layout, block: Draft, learned: Learned, settings: StepSettings) -> LoadedBlock:
-    home: Home = "disk"
-    if block.id in layout.front.resident:
-        home = "device" if layout.back else "host"
-    elif layout.back and block.id in layout.back.resident:
-        home = "host"
-    plain = LoadedBlock(
-        id=block.id, home=home, read_nbytes=block.image.read_nbytes, weights_nbytes=block.image.data_nbytes
-    )
-    elements = sum(learned.elements.get(portion.name, 0) for portion in block.portions)
-    nbytes = sum(
-        block.image.places[portion.key].nbytes for portion in block.portions if portion.name in learned.elements
-    )
-    return _with(plain, elements, nbytes, settings) if elements else plain
-
-
-def _with(
-    block: LoadedBlock, elements: int, nbytes: int, settings: StepSettings, *, states_in_memory: bool = False
-) -> LoadedBlock:
-    """A block with what belongs to so many elements more, of so many bytes."""
-    total = block.elements + elements
-    gradient = block.gradient_nbytes + nbytes
-    return LoadedBlock(
-        id=block.id,
-        home=block.home,
-        read_nbytes=block.read_nbytes,
-        weights_nbytes=block.weights_nbytes + (nbytes if states_in_memory else 0),
-        elements=total,
-        states_nbytes=4 * settings.arrays * total,
-        states_in_memory=states_in_memory,
-        gradient_nbytes=gradient,
-        kept_nbytes=4 * total if settings.accumulate > 1 else gradient,
-    )
-
-
-def _shared_out(
-    blocks: Mapping[int, LoadedBlock], settings: StepSettings, room: int, passing: int
-) -> dict[int, LoadedBlock]:
-    """The blocks with what of them stays in memory, spread over the order of use; the small tensors' gradients do."""
-    changed = [block for block in blocks.values() if block.elements and not block.states_in_memory]
-    step = settings.updates == "step"  # else gradients wait in memory for their update, as it is counted
-    movable = [block for block in changed if step and block.id != SMALL]
-    shares = share_out(
-        room,
-        gradients=[block.kept_nbytes for block in movable],
-        gradient_moves=2 * settings.accumulate,
-        states=[block.states_nbytes for block in changed],
-        passing_nbytes=passing if movable else 0,
-    )
-    spilled = {block.id for place, block in enumerate(movable) if place not in shares.gradients}
-    states = {changed[place].id for place in shares.states}
-    found = dict(blocks)
-    for block in changed:
-        found[block.id] = LoadedBlock(
+def loaded_blocks(
+    layout: Layout, trained: Sequence[Trained], shards: Sequence[Shard], room: TrainingRoom, *, arrays: int
+) -> Iterator[LoadedBlock]:
+    """The blocks of a layout, with what belongs to what is trained in them, or (adapters) beside them."""
+    owner = {piece.parameter: shard.block for shard in shards for piece in shard.pieces}
+    frozen = {portion.name for block in layout.blocks for portion in block.portions}.isdisjoint(t.name for t in trained)
+    for block in layout.blocks:
+        members = [index for index in range(len(trained)) if owner[index] == block.id]
+        kept = {index: trained[index].elements * room.itemsizes[index] for index in members}
+        states = {s.id: arrays * s.array_nbytes for s in shards if s.block == block.id}
+        gradient = sum(trained[index].elements * trained[index].parameter.itemsize for index in members)
+        yield LoadedBlock(
             id=block.id,
-            home=block.home,
-            read_nbytes=block.read_nbytes,
-            weights_nbytes=block.weights_nbytes,
-            elements=block.elements,
-            states_nbytes=block.states_nbytes,
-            states_in_memory=block.id in states,
-            gradient_nbytes=block.gradient_nbytes,
-            kept_nbytes=block.kept_nbytes,
-            spilled=block.id in spilled,
+            home=_home(layout, block),
+            # what has changed is read from a scratch file, where its slot lies as it is
+            read_nbytes=block.image.read_nbytes if frozen or not members else round_up(block.image.nbytes),
+            weights_nbytes=block.image.data_nbytes + (gradient if frozen else 0),  # adapters lie beside blocks
+            elements=sum(trained[index].elements for index in members),
+            tensors=max(len(members), 1),
+            states_nbytes=sum(states.values()),
+            states_moved_nbytes=sum(nbytes for shard, nbytes in states.items() if shard not in room.resident),
+            gradient_nbytes=gradient,
+            kept_nbytes=sum(kept.values()),
+            spilled_nbytes=sum(nbytes for index, nbytes in kept.items() if index in room.spilled),
         )
-    return found
+
+
+def _home(layout: Layout, block: Draft) -> Home:
+    if block.id in layout.front.resident:
+        return "device" if layout.back else "host"
+    return "host" if layout.back and block.id in layout.back.resident else "disk"
 
 
 # --- the order of uses ------------------------------------------------------------------------------------------------
@@ -182,6 +127,8 @@ class _Stretch:
     blocks: tuple[int, ...]
     segment: str | None
     forward: list[Operation] = field(default_factory=list)
+    again: int = 0
+    """How many of these a segment computes again."""
     backward: list[Operation] = field(default_factory=list)
     saved: bool = False
 
@@ -198,17 +145,30 @@ def _uses(
         if stretch.segment != following:
             if stretch.segment is not None:
                 again.append((start, index + 1))
+                _cut_short(stretches[start : index + 1])
             start = index + 1
     uses = tuple(
         BlockUse(
             blocks=stretch.blocks,
             forward_s=cost.compute_s(stretch.forward, "gpu"),
+            again_s=cost.compute_s(stretch.forward[: stretch.again], "gpu"),
             backward_s=cost.compute_s(stretch.backward, "gpu"),
             saved=stretch.saved,
         )
         for stretch in stretches
     )
     return uses, tuple(again)
+
+
+def _cut_short(segment: Sequence[_Stretch]) -> None:
+    """Of a segment, what runs again ends before its last product: that has saved all it will need, and its result is of
+    no use."""
+    left = False
+    for stretch in reversed(segment):
+        stretch.again = len(stretch.forward)
+        while not left and stretch.again:
+            stretch.again -= 1
+            left = stretch.forward[stretch.again].kind == "linear"
 
 
 def _stretches(layout: Layout, program: Program, segments: frozenset[str]) -> list[_Stretch]:
@@ -238,7 +198,7 @@ def _back(operation: Operation, *, learns: bool) -> Operation:
     """The backward of an operation: of a product the two others with its factors, or one where its weights are frozen;
     everything else reads and writes what forward did, and the gradients of it."""
     if operation.kind == "attention":
-        return replace(operation, nbytes=ATTENTION_BACK * operation.nbytes)
+        return replace(operation, kind="attention back")
     times = 1 if operation.kind == "linear" and not learns else 2
     return replace(operation, nbytes=times * operation.nbytes, launches=times * operation.launches)
 

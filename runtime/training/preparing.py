@@ -20,14 +20,17 @@ from ...memory.scratch import Scratch as ScratchFolder
 from ...memory.scratch import process_scratch
 from ...memory.store import BlockSpec, BlockStore, check_unused, check_vacant
 from ...memory.trim import return_free_memory
+from ...scheduler.stepload import wear_of
 from ..beside import trained_in
 from ..build import Machinery
 from ..launch import open_scratch, scratch_files
+from ..layout import Layout
 from ..recompute import recompute
 from .adapterweights import AdapterWeights
 from .buffers import restore_buffers
 from .facade import StreamedOptimizer
 from .gradients import GradientRoom, Gradients, Trained
+from .loads import loaded_blocks
 from .optimizers import SGD, AdamW, Lion, OptimizerChoice
 from .pipeline import ShardPipeline
 from .room import TrainingRoom, adapter_room, plan_room, tell
@@ -68,7 +71,7 @@ def attach(
     """
     machinery = machinery_of(model)
     trained = find_trained(model, machinery)
-    _activations(model, machinery, settings)
+    segments = _activations(model, machinery, settings)
     shards = shards_of(trained, machinery)
     arrays = arrays_of(choice)
     with ExitStack() as made:
@@ -80,7 +83,18 @@ def attach(
         made.callback(store.close)
         scratches = scratches_of(folders, machinery, made)
         room = room_of(machinery, trained, shards, settings, arrays=arrays)
-        training = assemble(machinery, trained, shards, store, choice.kernel, scratches, settings, room, arrays=arrays)
+        training = assemble(
+            machinery,
+            trained,
+            shards,
+            store,
+            choice.kernel,
+            scratches,
+            settings,
+            room,
+            arrays=arrays,
+            segments=segments,
+        )
         made.callback(training.close)
         training.write_masters(master_of(machinery, trained))
         finish_before_export(model, training)
@@ -107,7 +121,7 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
         state = decode(store.metadata)
         only_trained(model, state.names)
         trained = find_trained(model, machinery)
-        _activations(model, machinery, settings)
+        segments = _activations(model, machinery, settings)
         choice = choice_of(state)
         shards = shards_of(trained, machinery)
         if identity_of(trained, shards, state.mathematics) != store.identity:
@@ -128,6 +142,7 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
             settings,
             room,
             arrays=arrays,
+            segments=segments,
             counts=state.steps,
         )
         made.callback(training.close)
@@ -156,7 +171,7 @@ def room_of(
 ) -> TrainingRoom:
     """What of gradients and states stays in host memory: of adapters, all."""
     if machinery.trains:
-        return plan_room(machinery, trained, shards, settings, arrays=arrays)
+        return plan_room(machinery.layout, trained, shards, settings, arrays=arrays)
     return adapter_room(trained, shards, settings, arrays=arrays)
 
 
@@ -213,9 +228,11 @@ def state_of_run(folders: RunFolders) -> RunState:
         return decode(store.metadata)
 
 
-def _activations(model: nn.Module, machinery: Machinery, settings: Settings) -> None:
+def _activations(model: nn.Module, machinery: Machinery, settings: Settings) -> list[str]:
+    """Have layers make theirs again, where that is asked for or weights stream: the names of those that do."""
     if settings.activations == "recompute" or (settings.activations == "auto" and not machinery.layout.resident):
-        recompute(machinery.session, model)
+        return recompute(machinery.session, model)
+    return []
 
 
 def machinery_of(model: nn.Module) -> Machinery:
@@ -287,10 +304,15 @@ def shards_of(trained: Sequence[Trained], machinery: Machinery) -> tuple[Shard, 
     """The shards of these parameters, block by block in the order in which a forward uses them."""
     if not machinery.trains:
         return beside_blocks(trained)
+    return shards_in(machinery.layout, trained)
+
+
+def shards_in(layout: Layout, trained: Sequence[Trained]) -> tuple[Shard, ...]:
+    """The shards of parameters that lie in the blocks of a layout."""
     number = {each.name: index for index, each in enumerate(trained)}
     blocks = {
         block.id: [number[portion.name] for portion in block.portions if portion.name in number]
-        for block in machinery.layout.blocks
+        for block in layout.blocks
     }
     return cut_shards([each.elements for each in trained], blocks, most=ELEMENTS)
 
@@ -311,6 +333,7 @@ def assemble(
     room: TrainingRoom,
     *,
     arrays: int,
+    segments: Sequence[str],
     counts: Sequence[int] = (),
 ) -> Training:
     """Everything that trains, around a store."""
@@ -354,6 +377,12 @@ def assemble(
             kernel=kernel,
             spill=spill,
         ),
+        wear=wear_of(
+            loaded_blocks(machinery.layout, trained, shards, room, arrays=arrays),
+            accumulate=settings.accumulate,
+            small=SMALL,
+        ),
+        segments=segments,
         counts=counts,
     )
 

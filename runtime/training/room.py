@@ -15,7 +15,7 @@ from ...scheduler.plan import Plan
 from ...scheduler.sharing import share_out
 from ..build import Machinery
 from ..explain import gib
-from ..layout import Changing
+from ..layout import Changing, Layout
 from .gradients import Trained, gradient_dtype
 from .pipeline import BUFFERS, ShardPipeline
 from .run import Settings
@@ -74,20 +74,27 @@ class TrainingRoom:
     notes: tuple[str, ...]
     """For the plan."""
 
+    def not_taken(self, layout: Layout) -> int:
+        """Of what a layout has granted, what training has no use for."""
+        return min(self.unused_nbytes, layout.granted_nbytes)
+
+    def told(self, plan: Plan, layout: Layout) -> Plan:
+        """A plan with the decision in it."""
+        return replace(plan, host_nbytes=plan.host_nbytes - self.not_taken(layout), notes=(*plan.notes, *self.notes))
+
 
 def plan_room(
-    machinery: Machinery, trained: Sequence[Trained], shards: Sequence[Shard], settings: Settings, *, arrays: int
+    layout: Layout, trained: Sequence[Trained], shards: Sequence[Shard], settings: Settings, *, arrays: int
 ) -> TrainingRoom:
-    """Share out what the layout has set aside for training.
+    """Share out what a layout has set aside for training.
 
     Args:
-        machinery: Of the model; its layout says how much there is.
+        layout: Says how much there is.
         trained: What is trained.
         shards: Of these.
         settings: When updates begin, and of how many backward passes a step is.
         arrays: Of each shard.
     """
-    layout = machinery.layout
     wide = settings.accumulate > 1
     itemsizes = tuple(gradient_dtype(each, wide=wide).itemsize for each in trained)
     small = {piece.parameter for shard in shards if shard.block == SMALL for piece in shard.pieces}
@@ -97,7 +104,7 @@ def plan_room(
     room = layout.granted_nbytes
     if settings.updates == "step":  # else what waits for its update is counted as it is, and nothing else is kept
         movable = [index for index in range(len(trained)) if index not in small]
-        fixed = ShardPipeline.needed_nbytes(shards, arrays) + TrainedWeights.needed_nbytes(machinery)
+        fixed = ShardPipeline.needed_nbytes(shards, arrays) + TrainedWeights.needed_nbytes(layout)
         fixed += max((4 + each.parameter.itemsize) * each.elements for each in trained) + 2 * 12 * SUBCHUNK
         room = layout.training_nbytes - fixed - sum(sizes[index] for index in small)
     passing = _passing(itemsizes, frozenset(movable), shards)
@@ -163,12 +170,7 @@ def adapter_room(
 
 def tell(model: nn.Module, machinery: Machinery, room: TrainingRoom) -> None:
     """Put the decision into the model's plan, and give back to the ledger what it has no use for."""
-    unused = min(room.unused_nbytes, machinery.layout.granted_nbytes)
-    machinery.share.give_back(unused)
-
-    def told(plan: Plan) -> Plan:
-        return replace(plan, host_nbytes=plan.host_nbytes - unused, notes=(*plan.notes, *room.notes))
-
+    machinery.share.give_back(room.not_taken(machinery.layout))
     handle = model.penstock
-    handle.plan = told(handle.plan)  # type: ignore[union-attr, arg-type]
+    handle.plan = room.told(handle.plan, machinery.layout)  # type: ignore[union-attr, arg-type]
     machinery.plan = handle.plan  # type: ignore[union-attr]

@@ -20,6 +20,7 @@ from ...kernels.norms import GradientNorms, clip_coefficient
 from ...kernels.optimizer import Clip
 from ...memory.errors import ClosedError, PenstockError, UsageError
 from ...memory.store import Commit
+from ...scheduler.stepload import Wear
 from ..build import Machinery
 from .gradients import Gradient, Gradients, SpilledGradient, Trained
 from .pipeline import ShardPipeline
@@ -49,6 +50,8 @@ class Training:
         pipeline: Reads and writes them.
         weights: Where new weights go.
         updater: Changes them.
+        wear: What steps and commits write to drives.
+        segments: Names of the parts of the model that make their activations again in backward.
         counts: How many updates each parameter has had.
     """
 
@@ -62,9 +65,13 @@ class Training:
         pipeline: ShardPipeline,
         weights: Weights,
         updater: Updater,
+        wear: Wear,
+        segments: Sequence[str],
         counts: Sequence[int] = (),
     ) -> None:
         self.trained = trained
+        self.wear = wear
+        self.segments = segments
         self.gradients = gradients
         self.counts = list(counts) or [0] * len(trained)
         self._machinery = machinery

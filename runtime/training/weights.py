@@ -13,6 +13,7 @@ from ...memory.disk import DiskEngine, Transfer
 from ...memory.image import Image, Place, whole_window
 from ..build import Machinery
 from ..dtypes import torch_dtype
+from ..layout import Layout
 from .watch import Watch
 
 
@@ -71,10 +72,10 @@ class TrainedWeights:
         self._device_images = {b.id: b.device_image for b in machinery.layout.blocks}
 
     @staticmethod
-    def needed_nbytes(machinery: Machinery) -> int:
+    def needed_nbytes(layout: Layout) -> int:
         """Host memory that it would take."""
-        home = machinery.front if machinery.back is None else machinery.back
-        return max((image.nbytes for b, image in machinery.images.items() if b not in home.permanent), default=0)
+        home = layout.front if layout.back is None else layout.back
+        return max((block.image.nbytes for block in layout.blocks if block.id not in home.resident), default=0)
 
     def names(self, block: int) -> Sequence[str]:
         """The parameters of a block."""

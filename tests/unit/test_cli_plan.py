@@ -55,7 +55,9 @@ def test_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(folder, "--train", "adamw", "--batch", "2", "--json", "--max-memory", "host=1GiB,disk=1GiB") == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["workload"] == {"train": "adamw", "batch": 2, "context": 256, "rank": 16}
+    assert document["workload"] == {
+        "train": "adamw", "batch": 2, "context": 256, "rank": 16, "targets": [], "dropout": 0.0,
+    }  # fmt: skip
     assert document["most"]["optimizer"] == 8 * document["parameters"]
     assert document["most"]["gradients"] == 4 * document["trainable"]
     assert document["total_nbytes"] == sum(document["peak"].values())
@@ -117,7 +119,16 @@ def test_options_of_sizes_need_it(folder: Path, capsys: pytest.CaptureFixture[st
     assert main(["plan", str(folder), "--train", "adamw", "--rank", "8"]) == 2
     assert "write --lora r=8" in capsys.readouterr().err
     assert plan(folder, "--train", "adamw", "--accumulate", "2") == 2
-    assert "--accumulate has no meaning with --sizes" in capsys.readouterr().err
+    assert "--sizes and --accumulate exclude each other" in capsys.readouterr().err
+    for option in ("--prompt", "--generate"):
+        assert plan(folder, option, "8") == 2
+        assert f"--sizes and {option} exclude each other" in capsys.readouterr().err
+    assert main(["plan", str(folder), "--model", str(folder / "config.json"), "--sizes"]) == 2
+    assert "CKPT and --model exclude each other" in capsys.readouterr().err
+    assert main(["plan", str(folder), "--chart", "x.html"]) == 2
+    assert "--chart draws a sweep" in capsys.readouterr().err
+    assert main(["plan", str(folder), "--throughput", "--batch", "2"]) == 2
+    assert "--throughput and --batch exclude each other" in capsys.readouterr().err
     assert main(["plan"]) == 2
     assert "give CKPT" in capsys.readouterr().err
 

@@ -77,6 +77,9 @@ def test_what_is_missing_is_named(files: Path, capsys: pytest.CaptureFixture[str
     assert "--system needs --model and --workload" in capsys.readouterr().err
     assert main(["plan", "--sizes"]) == 2
     assert "give CKPT" in capsys.readouterr().err
+    for options in (("--accumulate", "2"), ("--prompt", "8"), ("--batch", "2"), ("--dtype", "float16"), ("--force",)):
+        assert plan(files, "flexgen", *options) == 2
+        assert f"--system and {options[0]} exclude each other" in capsys.readouterr().err
     assert plan(files, "nosuch") == 2
     assert "use accelerate" in capsys.readouterr().err
 

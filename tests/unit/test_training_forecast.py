@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_cli_forecast import MACHINE
 from test_predicted_profile import CONFIG
 
 from penstock.cli import main
 from penstock.memory.errors import DoesNotFitError, UsageError
+from penstock.runtime.adapterbones import add_adapters
 from penstock.runtime.foresight import Foresight, Room
+from penstock.runtime.pretrained import outline
+from penstock.runtime.programs import training_program
+from penstock.runtime.rehearsal import make_fake
+from penstock.runtime.training.adapters import changing_on
+from penstock.runtime.training.adapters import put as put_adapters
 from penstock.runtime.training.forecast import Adapters, TrainingForesight, TrainingWork
 from penstock.runtime.training.loads import update_work
 from penstock.runtime.training.optimizers import SGD, AdamW, Lion
 from penstock.scheduler.datasheet import parse_hardware
 from penstock.scheduler.hardware import Hardware
+from penstock.scheduler.sizes import Workload
 
 MIB = 2**20
 GPU: dict[str, Any] = {
@@ -76,14 +86,14 @@ def test_room_goes_to_weights_then_gradients_then_states(folder: Path, training:
         shares.append(
             (
                 sum(block.weights_nbytes for block in trained if block.home == "host") / (2 * found.trained),
-                sum(block.kept_nbytes for block in trained if not block.spilled) / (2 * found.trained),
-                sum(block.states_nbytes for block in trained if block.states_in_memory) / (12 * found.trained),
+                1 - sum(block.spilled_nbytes for block in trained) / (2 * found.trained),
+                1 - sum(b.states_moved_nbytes for b in trained) / sum(b.states_nbytes for b in trained),
             )
         )
         read.append(found.prediction.traffic.read)
         assert found.plan.host_nbytes <= host * MIB
         own = found.load.held_nbytes("host") + sum(
-            (block.kept_nbytes if not block.spilled else 0) + (block.states_nbytes if block.states_in_memory else 0)
+            block.kept_nbytes - block.spilled_nbytes + block.states_nbytes - block.states_moved_nbytes
             for block in trained
         )
         assert own <= found.plan.host_nbytes
@@ -91,11 +101,9 @@ def test_room_goes_to_weights_then_gradients_then_states(folder: Path, training:
     assert weights[0] < 1
     assert weights[-1] == gradients[-1] == states[-1] == 1
     assert gradients[0] == 1  # of a model this small they all fit where those of a larger one pass through
-    assert states[0] < 0.01
+    assert states[0] < 0.9
     for share in (weights, gradients, states):
         assert [round(each, 2) for each in share] == sorted(round(each, 2) for each in share)
-    for here in shares:  # none of the next before all of the one before, but for blocks that are too large for the rest
-        assert here[0] == 1 or here[2] < 0.01
     assert read == sorted(read, reverse=True)
     assert read[-1] == 0
 
@@ -105,14 +113,17 @@ def test_bytes_per_parameter_are_those_of_the_page(folder: Path, training: Train
     traffic, count = streamed.prediction.traffic, streamed.trained
     assert streamed.recompute
     on_disk = sum(block.elements for block in streamed.load.trained() if block.home == "disk")
-    spilled = sum(block.elements for block in streamed.load.trained() if block.spilled)
+    spilled = sum(block.spilled_nbytes for block in streamed.load.trained())
     assert 0 < on_disk < count
-    assert traffic.weights_written == 2 * on_disk
-    assert traffic.gradients_written == traffic.gradients_read == 2 * spilled
-    states = sum(block.states_nbytes for block in streamed.load.trained() if not block.states_in_memory)
-    assert traffic.states_read == traffic.states_written == states
-    assert states == pytest.approx(12 * count, rel=0.01)
-    assert streamed.disk_nbytes == 24 * count
+    assert traffic.weights_written == pytest.approx(2 * on_disk, rel=0.02)  # whole pages
+    assert traffic.gradients_written == pytest.approx(spilled)
+    assert traffic.gradients_read == pytest.approx(spilled)
+    states = sum(block.states_moved_nbytes for block in streamed.load.trained())
+    assert 0 < traffic.states_read == pytest.approx(states)
+    assert traffic.states_written == pytest.approx(states)
+    assert sum(block.states_nbytes for block in streamed.load.trained()) == pytest.approx(12 * count, rel=0.01)
+    assert streamed.disk_nbytes == pytest.approx(24 * count, rel=0.01)  # arrays begin on pages
+    assert streamed.load.wear.step_nbytes == pytest.approx(traffic.written)
 
 
 def test_optimizers_differ_by_their_states(folder: Path, training: TrainingForesight) -> None:
@@ -121,7 +132,7 @@ def test_optimizers_differ_by_their_states(folder: Path, training: TrainingFores
         work = TrainingWork(choice=choice, batch=2, context=32)
         found = training.forecast(machine(folder), work, room=Room(host=110 * MIB))
         written[choice] = found.disk_nbytes / found.trained
-    assert list(written.values()) == [24, 16, 16, 8]
+    assert list(written.values()) == pytest.approx([24, 16, 16, 8], rel=0.01)
     assert update_work(SGD()).nbytes < update_work(Lion()).nbytes < update_work(AdamW()).nbytes
     assert update_work(SGD()).operations == 3  # widen, add, round
 
@@ -133,9 +144,10 @@ def test_adapters_leave_the_base_as_it_is(folder: Path, foresight: Foresight) ->
     per_layer = 4 * (4 * (256 + 256) + 3 * (256 + 1024))
     assert found.trained == 4 * per_layer
     assert found.prediction.traffic.written == 0
-    assert found.disk_nbytes == 24 * found.trained
+    assert found.load.wear.step_nbytes == 0
+    assert found.load.wear.commit_nbytes == found.disk_nbytes / 2 >= 12 * found.trained
     few = TrainingForesight(foresight, adapters=Adapters(rank=4, targets=("q_proj", "v_proj")))
-    assert few.learned().beside == 4 * 4 * 2 * 512
+    assert sum(each.elements for each in few.trained) == 4 * 4 * 2 * 512
     with pytest.raises(UsageError, match="nothing would be trained"):
         TrainingForesight(foresight, adapters=Adapters(rank=4, targets=("nobody",)))
     # frozen products have one product in backward, trained ones two
@@ -143,6 +155,43 @@ def test_adapters_leave_the_base_as_it_is(folder: Path, foresight: Foresight) ->
     learned = whole.program(2, 32).learned
     assert len(learned) == 4 * 7 + 1
     assert len(training.program(2, 32).learned) == 2 * 4 * 7
+
+
+def test_adapters_are_those_of_peft(folder: Path) -> None:
+    peft = pytest.importorskip("peft", reason="compares with PEFT, which is optional")
+    for names, dropout in (((), 0.0), (("q_proj", "down_proj"), 0.1)):
+        ours = outline(folder)
+        make_fake(ours)
+        made = add_adapters(ours, rank=4, targets=names, dropout=dropout)
+        config = peft.LoraConfig(r=4, target_modules=list(names) or "all-linear", lora_dropout=dropout)
+        adapted: Any = put_adapters(outline(folder), config)
+        make_fake(adapted.get_base_model())
+        sizes = Counter((tuple(p.shape), p.dtype) for n, p in adapted.named_parameters() if "lora_" in n)
+        assert Counter((tuple(p.shape), p.dtype) for p in made) == sizes
+        work = Workload(train="lora", batch=2, context=32)
+        mine, his = (training_program(each, work).operations() for each in (ours, adapted.get_base_model()))
+        assert Counter(mine) == Counter(his)
+
+
+def test_blocks_of_a_frozen_base_are_those_of_prepare(folder: Path, foresight: Foresight) -> None:
+    training = TrainingForesight(foresight, adapters=Adapters(rank=4))
+    work = TrainingWork(choice=AdamW(), batch=2, context=32, adapters=Adapters(rank=4))
+    hardware = machine(folder)
+    with pytest.raises(DoesNotFitError) as raised:
+        training.forecast(hardware, work, room=Room(host=MIB))
+    needed = raised.value.needed_nbytes
+    assert needed is not None
+    found = training.forecast(hardware, work, room=Room(host=needed + 4 * MIB))
+    wanted = changing_on(
+        [each.parameter for each in training.trained], separate=False, emulated=False, arrays=3, accumulate=1
+    )
+    beside = found.plan.host_nbytes - sum(b.slot_nbytes for b in found.plan.blocks if b.home == "host")
+    assert beside >= wanted.own_nbytes + found.plan.slots * found.plan.slot_nbytes
+    assert {each.parameter.dtype for each in training.trained} == {torch.float32}
+    assert found.plan.tables == ("model.embed_tokens.weight",)  # looked up row by row where it is frozen
+    assert found.prediction.traffic.weights_read > 0
+    again = training.forecast(hardware, replace(work, accumulate=3), room=Room(host=needed + 4 * MIB))
+    assert again.prediction.traffic.weights_read == pytest.approx(3 * found.prediction.traffic.weights_read, rel=0.2)
 
 
 def test_activations_made_again_take_less_memory_and_more_time(folder: Path, training: TrainingForesight) -> None:
@@ -198,21 +247,19 @@ def test_the_plan_for_programs_and_its_wear(folder: Path, capsys: pytest.Capture
     assert found["forward_s"] + found["backward_s"] + found["update_s"] == pytest.approx(found["s_per_step"])
     assert found["wear"]["endurance_nbytes"] == 300e12
     assert found["wear"]["steps_until"] == pytest.approx(300e12 / found["written_nbytes_per_step"])
-    assert found["tiers"]["disk"]["states"] == 24 * found["trained_parameters"]
+    assert found["tiers"]["disk"]["states"] == pytest.approx(24 * found["trained_parameters"], rel=0.01)
     assert found["binds"] == max(found["busy_s_per_step"], key=found["busy_s_per_step"].get)
 
 
-def test_no_clipping_lets_updates_begin_in_backward(
-    folder: Path, least: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seconds = {}
+def test_no_clipping_lets_updates_begin_in_backward(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = {}
     for updates in ("step", "backward"):
-        options = ("--no-clip", "--updates", updates, "--max-memory", f"host={least}MiB", "--json")
-        assert plan(folder, *options) == 0
+        options = ("--no-clip", "--updates", updates, "--max-memory", "device=12MiB,host=400MiB", "--json")
+        assert plan(folder, *options, name="gpu.json") == 0
         found = json.loads(capsys.readouterr().out)
-        seconds[updates] = found["s_per_step"]
+        kept[updates] = found["tiers"]["host"]["gradients"]
         assert found["updates"] == updates
-    assert seconds["backward"] < seconds["step"]
+    assert kept == {"step": 2 * found["trained_parameters"], "backward": 0}
 
 
 def test_sweeps_and_targets(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,13 +295,20 @@ def test_what_does_not_fit_says_what_would(folder: Path, least: int, capsys: pyt
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--train", "lora"), "use --train adamw --lora r=16"),
-        (("--train", "adam"), "use adamw or sgd or lion"),
+        (("--train", "adam"), "use adamw, sgd, lion or lora"),
         (("--updates", "later"), "use step or backward"),
         (("--updates", "backward"), "add --no-clip"),
-        (("--lora", "rank=16"), "write for example r=16"),
-        (("--lora", "r=0"), "1 or more"),
-        (("--lora", "r=4,r=5"), "write for example r=16"),
+        (("--lora", "rank=16"), "has no key 'rank'"),
+        (("--lora", "r=0"), "no whole number above 0"),
+        (("--lora", "r=4,r=5"), "gives r twice"),
+        (("--lora", "r=4", "--no-clip", "--updates", "backward"), "those of adapters stay in memory"),
+        (("--lora", "r=4", "--rank", "4"), "--lora and --rank exclude"),
+        (("--prompt", "8"), "--train and --prompt exclude"),
+        (("--generate", "8"), "--train and --generate exclude"),
+        (("--force",), "none is written"),
+        (("--top", "3"), "add --sizes"),
+        (("--sweep", "batch=1:4", "--batch", "2"), "leave one of them out"),
+        (("--sweep", "host=100MiB:400MiB", "--max-memory", "host=1GiB"), "leave one of them out"),
         (("--save", "x.json"), "--train and --save exclude"),
         (("--max-memory", "device=1GiB"), "has no GPU"),
         (("--batch", "0"), "--batch"),

@@ -1,0 +1,183 @@
+"""What is foreseen of a run is what the run then does: the same homes, rings, shares and bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from zoo.finetune import write_checkpoint, write_rows
+
+import penstock
+from penstock.cli import main
+from penstock.memory.errors import DoesNotFitError
+from penstock.memory.store import stats
+from penstock.runtime.foresight import Foresight, Room
+from penstock.runtime.training.forecast import Adapters, TrainingForesight, TrainingWork
+from penstock.scheduler.datasheet import parse_hardware
+from penstock.scheduler.hardware import Hardware
+
+MIB = 2**20
+MACHINE: dict[str, Any] = {
+    "name": "paper",
+    "cpu": {
+        "name": "a CPU", "cores": 8, "memory_gb": 16, "bandwidth_gb_per_s": 20, "tflops": {"float32": 0.5},
+        "launch_us": 1,
+    },
+    "drives": [{"name": "a drive", "read_gb_per_s": 0.2, "write_gb_per_s": 0.1}],
+}  # fmt: skip
+
+
+def hardware(read: float = 0.2e9) -> Hardware:
+    """A machine whose drive reads so many bytes per second, which blocks are cut by."""
+    drive = {**MACHINE["drives"][0], "read_gb_per_s": read / 1e9}
+    return parse_hardware(json.dumps({**MACHINE, "drives": [drive]}), where="paper")
+
+
+@pytest.fixture(autouse=True)
+def user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PENSTOCK_DEBUG")
+    for place in ("finetuning.kept_machine", "finetune_outlook.find_machine"):
+        monkeypatch.setattr(f"penstock.cli.{place}", lambda *_, **__: hardware())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"), hidden_size=128, intermediate_size=256, layers=4)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "zen.jsonl")
+
+
+def command(checkpoint: Path, rows: Path, out: Path, *options: str) -> list[str]:
+    asked = ["finetune", str(checkpoint), "--data", str(rows), "--out", str(out), "--seq", "64", "--device", "cpu"]
+    return [*asked, "--json", *options]
+
+
+def needed(training: TrainingForesight, work: TrainingWork) -> int:
+    with pytest.raises(DoesNotFitError) as raised:
+        training.forecast(hardware(), work, room=Room(host=MIB // 4))
+    assert raised.value.needed_nbytes is not None
+    return raised.value.needed_nbytes
+
+
+@pytest.mark.parametrize(
+    ("more", "options"),
+    [
+        (0, {}),
+        (MIB // 4, {}),
+        (MIB, {"accumulate": 2}),
+        (3 * MIB, {}),
+        (64 * MIB, {}),
+        (MIB, {"updates": "backward"}),
+        (MIB // 2, {"rank": 4}),
+        (64 * MIB, {"rank": 4, "accumulate": 2}),
+    ],
+)
+def test_what_prepare_decides_is_foreseen(checkpoint: Path, tmp_path: Path, more: int, options: dict[str, Any]) -> None:
+    rank, accumulate, updates = (options.get(k, d) for k, d in (("rank", 0), ("accumulate", 1), ("updates", "step")))
+    adapters = Adapters(rank=rank) if rank else None
+    choice = penstock.AdamW()
+    training = TrainingForesight(Foresight(checkpoint), adapters=adapters)
+    work = TrainingWork(choice=choice, batch=2, context=64, accumulate=accumulate, updates=updates, adapters=adapters)
+    host = needed(training, work) + more
+    lora = None
+    if rank:
+        peft = pytest.importorskip("peft", reason="adapters are PEFT's, which is optional")
+        lora = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model, optimizer = penstock.prepare(
+        checkpoint, optimizer=choice, disk=tmp_path / "run", lora=lora, max_memory={"host": host}, device="cpu",
+        accumulate=accumulate, updates=updates,
+    )  # fmt: skip
+    try:
+        plan = model.penstock.plan
+        found = training.forecast(hardware(plan.links.disk_read), work, room=Room(host=host))
+        assert [(b.home, b.nbytes) for b in found.plan.blocks] == [(b.home, b.nbytes) for b in plan.blocks]
+        # where pieces begin in the checkpoint's files is not foreseen: a slot may be a page larger
+        assert found.plan.slots == plan.slots
+        assert found.plan.slot_nbytes == pytest.approx(plan.slot_nbytes, abs=4096)
+        assert found.plan.host_nbytes == pytest.approx(plan.host_nbytes, abs=4096 * plan.slots)
+        assert found.plan.notes == plan.notes
+        assert found.recompute == bool(optimizer.training.segments)
+        assert found.load.wear == optimizer.training.wear
+        assert found.disk_nbytes == stats(tmp_path / "run" / "states").file_nbytes
+    finally:
+        penstock.close(model)
+
+
+def test_bytes_of_steps_are_those_foreseen(checkpoint: Path, tmp_path: Path) -> None:
+    choice = penstock.AdamW(max_grad_norm=1.0)
+    training = TrainingForesight(Foresight(checkpoint), adapters=None)
+    work = TrainingWork(choice=choice, batch=1, context=64)
+    host = needed(training, work) + MIB // 8
+    found = training.forecast(hardware(), work, room=Room(host=host))
+    model, optimizer = penstock.prepare(
+        checkpoint, optimizer=choice, disk=tmp_path / "run", max_memory={"host": host}, device="cpu"
+    )
+    ids = torch.randint(0, 200, (1, 64), generator=torch.Generator().manual_seed(0))
+    try:
+        moved = []
+        for _ in range(6):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.training.finish()
+            statistics = model.penstock.statistics()
+            moved.append((statistics.disk_read_nbytes, statistics.disk_written_nbytes))
+        read, written = (moved[5][i] - moved[4][i] for i in range(2))
+    finally:
+        penstock.close(model)
+    traffic = found.prediction.traffic
+    assert traffic.weights_read
+    assert written == traffic.written
+    assert read == pytest.approx(traffic.read, rel=0.03)  # a small block may come once more
+
+
+def test_a_dry_run_tells_and_leaves_nothing(
+    checkpoint: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(command(checkpoint, rows, out, "--dry-run", "--epochs", "2", "--max-memory", "host=64MiB")) == 0
+    found = capsys.readouterr()
+    assert not out.exists()
+    document = json.loads(found.out)
+    assert document["forecast"]["s_per_step"] > 0
+    assert document["steps"] == document["training"]["steps"] > 1
+    assert "foreseen: " in found.err
+    assert "bound by the" in found.err
+    assert "wear of the drives" in found.err
+    assert main(command(checkpoint, rows, out, "--dry-run", "--max-memory", "host=1MiB")) == 3
+    found = capsys.readouterr()
+    assert "needs at least" in found.err
+    assert "--lora r=16 trains adapters instead" in found.err
+    assert not out.exists()
+
+
+def test_a_run_says_before_it_begins_what_it_is_foreseen_to_take(
+    checkpoint: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--steps", "2", "--max-memory", "host=64MiB")
+    assert main(command(checkpoint, rows, tmp_path / "run", *asked)) == 0
+    ran = capsys.readouterr()
+    assert ran.err.index("foreseen: ") < ran.err.index("2 steps in ")
+    assert main(command(checkpoint, rows, tmp_path / "dry", "--dry-run", *asked)) == 0
+    dry = capsys.readouterr()
+    told, foreseen = json.loads(ran.out), json.loads(dry.out)
+    assert told["training"] == foreseen["training"]
+    for each in (told["forecast"], foreseen["forecast"]):
+        each.pop("activations")
+    assert told["forecast"] == foreseen["forecast"]
+
+
+def test_without_a_calibration_a_run_begins_all_the_same(
+    checkpoint: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.cli.finetuning.kept_machine", lambda *_, **__: None)
+    assert main(command(checkpoint, rows, tmp_path / "run", "--steps", "1", "--max-memory", "host=64MiB")) == 0
+    found = capsys.readouterr()
+    assert json.loads(found.out)["forecast"] is None
+    assert "run `penstock calibrate` once" in found.err
