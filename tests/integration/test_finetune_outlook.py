@@ -134,7 +134,7 @@ def test_bytes_of_steps_are_those_foreseen(checkpoint: Path, tmp_path: Path) -> 
     traffic = found.prediction.traffic
     assert traffic.weights_read
     assert written == traffic.written
-    assert read == pytest.approx(traffic.read, rel=0.03)  # a small block may come once more
+    assert read == pytest.approx(traffic.read, rel=0.03)  # 3190784 and 3121152 were seen: why is not known yet
 
 
 def test_a_dry_run_tells_and_leaves_nothing(
