@@ -2,13 +2,15 @@
 
     python -m benchmarks.training                            # S, without and with clipping; needs root for the cgroup
     python -m benchmarks.training --size M --cap 3GiB --batch 1 --json training.json
-    python -m benchmarks.training --contenders penstock
+    python -m benchmarks.training --contenders penstock,resident
 
 Random Llama-shaped models (vocabulary 8192, feed-forward 2.6875 x hidden, heads 64 wide): S = 12 x 1024 (0.17 B
 parameters), M = 24 x 2048 (1.25 B), L = 32 x 2560 (2.6 B). AdamW with an fp32 master, bf16 weights. Each contender runs
 in a process of its own, penstock in a cgroup with the cap, the resident run (plain PyTorch with the same arithmetic)
-without one, where it fits. In the same run the parts of the bound are measured: the rate of the update and of the
-checksum on all cores, and reading and writing the drive at once.
+without one, where it fits. DeepSpeed (ZeRO-3, optimizer states on the drive; as it comes, and with smaller buffers) is
+tried under the same cap and then under those of --deepspeed-cap, in turn, until it lives; `python -m
+benchmarks.deepspeed_environment` installs it. In the same run the parts of the bound are measured: the rate of the
+update and of the checksum on all cores, and reading and writing the drive at once.
 
 bound without clipping: max(compute + update + checksum, bytes / mixed rate)
 bound with clipping:    backward + max(forward + update + checksum, bytes / mixed rate)
@@ -20,7 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,6 +32,8 @@ from typing import Any
 from .cgroup import MemoryCgroup
 from .contenders.protocol import STARTED_VARIABLE
 from .contenders.training import LENGTH, Job
+from .deepspeed_environment import Environment, own_environment
+from .deepspeed_environment import environment as deepspeed_environment
 from .inference import CHECKOUT, ProvidedMemory, _watch, drop_caches, parse_nbytes, require_privileges
 from .reference_checkpoint import default_folder
 from .scoreboard import GIB
@@ -37,6 +41,8 @@ from .streams import Figure, arguments_of, finish, table
 
 SIZES = {"S": (12, 1024), "M": (24, 2048), "L": (32, 2560)}
 CAPS = {"S": GIB, "M": 3 * GIB, "L": 4 * GIB}
+DEEPSPEED_CAPS = "2GiB,3GiB,4GiB,6GiB,8GiB"
+KILLED = "killed: over the cap"
 COLUMNS = (
     "run", "s/step (best)", "forward + backward + update", "tokens/s", "bytes/parameter\nread / written",
     "peak GiB", "bound s", "distance",
@@ -49,12 +55,17 @@ class Contender:
 
     module: str
     capped: bool = True
+    environment: Callable[[Path], Environment] = own_environment
+    """What runs it, from the folder of the benchmark."""
 
 
 CONTENDERS = {
     "penstock": Contender(module="training_penstock"),
     "resident": Contender(module="training_resident", capped=False),
+    "deepspeed": Contender(module="training_deepspeed", environment=deepspeed_environment),
+    "deepspeed-tuned": Contender(module="training_deepspeed", environment=deepspeed_environment),
 }
+DEEPSPEED = [way for way in CONTENDERS if way.startswith("deepspeed")]
 RATES = Contender(module="training_rates", capped=False)
 
 
@@ -88,30 +99,35 @@ def make(size: str, folder: Path) -> Path:
 
 def run(contender: Contender, job: Job, *, timeout_s: float) -> dict[str, Any]:
     """One worker; its report, its peak, or why there is none."""
-    print(f"{job.way}, batch {job.batch} x {LENGTH}, clip {job.clip} ...", file=sys.stderr, flush=True)
+    under = f" under {job.cap_nbytes / GIB:g} GiB" if contender.capped else ""
+    print(f"{job.way}, batch {job.batch} x {LENGTH}, clip {job.clip}{under} ...", file=sys.stderr, flush=True)
+    environment = contender.environment(Path(job.run))
+    if environment.missing:
+        return {"failure": f"not installed: {environment.missing}", "peak_nbytes": 0}
     with ExitStack() as stack:
         group = stack.enter_context(MemoryCgroup(cap_nbytes=job.cap_nbytes)) if contender.capped else None
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=job.run, prefix="training-")))
         memory = stack.enter_context(ProvidedMemory(job.cap_nbytes))
-        output = stack.enter_context(tempfile.TemporaryFile("w+"))
+        output, errors = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
         drop_caches()
         started = scratch / "started"
         inside = scratch / "run"
         if contender is RATES:
             inside.mkdir()
-        command = [sys.executable, "-m", f"benchmarks.contenders.{contender.module}"]
+        command = [str(environment.python), "-m", f"benchmarks.contenders.{contender.module}"]
         command.append(json.dumps(asdict(replace(job, run=str(inside)))))
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", STARTED_VARIABLE: str(started)}
+        variables = {**os.environ, **environment.variables, "HF_HUB_OFFLINE": "1", STARTED_VARIABLE: str(started)}
         popen: Any = group.popen if group else partial(subprocess.Popen, text=True)
-        process = popen(command, stdout=output, stderr=subprocess.PIPE, cwd=CHECKOUT, env=environment)
-        peak, timed_out = _watch(process, timeout_s, started, memory)
-        complained = process.stderr.read().strip().splitlines()
+        process = popen(command, stdout=output, stderr=errors, cwd=CHECKOUT, env=variables)
+        anonymous, timed_out = _watch(process, timeout_s, started, memory)
         output.seek(0)
-        said = output.read().splitlines()
+        errors.seek(0)
+        said, complained = output.read().splitlines(), errors.read().strip().splitlines()
         usage = group.usage() if group else None
-    report: dict[str, Any] = {"peak_anonymous_nbytes": peak, "cgroup_peak_nbytes": usage and usage.peak_nbytes}
+    peak = (usage and usage.peak_nbytes) or anonymous
+    report: dict[str, Any] = {"peak_anonymous_nbytes": anonymous, "peak_nbytes": peak, "cap_nbytes": job.cap_nbytes}
     if usage is not None and usage.oom_kill_count:
-        report["failure"] = "killed: over the cap"
+        report["failure"] = KILLED
     elif timed_out:
         report["failure"] = f"timed out after {timeout_s:.0f} s"
     elif process.returncode or not said:
@@ -138,13 +154,12 @@ class Case:
     tokens: int
     clip: bool
     rates: dict[str, Any]
-    reports: dict[str, dict[str, Any]]
-    """By contender."""
+    reports: Sequence[tuple[str, dict[str, Any]]]
+    """With the names of their contenders; one that was killed is there again with a larger cap."""
 
     def done(self, way: str) -> dict[str, Any] | None:
         """The report of a contender that was run and came to its end."""
-        report = self.reports.get(way)
-        return None if report is None or "failure" in report else report
+        return next((report for name, report in self.reports if name == way and "failure" not in report), None)
 
     def bound(self) -> float | None:
         """Seconds, from the bytes of penstock and the computing of the resident run; None unless both ended."""
@@ -154,10 +169,10 @@ class Case:
     def rows(self) -> list[list[str]]:
         """Of the table: one for each contender."""
         bound = self.bound()
-        return [self._row(way, report, bound) for way, report in self.reports.items()]
+        return [self._row(way, report, bound) for way, report in self.reports]
 
     def _row(self, way: str, report: dict[str, Any], bound: float | None) -> list[str]:
-        peak = f"{(report['cgroup_peak_nbytes'] or report['peak_anonymous_nbytes']) / GIB:.2f}"
+        peak = f"{report['peak_nbytes'] / GIB:.2f}"
         if "failure" in report:
             return [f"{self.name}: {way}", report["failure"], "", "", "", peak, "", ""]
         per = report["parameters"]
@@ -173,15 +188,24 @@ class Case:
         ]
 
     def figures(self) -> list[Figure]:
-        """Goals of penstock against the bound and the resident run."""
+        """Goals of penstock against the bound, the resident run and DeepSpeed."""
         ours, resident, bound = self.done("penstock"), self.done("resident"), self.bound()
-        if ours is None or resident is None or bound is None:
+        if ours is None:
             return []
-        print(f"{self.name}: losses equal: {ours['losses'] == resident['losses']}", file=sys.stderr)
-        return [
-            Figure(name=f"distance, {self.name}", value=ours["step_s"] / bound, goal=1.15),
-            Figure(name=f"over resident, {self.name}", value=ours["step_s"] / resident["step_s"], goal=1.15),
-        ]
+        found = []
+        if resident is not None and bound is not None:
+            print(f"{self.name}: losses equal: {ours['losses'] == resident['losses']}", file=sys.stderr)
+            found.append(Figure(name=f"distance, {self.name}", value=ours["step_s"] / bound, goal=1.15))
+            over = ours["step_s"] / resident["step_s"]
+            found.append(Figure(name=f"over resident, {self.name}", value=over, goal=1.15))
+        for way in DEEPSPEED:
+            if theirs := self.done(way):
+                apart = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+                print(f"{self.name}: losses of {way} differ by at most {apart:.2g}", file=sys.stderr)
+                slower, memory = theirs["step_s"] / ours["step_s"], ours["peak_nbytes"] / theirs["peak_nbytes"]
+                found.append(Figure(name=f"times as fast as {way}, {self.name}", value=slower, goal=2.2, at_least=True))
+                found.append(Figure(name=f"memory over {way}'s, {self.name}", value=memory, goal=1 / 6))
+        return found
 
 
 def contenders_of(text: str) -> Sequence[str]:
@@ -190,6 +214,11 @@ def contenders_of(text: str) -> Sequence[str]:
     if unknown := [name for name in names if name not in CONTENDERS]:
         raise argparse.ArgumentTypeError(f"unknown contenders {unknown}; there are {list(CONTENDERS)}")
     return names
+
+
+def caps_of(text: str) -> Sequence[int]:
+    """Bytes, ascending, from "2GiB,4GiB"."""
+    return sorted(map(parse_nbytes, text.split(",")))
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -203,20 +232,31 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--contenders", type=contenders_of, default=list(CONTENDERS),
         help=f"comma-separated, run in this order (default: {','.join(CONTENDERS)})",
     )  # fmt: skip
+    parser.add_argument(
+        "--deepspeed-cap", type=caps_of, default=caps_of(DEEPSPEED_CAPS),
+        help=f"comma-separated, tried in turn once DeepSpeed is killed under --cap (default: {DEEPSPEED_CAPS})",
+    )  # fmt: skip
+
+
+def reports_of(arguments: argparse.Namespace, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What every contender that was chosen did, DeepSpeed under one cap after another until it is not killed."""
+    for way in arguments.contenders:
+        larger = [cap for cap in arguments.deepspeed_cap if cap > job.cap_nbytes] if way in DEEPSPEED else []
+        for cap in (job.cap_nbytes, *larger):
+            report = run(CONTENDERS[way], replace(job, way=way, cap_nbytes=cap), timeout_s=arguments.timeout)
+            yield way, report
+            if report.get("failure") != KILLED:
+                break
 
 
 def measure(arguments: argparse.Namespace, job: Job, clip: str) -> Case:
-    """Run every contender that was chosen."""
-
-    def report(way: str, contender: Contender) -> dict[str, Any]:
-        return run(contender, replace(job, way=way), timeout_s=arguments.timeout)
-
+    """One batch, clipped or not."""
     return Case(
         name=f"{arguments.size}, {job.batch} x {LENGTH}, clip {clip}",
         tokens=job.batch * LENGTH,
         clip=job.clip is not None,
-        rates=report("rates", RATES),
-        reports={way: report(way, CONTENDERS[way]) for way in arguments.contenders},
+        rates=run(RATES, replace(job, way="rates"), timeout_s=arguments.timeout),
+        reports=list(reports_of(arguments, job)),
     )
 
 
