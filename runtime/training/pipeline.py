@@ -191,6 +191,8 @@ class ShardPipeline:
 
     def _begin(self, shard: Shard, slot: Slot, new: bool, beside: Beside | None) -> _Ahead:
         stays = shard in self._residents
+        if stays:
+            self._residents.hurry(shard)
         raw = self._residents.view(shard) if stays else self._arena.view(slot.offset, self._arrays * shard.array_nbytes)
         reading = None if new or (stays and self._residents.has(shard)) else self._files.read(shard, raw)
         taken = _Ahead(shard=shard, slot=slot, raw=raw, reading=reading, beside=None)

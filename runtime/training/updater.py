@@ -22,7 +22,8 @@ from ...scheduler.executor import Executor
 from .gradients import Gradient, SpilledGradient
 from .pipeline import ShardPipeline
 from .shards import Piece, Shard
-from .spill import GradientRead, GradientSpill
+from .spill import GradientSpill
+from .spillread import GradientRead
 from .watch import WATCH_S
 from .weights import Weights
 
