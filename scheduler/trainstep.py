@@ -237,17 +237,18 @@ class _Run:
             self._bytes["gradients_read"] += self._times * block.kept_nbytes
             seconds = self._cost.read_s(block.kept_nbytes, REQUEST)
             wait.append(self._on_disk("read gradients", seconds, [self._arrived[block.id]]))
-        if block.spilled:
+        early = last and self._load.updates == "backward"  # the last of a sum goes into the update, not to disk
+        if block.spilled and not early:
             wait += self._spilling.take()
         put = self._on_cores("put", "gradients", self._memory_s(moved), [after, *wait])
         self._arrived[block.id] = put
-        if block.spilled:
+        if block.spilled and not early:
             self._bytes["gradients_written"] += self._times * block.kept_nbytes
             written = self._on_disk("write gradients", self._cost.write_s(block.kept_nbytes, REQUEST), [put])
             self._spilling.use(written)
             self._arrived[block.id] = written
         self._gate.append(put)
-        if last and self._load.updates == "backward" and block.id != self._load.small:
+        if early and block.id != self._load.small:
             submitted = self._graph.add("submit", after=[put, *self._behind.take()])
             self._gate.append(submitted)
             self._update(block, submitted)
@@ -285,7 +286,7 @@ class _Run:
         load, graph = self._load, self._graph
         units = max(1, ceil(block.elements / self._unit))
         elements, states = block.elements / units, block.states_nbytes / units
-        spilled = block.kept_nbytes / units if block.spilled else 0.0
+        spilled = block.kept_nbytes / units if block.spilled and load.updates == "step" else 0.0
         on_disk = not block.states_in_memory
         work = done = begun
         for _ in range(units):

@@ -335,7 +335,8 @@ def assemble(
     else:
         weights = AdapterWeights(trained)
     wide = settings.accumulate > 1
-    kept = GradientRoom(trained, wide=wide, elsewhere=room.spilled) if settings.updates == "step" else None
+    stay = settings.updates == "step" or wide  # else they are gone with their updates
+    kept = GradientRoom(trained, wide=wide, elsewhere=room.spilled) if stay else None
     for arena in (*pipeline.arenas, *(() if kept is None else (kept.arena,))) if machinery.trains else ():
         machinery.count(arena)
     return Training(

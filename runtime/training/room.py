@@ -16,12 +16,12 @@ from ...scheduler.sharing import share_out
 from ..build import Machinery
 from ..explain import gib
 from ..layout import Changing
+from .early import BEHIND
 from .gradients import Trained, gradient_dtype
 from .pipeline import BUFFERS, ShardPipeline
 from .run import Settings
 from .shards import ELEMENTS, GRAIN, Piece, Shard
 from .spill import RING, WIDE
-from .training import BEHIND
 from .updater import SMALL
 from .weights import TrainedWeights
 
@@ -35,9 +35,10 @@ def changing(
 ) -> Changing:
     """Host memory that training takes beside weights of so many bytes each.
 
-    Gradients can go to disk, but for those of the small tensors and the one that was just made, or there are only those
-    of blocks that wait for their update, where updates begin early. The buffers that shards pass through, and gradients
-    beside them; what norms and updates compute with; one buffer that a block of weights is put together in.
+    Gradients can go to disk, but for those of the small tensors and the one that was just made; and, where updates
+    begin early, those of a few blocks that wait for their update or for being whole. The buffers that shards pass
+    through, and gradients beside them; what norms and updates compute with; one buffer that a block of weights is put
+    together in.
 
     Args:
         weights: Bytes of each.
@@ -50,10 +51,12 @@ def changing(
     block = max(largest, min(MOST_BLOCK, total // 16) if limit is None else min(limit, total))
     shard = min(ELEMENTS, round_up(total // 2, GRAIN))
     small = total // 32  # these are updated last
-    every = 2 * total if accumulate > 1 else total
-    least = min(every, (2 if accumulate > 1 else 1) * small + (RING + BUFFERS) * WIDE * shard)
-    if early:
-        every = least = every if accumulate > 1 else min(total, (BEHIND + 1) * block + small)
+    wide = 2 if accumulate > 1 else 1
+    waiting = (BEHIND + 1) * block if early else 0
+    every = wide * total
+    least = min(every, wide * (small + waiting) + (RING + BUFFERS) * WIDE * shard)
+    if early and accumulate == 1:
+        every = least  # they are gone with their updates: more room is of no use to them
     own = least + BUFFERS * ARRAYS * 4 * shard + 3 * largest + 2 * 12 * SUBCHUNK + block
     more = every - least + 4 * arrays * (total // 2 + GRAIN * len(weights))  # each begins at a multiple of GRAIN
     return Changing(own_nbytes=own, more_nbytes=more, block_nbytes=block, limit_nbytes=limit)
@@ -93,27 +96,34 @@ def plan_room(
     small = {piece.parameter for shard in shards if shard.block == SMALL for piece in shard.pieces}
     states = [arrays * shard.array_nbytes for shard in shards]
     sizes = [round_up(each.elements * size, ALIGN) for each, size in zip(trained, itemsizes, strict=True)]
-    movable: list[int] = []
-    room = layout.granted_nbytes
-    if settings.updates == "step":  # else what waits for its update is counted as it is, and nothing else is kept
-        movable = [index for index in range(len(trained)) if index not in small]
+    movable = [index for index in range(len(trained)) if index not in small]
+    gradients = [sizes[index] for index in movable]
+    every, passing = sum(gradients), _passing(itemsizes, frozenset(movable), shards)
+    early = settings.updates == "backward"
+    waiting = (BEHIND + 1) * _largest(sizes, shards) if early else 0
+    if early and not wide:
+        # Gradients are gone with their updates, but for those that have to wait for step(): these have what is set
+        # aside for what waits, and go to disk beyond.
+        spilled = frozenset(movable if every > waiting + passing else ())
+        room, kept = layout.granted_nbytes, []
+    else:
         fixed = ShardPipeline.needed_nbytes(shards, arrays) + TrainedWeights.needed_nbytes(machinery)
         fixed += max((4 + each.parameter.itemsize) * each.elements for each in trained) + 2 * 12 * SUBCHUNK
-        room = layout.training_nbytes - fixed - sum(sizes[index] for index in small)
-    passing = _passing(itemsizes, frozenset(movable), shards)
-    gradients = [sizes[index] for index in movable]
-    room = max(room, min(passing, sum(gradients)))  # rounding up to pages may take a little more than was foreseen
+        room, kept = layout.training_nbytes - fixed - sum(sizes[index] for index in small), gradients
+        room -= waiting if every > room else 0  # sums that all stay wait where they are
+        room = max(room, min(passing, every))  # rounding up to pages may take a little more than was foreseen
     shares = share_out(
         room,
-        gradients=gradients,
-        gradient_moves=2 * settings.accumulate,
+        gradients=kept,
+        gradient_moves=2 * (settings.accumulate - 1 if early and wide else settings.accumulate),
         states=states,
         passing_nbytes=passing,
     )
-    spilled = frozenset(index for place, index in enumerate(movable) if place not in shares.gradients)
+    if kept:
+        spilled = frozenset(index for place, index in enumerate(movable) if place not in shares.gradients)
     stays = sum(states[shard] for shard in shares.states)
     notes = [f"masters and states: {gib(stays)} of {gib(sum(states))} stay in host memory{_rest(stays < sum(states))}"]
-    if movable:
+    if kept:
         on_disk, every = sum(sizes[index] for index in spilled), sum(sizes)
         notes.insert(0, f"gradients: {gib(every - on_disk)} of {gib(every)} stay in host memory{_rest(bool(spilled))}")
     return TrainingRoom(
@@ -123,6 +133,14 @@ def plan_room(
         unused_nbytes=room - shares.nbytes,
         notes=tuple(notes),
     )
+
+
+def _largest(sizes: Sequence[int], shards: Sequence[Shard]) -> int:
+    """Bytes of the gradients of the block that has most."""
+    blocks: dict[int, set[int]] = {}
+    for shard in shards:
+        blocks.setdefault(shard.block, set()).update(piece.parameter for piece in shard.pieces)
+    return max((sum(sizes[i] for i in indices) for block, indices in blocks.items() if block != SMALL), default=0)
 
 
 def _rest(some: bool) -> str:

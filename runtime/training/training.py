@@ -21,21 +21,14 @@ from ...kernels.optimizer import Clip
 from ...memory.errors import ClosedError, PenstockError, UsageError
 from ...memory.store import Commit
 from ..build import Machinery
-from .gradients import Gradient, Gradients, SpilledGradient, Trained
+from .early import EarlySteps, Hypers, NonFiniteGradientError
+from .gradients import Gradient, Gradients, Trained
 from .pipeline import ShardPipeline
 from .shards import Shard
 from .updater import SMALL, Step, Updater
 from .weights import Weights
 
 logger = logging.getLogger(__name__)
-BEHIND = 3
-"""Blocks whose gradients wait for their update, before backward waits for that."""
-Hypers = Callable[[], Sequence[Any]]
-"""Hyperparameters of each parameter, as they are now."""
-
-
-class NonFiniteGradientError(PenstockError):
-    """A gradient is infinite or not a number."""
 
 
 class Training:
@@ -80,18 +73,8 @@ class Training:
             for piece in shard.pieces:
                 self._blocks[piece.parameter] = shard.block
         self._last_norm: torch.Tensor | None = None
-        self._hypers: Hypers | None = None
+        self._early: EarlySteps | None = None
         """Where blocks are submitted by backward."""
-        self._step: Step | None = None
-        """The one that backward has begun to submit."""
-        self._missing: dict[int, int] = {}
-        """Of that one: parameters of each block whose gradients have not come. A block is submitted when none is."""
-        self._used: set[int] = set()
-        """Parameters whose gradients have."""
-        self._submitted: set[int] = set()
-        """Blocks that backward has submitted."""
-        self._lost: PenstockError | None = None
-        """Why the model is between two steps for good."""
         self._unsaved = 0
         """Steps since the last commit."""
 
@@ -113,8 +96,8 @@ class Training:
             PenstockError: what the step before it met in the background.
         """
         self.check()
-        if self._hypers is not None:
-            return self._end_early_step(hypers)
+        if self._early is not None:
+            return self._end_early_step(self._early, hypers)
         self._updater.wait()
         gradients = self.gradients.take()
         norm = self._norm(gradients)
@@ -166,56 +149,22 @@ class Training:
 
     def begin_early(self, hypers: Hypers) -> None:
         """Submit each block as soon as its last gradient is there, from now on."""
-        self._hypers = hypers
-        self.gradients.on_whole = self._arrived
-
-    def _arrived(self, index: int) -> None:
-        """A gradient is whole (called in backward)."""
-        assert self._hypers is not None
-        if self._step is None:
-            self.check()
-            self._begin_step()
-        step = self._step
-        assert step is not None
-        gradient = self.gradients.pop(index)
-        if index in self._used:
-            raise UsageError(
-                f"a second gradient of {self._names[index]} before step(), and the first has gone into an update "
-                "already: call step() after each backward pass, or say how many there are with accumulate=…"
-            )
-        self._use(step, index, gradient)
-        block = self._blocks[index]
-        self._missing[block] -= 1
-        if block != SMALL and not self._missing[block]:
-            self._updater.wait_below(BEHIND)
-            self._submitted.add(block)
-            self._updater.submit(step, [block])
-
-    def _begin_step(self) -> None:
-        assert self._hypers is not None
-        self._step = Step(
-            gradients=[None] * len(self.trained),
-            hypers=self._hypers(),
-            counts=[count + 1 for count in self.counts],
-            clip=None,
+        early = self._early = EarlySteps(
+            names=self._names,
+            blocks=self._blocks,
+            sizes=[self.gradients.kept_nbytes(index) for index in range(len(self.trained))],
+            counts=self.counts,
+            updater=self._updater,
+            spill=self.gradients.spill,
+            hypers=hypers,
         )
-        self._missing, self._used, self._submitted = {}, set(), set()
-        for block in self._blocks:
-            self._missing[block] = self._missing.get(block, 0) + 1
 
-    def _use(self, step: Step, index: int, gradient: torch.Tensor) -> None:
-        """Give a gradient to the step that has begun."""
-        if not bool(torch.isfinite(gradient.sum(dtype=torch.float32))) and not bool(torch.isfinite(gradient).all()):
-            raise self._lose(
-                NonFiniteGradientError(
-                    f"the gradient of {self._names[index]} is not finite, and parts of the model have been updated "
-                    "with others of this backward already: go on from the last commit with penstock.resume, or have "
-                    'whole steps skipped with nonfinite="skip"'
-                )
-            )
-        self._used.add(index)
-        step.gradients[index] = gradient
-        self.counts[index] += 1
+        def arrived(index: int) -> None:
+            if not early.begun:
+                self.check()
+            early.arrived(index, self.gradients.pop(index))
+
+        self.gradients.on_whole = arrived
 
     def forget(self) -> None:
         """Drop the gradients that no step has used.
@@ -223,7 +172,7 @@ class Training:
         Raises:
             UsageError: parts of the model have been updated with them.
         """
-        if self._step is not None:
+        if self._early is not None and self._early.begun:
             raise UsageError(
                 "zero_grad() after backward and without step(): parts of the model have been updated with these "
                 'gradients already, since nothing had to wait. With nonfinite="skip", or max_grad_norm, updates begin '
@@ -231,36 +180,14 @@ class Training:
             )
         self.gradients.clear()
 
-    def _end_early_step(self, hypers: Sequence[Any]) -> bool:
+    def _end_early_step(self, early: EarlySteps, hypers: Sequence[Any]) -> bool:
         """Submit what is not whole: blocks of which some parameters had no gradient, and the small tensors."""
-        rest = self.gradients.take()
-        if self._step is None:
-            if all(gradient is None for gradient in rest):
-                return False
-            self._begin_step()
-        step = self._step
-        assert step is not None
-        if list(hypers) != list(step.hypers):
-            raise self._lose(
-                UsageError(
-                    "a learning rate, or another hyperparameter, was changed between backward and step(), when parts "
-                    "of the model had been updated already. Change it after step(), as schedulers do; this run goes "
-                    "on from its last commit with penstock.resume"
-                )
-            )
-        for index, gradient in enumerate(rest):
-            if gradient is not None:  # of fewer backward passes than there could have been
-                assert not isinstance(gradient, SpilledGradient)
-                self._use(step, index, gradient)
-        self._step = None
+        ended = early.end(self.gradients.take, hypers)
+        if ended is None:
+            return False
         self._unsaved += 1
-        self._submit(step, [block for block in self._having(step.gradients) if block not in self._submitted])
+        self._submit(*ended)
         return True
-
-    def _lose(self, error: PenstockError) -> PenstockError:
-        """Note that the model is between two steps, and cannot go on."""
-        self._lost = error
-        return error
 
     # --- masters ----------------------------------------------------------------------------------------------------
 
@@ -324,8 +251,8 @@ class Training:
             ClosedError: the model was closed.
         """
         self._updater.check()
-        if self._lost is not None:
-            raise self._lost
+        if self._early is not None and self._early.lost is not None:
+            raise self._early.lost
         if self._machinery.closing:
             raise ClosedError("the model was closed by penstock.close(); resume the run")
 
@@ -337,7 +264,7 @@ class Training:
             PenstockError: as `check`.
         """
         self.check()
-        if self._step is not None:
+        if self._early is not None and self._early.begun:
             raise UsageError(
                 "between backward and step() parts of the model are a step ahead of others: save, and look at weights, "
                 "after step(); if a backward pass was interrupted, go on from the last commit with penstock.resume"

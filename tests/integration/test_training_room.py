@@ -76,7 +76,7 @@ def budget(case: Case, folder: Path, part: str, placement: str = "smallest") -> 
 def kept(trainer: Streamed) -> tuple[int, int, int]:
     """How many gradients go to disk, how many shards stay in memory, and of how many."""
     training = trainer.optimizer.training
-    spill, residents = training.gradients._spill, training._pipeline._residents
+    spill, residents = training.gradients.spill, training._pipeline._residents
     return 0 if spill is None else len(spill._spilled), len(residents._shards), len(training._shards)
 
 
@@ -277,7 +277,7 @@ def test_gradients_that_are_dropped_are_not_used(by: str, spilling: tuple[Case, 
         trainer.model.zero_grad()
     else:
         backward(case, reference, 0)
-        index = min(trainer.optimizer.training.gradients._spill._spilled)
+        index = min(trainer.optimizer.training.gradients.spill._spilled)
         each = trainer.optimizer.training.trained[index]
         each.parameter.grad = None
         reference.masters[each.name].grad = None
@@ -289,7 +289,7 @@ def test_gradients_that_are_put_there_are_used(spilling: tuple[Case, Streamed]) 
     reference = Reference(case)
     for each in (reference, trainer):
         backward(case, each, 0)
-    index = min(trainer.optimizer.training.gradients._spill._spilled)
+    index = min(trainer.optimizer.training.gradients.spill._spilled)
     mine = trainer.optimizer.training.trained[index]
     value = torch.randn(mine.parameter.shape, generator=torch.Generator().manual_seed(5)).to(mine.parameter.dtype)
     mine.parameter.grad = value.clone()
