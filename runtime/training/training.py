@@ -26,6 +26,7 @@ from .gradients import Gradient, Gradients, Trained
 from .pipeline import ShardPipeline
 from .shards import Shard
 from .updater import SMALL, Step, Updater
+from .wear import Wear
 from .weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -237,6 +238,20 @@ class Training:
     def gradient_norm(self) -> torch.Tensor | None:
         """The norm of all gradients of the last step, before clipping; 0-dim, fp32."""
         return self._last_norm
+
+    @property
+    def waited_s(self) -> float:
+        """That training has waited for updates and for gradients on their way, beside waits for blocks."""
+        spill = self.gradients.spill
+        return self._updater.waited_s + (0.0 if spill is None else spill.waited_s)
+
+    def wear(self) -> Wear:
+        """What is written by each step, and by each commit."""
+        moving = self._weights.written_nbytes({shard.block for shard in self._shards})
+        return Wear(
+            step_nbytes=self._pipeline.moving_nbytes + moving + self.gradients.written_nbytes,
+            commit_nbytes=self._pipeline.staying_nbytes,
+        )
 
     @property
     def limit_nbytes(self) -> int:

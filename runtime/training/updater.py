@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ class Updater:
         """Whether somebody was told of that."""
         self._failure: PenstockError | None = None
         """What those are told who ask for a block."""
+        self.waited_s = 0.0
+        """That the thread which trains has waited for updates."""
         self._thread = threading.Thread(target=self._run, name="penstock-update", daemon=True)
         self._thread.start()
 
@@ -152,6 +155,7 @@ class Updater:
         self._wait(lambda: len(self._unfinished) < count, f"fewer than {count} blocks that are to be updated")
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
+        began = time.perf_counter()
         try:
             with self._changed:
                 self._pipeline.watch.wait(
@@ -161,6 +165,8 @@ class Updater:
         except StallError:
             self._told = True  # of all that the thread will have to say
             raise
+        finally:
+            self.waited_s += time.perf_counter() - began
         self.check()
 
     def _report(self) -> str:
