@@ -124,8 +124,8 @@ def prepare(
 def save(model: nn.Module, optimizer: StreamedOptimizer, *, scheduler: Any = None, extra: Any = None) -> Commit:
     """Make the present state of a run durable: a commit of what is on disk already, and of states in host memory.
 
-    Waits for the updates of the last step, and returns a handle; states in host memory are written, and the commit is
-    published, in the background (`handle.wait()`).
+    Returns a handle at once. The updates of the last step go on beside the next forward; when they are done, states in
+    host memory are written, and the commit is published, in the background (`handle.wait()`).
 
     Args:
         model: What `prepare` or `resume` returned.
@@ -135,7 +135,7 @@ def save(model: nn.Module, optimizer: StreamedOptimizer, *, scheduler: Any = Non
 
     Raises:
         UsageError: `extra` cannot be written.
-        PenstockError: what the last step met in the background.
+        PenstockError: what the last step has met in the background; what it meets later is the handle's error.
     """
     handle_of(model)
     return optimizer.commit(None if scheduler is None else scheduler.state_dict(), extra)

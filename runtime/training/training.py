@@ -278,13 +278,36 @@ class Training:
             UsageError: one has been begun by backward, and has not ended.
             PenstockError: as `check`.
         """
+        self.check_between()
+        self._updater.wait()
+
+    def check_between(self) -> None:
+        """See that it can go on, and is between two steps. Raises as `finish` does."""
         self.check()
         if self._early is not None and self._early.begun:
             raise UsageError(
                 "between backward and step() parts of the model are a step ahead of others: save, and look at weights, "
                 "after step(); if a backward pass was interrupted, go on from the last commit with penstock.resume"
             )
-        self._updater.wait()
+
+    def cut(self, make: Callable[[], object], failed: Callable[[Exception], None]) -> None:
+        """Have a commit made of the state after the last step, whose update may be under way; returns at once.
+
+        What is in host memory only begins to be written before. Until it is made, no further update begins.
+
+        Args:
+            make: Makes it.
+            failed: Called with the reason where that cannot be.
+
+        Raises:
+            PenstockError: as `check`.
+        """
+
+        def write_out_and_make() -> None:
+            self.write_out()
+            make()
+
+        self._updater.between(write_out_and_make, failed)
 
     def write_out(self) -> None:
         """Begin to write what of masters and states is in host memory only: a commit from now on has all of them.
