@@ -12,6 +12,8 @@ tried under the same cap and then under those of --deepspeed-cap, in turn, until
 benchmarks.deepspeed_environment` installs it. In the same run the parts of the bound are measured: the rate of the
 update and of the checksum on all cores, and reading and writing the drive at once.
 
+"committing" is penstock that calls `penstock.save` after every step: its goal is 3 % over what its further bytes take.
+
 bound without clipping: max(compute + update + checksum, bytes / mixed rate)
 bound with clipping:    backward + max(forward + update + checksum, bytes / mixed rate)
 """
@@ -61,6 +63,7 @@ class Contender:
 
 CONTENDERS = {
     "penstock": Contender(module="training_penstock"),
+    "committing": Contender(module="training_penstock"),
     "resident": Contender(module="training_resident", capped=False),
     "deepspeed": Contender(module="training_deepspeed", environment=deepspeed_environment),
     "deepspeed-tuned": Contender(module="training_deepspeed", environment=deepspeed_environment),
@@ -188,7 +191,19 @@ class Case:
         ]
 
     def figures(self) -> list[Figure]:
-        """Goals of penstock against the bound, the resident run and DeepSpeed."""
+        """Goals of penstock: against the bound, the resident run and DeepSpeed, and itself with commits."""
+        return [*self._against_others(), *self._of_commits()]
+
+    def _of_commits(self) -> list[Figure]:
+        """What commits cost beyond the bytes that they write."""
+        plain, committing = self.done("penstock"), self.done("committing")
+        if plain is None or committing is None:
+            return []
+        more = max(committing["written_nbytes"] - plain["written_nbytes"], 0)
+        least = plain["step_s"] + more / self.rates["write_rate"]
+        return [Figure(name=f"a commit per step, {self.name}", value=committing["step_s"] / least, goal=1.03)]
+
+    def _against_others(self) -> list[Figure]:
         ours, resident, bound = self.done("penstock"), self.done("resident"), self.bound()
         if ours is None:
             return []
