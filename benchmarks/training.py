@@ -106,7 +106,7 @@ def run(contender: Contender, job: Job, *, timeout_s: float) -> dict[str, Any]:
     print(f"{job.way}, batch {job.batch} x {LENGTH}, clip {job.clip}{under} ...", file=sys.stderr, flush=True)
     environment = contender.environment(Path(job.run))
     if environment.missing:
-        return {"failure": f"not installed: {environment.missing}", "peak_nbytes": 0}
+        return {"failure": f"not installed: {environment.missing}", "peak_nbytes": 0, "cap_nbytes": None}
     with ExitStack() as stack:
         group = stack.enter_context(MemoryCgroup(cap_nbytes=job.cap_nbytes)) if contender.capped else None
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=job.run, prefix="training-")))
@@ -128,7 +128,8 @@ def run(contender: Contender, job: Job, *, timeout_s: float) -> dict[str, Any]:
         said, complained = output.read().splitlines(), errors.read().strip().splitlines()
         usage = group.usage() if group else None
     peak = (usage and usage.peak_nbytes) or anonymous
-    report: dict[str, Any] = {"peak_anonymous_nbytes": anonymous, "peak_nbytes": peak, "cap_nbytes": job.cap_nbytes}
+    report: dict[str, Any] = {"peak_anonymous_nbytes": anonymous, "peak_nbytes": peak}
+    report["cap_nbytes"] = job.cap_nbytes if contender.capped else None
     if usage is not None and usage.oom_kill_count:
         report["failure"] = KILLED
     elif timed_out:
@@ -175,12 +176,14 @@ class Case:
         return [self._row(way, report, bound) for way, report in self.reports]
 
     def _row(self, way: str, report: dict[str, Any], bound: float | None) -> list[str]:
+        cap = report["cap_nbytes"]
+        name = f"{self.name}: {way}" + (f", cap {cap / GIB:g} GiB" if cap else "")
         peak = f"{report['peak_nbytes'] / GIB:.2f}"
         if "failure" in report:
-            return [f"{self.name}: {way}", report["failure"], "", "", "", peak, "", ""]
+            return [name, report["failure"], "", "", "", peak, "", ""]
         per = report["parameters"]
         return [
-            f"{self.name}: {way}",
+            name,
             f"{report['step_s']:.2f} ({report['best_s']:.2f})",
             f"{report['forward_s']:.2f} + {report['backward_s']:.2f} + {report['update_s']:.2f}",
             f"{self.tokens / report['step_s']:.0f}",
