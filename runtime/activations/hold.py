@@ -141,7 +141,7 @@ class Shape:
         """The tensor, without a history."""
         with torch.inference_mode(False), torch.no_grad():
             made = torch.empty(0, dtype=self.dtype, device=storage.device)
-            return made.set_(storage, self.offset, self.size, self.stride)  # type: ignore[call-overload, no-any-return]
+            return made.set_(storage, self.offset, self.size, self.stride)
 
 
 class HeldTensor:
@@ -175,4 +175,4 @@ def flat_of(storage: torch.UntypedStorage) -> torch.Tensor:
     """A storage as bytes."""
     with torch.inference_mode(False), torch.no_grad():
         made = torch.empty(0, dtype=torch.uint8, device=storage.device)
-        return made.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload, no-any-return]
+        return made.set_(storage, 0, (storage.nbytes(),), (1,))

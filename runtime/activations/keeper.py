@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ...scheduler.activations import Part
+from ...scheduler.activations import Part, Place
 from .hold import HeldTensor, Hold
 from .operations import NOT_MADE, OperationLog
 from .records import (
@@ -269,7 +269,7 @@ class ActivationKeeper:
         if self.machine.again:
             first = parts[0].place if parts else None  # of another size than when it was planned
             return None if first is None else (Part(place=first, nbytes=nbytes),)
-        place = next((tier.place for tier in self.machine.tiers if tier.place != "keep"), "keep")
+        place: Place = next((tier.place for tier in self.machine.tiers if tier.place != "keep"), "keep")
         return (Part(place=place, nbytes=nbytes),)
 
     def _hold(self, storage: torch.UntypedStorage, parts: Sequence[Part], call: SegmentCall) -> Hold | None:

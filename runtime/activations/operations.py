@@ -235,7 +235,7 @@ def _flops(
     """Operations on numbers: of products and attention as torch counts them, of all else one per element made."""
     if func is _CPU_ATTENTION:
         query, key = args[0], args[1]
-        return 4.0 * query.numel() * key.shape[-2]
+        return float(4 * query.numel() * key.shape[-2])
     formula = flop_registry.get(func._overloadpacket)
     if formula is not None:
         return float(formula(*args, **kwargs, out_val=result))

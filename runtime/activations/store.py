@@ -187,7 +187,9 @@ class ActivationStore:
             if not ahead:
                 self.counts["on demand"] += 1
         with torch.inference_mode(False):
-            hold.storage = torch.UntypedStorage(hold.nbytes, device=self.device.torch_device)
+            hold.storage = torch.empty(
+                hold.nbytes, dtype=torch.uint8, device=self.device.torch_device
+            ).untyped_storage()
         flat = flat_of(hold.storage)
         for piece in hold.pieces:
             if piece.kept is not None:
