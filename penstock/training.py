@@ -77,8 +77,10 @@ def prepare(
         device: As for `load`.
         dtype: What a checkpoint is computed in.
         accumulate: Backward passes of each step, at most; their gradients are added up in fp32.
-        activations: "keep" them in memory, or "recompute" those of layers in backward, which takes about a third more
-            time and little memory; "auto" does so where weights are streamed.
+        activations: "keep" them in memory; "recompute" those of layers in backward, which takes about a third more time
+            and little memory; "offload" them to host memory, where a device apart computes, and to disk. "auto" keeps
+            them where all weights stay; where weights are streamed, a plan is made of what the first forward shows:
+            what there is room for is held, the rest goes where it costs less than making it again, or is made again.
         updates: "step": all at `step()`, as in PyTorch; until then gradients of the whole model are in memory, or on
             disk. "backward": each part as soon as its last gradient is there, which needs memory for few gradients and
             works beside backward. Then every backward pass (`accumulate` of them) must be followed by `step()`,
@@ -109,7 +111,7 @@ def prepare(
         if frozen:
             settings.check_frozen()
             own = None if isinstance(wrapped, nn.Module) else lora
-            beside = adapters.beside(own, arrays=arrays, accumulate=accumulate)
+            beside = adapters.beside(own, arrays=arrays, accumulate=accumulate, activations=activations)
         made, origin, settings = _streamed(wrapped, asked, dtype, settings, folders, arrays=arrays, beside=beside)
     try:
         if frozen:
@@ -192,7 +194,9 @@ def resume(
         if state.frozen:
             settings.check_frozen()
             own = None if isinstance(wrapped, nn.Module) else lora
-            beside = adapters.beside(own, arrays=arrays, accumulate=accumulate, trained=state.names)
+            beside = adapters.beside(
+                own, arrays=arrays, accumulate=accumulate, activations=activations, trained=state.names
+            )
         made, _, settings = _streamed(
             wrapped, asked, state.dtype, settings, folders, arrays=arrays, limit=state.limit_nbytes, beside=beside
         )
@@ -249,7 +253,15 @@ def _streamed(
     """The model, where it came from, and settings in which it is said what becomes of activations, if that is known."""
     wanted = wanted_of(asked.max_memory)
     early = settings.updates == "backward"
-    trains = partial(changing, accumulate=settings.accumulate, early=early, arrays=arrays, limit=limit)
+    trains = partial(
+        changing,
+        accumulate=settings.accumulate,
+        early=early,
+        arrays=arrays,
+        limit=limit,
+        activations=settings.activations,
+    )
+    settings = replace(settings, device_is_named=wanted.device is not None)
     opened = open_device(asked.device)
     room: StepRoom | None = None
     if is_automatic(wanted, opened):
@@ -275,7 +287,9 @@ def _streamed(
             raise
         settings = replace(settings, activations=room.activations)
         if not room.known:  # then what is left over is for activations, not for states
-            trains = partial(changing, accumulate=settings.accumulate, early=early, arrays=0, limit=limit)
+            trains = partial(trains, arrays=0, activations=settings.activations)
+        else:
+            trains = partial(trains, activations=settings.activations, saved_nbytes=room.saved_nbytes)
     common: dict[str, Any] = {
         "wanted": wanted,
         "device": opened,
