@@ -15,6 +15,7 @@ from ..scheduler.microbatches import Footprint
 from ..scheduler.sizes import Workload
 from .cachesize import cache_size
 from .headroom import FRAMEWORK, headroom_nbytes, kv_nbytes
+from .widening import LANE_NBYTES
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,11 @@ def rehearsed_footprint(
         return estimate
     kv = sizes.most.kv / sizes.workload.context
     return replace(estimate, kv_nbytes_per_token=kv if reserved else kv * SLACK)
+
+
+def with_buffers(footprint: Footprint, wide_from: int | None) -> Footprint:
+    """`footprint` with what each lane keeps where products of so many rows are multiplied in fp32; None is none."""
+    return footprint if wide_from is None else replace(footprint, lane_nbytes=LANE_NBYTES)
 
 
 def _kv_nbytes_per_token(config: Any, dtype: torch.dtype) -> int:
