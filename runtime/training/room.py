@@ -136,6 +136,7 @@ def plan_room(
     gradients = [sizes[index] for index in movable]
     every, passing = sum(gradients), _passing(itemsizes, frozenset(movable), shards)
     early = settings.updates == "backward"
+    spilled: frozenset[int] = frozenset()
     waiting = (BEHIND + 1) * _largest(sizes, shards) if early else 0
     buffers = ActivationStore.buffers_nbytes(LEAST_BUFFER) if settings.activations == "offload" else 0
     if early and not wide:
