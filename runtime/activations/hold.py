@@ -126,6 +126,9 @@ class Shape:
     offset: int
     """In elements."""
     dtype: torch.dtype
+    conjugate: bool = False
+    negative: bool = False
+    """Whether it is what lies there conjugated, or negated: torch does that where it is used."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Shape:
@@ -135,13 +138,17 @@ class Shape:
             stride=tuple(tensor.stride()),
             offset=int(tensor.storage_offset()),
             dtype=tensor.dtype,
+            conjugate=tensor.is_conj(),
+            negative=tensor.is_neg(),
         )
 
     def on(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """The tensor, without a history."""
         with torch.inference_mode(False), torch.no_grad():
             made = torch.empty(0, dtype=self.dtype, device=storage.device)
-            return made.set_(storage, self.offset, self.size, self.stride)
+            made.set_(storage, self.offset, self.size, self.stride)
+            made = made.conj() if self.conjugate else made
+            return torch._neg_view(made) if self.negative else made
 
 
 class HeldTensor:

@@ -6,7 +6,7 @@ import queue
 import threading
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ...memory.arena import Slot, round_up
 from ...memory.disk import Transfer
@@ -43,16 +43,20 @@ class Leaving:
             if hold is None:
                 store.clear_forgotten()
                 continue
-            with store.changed:
-                if hold.where is not Where.QUEUED or store.stopped:
-                    continue
-                hold.where = Where.LEAVING
-            try:
-                self._carry(hold)
-            except Exception as error:  # whatever it is, it must reach who wants the storage
-                store.lose(hold, error)
-            store.left(hold)
-            del hold
+            self._let_go(hold)
+            del hold  # a thread that waits for the next one keeps none alive
+
+    def _let_go(self, hold: Hold) -> None:
+        store = self._store
+        with store.changed:
+            if hold.where is not Where.QUEUED or store.stopped:
+                return
+            hold.where = Where.LEAVING
+        try:
+            self._carry(hold)
+        except Exception as error:  # whatever it is, it must reach who wants the storage
+            store.lose(hold, error)
+        store.left(hold)
 
     def _carry(self, hold: Hold) -> None:
         for piece in hold.pieces:
@@ -105,12 +109,17 @@ class Leaving:
         self._thread.join()
 
 
+GO_ON: Final = (
+    'The weights are as they were: call zero_grad() and take the batch again. With updates="backward" some of them '
+    "may have been updated: then go on from the last commit with penstock.resume"
+)
+
+
 def lost(name: str, error: Exception) -> Exception:
     """What a drive met, as whoever wants the storage is told of it."""
     if not isinstance(error, DiskError):
         return error
     return DiskError(
-        f"{name} is lost, which went through the run's scratch folder: {error}. The weights are as they were: call "
-        "zero_grad() and take the batch again, or keep activations in memory: give more of it, or say "
-        'activations="recompute"'
+        f"{name} is lost, which went through the run's scratch folder: {error}. {GO_ON}. Or keep activations in "
+        'memory: give more of it, or say activations="recompute"'
     )

@@ -9,6 +9,7 @@ wrong.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -49,7 +50,7 @@ class Numbering:
     """Numbers the operations of one forward that make something new of tensors, or change some. Views have none."""
 
     def __init__(self) -> None:
-        self._makers: dict[int, tuple[int, int]] = {}
+        self._makers: dict[int, tuple[weakref.ref[torch.UntypedStorage], tuple[int, int]]] = {}
         """By address of a storage: the operation that made it, or changed it last, and which of its results it is."""
         self.next = 0
 
@@ -63,7 +64,11 @@ class Numbering:
 
     def maker(self, tensor: Tensor) -> tuple[int, int]:
         """Which operation made a tensor's storage, and as which of its results."""
-        return self._makers.get(tensor.untyped_storage()._cdata, (NOT_MADE, 0))
+        storage = tensor.untyped_storage()
+        found = self._makers.get(storage._cdata)
+        if found is None or found[0]() is not storage:  # another one may lie there now, made by no operation
+            return NOT_MADE, 0
+        return found[1]
 
     def note(
         self,
@@ -76,16 +81,16 @@ class Numbering:
         """The number of an operation, once it has been carried out; NOT_MADE where it gets none."""
         known = {each.untyped_storage()._cdata for each in inputs}
         made = [
-            (each.untyped_storage()._cdata, place)
+            (each.untyped_storage(), place)
             for place, each in enumerate(outputs)
             if each.untyped_storage()._cdata not in known
         ]
-        made += [(each.untyped_storage()._cdata, 0) for each in _written(func, args, kwargs)]
+        made += [(each.untyped_storage(), 0) for each in _written(func, args, kwargs)]
         number = NOT_MADE
         if inputs and made:
             number, self.next = self.next, self.next + 1
         for storage, place in made:
-            self._makers[storage] = number, place
+            self._makers[storage._cdata] = weakref.ref(storage), (number, place)
         return number
 
 

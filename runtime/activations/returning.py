@@ -15,7 +15,7 @@ from ...memory.errors import ClosedError, CorruptBlockError, DiskError, Penstock
 from ...memory.image import whole_window
 from ...memory.store.checksum import checksum
 from .hold import Hold, Piece, flat_of
-from .leaving import lost
+from .leaving import GO_ON, lost
 
 if TYPE_CHECKING:
     from .store import ActivationStore
@@ -173,9 +173,8 @@ class Returning:
             assert piece.checksum is not None
             raise CorruptBlockError(
                 f"{store.name_of(hold)} is not what was written: {piece.nbytes} bytes at offset {piece.offset} of "
-                f"{piece.path} have checksum {found:016x}, not {piece.checksum:016x}. The weights are as they were: "
-                "call zero_grad() and take the batch again; if this happens again, look at the drive's health and at "
-                "what else writes to that folder",
+                f"{piece.path} have checksum {found:016x}, not {piece.checksum:016x}. {GO_ON}. If this "
+                "happens again, look at the drive's health and at what else writes to that folder",
                 block=hold.number,
                 path=piece.path,
                 offset=piece.offset,

@@ -14,6 +14,7 @@ Who asks for a storage that has not left gets it as it is, and it does not leave
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -86,6 +87,8 @@ class ActivationStore:
         self.leaving_nbytes = 0
         """Of storages that are still there."""
         self.counts: Counter[str] = Counter()
+        self.waited_s = 0.0
+        """That forwards and backwards have waited for storages."""
         self._number = 0
         self.stopped = False
         self.failure: Exception | None = None
@@ -231,7 +234,9 @@ class ActivationStore:
         with self.changed:
             if ready() and not self.stopped:
                 return
+        begun = time.perf_counter()
         self.watch.wait(once, what)
+        self.waited_s += time.perf_counter() - begun
         if self.stopped:
             raise ClosedError("the model was closed while activations of it were wanted; load it again")
 

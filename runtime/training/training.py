@@ -241,9 +241,10 @@ class Training:
 
     @property
     def waited_s(self) -> float:
-        """That training has waited for updates and for gradients on their way, beside waits for blocks."""
-        spill = self.gradients.spill
-        return self._updater.waited_s + (0.0 if spill is None else spill.waited_s)
+        """That training has waited for updates, gradients and activations on their way, beside waits for blocks."""
+        spill, keeper = self.gradients.spill, self._machinery.session.saved.keeper
+        waited = self._updater.waited_s + (0.0 if spill is None else spill.waited_s)
+        return waited + (0.0 if keeper is None else keeper.store.waited_s)
 
     def wear(self) -> Wear:
         """What is written by each step, and by each commit."""

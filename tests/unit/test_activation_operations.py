@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from penstock.runtime.activations.hold import HeldTensor, Hold
+from penstock.runtime.activations.hold import HeldTensor, Hold, Shape
 from penstock.runtime.activations.operations import OperationLog, Replay
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
@@ -141,3 +141,33 @@ def test_what_is_paused_is_not_seen() -> None:
         made.paused = False
         _ = X + W[:6]
     assert [operation.product for operation in made.operations] == [False]
+
+
+def test_a_storage_made_by_no_operation_has_no_maker_where_another_one_lay() -> None:
+    """`torch.tensor` and `from_numpy` make storages that no mode is told of, and malloc hands addresses out again."""
+    seen, again = 0, set[int]()
+
+    def work() -> Tensor:
+        nonlocal seen
+        for _ in range(64):
+            temporary = X * 2.0
+            again.add(temporary.untyped_storage()._cdata)
+            del temporary
+            scalar = torch.tensor(0.5)
+            seen += scalar.untyped_storage()._cdata in again
+            assert made.maker(scalar)[0] == -1
+        return X @ W
+
+    made = OperationLog(lambda tensor: False)
+    with made:
+        work()
+    assert seen, "no address came again: the test shows nothing"
+
+
+@pytest.mark.parametrize("view", [torch.conj, torch._neg_view, lambda x: x.conj().imag, lambda x: x.t()])
+def test_lazy_conjugates_and_negatives_come_back(view: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(3))
+    wanted = view(x)
+    found = Shape.of(wanted).on(wanted.untyped_storage())
+    assert torch.equal(found, wanted)
+    assert (found.is_conj(), found.is_neg()) == (wanted.is_conj(), wanted.is_neg())
