@@ -16,7 +16,7 @@ from penstock.runtime.calibration.cache import CalibrationCache
 from penstock.runtime.calibration.fingerprint import fingerprint
 from penstock.runtime.devices.cpu import CpuDevice
 from penstock.runtime.devices.emulated import EmulatedDevice, Rates
-from penstock.runtime.links import LinkCache, _calibrated_read, disk_read_rate, link_rate
+from penstock.runtime.links import LinkCache, _calibrated, disk_read_rate, disk_write_rate, link_rate
 
 
 @pytest.fixture
@@ -105,6 +105,7 @@ def test_a_calibration_comes_first(tmp_path: Path, emulated: EmulatedDevice) -> 
     cache = calibrated(tmp_path, emulated, "emulated:h2d=4294967296")
     drive = calibration().hardware.drives[0]
     assert disk_read_rate([str(path)], cache, emulated) == drive.read.at(CHUNK)
+    assert disk_write_rate([str(path)], cache, emulated) == drive.write.at(CHUNK)
     assert link_rate(emulated, cache) == pytest.approx(25 * 2**30)
     assert link_rate(emulated, cache, back=True) == pytest.approx(24 * 2**30)
     assert link_rate(CpuDevice(), cache) is None
@@ -122,6 +123,7 @@ def test_a_stale_calibration_is_not_used(tmp_path: Path) -> None:
     cache = calibrated(tmp_path, device, "cpu", age_s=40 * 86400)
     cache.put(f"disk:{path.stat().st_dev}", 123.0)
     assert disk_read_rate([str(path)], cache, device) == 123.0
+    assert disk_write_rate([str(path)], cache, device) is None  # which is not measured: it wears the drive
 
 
 def test_a_drive_that_was_not_calibrated_is_measured(tmp_path: Path) -> None:
@@ -131,4 +133,6 @@ def test_a_drive_that_was_not_calibrated_is_measured(tmp_path: Path) -> None:
     kept = cache.calibration(CpuDevice())
     assert kept is not None
     assert {drive.device for drive in kept.fingerprint.drives} == {tmp_path.stat().st_dev}
-    assert _calibrated_read(kept, {tmp_path.stat().st_dev, os.stat("/proc").st_dev}) is None
+    both = {tmp_path.stat().st_dev, os.stat("/proc").st_dev}
+    assert _calibrated(kept, both, write=False) is None
+    assert _calibrated(kept, both, write=True) is None
