@@ -24,7 +24,7 @@ from .stepload import BlockUse, LoadedBlock, StepLoad, StepPrediction, Traffic
 
 REQUEST: Final = 4 * 2**20
 STEPS: Final = 4
-"""That are simulated: the first has nothing to update, writes pile up in the next, the last one counts."""
+"""That are simulated: the first has nothing to update, writes pile up in the next ones, the last one counts."""
 PASSES: Final = 6
 """Of a step's backward passes. Where there are more, the one before the last stands for them: by then what was left of
 the update has mostly been done."""
@@ -125,6 +125,7 @@ class _Run:
         spans = [b - a for a, b in pairwise(at)]
         if passes > 1:
             spans[2 * usual : 2 * usual + 2] = [times * span for span in spans[2 * usual : 2 * usual + 2]]
+        spans[-1] += max(0.0, self._disk_s() - sum(spans))
         return StepPrediction(
             seconds=sum(spans),
             forward_s=sum(spans[:-1:2]),
@@ -133,6 +134,12 @@ class _Run:
             busy_s={name: seconds for name, seconds in self._busy.items() if seconds},
             traffic=Traffic(**self._bytes),
         )
+
+    def _disk_s(self) -> float:
+        """What a step keeps drives busy for, at least: where writes pile up over more steps than are simulated, later
+        ones wait for them."""
+        mixed = min((drive.mixed for drive in self._cost.hardware.drives), default=1.0)
+        return self._busy["disk"] / max(1.0, mixed)
 
     # --- forward and backward -------------------------------------------------------------------------------------
 
