@@ -90,7 +90,10 @@ def arrange_activations(
     segments = (recompute if again else mark_segments)(machinery.session, model)
     cut = room_for_activations(machinery, settings, room.activations_nbytes)
     machine = _machine(machinery, settings, room, cut, again=again)
-    if (again and not segments) or not machine.tiers:
+    if again and not segments:
+        _tell(model, machinery, "activations: they stay where they are made: there are no layers to run again")
+        return
+    if not machine.tiers:
         _tell(model, machinery, "activations: layers make theirs again in backward; there is no room for any of them")
         return
     store = ActivationStore(

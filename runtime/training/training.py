@@ -76,8 +76,10 @@ class Training:
         self._last_norm: torch.Tensor | None = None
         self._early: EarlySteps | None = None
         """Where blocks are submitted by backward."""
-        self._unsaved = 0
-        """Steps since the last commit."""
+        self._taken = 0
+        """Steps."""
+        self._committed = 0
+        """Of these, those that a published commit has."""
 
     # --- a step that begins when all gradients are there --------------------------------------------------------------
 
@@ -117,7 +119,7 @@ class Training:
         for index, gradient in enumerate(gradients):
             self.counts[index] += gradient is not None
         step = Step(gradients=gradients, hypers=hypers, counts=tuple(self.counts), clip=clip)
-        self._unsaved += 1
+        self._taken += 1
         self._submit(step, self._having(gradients))
         return True
 
@@ -186,7 +188,7 @@ class Training:
         ended = early.end(self.gradients.take, hypers)
         if ended is None:
             return False
-        self._unsaved += 1
+        self._taken += 1
         self._submit(*ended)
         return True
 
@@ -324,11 +326,11 @@ class Training:
 
     def saved(self) -> Callable[[Commit], None]:
         """Note that a commit has all steps up to here, once it is published: what is to be called then."""
-        steps = self._unsaved
+        steps = self._taken
 
         def done(commit: Commit) -> None:
             if commit.error is None:
-                self._unsaved = max(0, self._unsaved - steps)
+                self._committed = max(self._committed, steps)  # one may be published while the next is made
             else:  # whoever made it may not have waited for it
                 logger.error("commit %d of the run was not made: %s", commit.number, commit.error)
 
@@ -347,11 +349,11 @@ class Training:
             if on_its_way is None:  # else that is what the caller hears of
                 raise
         finally:
-            if self._unsaved:
+            if unsaved := self._taken - self._committed:
                 logger.warning(
                     "the model is closed %d steps after the last commit of its run, and they are gone with it: call "
                     "penstock.save(model, optimizer) before penstock.close(model)",
-                    self._unsaved,
+                    unsaved,
                 )
 
     def close(self) -> None:
