@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .contenders.training import moved
 from .reference_checkpoint import default_folder
 from .streams import Figure, Job, Runner, arguments_of, finish, main_or_worker, table
-from .training import moved
 
 MEDIAN_GOAL, WORST_GOAL = 0.10, 0.25
 LENGTH, STEPS, SKIPPED = 256, 8, 3
@@ -214,7 +214,8 @@ def foreseen(case: Case, path: Path, machines: Sequence[Any]) -> dict[str, Any]:
 
     import penstock
     from penstock.runtime.foresight import Foresight, Room
-    from penstock.runtime.training.forecast import Adapters, TrainingForesight, TrainingWork
+    from penstock.runtime.training.forecast import TrainingForesight
+    from penstock.runtime.training.foreseen import Adapters, TrainingWork
     from penstock.scheduler.hardware import Hardware
 
     adapters = Adapters(rank=case.rank) if case.rank else None

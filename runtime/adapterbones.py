@@ -35,7 +35,7 @@ def add_adapters(
             named.
         dropout: Of what goes into them.
     """
-    output = model.get_output_embeddings()
+    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     made: list[nn.Parameter] = []
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear | Conv1D):

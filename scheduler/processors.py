@@ -142,7 +142,7 @@ def at_rows(operation: Operation, rows: int) -> Operation:
     match operation.kind:
         case "linear":
             return msgspec.structs.replace(operation, rows=operation.rows * rows)
-        case "attention" | "memory":
+        case "attention" | "attention back" | "memory":
             return msgspec.structs.replace(operation, nbytes=operation.nbytes * rows)
         case "adam":
             return operation

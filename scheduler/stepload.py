@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,8 +18,10 @@ class LoadedBlock:
     home: Home
     """Where its weights lie between two uses. device: there, and changed ones come to it by way of the disk."""
     read_nbytes: int
-    """What reading its weights moves, padding included; writing them, where they are trained, moves as much."""
+    """What reading its weights moves, padding included."""
     weights_nbytes: int
+    written_nbytes: int = 0
+    """What an update of it writes of them: nothing where they stay in host memory, or lie beside frozen ones."""
     elements: int = 0
     """That are trained; 0 where it is frozen."""
     tensors: int = 1
@@ -34,35 +36,13 @@ class LoadedBlock:
     """The same as it is kept until the update: in fp32 where several passes are added up."""
     spilled_nbytes: int = 0
     """Of that, what goes to disk until then."""
+    spilled_read_nbytes: int = 0
+    """What reading that moves, whole pages; writing it moves as much."""
 
     @property
     def norm_nbytes(self) -> int:
         """Read and written for the norm of its gradients: they are made fp32 for it, where they are not."""
         return self.kept_nbytes + (0 if self.kept_nbytes >= 4 * self.elements else 8 * self.elements)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Wear:
-    """Bytes that training writes to drives."""
-
-    step_nbytes: int
-    """By each step: states, gradients and weights that do not stay in memory."""
-    commit_nbytes: int
-    """By each commit: the states that do."""
-
-
-def wear_of(blocks: Iterable[LoadedBlock], *, accumulate: int, small: int) -> Wear:
-    """What is written of these.
-
-    Args:
-        blocks: All there are.
-        accumulate: Backward passes of a step, each of which writes the gradients anew.
-        small: The block whose weights are never on disk.
-    """
-    trained = [block for block in blocks if block.elements]
-    step = sum(block.states_moved_nbytes + accumulate * block.spilled_nbytes for block in trained)
-    step += sum(block.read_nbytes for block in trained if block.home != "host" and block.id != small)
-    return Wear(step_nbytes=step, commit_nbytes=sum(b.states_nbytes - b.states_moved_nbytes for b in trained))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,11 +104,6 @@ class StepLoad:
     def trained(self) -> list[LoadedBlock]:
         """Blocks that change."""
         return [block for block in self.blocks.values() if block.elements]
-
-    @property
-    def wear(self) -> Wear:
-        """What is written to drives."""
-        return wear_of(self.blocks.values(), accumulate=self.accumulate, small=self.small)
 
     def held_nbytes(self, home: Home) -> int:
         """Weights that lie on a tier."""

@@ -24,7 +24,7 @@ from .steplanes import StepLanes
 from .stepload import LoadedBlock, StepLoad, StepPrediction, Traffic
 
 STEPS: Final = 4
-"""That are simulated: the first has nothing to update, writes pile up in the next, the last one counts."""
+"""That are simulated: the first has nothing to update, writes pile up in the next ones, the last one counts."""
 PASSES: Final = 6
 """Of a step's backward passes. Where there are more, the one before the last stands for them: by then what was left of
 the update has mostly been done."""
@@ -86,7 +86,6 @@ class _Run:
         self._buffers = Slots(load.buffers)
         self._behind = Slots(load.behind)
         self._spilling = Slots(GRADIENT_SLOTS)
-        self._coming = self._arrivals()
         self._place = 0
         """Of the next use, over all steps."""
         self._ended: list[int] = []
@@ -108,6 +107,7 @@ class _Run:
         self._first_use: dict[int, int] = {}
         for index in reversed(range(len(load.uses))):
             self._first_use.update(dict.fromkeys(load.uses[index].blocks, index))
+        self._coming = self._arrivals()
         elements = sum(block.elements for block in load.trained())
         self._unit = load.shard_elements * max(1, ceil(elements / load.shard_elements / MOST_SHARDS))
 
@@ -127,6 +127,7 @@ class _Run:
         spans = [ended[b] - (ended[a] if a >= 0 else 0.0) for a, b in pairwise(marks)]
         if self._passes > 1:
             spans[2 * usual : 2 * usual + 2] = [times * span for span in spans[2 * usual : 2 * usual + 2]]
+        spans[-1] += max(0.0, self._disk_s() - sum(spans))
         return StepPrediction(
             seconds=sum(spans),
             forward_s=sum(spans[:-1:2]),
@@ -135,6 +136,12 @@ class _Run:
             busy_s={name: seconds for name, seconds in lanes.busy_s.items() if seconds},
             traffic=Traffic(**lanes.nbytes),
         )
+
+    def _disk_s(self) -> float:
+        """What a step keeps drives busy for, at least: where writes pile up over more steps than are simulated, later
+        ones wait for them."""
+        mixed = min((drive.mixed for drive in self._cost.hardware.drives), default=1.0)
+        return self._lanes.busy_s["disk"] / max(1.0, mixed)
 
     # --- forward and backward -------------------------------------------------------------------------------------
 
@@ -152,6 +159,11 @@ class _Run:
         for each in arrivals(order, max([load.slots, *(len(use.blocks) + 1 for use in load.uses)])):
             found.setdefault(each.use, []).append(each)
         return found
+
+    def _whole_at(self, place: int) -> list[int]:
+        """Trained blocks whose gradients are whole when backward has gone back to this place."""
+        blocks = (self._load.blocks[number] for number in self._load.uses[place].blocks)
+        return [block.id for block in blocks if block.elements and self._first_use[block.id] == place]
 
     def _asked(self, way: Way, place: int) -> tuple[int, ...]:
         """Blocks that are lent: backward asks only for those that products have saved."""
@@ -185,14 +197,13 @@ class _Run:
 
     def _brought(self, way: Way, place: int) -> Iterator[int]:
         """What a use of blocks waits for: their new weights, and that they are there."""
-        coming = self._coming.get(self._place, ())
         for number in self._asked(way, place):
             if number in self._updated:
                 yield self._updated[number]
             if number in self._stale:
                 self._stale.discard(number)
                 yield self._bring(self._load.blocks[number], [])
-        for each in coming:
+        for each in self._coming.get(self._place, ()):
             number, _ = each.block
             yield self._bring(self._load.blocks[number], [] if each.after is None else [self._ended[each.after]])
 
@@ -215,42 +226,50 @@ class _Run:
 
     def _gradients(self, place: int, *, first: bool, last: bool) -> None:
         """Those leave that are whole when backward has gone back to this place."""
-        for number in self._load.uses[place].blocks:
-            if self._first_use[number] == place:
-                self._gradient(self._load.blocks[number], first=first, last=last)
+        for number in self._whole_at(place):
+            self._gradient(self._load.blocks[number], first=first, last=last)
 
     def _gradient(self, block: LoadedBlock, *, first: bool, last: bool) -> None:
         """A block's gradients leave: the processor waits until they are where they are kept."""
         if not block.elements:
             return
+        early = last and self._load.updates == "backward"
         lanes, after = self._lanes, self._computed
         if self._load.separate:
             lanes.moved("from_device", block.gradient_nbytes)
             after = lanes.copy(block.gradient_nbytes, [after], back=True)
         before = [after]
         if block.spilled_nbytes and not first:
-            lanes.moved("gradients_read", block.spilled_nbytes)
-            before = [lanes.read("read gradients", block.spilled_nbytes, [after, self._arrived[block.id]])]
-        pieces = max(1, ceil(block.elements / self._unit)) if block.spilled_nbytes else 1
-        moved = block.gradient_nbytes + (1 if first else 2) * block.kept_nbytes
-        if last and self._load.updates == "step":  # of those that leave the norm is taken here
+            lanes.moved("gradients_read", block.spilled_read_nbytes)
+            before = [lanes.read("read gradients", block.spilled_read_nbytes, [after, self._arrived[block.id]])]
+        moved: float = block.gradient_nbytes + (1 if first else 2) * block.kept_nbytes
+        if last and not early:  # of those that leave the norm is taken here
             moved += block.norm_nbytes * block.spilled_nbytes / block.kept_nbytes
-        for _ in range(pieces):
-            free = self._spilling.take() if block.spilled_nbytes else ()
-            seconds = lanes.memory_s(moved / pieces, max(block.tensors / pieces, 1))
-            put = lanes.cores("put", "gradients", seconds, [*before, *free])
-            self._arrived[block.id] = put
-            if block.spilled_nbytes:
-                lanes.moved("gradients_written", block.spilled_nbytes / pieces)
-                self._arrived[block.id] = lanes.write("write gradients", block.spilled_nbytes / pieces, [put])
-                self._spilling.use(self._arrived[block.id])
-            before = [put]
-        self._gate += before
-        if last and self._load.updates == "backward" and block.id != self._load.small:
-            submitted = self._graph.add("submit", after=[*before, *self._behind.take()])
+        # the last of a sum goes into the update, where that begins at once, and not to disk
+        put = self._put(block, moved, 0 if early else block.spilled_read_nbytes, before)
+        self._gate.append(put)
+        if early and block.id != self._load.small:
+            submitted = self._graph.add("submit", after=[put, *self._behind.take()])
             self._gate.append(submitted)
             self._update(block, submitted)
             self._behind.use(self._updated[block.id])
+
+    def _put(self, block: LoadedBlock, moved: float, written: float, before: Sequence[int]) -> int:
+        """Gradients are added up, and written through a ring of buffers as far as they go to disk: the last task of the
+        processor."""
+        lanes, put = self._lanes, -1
+        pieces = max(1, ceil(block.elements / self._unit)) if written else 1
+        seconds = lanes.memory_s(moved / pieces, max(block.tensors / pieces, 1))
+        for _ in range(pieces):
+            free = self._spilling.take() if written else ()
+            put = lanes.cores("put", "gradients", seconds, [*before, *free])
+            before = [put]
+            self._arrived[block.id] = put
+            if written:
+                lanes.moved("gradients_written", written / pieces)
+                self._arrived[block.id] = lanes.write("write gradients", written / pieces, [put])
+                self._spilling.use(self._arrived[block.id])
+        return put
 
     def _end_of_step(self) -> int:
         """`step()`: the last task before it returns."""
@@ -283,7 +302,7 @@ class _Run:
         load, lanes = self._load, self._lanes
         units = max(1, ceil(block.elements / self._unit))
         elements, states = block.elements / units, block.states_moved_nbytes / units
-        spilled = block.spilled_nbytes / units
+        spilled = block.spilled_read_nbytes / units if load.updates == "step" else 0.0
         work = done = begun
         for _ in range(units):
             slot = self._buffers.take() if lane == "update" else ()
@@ -303,9 +322,9 @@ class _Run:
                 self._written.append(done)
             if lane == "update":
                 self._buffers.use(done)
-        if block.home != "host" and block.id != load.small:
-            lanes.moved("weights_written", block.read_nbytes)
-            put = lanes.write("write weights", block.read_nbytes, [work])
+        if block.written_nbytes:
+            lanes.moved("weights_written", block.written_nbytes)
+            put = lanes.write("write weights", block.written_nbytes, [work])
             work = self._graph.add("put", lane, after=[put])
         if load.separate and block.home == "device" and block.id != load.small:
             self._stale.add(block.id)

@@ -18,7 +18,8 @@ from ..memory.errors import DoesNotFitError
 from ..runtime.explain import Explanation
 from ..runtime.foresight import SYSTEM_NBYTES, Foresight, Room
 from ..runtime.tiers import unclaimed_host_nbytes
-from ..runtime.training.forecast import TrainingForecast, TrainingForesight, TrainingWork
+from ..runtime.training.forecast import TrainingForesight
+from ..runtime.training.foreseen import TrainingForecast, TrainingWork
 from ..scheduler.hardware import Hardware
 from ..scheduler.plan import Plan
 from .finetune_job import Job, make_ready
@@ -62,9 +63,7 @@ def dry_run(request: FinetuneRequest, output: Output) -> int:
     return OK
 
 
-def foresee(
-    request: FinetuneRequest, job: Job, hardware: Hardware, *, room: Room, recompute: bool | None = None
-) -> TrainingForecast:
+def foresee(request: FinetuneRequest, job: Job, hardware: Hardware, *, room: Room) -> TrainingForecast:
     """A step on a machine.
 
     Args:
@@ -72,7 +71,6 @@ def foresee(
         job: The run.
         hardware: The machine.
         room: Budgets of it.
-        recompute: Whether layers make their activations again; None where that follows from the budgets.
 
     Raises:
         DoesNotFitError: it does not fit.
@@ -85,7 +83,7 @@ def foresee(
         batch=recipe.batch,
         context=job.data.training.seq,
         accumulate=recipe.accumulate,
-        recompute=recompute,
+        activations=request.activations,  # type: ignore[arg-type]
         adapters=adapters,
     )
     common = {"dtype": recipe.dtype, "trust_remote_code": request.trust_remote_code}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..memory.store import stats
 from ..runtime.training.data.sequences import DataStatistics
 from ..runtime.training.facade import StreamedOptimizer
-from ..runtime.training.forecast import TrainingForecast
+from ..runtime.training.foreseen import TrainingForecast
 from ..runtime.training.runfolder import RunFolder
+from ..runtime.training.wear import Wear
 from ..sizes import format_size
 from .finetune_job import Job
 from .finetune_request import FinetuneRequest
@@ -36,49 +36,35 @@ class FinetunePlan:
     states_nbytes: int
     """On disk for as long as the run is kept: every state twice, so that the last commit stays whole."""
     step_written_nbytes: int
-    """By each step: states and gradients that do not stay in memory, and the weights that do not. Of adapters,
-    nothing."""
+    """By each step: states, weights and gradients that do not stay in memory. Of adapters, nothing."""
     commit_written_nbytes: int
-    """By each commit: the states that stay in memory."""
+    """By each commit: states that stay in memory."""
     written_nbytes: int
     """By the steps that are left, and their commits: that is the wear of the drive."""
 
 
-def finetune_plan(
-    request: FinetuneRequest, job: Job, run: RunFolder, model: Any, optimizer: StreamedOptimizer
-) -> FinetunePlan:
+def finetune_plan(request: FinetuneRequest, job: Job, run: RunFolder, optimizer: StreamedOptimizer) -> FinetunePlan:
     """The plan of a run whose model is there."""
-    training = optimizer.training
+    trained = optimizer.training.trained
     return _plan(
         request,
         job,
-        parameters=sum(trained.elements for trained in training.trained),
-        tensors=len(training.trained),
+        optimizer.training.wear(),
+        parameters=sum(each.elements for each in trained),
+        tensors=len(trained),
         states_nbytes=stats(run.states).file_nbytes,
-        step_written_nbytes=training.wear.step_nbytes,
-        commit_written_nbytes=training.wear.commit_nbytes,
     )
 
 
 def foreseen_plan(request: FinetuneRequest, job: Job, found: TrainingForecast) -> FinetunePlan:
     """The plan of a run that has not been prepared."""
     return _plan(
-        request,
-        job,
-        parameters=found.trained,
-        tensors=found.tensors,
-        states_nbytes=found.disk_nbytes,
-        step_written_nbytes=found.load.wear.step_nbytes,
-        commit_written_nbytes=found.load.wear.commit_nbytes,
+        request, job, found.wear, parameters=found.trained, tensors=found.tensors, states_nbytes=found.disk_nbytes
     )
 
 
-def _plan(
-    request: FinetuneRequest, job: Job, *, step_written_nbytes: int, commit_written_nbytes: int, **sizes: int
-) -> FinetunePlan:
-    left = job.schedule.steps - job.step
+def _plan(request: FinetuneRequest, job: Job, wear: Wear, **sizes: int) -> FinetunePlan:
     sequences = request.recipe.batch * request.recipe.accumulate
-    commits = -(-left // request.commit_every)
     return FinetunePlan(
         undecayed=tuple(job.choice.groups or ()),
         steps=job.schedule.steps,
@@ -86,9 +72,9 @@ def _plan(
         sequences_per_step=sequences,
         seq=job.data.training.seq,
         epochs=job.schedule.steps * sequences / len(job.data.training),
-        step_written_nbytes=step_written_nbytes,
-        commit_written_nbytes=commit_written_nbytes,
-        written_nbytes=step_written_nbytes * left + commit_written_nbytes * commits,
+        step_written_nbytes=wear.step_nbytes,
+        commit_written_nbytes=wear.commit_nbytes,
+        written_nbytes=wear.nbytes(done=job.step, steps=job.schedule.steps, commit_every=request.commit_every),
         **sizes,
     )
 
@@ -108,15 +94,15 @@ def plan_lines(plan: FinetunePlan, request: FinetuneRequest, training: DataStati
     data += f"{plan.seq} ({training.padding / max(training.sequences * plan.seq, 1):.1%} padding)"
     for count, what in ((training.truncated, "truncated"), (training.left_out, "left out"), (aside, "for evaluation")):
         data += f"; {count:,} {what}" if count else ""
-    parts = ((plan.step_written_nbytes, "step"), (plan.commit_written_nbytes, "commit"))
-    written = ", ".join(f"{format_size(nbytes)} written per {what}" for nbytes, what in parts if nbytes)
+    each = {"step": plan.step_written_nbytes, "commit": plan.commit_written_nbytes}
+    parts = [f"{format_size(nbytes)} written per {what}" for what, nbytes in each.items() if nbytes]
     lines = [
         f"trains {plan.parameters:,} parameters in {plan.tensors} tensors with {recipe.optimizer} ({hyper}), "
         + (f"clipped to {recipe.clip:g}" if recipe.clip else "not clipped"),
         data,
         f"{plan.steps} steps of {recipe.accumulate} × {recipe.batch} sequences, {plan.epochs:.2f} epochs; "
         f"{_schedule(request, plan)}",
-        f"disk: {format_size(plan.states_nbytes)} in {request.out} for states; about {written}, "
+        f"disk: {format_size(plan.states_nbytes)} in {request.out} for states; {' and '.join(parts)}, "
         f"{format_size(plan.written_nbytes)} in all",
     ]
     if recipe.lora is not None:

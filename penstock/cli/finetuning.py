@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from ..api import close, explain
+from ..caches import link_cache
 from ..memory.errors import DiskError, PenstockError
 from ..runtime.training.adapters import without_adapters
 from ..runtime.training.board import open_board
+from ..runtime.training.distance import Distance, distance_of, rates_of
 from ..runtime.training.evaluation import takes_positions
 from ..runtime.training.facade import StreamedOptimizer
-from ..runtime.training.forecast import TrainingForecast
+from ..runtime.training.foreseen import TrainingForecast
 from ..runtime.training.loop import Loop, LoopOptions
 from ..runtime.training.metrics import MetricsFile, StepRecord, read_metrics
 from ..runtime.training.progress import Progress
@@ -27,7 +30,7 @@ from ..sizes import format_size
 from .finetune_job import Job, make_ready
 from .finetune_outlook import dry_run, foresee, outlook_lines, room_of
 from .finetune_plan import FinetunePlan, finetune_plan, plan_lines
-from .finetune_progress import FinetuneProgress, duration
+from .finetune_progress import STEADY, FinetuneProgress, duration
 from .finetune_request import FinetuneRequest
 from .generation import plan_summary
 from .losschart import draw_loss, loss_curve
@@ -51,6 +54,8 @@ class Reached:
     last: StepRecord | None = None
     eval_loss: float | None = None
     """The newest."""
+    steady: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=STEADY))
+    """The last ones: the first of a process are slow, while orders are learnt."""
 
     def __call__(self, record: StepRecord) -> None:
         """One more step is done."""
@@ -58,6 +63,7 @@ class Reached:
         self.tokens += record.tokens
         self.seconds += record.seconds
         self.last = record
+        self.steady.append(record)
         self.eval_loss = self.eval_loss if record.eval_loss is None else record.eval_loss
 
 
@@ -89,8 +95,9 @@ def carry_out(request: FinetuneRequest, output: Output) -> int:
 def _train(
     request: FinetuneRequest, job: Job, run: RunFolder, model: Any, optimizer: StreamedOptimizer, output: Output
 ) -> int:
-    plan = finetune_plan(request, job, run, model, optimizer)
-    foreseen = _foreseen(request, job, model, optimizer, output)
+    plan = finetune_plan(request, job, run, optimizer)
+    rates = rates_of(model, [str(file) for file in run.state_files()], link_cache())
+    foreseen = _foreseen(request, job, model, output)
     _tell_plan(plan, foreseen, request, job, model, output)
     reached = Reached()
     with ExitStack() as stack:
@@ -101,7 +108,10 @@ def _train(
             stack.callback(board.close)
             listeners.append(board.write)
         stopping = stack.enter_context(StopSignals())
-        listeners.append(stack.enter_context(FinetuneProgress(output.notes, steps=plan.steps, done=job.step)))
+        progress = FinetuneProgress(
+            output.notes, steps=plan.steps, done=job.step, rates=rates, plan=model.penstock.plan
+        )
+        listeners.append(stack.enter_context(progress))
         loop = Loop(
             model=model,
             optimizer=optimizer,
@@ -130,16 +140,15 @@ def _train(
     _draw(request, run)
     if not finished:
         output.notes.print(Text(f"told to stop: committed at step {loop.step} of {plan.steps}; --resume goes on there"))
-    for line in _summary(run, reached, model):
+    distance = distance_of(reached.steady, rates)
+    for line in _summary(run, reached, distance, model):
         output.notes.print(Text(line))
     if request.as_json:
-        output.write_json(_document(request, plan, foreseen, loop, reached, model))
+        output.write_json(_document(request, plan, foreseen, loop, reached, distance, model))
     return OK if finished else stopping.exit_code
 
 
-def _foreseen(
-    request: FinetuneRequest, job: Job, model: Any, optimizer: StreamedOptimizer, output: Output
-) -> TrainingForecast | None:
+def _foreseen(request: FinetuneRequest, job: Job, model: Any, output: Output) -> TrainingForecast | None:
     """What a step of the run would take; None, and a note, where that cannot be said. A run begins all the same."""
     hardware = kept_machine(request.device, disk=request.out)
     if hardware is None:
@@ -147,10 +156,9 @@ def _foreseen(
             Text("how long steps take is not foreseen: run `penstock calibrate` once to have it measured")
         )
         return None
-    again = bool(optimizer.training.segments)
     with output.busy("foreseeing a step"):
         try:
-            return foresee(request, job, hardware, room=room_of(model.penstock.plan), recompute=again)
+            return foresee(request, job, hardware, room=room_of(model.penstock.plan))
         except PenstockError as error:
             output.notes.print(Text(f"how long steps take is not foreseen: {error}"))
     return None
@@ -190,12 +198,13 @@ def _draw(request: FinetuneRequest, run: RunFolder) -> None:
         ) from error
 
 
-def _summary(run: RunFolder, reached: Reached, model: Any) -> list[str]:
+def _summary(run: RunFolder, reached: Reached, distance: Distance, model: Any) -> list[str]:
     if reached.last is None:
         return []
     line = f"{reached.steps} steps in {duration(reached.total_s)}: {reached.seconds / reached.steps:.3g} s/step, "
     line += f"{reached.tokens / reached.seconds:,.0f} tokens/s; loss {reached.last.loss:.4f}"
     line += "" if reached.eval_loss is None else f", evaluation {reached.eval_loss:.4f}"
+    line += "" if distance.value is None else f"; distance {distance.value:.2f}, bound by {distance.binds}"
     written = model.penstock.statistics().disk_written_nbytes
     return [
         f"{line}; {format_size(written)} written",
@@ -209,6 +218,7 @@ def _document(
     foreseen: TrainingForecast | None,
     loop: Loop,
     reached: Reached,
+    distance: Distance,
     model: Any,
 ) -> dict[str, object]:
     """For --json. Sizes in bytes, times in seconds."""
@@ -224,6 +234,9 @@ def _document(
         "seconds": reached.total_s,
         "s_per_step": reached.seconds / reached.steps if reached.steps else None,
         "tokens_per_s": reached.tokens / reached.seconds if reached.seconds else None,
+        "distance": distance.value,
+        "bound_s_per_step": distance.bound_s / len(reached.steady) if reached.steady else None,
+        "bound_by": distance.binds,
         "disk_read_nbytes": statistics.disk_read_nbytes,
         "disk_written_nbytes": statistics.disk_written_nbytes,
         "training": plan,

@@ -11,8 +11,10 @@ from ..budget import MemoryBudget, parse_budget
 from ..memory.errors import DoesNotFitError
 from ..runtime.advice import ENOUGH, WORTH, Advice, Change, advise, smallest_that_fits
 from ..runtime.foresight import Foresight, Room
-from ..runtime.training.forecast import Adapters, TrainingForecast, TrainingForesight, TrainingWork
+from ..runtime.training.forecast import TrainingForesight
+from ..runtime.training.foreseen import Adapters, TrainingForecast, TrainingWork
 from ..runtime.training.optimizers import SGD, AdamW, Lion, OptimizerChoice
+from ..runtime.training.run import Activations
 from ..scheduler.hardware import Hardware
 from ..scheduler.sizes import DEFAULT_CONTEXT
 from .finetune_request import OPTIMIZERS
@@ -26,6 +28,8 @@ from .sweep import parse_sweep, show_sweep, sweep
 from .training_view import VIEW, TrainingOutlook, show
 
 _KINDS: Final[dict[str, type[OptimizerChoice]]] = {kind.mathematics: kind for kind in (AdamW, SGD, Lion)}
+_ACTIVATIONS: Final[dict[bool | None, Activations]] = {None: "auto", True: "recompute", False: "keep"}
+"""By --recompute."""
 _ACCUMULATED: Final = 4
 """Times as many backward passes, as a change that is foreseen."""
 
@@ -76,7 +80,7 @@ def work_of(request: PlanRequest) -> TrainingWork:
         context=options.context or DEFAULT_CONTEXT,
         accumulate=options.accumulate or 1,
         updates="backward" if options.updates == "backward" else "step",
-        recompute=options.recompute,
+        activations=_ACTIVATIONS[options.recompute],
         adapters=None if given is None else adapters_of(given),
     )
 
@@ -161,7 +165,7 @@ class TrainingForecaster:
         if work.updates == "step" and not work.clips:
             yield _Tried(words="--updates backward", work=replace(work, updates="backward"))
         if found.recompute:
-            yield _Tried(words="--no-recompute", work=replace(work, recompute=False))
+            yield _Tried(words="--no-recompute", work=replace(work, activations="keep"))
         times = _ACCUMULATED * work.accumulate
         yield _Tried(words=f"--accumulate {times} (larger steps)", work=replace(work, accumulate=times))
 

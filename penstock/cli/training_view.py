@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ..budget import MemoryBudget
 from ..runtime.advice import Advice
-from ..runtime.training.forecast import STANDARD_NBYTES, TrainingForecast
+from ..runtime.training.foreseen import STANDARD_NBYTES, TrainingForecast
 from ..scheduler.hardware import Hardware
 from ..scheduler.stepload import Home, StepPrediction
 from ..sizes import format_size
@@ -86,9 +86,10 @@ def held(found: TrainingForecast, tier: Home) -> Held:
             weights=weights, gradients=sum(block.spilled_nbytes for block in trained), states=found.disk_nbytes,
             activations=0, total=found.disk_nbytes + found.scratch_nbytes, read=traffic.read, written=traffic.written,
         )  # fmt: skip
+    waits = found.work.updates == "step" or found.work.accumulate > 1  # else gradients are gone with their updates
     return Held(
         weights=weights,
-        gradients=sum(b.kept_nbytes - b.spilled_nbytes for b in trained) if found.work.updates == "step" else 0,
+        gradients=sum(b.kept_nbytes - b.spilled_nbytes for b in trained) if waits else 0,
         states=sum(block.states_nbytes - block.states_moved_nbytes for block in trained),
         activations=activations, total=found.plan.host_nbytes + activations, read=0, written=0,
     )  # fmt: skip

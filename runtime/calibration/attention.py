@@ -160,8 +160,9 @@ class AttentionBack:
         shape = (1, heads, self._length, WIDTH)
         made = [torch.full(shape, value, dtype=dtype, device=device) for value in (0.02, 0.02, 0.5)]
         self._inputs = [each.requires_grad_() for each in made]
+        query, key, value = self._inputs
         with torch.enable_grad():
-            self._result = functional.scaled_dot_product_attention(*self._inputs, is_causal=True)
+            self._result = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         self._gradient = torch.full(shape, 0.1, dtype=dtype, device=device)
         self._repeat()  # the first of a shape chooses its kernel
 

@@ -8,26 +8,25 @@ blocks are cut and placed by the planner that `prepare` uses, and the step is si
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Final
 
 from transformers import PreTrainedModel
 
 from ...memory.errors import DoesNotFitError, UsageError
-from ...memory.requests import CHUNK
 from ...scheduler.cost import CostModel
 from ...scheduler.hardware import Hardware
 from ...scheduler.plan import Links, Plan
 from ...scheduler.program import Program
 from ...scheduler.sizes import Bytes, Workload
-from ...scheduler.stepload import StepLoad, StepPrediction, Updates
+from ...scheduler.stepload import StepLoad
 from ...scheduler.trainstep import predict
+from ..activations.store import LEAST_BUFFER, LEAVING, ActivationStore
 from ..adapterbones import add_adapters
 from ..feeding import UnknownInputError, with_context
 from ..foresight import Foresight, Room, device_name
 from ..headroom import FRAMEWORK
-from ..layout import Changing, Layout
+from ..layout import Budgets, Changing, Layout
 from ..planned import make_plan
 from ..planning import Planner
 from ..pretrained import outline
@@ -35,127 +34,15 @@ from ..programs import training_program
 from ..recompute import segments_of
 from ..rehearsal import TooLongError, make_fake
 from ..sizing import measure_activations
+from .activations import announced, moves_activations
 from .adapters import changing_on
+from .foreseen import Adapters, TrainingForecast, TrainingWork
 from .gradients import Trained
 from .loads import StepSettings, load_of
-from .optimizers import OptimizerChoice
 from .preparing import arrays_of, beside_blocks, shards_in
 from .room import TrainingRoom, adapter_room, changing, plan_room
-from .run import Settings
-
-STANDARD_NBYTES: Final = 600 * 10**12
-"""What a drive of 1 TB for consumers is usually warranted for: shown where nothing is known of the machine's own."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Adapters:
-    """LoRA (Hu et al., 2021): what is trained instead of the weights."""
-
-    rank: int
-    targets: tuple[str, ...] = ()
-    """Ends of the names of the linear layers that get them; all but the output layer where none is named."""
-    dropout: float = 0.0
-    """Of what goes into them."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingWork:
-    """What is to be trained, and how."""
-
-    choice: OptimizerChoice
-    batch: int
-    """Sequences of a backward pass."""
-    context: int
-    """Tokens of each."""
-    accumulate: int = 1
-    updates: Updates = "step"
-    recompute: bool | None = None
-    """Whether layers make their activations again; None: where weights are streamed."""
-    adapters: Adapters | None = None
-
-    @property
-    def clips(self) -> bool:
-        """Whether the norm of all gradients is clipped."""
-        return self.choice.max_grad_norm is not None
-
-    @property
-    def tokens(self) -> int:
-        """Of a step."""
-        return self.batch * self.context * self.accumulate
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingForecast:
-    """What a step would take."""
-
-    hardware: Hardware
-    work: TrainingWork
-    recompute: bool
-    plan: Plan
-    """Of the weights. Host memory includes what gradients and states need at least."""
-    load: StepLoad
-    prediction: StepPrediction
-    tensors: int
-    """That are trained."""
-    activations_nbytes: int
-    """At most, on the tier that computes; with the framework's own."""
-    activations: Bytes | None
-    """By purpose; None where the model cannot be rehearsed."""
-    notes: tuple[str, ...] = ()
-
-    @property
-    def seconds(self) -> float:
-        """Of a step."""
-        return self.prediction.seconds
-
-    @property
-    def moves(self) -> bool:
-        """Whether anything is read, written or copied, so that another machine could do it faster."""
-        traffic = self.prediction.traffic
-        return bool(traffic.read or traffic.written or traffic.to_device)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """That are trained on."""
-        return self.work.tokens / self.seconds
-
-    @property
-    def binds(self) -> str:
-        """What a step takes most of."""
-        return self.prediction.binds
-
-    @property
-    def trained(self) -> int:
-        """Parameters, counted as numbers."""
-        return sum(block.elements for block in self.load.trained())
-
-    @property
-    def disk_nbytes(self) -> int:
-        """Of drives, for as long as the run is kept: masters and states twice, so that the last commit stays whole."""
-        return 2 * sum(block.states_nbytes for block in self.load.trained())
-
-    @property
-    def scratch_nbytes(self) -> int:
-        """Of drives while it runs: weights that do not stay in memory, gradients that go to disk."""
-        return sum(
-            (block.weights_nbytes if block.home != "host" else 0) + block.spilled_nbytes
-            for block in self.load.trained()
-        )
-
-    @property
-    def begin_s(self) -> float:
-        """Writing all masters, before the first step."""
-        return CostModel(hardware=self.hardware).write_s(self.disk_nbytes / 2, CHUNK)
-
-    @property
-    def endurance_nbytes(self) -> int:
-        """What may be written to all drives in their lives; 0 where it is not known of all."""
-        known = [drive.endurance_nbytes for drive in self.hardware.drives]
-        return sum(known) if all(known) else 0
-
-    def steps_until(self, written: float) -> float:
-        """Steps, of so many bytes, until that or STANDARD_NBYTES, where it is not known, has been written."""
-        return (self.endurance_nbytes or STANDARD_NBYTES) / written
+from .run import Activations, Settings
+from .shards import Shard
 
 
 class TrainingForesight:
@@ -247,17 +134,15 @@ class TrainingForesight:
             raise UsageError(
                 f"{hardware.name}: no drive is known, which masters and states lie on: give it one under drives"
             )
-        work = self.with_context(work)
-        if work.recompute is not None:
-            return self._as(hardware, work, room, again=work.recompute)
-        if self._may_stay(hardware, work, room):  # as `prepare` decides: activations are kept where all weights stay
-            try:
-                found = self._as(hardware, work, room, again=False)
+        work, room = self.with_context(work), room or Room()
+        if work.activations == "auto" and self._may_stay(hardware, work, room):
+            try:  # as `prepare` decides: they are kept where all weights stay
+                found = self._as(hardware, work, room, kept=True)
                 if found.plan.resident:
                     return found
             except DoesNotFitError:
                 pass
-        return self._as(hardware, work, room, again=True)
+        return self._as(hardware, work, room, kept=work.activations == "keep")
 
     def with_context(self, work: TrainingWork) -> TrainingWork:
         """The work with a context that the model has positions for.
@@ -272,86 +157,153 @@ class TrainingForesight:
         """The same model, with adapters that are trained in the place of what is trained here."""
         return TrainingForesight(self.foresight, dtype=self._dtype, trust_remote_code=self._trust, adapters=adapters)
 
-    def _may_stay(self, hardware: Hardware, work: TrainingWork, room: Room | None) -> bool:
+    def _may_stay(self, hardware: Hardware, work: TrainingWork, room: Room) -> bool:
         """Whether all weights could stay where they are used, if it were not for activations."""
-        budgets = self.foresight.budgets(hardware, room or Room(), FRAMEWORK)
+        budgets = self.foresight.budgets(hardware, room, FRAMEWORK)
         weights = self.foresight.weights_nbytes
         if budgets.device is not None:
             return weights <= budgets.device
-        return weights + self._changing(hardware, work).own_nbytes <= budgets.host
+        return weights + self._changing(hardware, work, "keep").own_nbytes <= budgets.host
 
-    def _as(self, hardware: Hardware, work: TrainingWork, room: Room | None, *, again: bool) -> TrainingForecast:
+    def _as(self, hardware: Hardware, work: TrainingWork, room: Room, *, kept: bool) -> TrainingForecast:
+        """A step of which all activations are `kept`, or else what was asked for becomes of them."""
         on_cpu = hardware.gpu is None
-        again = again and bool(self.segments)
-        held, notes = self.activations(work.batch, work.context, again=again, on_cpu=on_cpu)
-        if held is None and again:  # transformers' own checkpointing, which the rehearsal uses, is not there
-            held, notes = self.activations(work.batch, work.context, again=False, on_cpu=on_cpu)
-            notes = (*notes, "activations made again are counted as if they were kept: they cannot be rehearsed")
+        automatic = room.host is None or (room.device is None and not on_cpu)
+        activations: Activations = "keep" if kept and automatic else work.activations
+        again = not kept and activations != "offload" and bool(self.segments)
+        held, notes = self._held(work, again=again or activations == "offload", on_cpu=on_cpu)
         largest = max((each.parameter.nbytes for each in self.trained), default=0)
         transient = FRAMEWORK + largest + (0 if held is None else held.total)
-        model = self.foresight.model
-        budgets = self.foresight.budgets(hardware, room or Room(), transient)
-        layout = Planner(
-            model,
-            self.foresight.backing,
-            budgets,
-            buffers_nbytes=sum(buffer.nbytes for buffer in model.buffers()),
-            keep_skew=on_cpu or hardware.emulated,
-            changing=self._changing(hardware, work),
-        ).best()
-        links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
-        plan = make_plan(layout, device_name(hardware), budgets, links, self.foresight.weights_nbytes)
-        load, shared = self._load(hardware, work, layout, again=again)
+        transient += LEAVING if activations == "offload" else 0  # what is on its way is still there
+        saved = self._saved_nbytes(work, on_cpu=on_cpu) if automatic and activations in ("auto", "offload") else None
+        changing = self._changing(hardware, work, activations, saved)
+        budgets = self.foresight.budgets(hardware, room, transient)
+        layout = self._layout(hardware, budgets, changing)
+        settings = Settings(accumulate=work.accumulate, updates=work.updates, activations=activations)
+        shards, shared = self._shared(layout, work, settings, saved_is_known=changing.saved_nbytes is not None)
+        load = self._load(hardware, work, layout, shards, shared, again=again)
+        plan, left_out = self._told(hardware, budgets, layout, settings, shared)
         found = TrainingForecast(
             hardware=hardware,
             work=work,
             recompute=again,
-            plan=shared.told(plan, layout),
+            plan=plan,
+            room=shared,
             load=load,
             prediction=predict(load, _cost(hardware)),
             tensors=len(self.trained),
             activations_nbytes=transient,
             activations=held,
-            notes=notes,
+            notes=(*notes, *left_out),
         )
         _check_drives(found)
         return found
 
-    def _load(
-        self, hardware: Hardware, work: TrainingWork, layout: Layout, *, again: bool
-    ) -> tuple[StepLoad, TrainingRoom]:
-        """What a step consists of, and what stays in memory: as `prepare` shares it out."""
-        steps = StepSettings(
-            choice=work.choice,
-            accumulate=work.accumulate,
-            updates=work.updates,
-            segments=self.segments if again else (),
-        )
-        settings = Settings(accumulate=work.accumulate, updates=work.updates)
-        if self.adapters is None:
-            shards = shards_in(layout, self.trained)
-            room = plan_room(layout, self.trained, shards, settings, arrays=steps.arrays)
-        else:
-            shards = beside_blocks(self.trained)
-            room = adapter_room(self.trained, shards, settings, arrays=steps.arrays)
-        program, cost = self.program(work.batch, work.context), _cost(hardware)
-        load = load_of(layout, program, cost, trained=self.trained, shards=shards, room=room, settings=steps)
-        return load, room
+    def _layout(self, hardware: Hardware, budgets: Budgets, changing: Changing) -> Layout:
+        model = self.foresight.model
+        return Planner(
+            model,
+            self.foresight.backing,
+            budgets,
+            buffers_nbytes=sum(buffer.nbytes for buffer in model.buffers()),
+            keep_skew=hardware.gpu is None or hardware.emulated,
+            changing=changing,
+        ).best()
 
-    def _changing(self, hardware: Hardware, work: TrainingWork) -> Changing:
+    def _told(
+        self, hardware: Hardware, budgets: Budgets, layout: Layout, settings: Settings, room: TrainingRoom
+    ) -> tuple[Plan, Sequence[str]]:
+        """The plan, with what `prepare` puts into it; and what of it is not in the step that is foreseen."""
+        links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
+        plan = make_plan(layout, device_name(hardware), budgets, links, self.foresight.weights_nbytes)
+        plan = room.told(plan, layout)
+        if not moves_activations(layout, settings):
+            return plan, ()
+        layers, some = bool(self.segments), room.activations_nbytes >= ActivationStore.buffers_nbytes(LEAST_BUFFER)
+        note = announced(settings, layers=layers, room=some)
+        return replace(plan, notes=(*plan.notes, note)), _left_out(settings, held=layers and some)
+
+    def _held(self, work: TrainingWork, *, again: bool, on_cpu: bool) -> tuple[Bytes | None, tuple[str, ...]]:
+        """What a backward pass holds, and notes."""
+        held, notes = self.activations(work.batch, work.context, again=again, on_cpu=on_cpu)
+        if held is None and again:  # transformers' own checkpointing, which the rehearsal uses, is not there
+            held, notes = self.activations(work.batch, work.context, again=False, on_cpu=on_cpu)
+            notes = (*notes, "activations made again are counted as if they were kept: they cannot be rehearsed")
+        return held, notes
+
+    def _saved_nbytes(self, work: TrainingWork, *, on_cpu: bool) -> int | None:
+        """What keeping activations takes more than making them again; None where that cannot be rehearsed."""
+        found = [self.activations(work.batch, work.context, again=again, on_cpu=on_cpu)[0] for again in (False, True)]
+        kept, again = found
+        return None if kept is None or again is None else max(0, kept.total - again.total)
+
+    def _shared(
+        self, layout: Layout, work: TrainingWork, settings: Settings, *, saved_is_known: bool
+    ) -> tuple[tuple[Shard, ...], TrainingRoom]:
+        """The shards, and what stays in memory of them and of gradients: as `prepare` shares it out."""
+        arrays = arrays_of(work.choice)
+        if self.adapters is not None:
+            shards = beside_blocks(self.trained)
+            return shards, adapter_room(layout, self.trained, shards, settings, arrays=arrays)
+        shards = shards_in(layout, self.trained)
+        return shards, plan_room(layout, self.trained, shards, settings, arrays=arrays, saved_is_known=saved_is_known)
+
+    def _load(
+        self,
+        hardware: Hardware,
+        work: TrainingWork,
+        layout: Layout,
+        shards: Sequence[Shard],
+        room: TrainingRoom,
+        *,
+        again: bool,
+    ) -> StepLoad:
+        """What a step consists of."""
+        return load_of(
+            layout,
+            self.program(work.batch, work.context),
+            _cost(hardware),
+            trained=self.trained,
+            shards=shards,
+            room=room,
+            settings=StepSettings(
+                choice=work.choice,
+                accumulate=work.accumulate,
+                updates=work.updates,
+                segments=self.segments if again else (),
+            ),
+        )
+
+    def _changing(
+        self, hardware: Hardware, work: TrainingWork, activations: Activations, saved_nbytes: int | None = None
+    ) -> Changing:
         """Host memory that training needs at least, and what it could use: as `prepare` counts it."""
         arrays = arrays_of(work.choice)
         if self.adapters is None:
-            weights = [parameter.nbytes for parameter in self.foresight.model.parameters()]
-            early = work.updates == "backward"
-            return changing(weights, accumulate=work.accumulate, early=early, arrays=arrays)
+            return changing(
+                [parameter.nbytes for parameter in self.foresight.model.parameters()],
+                accumulate=work.accumulate,
+                early=work.updates == "backward",
+                arrays=arrays,
+                activations=activations,
+                saved_nbytes=saved_nbytes,
+            )
         return changing_on(
             [each.parameter for each in self.trained],
             separate=hardware.gpu is not None,
             emulated=hardware.emulated,
             arrays=arrays,
             accumulate=work.accumulate,
+            activations=activations,
         )
+
+
+def _left_out(settings: Settings, *, held: bool) -> Sequence[str]:
+    """What is not in the step that is foreseen, of activations that a plan decides about."""
+    if settings.activations == "offload":
+        return ("what activations pass on their way to memory and disk, and back, is not in the time foreseen",)
+    faster = "foreseen as if layers made all their activations again: what a run holds of them makes it faster"
+    return (faster,) if held else ()
 
 
 def _cost(hardware: Hardware) -> CostModel:

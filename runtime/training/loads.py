@@ -18,12 +18,12 @@ from ...scheduler.operations import Operation
 from ...scheduler.program import Enter, Leave, Program
 from ...scheduler.stepload import BlockUse, Home, LoadedBlock, StepLoad, Updates, UpdateWork
 from ..layout import Draft, Layout
+from .early import BEHIND
 from .gradients import Trained
 from .optimizers import OptimizerChoice
 from .pipeline import BUFFERS
 from .room import TrainingRoom
 from .shards import ELEMENTS, Shard
-from .training import BEHIND
 from .updater import SMALL
 
 
@@ -67,7 +67,7 @@ def load_of(
     """
     uses, segments = _uses(layout, program, cost, settings.segments)
     return StepLoad(
-        blocks={block.id: block for block in loaded_blocks(layout, trained, shards, room, arrays=settings.arrays)},
+        blocks={block.id: block for block in _blocks(layout, trained, shards, room, settings)},
         uses=uses,
         segments=segments,
         slots=layout.front.slots,
@@ -84,30 +84,42 @@ def load_of(
     )
 
 
-def loaded_blocks(
-    layout: Layout, trained: Sequence[Trained], shards: Sequence[Shard], room: TrainingRoom, *, arrays: int
+def _blocks(
+    layout: Layout, trained: Sequence[Trained], shards: Sequence[Shard], room: TrainingRoom, settings: StepSettings
 ) -> Iterator[LoadedBlock]:
     """The blocks of a layout, with what belongs to what is trained in them, or (adapters) beside them."""
     owner = {piece.parameter: shard.block for shard in shards for piece in shard.pieces}
     frozen = {portion.name for block in layout.blocks for portion in block.portions}.isdisjoint(t.name for t in trained)
+    # gradients of one pass that go into early updates go to disk only where they have to wait for others for long
+    spilled = room.spilled if settings.updates == "step" or settings.accumulate > 1 else frozenset()
     for block in layout.blocks:
         members = [index for index in range(len(trained)) if owner[index] == block.id]
+        own = [shard for shard in shards if shard.block == block.id]
         kept = {index: trained[index].elements * room.itemsizes[index] for index in members}
-        states = {s.id: arrays * s.array_nbytes for s in shards if s.block == block.id}
+        states = {shard.id: settings.arrays * shard.array_nbytes for shard in own}
         gradient = sum(trained[index].elements * trained[index].parameter.itemsize for index in members)
+        home, changed = _home(layout, block), round_up(block.image.nbytes)
+        changes = bool(members) and not frozen
         yield LoadedBlock(
             id=block.id,
-            home=_home(layout, block),
+            home=home,
             # what has changed is read from a scratch file, where its slot lies as it is
-            read_nbytes=block.image.read_nbytes if frozen or not members else round_up(block.image.nbytes),
+            read_nbytes=changed if changes else block.image.read_nbytes,
             weights_nbytes=block.image.data_nbytes + (gradient if frozen else 0),  # adapters lie beside blocks
+            written_nbytes=changed if changes and home != "host" else 0,
             elements=sum(trained[index].elements for index in members),
             tensors=max(len(members), 1),
             states_nbytes=sum(states.values()),
             states_moved_nbytes=sum(nbytes for shard, nbytes in states.items() if shard not in room.resident),
             gradient_nbytes=gradient,
             kept_nbytes=sum(kept.values()),
-            spilled_nbytes=sum(nbytes for index, nbytes in kept.items() if index in room.spilled),
+            spilled_nbytes=sum(nbytes for index, nbytes in kept.items() if index in spilled),
+            spilled_read_nbytes=sum(
+                round_up(piece.elements * room.itemsizes[piece.parameter])
+                for shard in own
+                for piece in shard.pieces
+                if piece.parameter in spilled
+            ),
         )
 
 

@@ -15,7 +15,8 @@ from penstock.cli import main
 from penstock.memory.errors import DoesNotFitError
 from penstock.memory.store import stats
 from penstock.runtime.foresight import Foresight, Room
-from penstock.runtime.training.forecast import Adapters, TrainingForesight, TrainingWork
+from penstock.runtime.training.forecast import TrainingForesight
+from penstock.runtime.training.foreseen import Adapters, TrainingWork
 from penstock.scheduler.datasheet import parse_hardware
 from penstock.scheduler.hardware import Hardware
 
@@ -102,8 +103,8 @@ def test_what_prepare_decides_is_foreseen(checkpoint: Path, tmp_path: Path, more
         assert found.plan.slot_nbytes == pytest.approx(plan.slot_nbytes, abs=4096)
         assert found.plan.host_nbytes == pytest.approx(plan.host_nbytes, abs=4096 * plan.slots)
         assert found.plan.notes == plan.notes
-        assert found.recompute == bool(optimizer.training.segments)
-        assert found.load.wear == optimizer.training.wear
+        assert found.recompute == (not plan.resident)
+        assert found.wear == optimizer.training.wear()
         assert found.disk_nbytes == stats(tmp_path / "run" / "states").file_nbytes
     finally:
         penstock.close(model)

@@ -22,7 +22,8 @@ from penstock.runtime.programs import training_program
 from penstock.runtime.rehearsal import make_fake
 from penstock.runtime.training.adapters import changing_on
 from penstock.runtime.training.adapters import put as put_adapters
-from penstock.runtime.training.forecast import Adapters, TrainingForesight, TrainingWork
+from penstock.runtime.training.forecast import TrainingForesight
+from penstock.runtime.training.foreseen import Adapters, TrainingWork
 from penstock.runtime.training.loads import update_work
 from penstock.runtime.training.optimizers import SGD, AdamW, Lion
 from penstock.scheduler.datasheet import parse_hardware
@@ -123,7 +124,7 @@ def test_bytes_per_parameter_are_those_of_the_page(folder: Path, training: Train
     assert traffic.states_written == pytest.approx(states)
     assert sum(block.states_nbytes for block in streamed.load.trained()) == pytest.approx(12 * count, rel=0.01)
     assert streamed.disk_nbytes == pytest.approx(24 * count, rel=0.01)  # arrays begin on pages
-    assert streamed.load.wear.step_nbytes == pytest.approx(traffic.written)
+    assert streamed.wear.step_nbytes == pytest.approx(traffic.written)
 
 
 def test_optimizers_differ_by_their_states(folder: Path, training: TrainingForesight) -> None:
@@ -144,8 +145,8 @@ def test_adapters_leave_the_base_as_it_is(folder: Path, foresight: Foresight) ->
     per_layer = 4 * (4 * (256 + 256) + 3 * (256 + 1024))
     assert found.trained == 4 * per_layer
     assert found.prediction.traffic.written == 0
-    assert found.load.wear.step_nbytes == 0
-    assert found.load.wear.commit_nbytes == found.disk_nbytes / 2 >= 12 * found.trained
+    assert found.wear.step_nbytes == 0
+    assert found.wear.commit_nbytes == found.disk_nbytes / 2 >= 12 * found.trained
     few = TrainingForesight(foresight, adapters=Adapters(rank=4, targets=("q_proj", "v_proj")))
     assert sum(each.elements for each in few.trained) == 4 * 4 * 2 * 512
     with pytest.raises(UsageError, match="nothing would be trained"):
@@ -196,9 +197,9 @@ def test_blocks_of_a_frozen_base_are_those_of_prepare(folder: Path, foresight: F
 
 def test_activations_made_again_take_less_memory_and_more_time(folder: Path, training: TrainingForesight) -> None:
     hardware = machine(folder)
-    long = TrainingWork(choice=AdamW(), batch=8, context=256, recompute=False)
+    long = TrainingWork(choice=AdamW(), batch=8, context=256, activations="keep")
     kept = training.forecast(hardware, long)
-    again = training.forecast(hardware, TrainingWork(choice=AdamW(), batch=8, context=256, recompute=True))
+    again = training.forecast(hardware, TrainingWork(choice=AdamW(), batch=8, context=256, activations="recompute"))
     assert again.activations_nbytes < kept.activations_nbytes
     assert again.prediction.busy_s["CPU"] > kept.prediction.busy_s["CPU"]
     assert kept.load.segments == ()

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from penstock.scheduler.cost import CostModel
@@ -55,6 +55,8 @@ def load(
         "gradient_nbytes": 2 * ELEMENTS,
         "kept_nbytes": kept * ELEMENTS,
         "spilled_nbytes": kept * ELEMENTS if spilled else 0,
+        "spilled_read_nbytes": kept * ELEMENTS if spilled else 0,
+        "written_nbytes": 0 if home == "host" else 2 * ELEMENTS,
     }
     blocks = {
         number: LoadedBlock(
@@ -109,7 +111,7 @@ def moved_s(found: StepPrediction, hardware: Hardware) -> float:
 HOMES = st.sampled_from(["host", "disk"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     layers=st.integers(1, 8),
     home=HOMES,
@@ -122,6 +124,10 @@ HOMES = st.sampled_from(["host", "disk"])
     states_in_memory=st.booleans(),
     spilled=st.booleans(),
 )
+@example(  # where writes pile up until the fourth step
+    layers=3, home="host", read=1e7, forward=0.125, mixed=1.0, updates="backward", segments=False, accumulate=3,
+    states_in_memory=False, spilled=False,
+)  # fmt: skip
 def test_no_step_is_faster_than_its_bound_or_slower_than_one_thing_after_another(
     layers: int, home: Home, read: float, forward: float, mixed: float, updates: Any, segments: bool, accumulate: int,
     states_in_memory: bool, spilled: bool,
@@ -129,7 +135,7 @@ def test_no_step_is_faster_than_its_bound_or_slower_than_one_thing_after_another
     hardware = machine(read=read, write=read / 2, mixed=mixed)
     asked = load(
         layers, forward=forward, home=home, updates=updates, segments=segments, accumulate=accumulate,
-        states_in_memory=states_in_memory, spilled=spilled and updates == "step",
+        states_in_memory=states_in_memory, spilled=spilled and (updates == "step" or accumulate > 1),
     )  # fmt: skip
     cost = CostModel(hardware=hardware)
     found = predict(asked, cost)
@@ -194,6 +200,8 @@ def test_what_a_step_moves_is_what_the_page_says() -> None:
     assert wide.traffic.gradients_written == 5 * 4 * count
     assert wide.traffic.gradients_read == 5 * 4 * count
     assert wide.traffic.states_written == 12 * count
+    early = predict(load(spilled=True, accumulate=5, updates="backward"), CostModel(hardware=machine()))
+    assert early.traffic.gradients_written == early.traffic.gradients_read == 4 * 4 * count
     resident = predict(load(states_in_memory=True), CostModel(hardware=machine()))
     assert resident.traffic.read == resident.traffic.written == 0
 
