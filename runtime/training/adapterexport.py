@@ -16,8 +16,9 @@ from .exported import Export, ExportedTensor, whole_run
 from .exportsource import bones_of, refuse_other, required
 from .gradients import Trained
 from .masters import Masters
-from .preparing import beside_blocks, identity_of
+from .preparing import identity_of
 from .run import RunState
+from .selection import beside_blocks
 from .shards import Shard
 
 CONFIG = "adapter_config.json"

@@ -27,9 +27,9 @@ from ..beside import Beside, trained_in
 from ..devices.base import Device
 from ..layout import Changing
 from .pipeline import BUFFERS
-from .preparing import only_trained
 from .room import activation_room
 from .run import Activations
+from .selection import only_trained
 from .shards import cut_shards
 
 _FREE: Final = frozenset(

@@ -17,8 +17,9 @@ from ..phases import once_per_answer
 from ..pretrained import Skeleton, skeleton
 from .exported import ExportedTensor
 from .gradients import Trained
-from .preparing import beside_blocks, identity_of
+from .preparing import identity_of
 from .run import RunState
+from .selection import beside_blocks
 from .shards import Shard, cut_shards
 
 

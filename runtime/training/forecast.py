@@ -39,9 +39,10 @@ from .adapters import changing_on
 from .foreseen import Adapters, TrainingForecast, TrainingWork
 from .gradients import Trained
 from .loads import StepSettings, load_of
-from .preparing import arrays_of, beside_blocks, shards_in
+from .preparing import arrays_of
 from .room import TrainingRoom, adapter_room, changing, plan_room
 from .run import Activations, Settings
+from .selection import beside_blocks, shards_in
 from .shards import Shard
 
 

@@ -13,17 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.optimizer import GRADIENT_DTYPES, Optimizer
+from ...kernels.optimizer import Optimizer
 from ...kernels.scratch import Scratch
 from ...memory.errors import DiskError, StoreError, UsageError
 from ...memory.scratch import Scratch as ScratchFolder
 from ...memory.scratch import process_scratch
 from ...memory.store import BlockSpec, BlockStore, check_unused, check_vacant
 from ...memory.trim import return_free_memory
-from ..beside import trained_in
 from ..build import Machinery
 from ..launch import open_scratch, scratch_files
-from ..layout import Layout
 from .activations import arrange_activations, moves_activations
 from .adapterweights import AdapterWeights
 from .buffers import restore_buffers
@@ -33,10 +31,11 @@ from .optimizers import SGD, AdamW, Lion, OptimizerChoice
 from .pipeline import ShardPipeline
 from .room import TrainingRoom, adapter_room, plan_room, tell
 from .run import Origin, RunState, Settings, decode, set_random_state
-from .shards import ELEMENTS, Shard, cut_shards
+from .selection import find_trained, only_trained, shards_of
+from .shards import Shard
 from .spill import GradientSpill
 from .training import Training
-from .updater import SMALL, Updater
+from .updater import Updater
 from .weights import TrainedWeights, Weights
 
 
@@ -228,22 +227,6 @@ def arrays_of(choice: OptimizerChoice) -> int:
     return 1 + len(choice.kernel.states_of(choice.kernel.hyper_of(choice.defaults())))
 
 
-def only_trained(model: nn.Module, names: Sequence[str]) -> None:
-    """Let these parameters want a gradient and no others.
-
-    Raises:
-        UsageError: the model has not all of them.
-    """
-    present = dict(model.named_parameters())
-    missing = [name for name in names if name not in present]
-    if missing:
-        raise UsageError(f"the run trains {len(names)} parameters; {len(missing)} are not in this model: {missing[0]}")
-    wanted = set(names)
-    for name, parameter in present.items():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(name in wanted)
-
-
 def choice_of(state: RunState) -> OptimizerChoice:
     """The optimizer of a run, with the hyperparameters of its last group; the others come with `groups`."""
     kinds: dict[str, type[OptimizerChoice]] = {kind.mathematics: kind for kind in (AdamW, SGD, Lion)}
@@ -255,52 +238,6 @@ def choice_of(state: RunState) -> OptimizerChoice:
 
 def _exact(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def find_trained(model: nn.Module, machinery: Machinery) -> list[Trained]:
-    """The parameters that want a gradient, in the order of `parameters()`.
-
-    Raises:
-        UsageError: there is none, or one is not streamed.
-    """
-    strides = {bound.name: bound.stride for binding in machinery.bindings.values() for bound in binding.tensors}
-    if not machinery.trains:
-        strides = {name: tuple(parameter.stride()) for name, parameter in trained_in(model).items()}
-    found = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or not parameter.numel():
-            continue
-        if parameter.dtype not in GRADIENT_DTYPES:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in GRADIENT_DTYPES)
-            raise UsageError(f"parameter {name} is {parameter.dtype}; what can be trained is {known}: freeze it")
-        if name not in strides:
-            raise UsageError(f"parameter {name} is not penstock's (a tensor subclass?): freeze it to train the others")
-        found.append(Trained(name=name, parameter=parameter, stride=strides[name]))
-    if not found:
-        raise UsageError("no parameter wants a gradient: set requires_grad on those that are to be trained")
-    return found
-
-
-def shards_of(trained: Sequence[Trained], machinery: Machinery) -> tuple[Shard, ...]:
-    """The shards of these parameters, block by block in the order in which a forward uses them."""
-    if not machinery.trains:
-        return beside_blocks(trained)
-    return shards_in(machinery.layout, trained)
-
-
-def shards_in(layout: Layout, trained: Sequence[Trained]) -> tuple[Shard, ...]:
-    """The shards of parameters that lie in the blocks of a layout."""
-    number = {each.name: index for index, each in enumerate(trained)}
-    blocks = {
-        block.id: [number[portion.name] for portion in block.portions if portion.name in number]
-        for block in layout.blocks
-    }
-    return cut_shards([each.elements for each in trained], blocks, most=ELEMENTS)
-
-
-def beside_blocks(trained: Sequence[Trained]) -> tuple[Shard, ...]:
-    """The shards of what is trained beside frozen weights: it counts as one block, which is never withdrawn."""
-    return cut_shards([each.elements for each in trained], {SMALL: range(len(trained))})
 
 
 def assemble(

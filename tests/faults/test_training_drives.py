@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import penstock
-from penstock.runtime.training import preparing, room
+from penstock.runtime.training import room, selection
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.fixture(autouse=True)
 def short_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards so short that the buffers which gradients pass through are less than all gradients of a small model."""
-    for user in (preparing, room):
+    for user in (room, selection):
         monkeypatch.setattr(user, "ELEMENTS", 1024)
 
 

@@ -17,7 +17,7 @@ from zoo import differences
 
 import penstock
 from penstock.memory.errors import DiskError, DoesNotFitError, PenstockError
-from penstock.runtime.training import preparing, room
+from penstock.runtime.training import room, selection
 from penstock.runtime.training.early import BEHIND, EarlySteps
 from penstock.runtime.training.spill import GradientSpill
 
@@ -28,7 +28,7 @@ EXPERTS = 4
 @pytest.fixture
 def short_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards so short that the buffers which gradients pass through are less than all of them."""
-    for user in (preparing, room):
+    for user in (room, selection):
         monkeypatch.setattr(user, "ELEMENTS", 1024)
 
 

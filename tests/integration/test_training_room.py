@@ -30,7 +30,7 @@ from training_reference import (
 from zoo import differences
 
 import penstock
-from penstock.runtime.training import preparing, room
+from penstock.runtime.training import room, selection
 from penstock.runtime.training.updater import SMALL
 
 pytestmark = [
@@ -49,7 +49,7 @@ def short_shards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Shards so short that small models have many, and the buffers that gradients pass through are less than all."""
     spec = getattr(request.node, "callspec", None)
     name = spec.params.get("name", "") if spec is not None else ""
-    for user in (preparing, room):
+    for user in (room, selection):
         monkeypatch.setattr(user, "ELEMENTS", 4096 if name in LARGER else 2048 if name == "mixtral" else 1024)
 
 
