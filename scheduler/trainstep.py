@@ -11,7 +11,7 @@ update. What is not in it: the first steps, in which orders are learned; the dat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from math import ceil
 from typing import Final, Literal
@@ -107,7 +107,12 @@ class _Run:
         self._first_use: dict[int, int] = {}
         for index in reversed(range(len(load.uses))):
             self._first_use.update(dict.fromkeys(load.uses[index].blocks, index))
-        self._coming = self._arrivals()
+        self._coming: dict[int, list[Arrival[int]]] = {}
+        """By use, over all steps: the blocks that the ring has to be brought for it."""
+        self._in_vain: dict[int, list[Arrival[int]]] = {}
+        """By use: what it is brought by then that is not used before it changes."""
+        for each in self._arrivals():
+            (self._in_vain if each.in_vain else self._coming).setdefault(each.use, []).append(each)
         elements = sum(block.elements for block in load.trained())
         self._unit = load.shard_elements * max(1, ceil(elements / load.shard_elements / MOST_SHARDS))
 
@@ -145,20 +150,21 @@ class _Run:
 
     # --- forward and backward -------------------------------------------------------------------------------------
 
-    def _arrivals(self) -> dict[int, list[Arrival[tuple[int, int]]]]:
-        """By use, over all steps: the blocks that the ring has to be brought for it."""
+    def _arrivals(self) -> list[Arrival[int]]:
+        """What the ring is brought, over all steps and what is read ahead for the one after the last."""
         load = self._load
-        order: list[Sequence[tuple[int, int]]] = []
-        for step in range(STEPS):
-            for _ in range(self._passes):
+        order: list[Sequence[int]] = []
+        changes: dict[int, Collection[int]] = {}
+        for _ in range(STEPS + 1):
+            for number in range(self._passes):
                 for way, place in one_pass(load):
-                    asked = [load.blocks[block] for block in self._asked(way, place)]
-                    # what has changed since the step before is another block, for all the ring knows
-                    order.append([(b.id, step if b.elements else -1) for b in asked if self._passes_through(b)])
-        found: dict[int, list[Arrival[tuple[int, int]]]] = {}
-        for each in arrivals(order, max([load.slots, *(len(use.blocks) + 1 for use in load.uses)])):
-            found.setdefault(each.use, []).append(each)
-        return found
+                    asked = self._asked(way, place)
+                    order.append([block for block in asked if self._passes_through(load.blocks[block])])
+                    if load.updates == "backward" and way == "backward" and number == self._passes - 1:
+                        changes[len(order) - 1] = self._whole_at(place)
+            if load.updates == "step":
+                changes[len(order) - 1] = [block.id for block in load.trained()]
+        return arrivals(order, max([load.slots, *(len(use.blocks) + 1 for use in load.uses)]), changes=changes)
 
     def _whole_at(self, place: int) -> list[int]:
         """Trained blocks whose gradients are whole when backward has gone back to this place."""
@@ -183,6 +189,8 @@ class _Run:
             self._computed = self._lanes.compute(way, seconds, after)
             self._gate = []
             self._ended.append(self._computed)
+            for each in self._in_vain.get(self._place, ()):
+                self._bring_for(each)
             self._place += 1
             if way == "forward":
                 forward = self._computed
@@ -204,8 +212,12 @@ class _Run:
                 self._stale.discard(number)
                 yield self._bring(self._load.blocks[number], [])
         for each in self._coming.get(self._place, ()):
-            number, _ = each.block
-            yield self._bring(self._load.blocks[number], [] if each.after is None else [self._ended[each.after]])
+            yield self._bring_for(each)
+
+    def _bring_for(self, arrival: Arrival[int]) -> int:
+        return self._bring(
+            self._load.blocks[arrival.block], [] if arrival.after is None else [self._ended[arrival.after]]
+        )
 
     def _bring(self, block: LoadedBlock, slot: Sequence[int]) -> int:
         """Read and copy its weights; `slot` is what its slot waits for."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from penstock.cli import main
 from penstock.memory.errors import DoesNotFitError
 from penstock.memory.store import stats
 from penstock.runtime.foresight import Foresight, Room
+from penstock.runtime.training import loads, room, selection
 from penstock.runtime.training.forecast import TrainingForesight
 from penstock.runtime.training.foreseen import Adapters, TrainingWork
+from penstock.runtime.training.shards import ELEMENTS
 from penstock.scheduler.datasheet import parse_hardware
 from penstock.scheduler.hardware import Hardware
 
@@ -110,32 +114,50 @@ def test_what_prepare_decides_is_foreseen(checkpoint: Path, tmp_path: Path, more
         penstock.close(model)
 
 
-def test_bytes_of_steps_are_those_foreseen(checkpoint: Path, tmp_path: Path) -> None:
-    choice = penstock.AdamW(max_grad_norm=1.0)
+@pytest.mark.parametrize("more", [MIB // 8, MIB])
+@pytest.mark.parametrize("elements", [ELEMENTS, 4096])
+@pytest.mark.parametrize(("accumulate", "updates"), [(1, "step"), (2, "step"), (1, "backward"), (2, "backward")])
+def test_bytes_of_steps_are_those_foreseen(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int, elements: int, accumulate: int,
+    updates: Any,
+) -> None:  # fmt: skip
+    for user in (loads, room, selection):  # of short shards some gradients go to disk, beside what they pass through
+        monkeypatch.setattr(user, "ELEMENTS", elements)
+    choice = penstock.AdamW(max_grad_norm=1.0 if updates == "step" else None)
     training = TrainingForesight(Foresight(checkpoint), adapters=None)
-    work = TrainingWork(choice=choice, batch=1, context=64)
-    host = needed(training, work) + MIB // 8
+    work = TrainingWork(
+        choice=choice, batch=1, context=64, accumulate=accumulate, updates=updates, activations="recompute"
+    )
+    host = needed(training, work) + more
     found = training.forecast(hardware(), work, room=Room(host=host))
     model, optimizer = penstock.prepare(
-        checkpoint, optimizer=choice, disk=tmp_path / "run", max_memory={"host": host}, device="cpu"
-    )
+        checkpoint, optimizer=choice, disk=tmp_path / "run", max_memory={"host": host}, device="cpu",
+        accumulate=accumulate, updates=updates, activations="recompute",
+    )  # fmt: skip
     ids = torch.randint(0, 200, (1, 64), generator=torch.Generator().manual_seed(0))
     try:
         moved = []
-        for _ in range(6):
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        for _ in range(12):
+            for _ in range(accumulate):
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             optimizer.training.finish()
             statistics = model.penstock.statistics()
             moved.append((statistics.disk_read_nbytes, statistics.disk_written_nbytes))
-        read, written = (moved[5][i] - moved[4][i] for i in range(2))
     finally:
         penstock.close(model)
+    steps = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(moved[3:])]
     traffic = found.prediction.traffic
     assert traffic.weights_read
-    assert written == traffic.written
-    assert read == pytest.approx(traffic.read, rel=0.03)  # 3190784 and 3121152 were seen: why is not known yet
+    assert (traffic.gradients_written > 0) == (elements == 4096 and (updates == "step" or accumulate > 1))
+    assert {written for _, written in steps} == {found.wear.step_nbytes} == {round(traffic.written)}
+    usual, _ = Counter(read for read, _ in steps).most_common(1)[0]  # a read that is late may spare another one
+    if updates == "step":
+        assert usual == round(traffic.read)
+    else:  # which blocks are being updated when a slot becomes free, and cannot be read ahead, is a matter of time
+        largest = max(block.read_nbytes for block in found.load.blocks.values() if block.home == "disk")
+        assert usual == pytest.approx(traffic.read, abs=(found.load.behind + 1) * largest)
 
 
 def test_a_dry_run_tells_and_leaves_nothing(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Mapping
 from itertools import chain
 
 import pytest
@@ -13,21 +13,31 @@ from penstock.scheduler.prefetch import next_fetch
 from penstock.scheduler.ringorder import Arrival, arrivals
 
 
-def by_the_executor(order: list[list[int]], slots: int) -> list[int]:
+def by_the_executor(
+    order: list[list[int]], slots: int, changes: Mapping[int, Collection[int]] | None = None
+) -> list[int]:
     """Blocks in the order in which a ring gets them that has time to fill up before each use."""
     ring: list[int] = []
     brought: list[int] = []
-    for use, blocks in enumerate(order):
+
+    def fill(use: int) -> None:
         while True:
             upcoming = list(chain(*order[use:]))
             fetch = next_fetch(upcoming, present=ring, evictable=set(ring), free_slots=slots - len(ring))
             if fetch is None:
-                break
+                return
             if fetch.victim is not None:
                 ring.remove(fetch.victim)
             ring.append(fetch.block)
             brought.append(fetch.block)
+
+    for use, blocks in enumerate(order):
+        fill(use)
         assert set(blocks) <= set(ring)
+        changed = (changes or {}).get(use, ())
+        if changed:
+            fill(use + 1)
+            ring = [block for block in ring if block not in changed]
     return brought
 
 
@@ -36,6 +46,27 @@ def test_a_forward_and_its_backward_are_brought_as_the_executor_brings_them(coun
     order = [[block] for block in [*range(count), *reversed(range(count))] * times]
     found = [each.block for each in arrivals(order, slots)]
     assert found == by_the_executor(order, slots)
+
+
+@given(st.integers(1, 12), st.integers(2, 6), st.integers(1, 3), st.booleans())
+def test_what_changes_between_two_steps_is_brought_anew(count: int, slots: int, times: int, looked_up: bool) -> None:
+    """A block 0 that is looked up is used in forward alone."""
+    step = [[block] for block in [*([0] if looked_up else []), *range(1, count + 1), *range(count, 0, -1)]]
+    order = step * times
+    changes = {turn * len(step) - 1: range(count + 1) for turn in range(1, times + 1)}
+    found = arrivals(order, slots, changes=changes)
+    assert [each.block for each in found] == by_the_executor(order, slots, changes)
+    # read ahead of the next step, to be changed before it: what backward does not ask for
+    assert {each.block for each in found if each.in_vain} <= {0}
+
+
+def test_what_is_read_ahead_and_then_changes_is_read_in_vain() -> None:
+    order = [[block] for block in (0, 1, 2, 2, 1, 0, 1, 2)]
+    found = arrivals(order, 2, changes={4: (0, 1, 2)})
+    assert [(each.block, each.use, each.after) for each in found] == [
+        (0, 0, None), (1, 1, None), (2, 2, 0), (0, 4, 3), (0, 5, 4), (1, 6, 4), (2, 7, 5)
+    ]  # fmt: skip
+    assert [each.in_vain for each in found] == [False, False, False, True, False, False, False]
 
 
 def test_where_a_ring_turns_round_nothing_is_brought_twice() -> None:
