@@ -22,6 +22,7 @@ from .framework import framework_cost
 from .launch import launch_cost
 from .products import DTYPES, ROWS, linear_curve
 from .rouse import rouse_cost
+from .sampling import Figure
 from .timing import Timer, device_timer, host_timer
 
 Attempt = Callable[[str, Callable[[], Any]], Any]
@@ -97,12 +98,6 @@ class ProcessorProbe:
                 self.device, seconds=self.seconds * SHARES["framework"], timer=host_timer(self.device)
             ),
         )
-        rouse = None
-        if self.device.type == "cpu" and torch.get_num_threads() > 1:
-            rouse = self.attempt(
-                f"{what} rousing threads",
-                lambda: rouse_cost(seconds=self.seconds * SHARES["rouse"], timer=host_timer(self.device)),
-            )
         started = framework or (launch.operation if launch else None)
         name, nbytes, cores = self._facts()
         return Processor(
@@ -115,7 +110,7 @@ class ProcessorProbe:
             elementwise=elementwise,
             launch_s=started.value if started else 0.0,
             operation_s=launch.operation.value if launch else 0.0,
-            rouse_s=rouse.value if rouse else 0.0,
+            rouse_s=self._rouse_s(),
             module_call_s=launch.module.value if launch else 0.0,
             cores=cores,
             **memory,
@@ -149,6 +144,16 @@ class ProcessorProbe:
     def _attention_back(self, dtype: torch.dtype, seconds: float) -> Curve:
         lengths = QUICK_LENGTHS if self.quick else LENGTHS
         return attention_back_curve(self.device, dtype, seconds=seconds, timer=self._timer, lengths=lengths)
+
+    def _rouse_s(self) -> float:
+        """Of a CPU on which several threads share an operation; 0 elsewhere, or where it cannot be measured."""
+        if self.device.type != "cpu" or torch.get_num_threads() == 1:
+            return 0.0
+        found: Figure | None = self.attempt(
+            f"{self.device} rousing threads",
+            lambda: rouse_cost(seconds=self.seconds * SHARES["rouse"], timer=host_timer(self.device)),
+        )
+        return found.value if found else 0.0
 
     def _elementwise(self, dtype: torch.dtype, seconds: float) -> Curve:
         return elementwise_curve(self.device, dtype, seconds=seconds, timer=self._timer)

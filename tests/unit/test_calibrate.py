@@ -41,9 +41,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LEAST_NBYTES", 16 * MIB)
     monkeypatch.setattr(processor, "QUICK_ROWS", (1, 4))
     monkeypatch.setattr(processor, "QUICK_DTYPES", (torch.float32,))
+    monkeypatch.setattr(processor, "QUICK_LENGTHS", (16, 32))
 
 
-def test_everything_there_is(emulated: EmulatedDevice, tmp_path: Path) -> None:
+def test_everything_there_is(emulated: EmulatedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor.torch, "get_num_threads", lambda: 2)  # tests compute on one
     told: list[str] = []
     found = calibrate(emulated, [str(tmp_path)], quick=True, progress=told.append, wall_clock=lambda: 1e9)
     assert decode_calibration(encode_calibration(found), source="x") == found
@@ -52,8 +54,10 @@ def test_everything_there_is(emulated: EmulatedDevice, tmp_path: Path) -> None:
     assert hardware.gpu == hardware.cpu
     assert hardware.link is not None
     assert hardware.cpu.linear.keys() == hardware.cpu.attention.keys() == hardware.cpu.elementwise.keys() == {"float32"}
+    assert hardware.cpu.attention_back.keys() == {"float32"}
     assert hardware.cpu.memory.x[0] == 1
     assert min(hardware.cpu.adam, hardware.cpu.launch_s, hardware.cpu.module_call_s, hardware.disk_read) > 0
+    assert hardware.cpu.rouse_s > 0
     assert found.device == "emulated:h2d=8000000000,d2h=8000000000"
     assert (found.quick, found.taken_unix_s) == (True, 1e9)
     assert [drive.folder for drive in found.fingerprint.drives] == [str(tmp_path)]
@@ -61,10 +65,12 @@ def test_everything_there_is(emulated: EmulatedDevice, tmp_path: Path) -> None:
         "cpu memory",
         "cpu linear float32",
         "cpu attention float32",
+        "cpu attention backward float32",
         "cpu elementwise float32",
         "cpu AdamW",
         "cpu launch",
         "cpu framework",
+        "cpu rousing threads",
         "link to emulated",
         "products while copying",
         f"file on the drive of {tmp_path}",
