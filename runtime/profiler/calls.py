@@ -30,7 +30,7 @@ from .paths import above, is_element, layers
 from .recorder import Recorder
 from .schema import NONE, Phase
 from .spans import Spanned
-from .turns import EVERY_COLD_NS, EVERY_SHARE, Turns
+from .turns import EVERY_COLD_NS, EVERY_SHARE, StepTurns, Turns
 
 _CALL: Final = nn.Module._call_impl.__code__
 """What calls hooks: it is on the stack once for every module under way."""
@@ -96,12 +96,14 @@ class ModuleWatch:
     Args:
         every: Whether all modules are recorded, or only layers and what contains them: elements of a ModuleList,
             Sequential or ModuleDict, their parents, and roots.
+        steps: Where every module is recorded, whether this is done in the step under way.
     """
 
-    def __init__(self, recorder: Recorder, clock: Clock, *, every: bool) -> None:
+    def __init__(self, recorder: Recorder, clock: Clock, *, every: bool, steps: StepTurns | None = None) -> None:
         self._recorder = recorder
         self._clock = clock
         self._every = every
+        self._steps = steps if every else None
         self._rows: dict[int, int] = {}
         """By id of a module: its row, or -1 where it is not recorded."""
         self._alive: dict[int, weakref.ref[nn.Module]] = {}
@@ -241,7 +243,8 @@ class ModuleWatch:
 
     def _take_turn(self, stack: _Stack) -> None:
         """Let the layers of a root that is about to run carry hooks, or none."""
-        wanted = stack.turns.next() or (self._every and torch.is_grad_enabled())
+        by_steps = self._steps is not None and torch.is_grad_enabled()
+        wanted = self._steps.looking if self._steps is not None and by_steps else stack.turns.next()
         if not wanted and self._lanes <= 1:
             self._find(False)  # it would look at every module, and who is called within a root is none; see `_after`
         for known in stack.layers:
