@@ -6,8 +6,8 @@ of long stacks carry them only in some of their root's calls (`Turns`). Roots ar
 layers are recorded it is there only while modules exist that nobody knows yet: they make themselves known when they get
 parameters.
 
-Where every module is recorded, those of long stacks take turns as well, but only while gradients are off: a backward
-pass, and the activations it waits for, are told by the modules of its forward.
+Where every module is recorded, those of long stacks take turns as well: call by call while gradients are off, else step
+by step, since a backward pass, and the activations it waits for, are told by the modules of its forward.
 """
 
 from __future__ import annotations
@@ -233,6 +233,8 @@ class ModuleWatch:
         return rows[""]
 
     def _hook(self, module: nn.Module) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            return  # it cannot carry any
         if not self._is_hooked(module):  # it is where it is part of an earlier root, or a copy of such a part
             before = module.register_forward_pre_hook(self._before)
             after = module.register_forward_hook(self._after, with_kwargs=True, always_call=True)
@@ -253,9 +255,9 @@ class ModuleWatch:
                 continue
             if wanted:
                 self._hook(layer)
-            else:
-                for handle in self._hooks.pop(id(layer)):
-                    handle.remove()
+                continue
+            for handle in self._hooks.pop(id(layer)):
+                handle.remove()
 
     def nearest(self, root: nn.Module) -> dict[str, int]:
         """For every module path of a registered root: its own row, or that of the nearest recorded module above."""
@@ -307,8 +309,10 @@ class ModuleWatch:
     @harmless
     def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         row = self._rows.get(id(module))
-        if (row is not None and row >= 0) or torch.compiler.is_compiling() or not self._recorder.alive:
+        if (row is not None and row >= 0) or _is_not_run() or not self._recorder.alive:
             return
+        if isinstance(module, torch.jit.ScriptModule):
+            return  # it cannot carry hooks
         if self._local.stack:
             self._forget_what_was_interrupted(module)
         if self._local.stack or torch._C._current_graph_task_id() >= 0 or "_is_replica" in module.__dict__:
@@ -322,7 +326,7 @@ class ModuleWatch:
 
     @harmless
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self._on or torch.compiler.is_compiling() or not self._recorder.alive:
+        if not self._on or _is_not_run() or not self._recorder.alive:
             return  # what is compiled is not called module by module; the compiled module is a root of its own
         stack = self._local.stack
         row = self._rows.get(id(module))
@@ -383,6 +387,11 @@ class ModuleWatch:
         stack = self._local.stack
         while stack and sum(call.module == stack[-1].module for call in stack) > there[stack[-1].module]:
             stack.pop()
+
+
+def _is_not_run() -> bool:
+    """Whether what is called is only looked at, to be compiled: sizes are no numbers then."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def is_bare(module: nn.Module) -> bool:
