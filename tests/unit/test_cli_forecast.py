@@ -69,7 +69,7 @@ def test_throughput_chooses_the_batch(folder: Path, capsys: pytest.CaptureFixtur
 
 
 def test_throughput_alternates_where_that_pays(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A GPU that is as slow as the CPU, and holds half of the weights: two micro-batches, and both processors at work."""
+    """A GPU that is as slow as the CPU, and holds half of the weights: two micro-batches alternate."""
     gpu = {
         "name": "a GPU", "memory_gb": 6, "bandwidth_gb_per_s": 20, "memory_fraction": 1.0,
         "tflops": {"float32": 0.015}, "tflops_fraction": 1.0, "launch_us": 0.1,
