@@ -2,12 +2,17 @@
 
     python -m benchmarks.training                            # S, without and with clipping; needs root for the cgroup
     python -m benchmarks.training --size M --cap 3GiB --batch 1 --json training.json
+    python -m benchmarks.training --contenders penstock,resident
 
 Random Llama-shaped models (vocabulary 8192, feed-forward 2.6875 x hidden, heads 64 wide): S = 12 x 1024 (0.17 B
 parameters), M = 24 x 2048 (1.25 B), L = 32 x 2560 (2.6 B). AdamW with an fp32 master, bf16 weights. Each contender runs
 in a process of its own, penstock in a cgroup with the cap, the resident run (plain PyTorch with the same arithmetic)
-without one, where it fits. In the same run the parts of the bound are measured: the rate of the update and of the
-checksum on all cores, and reading and writing the drive at once.
+without one, where it fits. DeepSpeed (ZeRO-3, optimizer states on the drive; as it comes, and with smaller buffers) is
+tried under the same cap and then under those of --deepspeed-cap, in turn, until it lives; `python -m
+benchmarks.deepspeed_environment` installs it. In the same run the parts of the bound are measured: the rate of the
+update and of the checksum on all cores, and reading and writing the drive at once.
+
+"committing" is penstock that calls `penstock.save` after every step: its goal is 3 % over what its further bytes take.
 
 bound without clipping: max(compute + update + checksum, bytes / mixed rate)
 bound with clipping:    backward + max(forward + update + checksum, bytes / mixed rate)
@@ -16,18 +21,21 @@ bound with clipping:    backward + max(forward + update + checksum, bytes / mixe
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .cgroup import MemoryCgroup
+from .contenders.protocol import STARTED_VARIABLE
+from .contenders.training import LENGTH, Job
+from .deepspeed_environment import Environment, own_environment
+from .deepspeed_environment import environment as deepspeed_environment
 from .inference import CHECKOUT, ProvidedMemory, _watch, drop_caches, parse_nbytes, require_privileges
 from .reference_checkpoint import default_folder
 from .scoreboard import GIB
@@ -35,22 +43,33 @@ from .streams import Figure, arguments_of, finish, table
 
 SIZES = {"S": (12, 1024), "M": (24, 2048), "L": (32, 2560)}
 CAPS = {"S": GIB, "M": 3 * GIB, "L": 4 * GIB}
-LENGTH, SKIPPED = 256, 2
-MIB = 2**20
-WORKER = "--worker"
+DEEPSPEED_CAPS = "2GiB,3GiB,4GiB,6GiB,8GiB"
+KILLED = "killed: over the cap"
+COLUMNS = (
+    "run", "s/step (best)", "forward + backward + update", "tokens/s", "bytes/parameter\nread / written",
+    "peak GiB", "bound s", "distance",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run."""
+class Contender:
+    """A module in `benchmarks.contenders`, and how it is run."""
 
-    way: str
-    checkpoint: str
-    run: str
-    cap_nbytes: int
-    batch: int
-    clip: float | None
-    steps: int
+    module: str
+    capped: bool = True
+    environment: Callable[[Path], Environment] = own_environment
+    """What runs it, from the folder of the benchmark."""
+
+
+CONTENDERS = {
+    "penstock": Contender(module="training_penstock"),
+    "committing": Contender(module="training_penstock"),
+    "resident": Contender(module="training_resident", capped=False),
+    "deepspeed": Contender(module="training_deepspeed", environment=deepspeed_environment),
+    "deepspeed-tuned": Contender(module="training_deepspeed", environment=deepspeed_environment),
+}
+DEEPSPEED = [way for way in CONTENDERS if way.startswith("deepspeed")]
+RATES = Contender(module="training_rates", capped=False)
 
 
 def shape(size: str) -> dict[str, Any]:
@@ -81,199 +100,38 @@ def make(size: str, folder: Path) -> Path:
     return path
 
 
-def batch_of(job: Job, step: int) -> Any:
-    """Token ids [batch, LENGTH], fixed by the number of the step."""
-    import torch
-
-    return torch.randint(0, 8192, (job.batch, LENGTH), generator=torch.Generator().manual_seed(step))
-
-
-def moved() -> tuple[int, int]:
-    """Bytes that this process has read from and written to drives."""
-    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(lines["read_bytes"]), int(lines["write_bytes"])
-
-
-def measure_steps(job: Job, forward: Any, backward: Any, update: Any, settle: Any) -> dict[str, Any]:
-    """Run the steps; seconds of each phase, bytes of each step."""
-    rows, losses = [], []
-    for step in range(job.steps):
-        ids = batch_of(job, step)
-        io, start = moved(), time.perf_counter()
-        loss = forward(ids)
-        losses.append(float(loss.detach()))
-        first = time.perf_counter()
-        backward(loss)
-        second = time.perf_counter()
-        update()
-        third = time.perf_counter()
-        if step == job.steps - 1:
-            settle()
-        after, end = moved(), time.perf_counter()
-        rows.append((end - start, first - start, second - first, third - second, after[0] - io[0], after[1] - io[1]))
-    steady = rows[SKIPPED:]
-    names = ("step_s", "forward_s", "backward_s", "update_s", "read_nbytes", "written_nbytes")
-    found = {name: statistics.mean(row[i] for row in steady) for i, name in enumerate(names)}
-    return {**found, "best_s": min(row[0] for row in steady[:-1] or steady), "losses": losses}
-
-
-def penstock_worker(job: Job) -> dict[str, Any]:
-    """penstock under the cap."""
-    import torch
-    import transformers  # noqa: F401
-
-    import penstock
-    from penstock.memory.capacity import process_memory
-
-    now = process_memory()
-    taken = now.anonymous_nbytes + now.file_nbytes  # libraries are charged to the group as well
-    Path(os.environ["PENSTOCK_BENCHMARK_STARTED"]).touch()
-    tokens = job.batch * LENGTH
-    config = json.loads((Path(job.checkpoint) / "config.json").read_text())
-    # of a layer that runs again, of the logits and their gradients, of the layers' inputs
-    transient = tokens * (34 * 2 * config["hidden_size"] + 14 * config["vocab_size"])
-    transient += tokens * 2 * config["hidden_size"] * config["num_hidden_layers"]
-    host = job.cap_nbytes - taken - transient - 96 * MIB
-    model, optimizer = penstock.prepare(
-        job.checkpoint,
-        optimizer=penstock.AdamW(lr=1e-5, max_grad_norm=job.clip),
-        disk=job.run,
-        max_memory={"host": host},
-        device="cpu",
-        activations="recompute",
-        updates="backward" if job.clip is None else "step",
-    )
-    found = measure_steps(
-        job,
-        lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss,
-        lambda loss: loss.backward(),
-        lambda: (optimizer.step(), optimizer.zero_grad()),
-        lambda: optimizer.training.finish(),
-    )
-    plan = model.penstock.plan
-    found |= {"host_nbytes": host, "streamed_nbytes": sum(b.nbytes for b in plan.blocks if b.home == "disk")}
-    found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    found["threads"] = torch.get_num_threads()
-    penstock.close(model)
-    return found
-
-
-def resident_worker(job: Job) -> dict[str, Any]:
-    """Plain PyTorch: masters in fp32, updated by torch.optim.AdamW."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    Path(os.environ["PENSTOCK_BENCHMARK_STARTED"]).touch()
-    model = AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype=torch.bfloat16)
-    parameters = list(model.parameters())
-    masters = [parameter.detach().float().requires_grad_() for parameter in parameters]
-    optimizer = torch.optim.AdamW(masters, lr=1e-5)
-
-    def update() -> None:
-        for master, parameter in zip(masters, parameters, strict=True):
-            master.grad, parameter.grad = parameter.grad.float(), None
-        if job.clip is not None:
-            torch.nn.utils.clip_grad_norm_(masters, job.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            for master, parameter in zip(masters, parameters, strict=True):
-                parameter.copy_(master)
-
-    return measure_steps(
-        job,
-        lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss,
-        lambda loss: loss.backward(),
-        update,
-        lambda: None,
-    )
-
-
-def rates_worker(job: Job) -> dict[str, Any]:
-    """The parts of the bound: the update with its checksum, and the drive read and written at once."""
-    import torch
-
-    from penstock.kernels.adamw import AdamWHyper
-    from penstock.kernels.optimizers import optimizer
-    from penstock.kernels.scratch import Scratch
-    from penstock.memory.arena import HostArena
-    from penstock.memory.disk import DiskEngine
-    from penstock.memory.image import whole_window
-    from penstock.memory.store import checksum
-
-    Path(os.environ["PENSTOCK_BENCHMARK_STARTED"]).touch()
-    count = 1 << 20
-    arena = HostArena(8 * 12 * count)
-    raw = arena.view(0, 12 * count)
-    arrays = [torch.frombuffer(raw, dtype=torch.float32, count=count, offset=4 * count * i) for i in range(3)]
-    for array in arrays:
-        array.fill_(0.01)
-    gradient, weight = (torch.full((count,), 0.01, dtype=torch.bfloat16) for _ in range(2))
-    kernel, scratch = optimizer("adamw"), Scratch.of()
-
-    def best(work: Any, repeats: int = 8) -> float:
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
-
-    update_s = best(
-        lambda: kernel.update(arrays[0], arrays[1:], gradient, AdamWHyper(lr=1e-5), step=2, scratch=scratch, out=weight)
-    )
-    checksum_s = best(lambda: checksum(raw))
-    engine, nbytes = DiskEngine(), 12 * count
-    path = os.path.join(job.run, "mixed.bin")
-    slots = [arena.view(i * nbytes, nbytes) for i in range(8)]
-    places = 32
-    for place in range(2 * places):
-        engine.write(path, place * nbytes, slots[place % 8]).wait()
-    mixed = []
-    for _ in range(3):
-        start = time.perf_counter()
-        for place in range(0, places, 4):
-            under_way = []
-            for i in range(4):
-                window = whole_window(path, (place + i) * nbytes, nbytes)
-                under_way.append(engine.read([window], [], slots[i]))
-                under_way.append(engine.write(path, (places + place + i) * nbytes, slots[4 + i]))
-            for transfer in under_way:
-                transfer.wait()
-        mixed.append(2 * places * nbytes / (time.perf_counter() - start))
-    engine.close()
-    os.unlink(path)
-    return {"update_per_s": count / update_s, "checksum_per_s": nbytes / checksum_s, "mixed_rate": max(mixed)}
-
-
-WORKERS = {"penstock": penstock_worker, "resident": resident_worker, "rates": rates_worker}
-
-
-def run(job: Job, *, capped: bool, timeout_s: float) -> dict[str, Any]:
+def run(contender: Contender, job: Job, *, timeout_s: float) -> dict[str, Any]:
     """One worker; its report, its peak, or why there is none."""
-    print(f"{job.way}, batch {job.batch} x {LENGTH}, clip {job.clip} ...", file=sys.stderr, flush=True)
+    under = f" under {job.cap_nbytes / GIB:g} GiB" if contender.capped else ""
+    print(f"{job.way}, batch {job.batch} x {LENGTH}, clip {job.clip}{under} ...", file=sys.stderr, flush=True)
+    environment = contender.environment(Path(job.run))
+    if environment.missing:
+        return {"failure": f"not installed: {environment.missing}", "peak_nbytes": 0, "cap_nbytes": None}
     with ExitStack() as stack:
-        group = stack.enter_context(MemoryCgroup(cap_nbytes=job.cap_nbytes)) if capped else None
+        group = stack.enter_context(MemoryCgroup(cap_nbytes=job.cap_nbytes)) if contender.capped else None
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=job.run, prefix="training-")))
         memory = stack.enter_context(ProvidedMemory(job.cap_nbytes))
-        output = stack.enter_context(tempfile.TemporaryFile("w+"))
+        output, errors = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
         drop_caches()
         started = scratch / "started"
         inside = scratch / "run"
-        if job.way == "rates":
+        if contender is RATES:
             inside.mkdir()
-        command = [sys.executable, "-m", "benchmarks.training", WORKER, json.dumps({**asdict(job), "run": str(inside)})]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PENSTOCK_BENCHMARK_STARTED": str(started)}
+        command = [str(environment.python), "-m", f"benchmarks.contenders.{contender.module}"]
+        command.append(json.dumps(asdict(replace(job, run=str(inside)))))
+        variables = {**os.environ, **environment.variables, "HF_HUB_OFFLINE": "1", STARTED_VARIABLE: str(started)}
         popen: Any = group.popen if group else partial(subprocess.Popen, text=True)
-        process = popen(command, stdout=output, stderr=subprocess.PIPE, cwd=CHECKOUT, env=environment)
-        peak, timed_out = _watch(process, timeout_s, started, memory)
-        complained = process.stderr.read().strip().splitlines()
+        process = popen(command, stdout=output, stderr=errors, cwd=CHECKOUT, env=variables)
+        anonymous, timed_out = _watch(process, timeout_s, started, memory)
         output.seek(0)
-        said = output.read().splitlines()
+        errors.seek(0)
+        said, complained = output.read().splitlines(), errors.read().strip().splitlines()
         usage = group.usage() if group else None
-    report: dict[str, Any] = {"peak_anonymous_nbytes": peak, "cgroup_peak_nbytes": usage and usage.peak_nbytes}
+    peak = (usage and usage.peak_nbytes) or anonymous
+    report: dict[str, Any] = {"peak_anonymous_nbytes": anonymous, "peak_nbytes": peak}
+    report["cap_nbytes"] = job.cap_nbytes if contender.capped else None
     if usage is not None and usage.oom_kill_count:
-        report["failure"] = "killed: over the cap"
+        report["failure"] = KILLED
     elif timed_out:
         report["failure"] = f"timed out after {timeout_s:.0f} s"
     elif process.returncode or not said:
@@ -292,6 +150,95 @@ def bound_s(report: dict[str, Any], resident: dict[str, Any], rates: dict[str, A
     return float(backward + max(forward + update, disk) if clip else max(forward + backward + update, disk))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What all contenders did with one batch, clipped or not."""
+
+    name: str
+    tokens: int
+    clip: bool
+    rates: dict[str, Any]
+    reports: Sequence[tuple[str, dict[str, Any]]]
+    """With the names of their contenders; one that was killed is there again with a larger cap."""
+
+    def done(self, way: str) -> dict[str, Any] | None:
+        """The report of a contender that was run and came to its end."""
+        return next((report for name, report in self.reports if name == way and "failure" not in report), None)
+
+    def bound(self) -> float | None:
+        """Seconds, from the bytes of penstock and the computing of the resident run; None unless both ended."""
+        ours, resident = self.done("penstock"), self.done("resident")
+        return bound_s(ours, resident, self.rates, clip=self.clip) if ours and resident else None
+
+    def rows(self) -> list[list[str]]:
+        """Of the table: one for each contender."""
+        bound = self.bound()
+        return [self._row(way, report, bound) for way, report in self.reports]
+
+    def _row(self, way: str, report: dict[str, Any], bound: float | None) -> list[str]:
+        cap = report["cap_nbytes"]
+        name = f"{self.name}: {way}" + (f", cap {cap / GIB:g} GiB" if cap else "")
+        peak = f"{report['peak_nbytes'] / GIB:.2f}"
+        if "failure" in report:
+            return [name, report["failure"], "", "", "", peak, "", ""]
+        per = report["parameters"]
+        return [
+            name,
+            f"{report['step_s']:.2f} ({report['best_s']:.2f})",
+            f"{report['forward_s']:.2f} + {report['backward_s']:.2f} + {report['update_s']:.2f}",
+            f"{self.tokens / report['step_s']:.0f}",
+            f"{report['read_nbytes'] / per:.1f} / {report['written_nbytes'] / per:.1f}",
+            peak,
+            f"{bound:.2f}" if bound else "",
+            f"{report['step_s'] / bound:.2f}" if bound else "",
+        ]
+
+    def figures(self) -> list[Figure]:
+        """Goals of penstock: against the bound, the resident run and DeepSpeed, and itself with commits."""
+        return [*self._against_others(), *self._of_commits()]
+
+    def _of_commits(self) -> list[Figure]:
+        """What commits cost beyond the bytes that they write."""
+        plain, committing = self.done("penstock"), self.done("committing")
+        if plain is None or committing is None:
+            return []
+        more = max(committing["written_nbytes"] - plain["written_nbytes"], 0)
+        least = plain["step_s"] + more / self.rates["write_rate"]
+        return [Figure(name=f"a commit per step, {self.name}", value=committing["step_s"] / least, goal=1.03)]
+
+    def _against_others(self) -> list[Figure]:
+        ours, resident, bound = self.done("penstock"), self.done("resident"), self.bound()
+        if ours is None:
+            return []
+        found = []
+        if resident is not None and bound is not None:
+            print(f"{self.name}: losses equal: {ours['losses'] == resident['losses']}", file=sys.stderr)
+            found.append(Figure(name=f"distance, {self.name}", value=ours["step_s"] / bound, goal=1.15))
+            over = ours["step_s"] / resident["step_s"]
+            found.append(Figure(name=f"over resident, {self.name}", value=over, goal=1.15))
+        for way in DEEPSPEED:
+            if theirs := self.done(way):
+                apart = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+                print(f"{self.name}: losses of {way} differ by at most {apart:.2g}", file=sys.stderr)
+                slower, memory = theirs["step_s"] / ours["step_s"], ours["peak_nbytes"] / theirs["peak_nbytes"]
+                found.append(Figure(name=f"times as fast as {way}, {self.name}", value=slower, goal=2.2, at_least=True))
+                found.append(Figure(name=f"memory over {way}'s, {self.name}", value=memory, goal=1 / 6))
+        return found
+
+
+def contenders_of(text: str) -> Sequence[str]:
+    """Names from "penstock,resident"."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in CONTENDERS]:
+        raise argparse.ArgumentTypeError(f"unknown contenders {unknown}; there are {list(CONTENDERS)}")
+    return names
+
+
+def caps_of(text: str) -> Sequence[int]:
+    """Bytes, ascending, from "2GiB,4GiB"."""
+    return sorted(map(parse_nbytes, text.split(",")))
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     """What can be chosen."""
     parser.add_argument("--size", choices=sorted(SIZES), default="S")
@@ -299,6 +246,36 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", default="1,4", help="comma-separated, of 256 tokens each (default: %(default)s)")
     parser.add_argument("--clip", default="none,1.0", help="comma-separated (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument(
+        "--contenders", type=contenders_of, default=list(CONTENDERS),
+        help=f"comma-separated, run in this order (default: {','.join(CONTENDERS)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--deepspeed-cap", type=caps_of, default=caps_of(DEEPSPEED_CAPS),
+        help=f"comma-separated, tried in turn once DeepSpeed is killed under --cap (default: {DEEPSPEED_CAPS})",
+    )  # fmt: skip
+
+
+def reports_of(arguments: argparse.Namespace, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What every contender that was chosen did, DeepSpeed under one cap after another until it is not killed."""
+    for way in arguments.contenders:
+        larger = [cap for cap in arguments.deepspeed_cap if cap > job.cap_nbytes] if way in DEEPSPEED else []
+        for cap in (job.cap_nbytes, *larger):
+            report = run(CONTENDERS[way], replace(job, way=way, cap_nbytes=cap), timeout_s=arguments.timeout)
+            yield way, report
+            if report.get("failure") != KILLED:
+                break
+
+
+def measure(arguments: argparse.Namespace, job: Job, clip: str) -> Case:
+    """One batch, clipped or not."""
+    return Case(
+        name=f"{arguments.size}, {job.batch} x {LENGTH}, clip {clip}",
+        tokens=job.batch * LENGTH,
+        clip=job.clip is not None,
+        rates=run(RATES, replace(job, way="rates"), timeout_s=arguments.timeout),
+        reports=list(reports_of(arguments, job)),
+    )
 
 
 def main() -> None:
@@ -309,54 +286,19 @@ def main() -> None:
     folder = arguments.dir or default_folder()
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = make(arguments.size, folder)
-    rows, figures, measured = [], [], []
+    cases = []
     for batch in map(int, arguments.batch.split(",")):
         for text in arguments.clip.split(","):
-            clip = None if text == "none" else float(text)
-
-            def job(way: str, batch: int = batch, clip: float | None = clip) -> Job:
-                return Job(
-                    way=way, checkpoint=str(checkpoint), run=str(folder), cap_nbytes=cap, batch=batch, clip=clip,
-                    steps=arguments.steps,
-                )  # fmt: skip
-
-            rates = run(job("rates"), capped=False, timeout_s=arguments.timeout)
-            ours = run(job("penstock"), capped=True, timeout_s=arguments.timeout)
-            theirs = run(job("resident"), capped=False, timeout_s=arguments.timeout)
-            name = f"{arguments.size}, {batch} x {LENGTH}, clip {text}"
-            measured.append({"name": name, "penstock": ours, "resident": theirs, "rates": rates})
-            if "failure" in ours or "failure" in theirs:
-                print(name, ours.get("failure"), theirs.get("failure"), file=sys.stderr)
-                continue
-            bound = bound_s(ours, theirs, rates, clip=clip is not None)
-            per = ours["parameters"]
-            for way, report in (("penstock", ours), ("resident", theirs)):
-                rows.append(
-                    [
-                        f"{name}: {way}",
-                        f"{report['step_s']:.2f} ({report['best_s']:.2f})",
-                        f"{report['forward_s']:.2f} + {report['backward_s']:.2f} + {report['update_s']:.2f}",
-                        f"{batch * LENGTH / report['step_s']:.0f}",
-                        f"{report['read_nbytes'] / per:.1f} / {report['written_nbytes'] / per:.1f}",
-                        f"{(report['cgroup_peak_nbytes'] or report['peak_anonymous_nbytes']) / GIB:.2f}",
-                        f"{bound:.2f}",
-                        f"{report['step_s'] / bound:.2f}",
-                    ]
-                )
-            equal = ours["losses"] == theirs["losses"]
-            print(f"{name}: losses equal: {equal}", file=sys.stderr)
-            figures.append(Figure(name=f"distance, {name}", value=ours["step_s"] / bound, goal=1.15))
-            figures.append(Figure(name=f"over resident, {name}", value=ours["step_s"] / theirs["step_s"], goal=1.15))
-    columns = (
-        "run", "s/step (best)", "forward + backward + update", "tokens/s", "bytes/parameter\nread / written",
-        "peak GiB", "bound s", "distance",
-    )  # fmt: skip
-    finish(arguments, table(f"training under {cap / GIB:g} GiB", columns, rows), figures, measured)
+            job = Job(
+                way="", checkpoint=str(checkpoint), run=str(folder), cap_nbytes=cap, batch=batch,
+                clip=None if text == "none" else float(text), steps=arguments.steps,
+            )  # fmt: skip
+            cases.append(measure(arguments, job, text))
+    rows = [row for case in cases for row in case.rows()]
+    figures = [figure for case in cases for figure in case.figures()]
+    shown = table(f"training under {cap / GIB:g} GiB", COLUMNS, rows)
+    finish(arguments, shown, figures, [asdict(case) for case in cases])
 
 
 if __name__ == "__main__":
-    if WORKER in sys.argv:
-        given = Job(**json.loads(sys.argv[sys.argv.index(WORKER) + 1]))
-        print(json.dumps(WORKERS[given.way](given)))
-    else:
-        main()
+    main()

@@ -3,6 +3,8 @@
 import os
 
 os.environ["PENSTOCK_DEBUG"] = "1"  # before anything of penstock is imported: arenas are poisoned from the start
+# Tiny models on two threads spend a third of their time on waking them; what several may change asks for `every_core`.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import faulthandler
 import gc
@@ -11,6 +13,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import settings
 
 _GRACE_S = 5.0
@@ -27,6 +30,15 @@ def _offending(before: set[threading.Thread]) -> list[threading.Thread]:
         for thread in threading.enumerate()
         if thread not in before and thread.is_alive() and (not thread.daemon or thread.name.startswith("penstock"))
     ]
+
+
+@pytest.fixture(scope="module")
+def every_core() -> Iterator[None]:
+    """Operations are computed on as many threads as there are cores, as programs do by default."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

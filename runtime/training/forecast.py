@@ -120,9 +120,11 @@ class TrainingForecast:
 
     @property
     def scratch_nbytes(self) -> int:
-        """Of drives while it runs: weights that do not stay in memory, gradients that go to disk."""
+        """Of drives while it runs: weights that do not stay in memory, gradients that go to disk, and a place for each
+        that would have to where updates begin early."""
+        early = self.work.updates == "backward" and self.work.accumulate == 1
         return sum(
-            (block.weights_nbytes if block.home != "host" else 0) + (block.kept_nbytes if block.spilled else 0)
+            (block.weights_nbytes if block.home != "host" else 0) + (block.kept_nbytes if block.spilled or early else 0)
             for block in self.load.trained()
         )
 
@@ -321,11 +323,12 @@ class TrainingForesight:
 
     def _passing_nbytes(self, work: TrainingWork) -> int:
         """Of what training needs at least, what gradients pass through: the rest of them is what it could have more."""
-        if self.adapters is not None or work.updates == "backward":
+        early = work.updates == "backward"
+        if self.adapters is not None or (early and work.accumulate == 1):
             return 0
         weights = [parameter.nbytes for parameter in self.foresight.model.parameters()]
         every = (2 if work.accumulate > 1 else 1) * sum(weights)
-        return every - changing(weights, accumulate=work.accumulate, early=False, arrays=0).more_nbytes
+        return every - changing(weights, accumulate=work.accumulate, early=early, arrays=0).more_nbytes
 
     def _changing(self, work: TrainingWork) -> Changing:
         """Host memory that training needs at least."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,10 +16,12 @@ from ...kernels.accumulation import accumulate
 from ...kernels.norms import gradient_norm
 from ...kernels.scratch import Scratch
 from ...memory.arena import HostArena, round_up
-from ...memory.errors import UsageError
+from ...memory.errors import StallError, UsageError
 from ...memory.image import ALIGN
 from .spill import GradientSpill
 from .taken import TakenGradient
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +147,8 @@ class Gradients:
         """
         self._trained = trained
         self._room = room
-        self._spill = spill
+        self.spill = spill
+        """Where those go that are not kept."""
         self.wide = WideGradient(max(each.elements for each in trained))
         self._most = most
         self._came = [0] * len(trained)
@@ -212,9 +216,9 @@ class Gradients:
         flat = self._present(index)
         flat.mul_(factor.to(flat.device) if isinstance(factor, torch.Tensor) else factor)
         if isinstance(self._kept[index], SpilledGradient):  # that was a copy
-            assert self._spill is not None
+            assert self.spill is not None
             norm = gradient_norm(self.wide.of(flat))
-            self._spill.put(index, flat)
+            self.spill.put(index, flat)
             self._kept[index] = SpilledGradient(elements=len(flat), norm=norm)
 
     def _present(self, index: int) -> torch.Tensor:
@@ -225,8 +229,8 @@ class Gradients:
                 'Where updates begin in backward, gradients cannot be clipped: leave updates="backward" out'
             )
         if isinstance(kept, SpilledGradient):
-            assert self._spill is not None
-            return self._spill.get(index)
+            assert self.spill is not None
+            return self.spill.get(index)
         return kept
 
     def add(self, index: int, grad: torch.Tensor) -> None:
@@ -256,8 +260,11 @@ class Gradients:
             )
         flat = _as_in_memory(grad.detach(), each)
         kept = self._kept[index]
-        if self._spill is not None and index in self._spill:
-            self._kept[index] = self._send(index, flat, self._spill, first=kept is None)
+        if self.spill is not None and index in self.spill:
+            # where updates begin in backward, one that is whole goes to its update from memory
+            goes = self.on_whole is not None and self._came[index] == self._most
+            send = self._bring if goes else self._send
+            self._kept[index] = send(index, flat, self.spill, first=kept is None)
             return
         assert not isinstance(kept, SpilledGradient)
         if kept is None:
@@ -281,6 +288,20 @@ class Gradients:
         spill.put(index, flat)
         return SpilledGradient(elements=len(flat), norm=norm)
 
+    def _bring(self, index: int, flat: torch.Tensor, spill: GradientSpill, *, first: bool) -> torch.Tensor:
+        """The last of one in memory, with what has come of it before."""
+        if first:
+            return flat.cpu()
+        total = torch.empty(len(flat), dtype=torch.float32)
+        spill.load(index, total)
+        accumulate(total, flat.cpu(), first=False, scratch=self._scratch)
+        return total
+
+    def kept_nbytes(self, index: int) -> int:
+        """What one takes until its update, in memory or on disk."""
+        each = self._trained[index]
+        return each.elements * gradient_dtype(each, wide=self._most > 1).itemsize
+
     def pop(self, index: int) -> torch.Tensor:
         """One that is there, flat and in host memory. It is not kept."""
         gradient, self._kept[index] = self._kept[index], None
@@ -303,10 +324,10 @@ class Gradients:
             elif (grad := each.parameter.grad) is not None and grad is not self._used[index]:
                 each.parameter.grad = None  # by hand, or of a time before it was streamed
                 self.add(index, grad)
-        if self._spill is not None:
+        if self.spill is not None:
             try:
-                self._spill.settle()
-                self._end_norms(self._spill)
+                self.spill.settle()
+                self._end_norms(self.spill)
             except Exception:
                 self.clear()
                 raise
@@ -331,8 +352,16 @@ class Gradients:
         self._came = [0] * len(self._trained)
         self._used = [None] * len(self._trained)
         self._uncleared.clear()
-        if self._spill is not None:
-            self._spill.forget()
+        if self.spill is not None:
+            self.spill.forget()
+
+    @property
+    def written_nbytes(self) -> int:
+        """What a step of all its backward passes writes of them."""
+        if self.spill is None:
+            return 0
+        passes = self._most if self.on_whole is None else self._most - 1  # the last one goes into the update
+        return passes * self.spill.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -343,11 +372,14 @@ class Gradients:
         """Leave the parameters alone from now on."""
         for hook in self._hooks:
             hook.remove()
-        self.clear()
+        try:
+            self.clear()
+        except StallError as error:  # the rest is to be given back all the same
+            logger.warning("%s", error)
         if self._room is not None:
             self._room.close()
-        if self._spill is not None:
-            self._spill.close()
+        if self.spill is not None:
+            self.spill.close()
 
 
 def _as_in_memory(grad: torch.Tensor, each: Trained) -> torch.Tensor:

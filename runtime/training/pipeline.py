@@ -109,6 +109,16 @@ class ShardPipeline:
         """The host memory that it takes: what shards stay in, if any does. What they pass through is small."""
         return () if self._residents.arena is None else (self._residents.arena,)
 
+    @property
+    def moving_nbytes(self) -> int:
+        """Of the shards that an update of all of them reads, and writes."""
+        return sum(self._arrays * shard.array_nbytes for shard in self._shards if shard not in self._residents)
+
+    @property
+    def staying_nbytes(self) -> int:
+        """Of those that stay in host memory, and are written by commits."""
+        return sum(self._arrays * shard.array_nbytes for shard in self._shards if shard in self._residents)
+
     @staticmethod
     def needed_nbytes(shards: Sequence[Shard], arrays: int) -> int:
         """What it would take for shards of which none stays, with nothing beside them."""
@@ -191,6 +201,8 @@ class ShardPipeline:
 
     def _begin(self, shard: Shard, slot: Slot, new: bool, beside: Beside | None) -> _Ahead:
         stays = shard in self._residents
+        if stays:
+            self._residents.hurry(shard)
         raw = self._residents.view(shard) if stays else self._arena.view(slot.offset, self._arrays * shard.array_nbytes)
         reading = None if new or (stays and self._residents.has(shard)) else self._files.read(shard, raw)
         taken = _Ahead(shard=shard, slot=slot, raw=raw, reading=reading, beside=None)

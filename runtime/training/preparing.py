@@ -23,7 +23,7 @@ from ...memory.trim import return_free_memory
 from ..beside import trained_in
 from ..build import Machinery
 from ..launch import open_scratch, scratch_files
-from ..recompute import recompute
+from .activations import arrange_activations, moves_activations
 from .adapterweights import AdapterWeights
 from .buffers import restore_buffers
 from .facade import StreamedOptimizer
@@ -68,7 +68,6 @@ def attach(
     """
     machinery = machinery_of(model)
     trained = find_trained(model, machinery)
-    _activations(model, machinery, settings)
     shards = shards_of(trained, machinery)
     arrays = arrays_of(choice)
     with ExitStack() as made:
@@ -78,7 +77,7 @@ def attach(
         ]
         store = BlockStore.create(folders.states, specs, identity=identity_of(trained, shards, choice.mathematics))
         made.callback(store.close)
-        scratches = scratches_of(folders, machinery, made)
+        scratches = scratches_of(folders, machinery, settings, made)
         room = room_of(machinery, trained, shards, settings, arrays=arrays)
         training = assemble(machinery, trained, shards, store, choice.kernel, scratches, settings, room, arrays=arrays)
         made.callback(training.close)
@@ -86,6 +85,7 @@ def attach(
         finish_before_export(model, training)
         optimizer = StreamedOptimizer(training, choice, store, model=model, origin=origin, settings=settings)
         tell(model, machinery, room)
+        arrange_activations(model, machinery, settings, room, scratch_files(scratches, "activations.bin"))
         return_free_memory()  # of masters that passed through
         machinery.before_close(training.settle)
         machinery.before_close(training.last)
@@ -107,7 +107,6 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
         state = decode(store.metadata)
         only_trained(model, state.names)
         trained = find_trained(model, machinery)
-        _activations(model, machinery, settings)
         choice = choice_of(state)
         shards = shards_of(trained, machinery)
         if identity_of(trained, shards, state.mathematics) != store.identity:
@@ -115,7 +114,7 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
                 f"{folders.states[0]} belongs to another model: its parameters have other names, shapes or places. "
                 "Give the one that the run was begun with"
             )
-        scratches = scratches_of(folders, machinery, made)
+        scratches = scratches_of(folders, machinery, settings, made)
         arrays = arrays_of(choice)
         room = room_of(machinery, trained, shards, settings, arrays=arrays)
         training = assemble(
@@ -139,6 +138,7 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
         )
         set_random_state(state.random)
         tell(model, machinery, room)
+        arrange_activations(model, machinery, settings, room, scratch_files(scratches, "activations.bin"))
         return_free_memory()  # of masters that passed through
         machinery.before_close(training.settle)
         machinery.before_close(training.last)
@@ -146,9 +146,10 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
     return optimizer
 
 
-def scratches_of(folders: RunFolders, machinery: Machinery, made: ExitStack) -> list[ScratchFolder]:
-    """Folders for weights that change and for gradients, to be closed with `made`; none where adapters are trained."""
-    return open_scratch(folders.scratch, made) if machinery.trains else []
+def scratches_of(folders: RunFolders, machinery: Machinery, settings: Settings, made: ExitStack) -> list[ScratchFolder]:
+    """Folders for what is moved in a step, to be closed with `made`: weights that change, gradients, activations."""
+    wanted = machinery.trains or moves_activations(machinery, settings)
+    return open_scratch(folders.scratch, made) if wanted else []
 
 
 def room_of(
@@ -157,7 +158,7 @@ def room_of(
     """What of gradients and states stays in host memory: of adapters, all."""
     if machinery.trains:
         return plan_room(machinery, trained, shards, settings, arrays=arrays)
-    return adapter_room(trained, shards, settings, arrays=arrays)
+    return adapter_room(machinery, trained, shards, settings, arrays=arrays)
 
 
 def check_new(folders: RunFolders) -> None:
@@ -211,11 +212,6 @@ def state_of_run(folders: RunFolders) -> RunState:
         check_unused(store.folders)
         _clear_scratch(folders)
         return decode(store.metadata)
-
-
-def _activations(model: nn.Module, machinery: Machinery, settings: Settings) -> None:
-    if settings.activations == "recompute" or (settings.activations == "auto" and not machinery.layout.resident):
-        recompute(machinery.session, model)
 
 
 def machinery_of(model: nn.Module) -> Machinery:
@@ -335,7 +331,8 @@ def assemble(
     else:
         weights = AdapterWeights(trained)
     wide = settings.accumulate > 1
-    kept = GradientRoom(trained, wide=wide, elsewhere=room.spilled) if settings.updates == "step" else None
+    stay = settings.updates == "step" or wide  # else they are gone with their updates
+    kept = GradientRoom(trained, wide=wide, elsewhere=room.spilled) if stay else None
     for arena in (*pipeline.arenas, *(() if kept is None else (kept.arena,))) if machinery.trains else ():
         machinery.count(arena)
     return Training(

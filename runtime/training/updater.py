@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from ...scheduler.executor import Executor
 from .gradients import Gradient, SpilledGradient
 from .pipeline import ShardPipeline
 from .shards import Piece, Shard
-from .spill import GradientRead, GradientSpill
+from .spill import GradientSpill
+from .spillread import GradientRead
 from .watch import WATCH_S
 from .weights import Weights
 
@@ -55,6 +57,14 @@ class _Job:
     open: int
     """Shards that have not been changed yet."""
     views: Mapping[str, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Cut:
+    """Something to be done between two updates."""
+
+    make: Callable[[], object]
+    failed: Callable[[Exception], None]
 
 
 class Updater:
@@ -91,7 +101,7 @@ class Updater:
         self._shards: dict[int, list[Shard]] = {}
         for shard in shards:
             self._shards.setdefault(shard.block, []).append(shard)
-        self._queue: deque[_Job] = deque()
+        self._queue: deque[_Job | _Cut] = deque()
         self._taken: dict[int, _Job] = {}
         """By shard."""
         self._read: dict[int, GradientRead] = {}
@@ -107,6 +117,8 @@ class Updater:
         """Whether somebody was told of that."""
         self._failure: PenstockError | None = None
         """What those are told who ask for a block."""
+        self.waited_s = 0.0
+        """That the thread which trains has waited for updates."""
         self._thread = threading.Thread(target=self._run, name="penstock-update", daemon=True)
         self._thread.start()
 
@@ -131,9 +143,32 @@ class Updater:
             with self._changed:
                 self._unfinished.add(block)
                 self._busy = True
-                begun = bool(self._queue) and len(self._queue[0].left) < self._queue[0].open
-                self._queue.insert(int(begun) if urgent else len(self._queue), job)
+                self._queue.insert(self._first_place() if urgent else len(self._queue), job)
                 self._changed.notify_all()
+
+    def _first_place(self) -> int:
+        """Where in the queue something comes before all that may wait: not before a cut, or what has been begun."""
+        cuts = [place for place, each in enumerate(self._queue) if isinstance(each, _Cut)]
+        if cuts:
+            return cuts[-1] + 1
+        first = self._queue[0] if self._queue else None
+        return int(isinstance(first, _Job) and len(first.left) < first.open)
+
+    def between(self, make: Callable[[], object], failed: Callable[[Exception], None]) -> None:
+        """Have something done after all that was submitted, and before all that will be; returns at once.
+
+        Args:
+            make: Called by the thread that updates. An error ends all updates, as one of an update does.
+            failed: Called with the reason where it is not done, or fails.
+
+        Raises:
+            PenstockError: what an update before met.
+        """
+        with self._changed:
+            self.check()
+            self._queue.append(_Cut(make=make, failed=failed))
+            self._busy = True
+            self._changed.notify_all()
 
     def wait(self, block: int | None = None) -> None:
         """Wait until a block has its new weights, or until all have, and masters and states are in the store.
@@ -151,6 +186,7 @@ class Updater:
         self._wait(lambda: len(self._unfinished) < count, f"fewer than {count} blocks that are to be updated")
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
+        began = time.perf_counter()
         try:
             with self._changed:
                 self._pipeline.watch.wait(
@@ -160,11 +196,14 @@ class Updater:
         except StallError:
             self._told = True  # of all that the thread will have to say
             raise
+        finally:
+            self.waited_s += time.perf_counter() - began
         self.check()
 
     def _report(self) -> str:
         with self._changed:
-            at = f"block {self._queue[0].block} is next" if self._queue else "none is waiting"
+            first = self._queue[0] if self._queue else None
+            at = f"block {first.block} is next" if isinstance(first, _Job) else "none is waiting"
             return f"{len(self._unfinished)} blocks are not updated yet, {at}; {self._pipeline.report()}"
 
     def check(self) -> None:
@@ -203,6 +242,7 @@ class Updater:
                     return
             try:
                 self._pipeline.run(self._take, self._work, beside=None if self._spill is None else self._beside)
+                self._make_cut()
             except Exception as error:  # it must surface in the thread that trains, and free whoever waits for a block
                 logger.debug("an update failed", exc_info=True)
                 self._fail(error)
@@ -219,15 +259,33 @@ class Updater:
         failure.__cause__ = error
         with self._changed:
             self._error, self._failure = error, failure
+            cuts = [each for each in self._queue if isinstance(each, _Cut)]
             self._queue.clear()
             self._changed.notify_all()
+        for cut in cuts:
+            cut.failed(error)
         self._executor.fail(failure)
 
+    def _make_cut(self) -> None:
+        """Do what is to be done between two updates, if that is next."""
+        with self._changed:
+            first = self._queue[0] if self._queue else None
+            if not isinstance(first, _Cut):
+                return
+            self._queue.popleft()
+        try:
+            first.make()
+        except Exception as error:
+            first.failed(error)
+            raise
+
     def _take(self) -> int | None:
-        """The next shard; None where there is none now."""
+        """The next shard; None where there is none now: before a cut, all shards are to be written."""
         with self._changed:
             while self._queue:
                 job = self._queue[0]
+                if isinstance(job, _Cut):
+                    return None
                 if job.left:
                     shard = job.left.popleft()
                     if not job.left:

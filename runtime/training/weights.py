@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -21,6 +21,10 @@ class Weights(Protocol):
 
     def names(self, block: int) -> Sequence[str]:
         """The parameters of a block."""
+        ...
+
+    def written_nbytes(self, blocks: Collection[int]) -> int:
+        """What is written to disk when these have changed."""
         ...
 
     def begin(self, block: int, *, whole: bool) -> Mapping[str, torch.Tensor]:
@@ -79,6 +83,10 @@ class TrainedWeights:
     def names(self, block: int) -> Sequence[str]:
         """The parameters of a block."""
         return self._portions[block]
+
+    def written_nbytes(self, blocks: Collection[int]) -> int:
+        """What is written to disk when these have changed."""
+        return sum(round_up(self._images[block].nbytes) for block in blocks if block not in self._slots)
 
     def begin(self, block: int, *, whole: bool) -> Mapping[str, torch.Tensor]:
         """The weights of a block, to be written to: flat, as they lie in memory, by the parameter's name.

@@ -21,7 +21,7 @@ SWEEPS_BEFORE_STEADY = 2
 MIB = 2**20
 
 # torch's nested tensors and transformers' loaders warn about themselves; both are beside the point here.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("every_core")]
 
 
 class Shelf:

@@ -31,7 +31,7 @@ from penstock.runtime.widening import Products
 from penstock.scheduler.curves import Curve
 from penstock.scheduler.microbatches import Footprint
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("every_core")]
 
 NEW = 6
 

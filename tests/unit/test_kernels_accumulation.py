@@ -9,6 +9,8 @@ from penstock.kernels.accumulation import accumulate, reference
 from penstock.kernels.optimizer import GRADIENT_DTYPES
 from penstock.kernels.scratch import GRAIN, SUBCHUNK, Scratch
 
+pytestmark = pytest.mark.usefixtures("every_core")
+
 
 @given(
     count=st.integers(0, 500),

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from penstock.kernels.norms import GradientNorms, clip_coefficient, gradient_norm, total_norm
 
+pytestmark = pytest.mark.usefixtures("every_core")
+
 SHAPES: list[tuple[int, ...]] = [
     (1,), (), (7,), (16,), (33, 3), (64, 65), (4, 3, 3, 3), (100,), (257,), (300, 300), (32768,), (512, 1031), (2, 0),
 ]  # fmt: skip

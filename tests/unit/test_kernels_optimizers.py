@@ -19,6 +19,8 @@ from penstock.kernels.optimizers import optimizer, optimizers
 from penstock.kernels.scratch import ALONE, GRAIN, SUBCHUNK, Scratch
 from penstock.kernels.sgd import SGD, SGDHyper
 
+pytestmark = pytest.mark.usefixtures("every_core")
+
 HYPERS = [
     AdamWHyper(),
     AdamWHyper(lr=3e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),

@@ -6,6 +6,8 @@ import torch
 from penstock.kernels.linear_rows import linear_piece, reference, splits_exactly
 from penstock.kernels.revealing import reveal_in_operand, reveal_in_weight, revealing_columns
 
+pytestmark = pytest.mark.usefixtures("every_core")
+
 SKEWS = (0, 4)
 
 

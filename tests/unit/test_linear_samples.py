@@ -9,6 +9,8 @@ from torch.nn import functional
 from penstock.kernels.linear_rows import linear_piece, splits_exactly
 from penstock.kernels.linear_samples import copies_agree, copies_weight, is_laid_flat, linear_by_sample
 
+pytestmark = pytest.mark.usefixtures("every_core")
+
 
 def last_of(batch: int, kept: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """The last positions of sequences of seven."""

@@ -13,6 +13,8 @@ from penstock.kernels.linear_wide import DTYPES, WideLinear, reference
 from penstock.runtime.widening import LANE_NBYTES, Widening, faster_of
 from penstock.scheduler.curves import Curve
 
+pytestmark = pytest.mark.usefixtures("every_core")
+
 UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
