@@ -279,8 +279,8 @@ def _options(
             computed = count * usual_s
             swept = Split(cpu_share=0.0, seconds=max(moved, computed))
             if machine.alternation is not None:
-                most = _most_keys(machine.host_room_nbytes, footprint.kv_nbytes_per_token * sum(kv[:count]))
-                swept = machine.alternation.best(rows=rows, lanes=count, most_keys=most)
+                keys = _most_keys(machine.host_room_nbytes, footprint.kv_nbytes_per_token * sum(kv[:count]))
+                swept = machine.alternation.best(rows=rows, lanes=count, most_keys=keys)
             yield Schedule(
                 batches=batches,
                 lanes=count,
