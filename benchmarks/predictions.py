@@ -182,6 +182,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
         "small": made_by("benchmarks.stream_checkpoints", "small", folder=arguments.dir),
     }
     for case in cases(arguments.only):
+        if arguments.match not in case.name:
+            continue
         repeats, steady = 0, False
         while not steady and repeats < REPEATS:
             found = runner.run({**asdict(case), "path": str(folders[case.checkpoint])})
@@ -247,6 +249,7 @@ COLUMNS = (
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=("cpu", "emulated", "small"))
+    parser.add_argument("--match", default="", metavar="TEXT", help="only runs whose name holds this")
     parser.add_argument("--plot", type=Path, help="write the scatter plot as SVG")
 
 

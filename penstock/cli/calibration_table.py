@@ -62,6 +62,8 @@ def _processor(processor: Processor) -> Iterator[Text]:
     if processor.rouse_s:
         yield _single("rousing threads", f"{processor.rouse_s * 1e6:.1f} us more for each, where two threads compute")
     yield _single("calling a module", f"{processor.module_call_s * 1e6:.1f} us")
+    if processor.switch_s:
+        yield _single("waking a thread", f"{processor.switch_s * 1e6:.0f} us")
 
 
 def _sharing(hardware: Hardware) -> Iterator[Text]:

@@ -23,6 +23,7 @@ from .launch import launch_cost
 from .products import DTYPES, ROWS, linear_curve
 from .rouse import rouse_cost
 from .sampling import Figure
+from .switching import switch_cost
 from .timing import Timer, device_timer, host_timer
 
 Attempt = Callable[[str, Callable[[], Any]], Any]
@@ -30,7 +31,7 @@ Attempt = Callable[[str, Callable[[], Any]], Any]
 
 SHARES: Final = {
     "memory": 0.12,
-    "linear": 0.45,
+    "linear": 0.42,
     "attention": 0.1,
     "attention backward": 0.05,
     "elementwise": 0.1,
@@ -38,6 +39,7 @@ SHARES: Final = {
     "launch": 0.03,
     "framework": 0.05,
     "rouse": 0.02,
+    "switching": 0.03,
 }
 """What each has of the time."""
 QUICK_DTYPES: Final = (torch.float32, torch.bfloat16)
@@ -98,6 +100,9 @@ class ProcessorProbe:
                 self.device, seconds=self.seconds * SHARES["framework"], timer=host_timer(self.device)
             ),
         )
+        switch = None
+        if self.device.type == "cpu":  # threads are the host's, whatever computes
+            switch = self.attempt(f"{what} threads", lambda: switch_cost(seconds=self.seconds * SHARES["switching"]))
         started = framework or (launch.operation if launch else None)
         name, nbytes, cores = self._facts()
         return Processor(
@@ -112,6 +117,7 @@ class ProcessorProbe:
             operation_s=launch.operation.value if launch else 0.0,
             rouse_s=self._rouse_s(),
             module_call_s=launch.module.value if launch else 0.0,
+            switch_s=switch.value if switch else 0.0,
             cores=cores,
             **memory,
         )

@@ -175,8 +175,9 @@ class TrainingForesight:
         held, notes = self._held(work, again=again or activations == "offload", on_cpu=on_cpu)
         largest = max((each.parameter.nbytes for each in self.trained), default=0)
         transient = FRAMEWORK + largest + (0 if held is None else held.total)
-        transient += LEAVING if activations == "offload" else 0  # what is on its way is still there
         saved = self._saved_nbytes(work, on_cpu=on_cpu) if automatic and activations in ("auto", "offload") else None
+        if activations == "offload" or saved is not None:  # what leaves is still there, and so is what comes back early
+            transient += LEAVING + (saved or 0) // max(len(self.segments) - 1, 1)
         changing = self._changing(hardware, work, activations, saved)
         budgets = self.foresight.budgets(hardware, room, transient)
         layout = self._layout(hardware, budgets, changing)

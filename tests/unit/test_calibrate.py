@@ -58,6 +58,7 @@ def test_everything_there_is(emulated: EmulatedDevice, tmp_path: Path, monkeypat
     assert hardware.cpu.memory.x[0] == 1
     assert min(hardware.cpu.adam, hardware.cpu.launch_s, hardware.cpu.module_call_s, hardware.disk_read) > 0
     assert hardware.cpu.rouse_s > 0
+    assert 0 < hardware.cpu.switch_s < 0.1
     assert found.device == "emulated:h2d=8000000000,d2h=8000000000"
     assert (found.quick, found.taken_unix_s) == (True, 1e9)
     assert [drive.folder for drive in found.fingerprint.drives] == [str(tmp_path)]
@@ -70,6 +71,7 @@ def test_everything_there_is(emulated: EmulatedDevice, tmp_path: Path, monkeypat
         "cpu AdamW",
         "cpu launch",
         "cpu framework",
+        "cpu threads",
         "cpu rousing threads",
         "link to emulated",
         "products while copying",
