@@ -13,9 +13,9 @@ from ..binding import contiguous_stride
 from ..dtypes import parse_dtype, stored_dtype
 from .adapters import from_text, peft, without_adapters
 from .export import Export, ExportedTensor, bones_of, refuse_other, required, whole_run
-from .gradients import Trained
 from .preparing import beside_blocks, identity_of
 from .run import RunState
+from .trained import Trained
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

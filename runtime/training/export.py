@@ -37,10 +37,10 @@ from ..dtypes import parse_dtype, stored_dtype
 from ..partition import cut, streamable
 from ..phases import once_per_answer
 from ..pretrained import Skeleton, skeleton
-from .gradients import Trained
 from .preparing import beside_blocks, identity_of
 from .run import RunState, decode
 from .shards import Piece, Shard, cut_shards
+from .trained import Trained
 
 
 class Sink(Protocol):

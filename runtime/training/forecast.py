@@ -21,6 +21,7 @@ from ...scheduler.program import Program
 from ...scheduler.sizes import Bytes, Training, Workload
 from ...scheduler.stepload import StepLoad, StepPrediction, Updates
 from ...scheduler.trainstep import REQUEST, predict
+from ...scheduler.updating import ON_CPU, UpdateShares, choose
 from ..feeding import UnknownInputError, with_context
 from ..foresight import Foresight, Room, device_name
 from ..headroom import FRAMEWORK
@@ -32,9 +33,10 @@ from ..programs import training_program
 from ..recompute import segments_of
 from ..rehearsal import TooLongError, make_fake
 from ..sizing import add_adapters, measure_activations
-from .loads import Learned, StepSettings, load_of
+from .loads import Learned, StepSettings, load_of, update_work
 from .optimizers import OptimizerChoice
 from .room import changing
+from .shards import ELEMENTS
 
 STANDARD_NBYTES: Final = 600 * 10**12
 """What a drive of 1 TB for consumers is usually warranted for: shown where nothing is known of the machine's own."""
@@ -122,7 +124,7 @@ class TrainingForecast:
     def scratch_nbytes(self) -> int:
         """Of drives while it runs: weights that do not stay in memory, gradients that go to disk."""
         return sum(
-            (block.weights_nbytes if block.home != "host" else 0) + (block.kept_nbytes if block.spilled else 0)
+            (0 if block.in_memory else block.weights_nbytes) + (block.kept_nbytes if block.spilled else 0)
             for block in self.load.trained()
         )
 
@@ -268,7 +270,7 @@ class TrainingForesight:
         weights = self.foresight.weights_nbytes
         if budgets.device is not None:
             return weights <= budgets.device
-        return weights + self._changing(work).own_nbytes <= budgets.host
+        return weights + self._changing(work, separate=False).own_nbytes <= budgets.host
 
     def _as(self, hardware: Hardware, work: TrainingWork, room: Room | None, *, again: bool) -> TrainingForecast:
         on_cpu = hardware.gpu is None
@@ -281,15 +283,16 @@ class TrainingForesight:
         transient = FRAMEWORK + largest + (0 if held is None else held.total)
         model = self.foresight.model
         budgets = self.foresight.budgets(hardware, room or Room(), transient)
+        cost = CostModel(hardware=hardware)
+        shares = self._shares(work, cost)
         layout = Planner(
             model,
             self.foresight.backing,
             budgets,
             buffers_nbytes=sum(buffer.nbytes for buffer in model.buffers()),
             keep_skew=on_cpu or hardware.emulated,
-            changing=self._changing(work),
+            changing=self._changing(work, separate=budgets.device is not None, on_device=shares.any),
         ).best()
-        cost = CostModel(hardware=hardware)
         load = load_of(
             layout,
             self.program(work.batch, work.context),
@@ -299,6 +302,7 @@ class TrainingForesight:
                 choice=work.choice,
                 accumulate=work.accumulate,
                 updates=work.updates,
+                shares=shares,
                 segments=self.segments if again else (),
             ),
             room_nbytes=layout.granted_nbytes,
@@ -319,6 +323,14 @@ class TrainingForesight:
         _check_drives(found)
         return found
 
+    def _shares(self, work: TrainingWork, cost: CostModel) -> UpdateShares:
+        """What the device would update: as `prepare` decides. Adapters are the CPU's."""
+        if cost.hardware.gpu is None or self.adapters is not None:
+            return ON_CPU
+        kept = update_work(work.choice)
+        arrays = StepSettings(choice=work.choice, accumulate=1, updates=work.updates, segments=()).arrays
+        return choose("auto", cost, kept, arrays=arrays, itemsize=2, shard_elements=ELEMENTS)
+
     def _passing_nbytes(self, work: TrainingWork) -> int:
         """Of what training needs at least, what gradients pass through: the rest of them is what it could have more."""
         if self.adapters is not None or work.updates == "backward":
@@ -327,13 +339,20 @@ class TrainingForesight:
         every = (2 if work.accumulate > 1 else 1) * sum(weights)
         return every - changing(weights, accumulate=work.accumulate, early=False, arrays=0).more_nbytes
 
-    def _changing(self, work: TrainingWork) -> Changing:
-        """Host memory that training needs at least."""
+    def _changing(self, work: TrainingWork, *, separate: bool, on_device: bool = False) -> Changing:
+        """Memory that training needs at least; `separate`: beside a device apart, which updates some (`on_device`)."""
         weights = [parameter.nbytes for parameter in self.foresight.model.parameters()]
         if self.adapters is None:
             settings = StepSettings(choice=work.choice, accumulate=1, updates=work.updates, segments=())
             early = work.updates == "backward"
-            return changing(weights, accumulate=work.accumulate, early=early, arrays=settings.arrays)
+            return changing(
+                weights,
+                accumulate=work.accumulate,
+                early=early,
+                arrays=settings.arrays,
+                separate=separate,
+                on_device=on_device,
+            )
         learned = self.learned()
         each = learned.beside * learned.itemsize
         settings = StepSettings(choice=work.choice, accumulate=1, updates="step", segments=())

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate as accumulated
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...kernels.accumulation import accumulate
 from ...kernels.norms import gradient_norm
 from ...kernels.scratch import Scratch
-from ...memory.arena import HostArena, round_up
 from ...memory.errors import UsageError
-from ...memory.image import ALIGN
+from .departures import Departures
+from .gradientroom import Places, WideGradient
 from .spill import GradientSpill
 from .taken import TakenGradient
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trained:
-    """One parameter that is trained."""
-
-    name: str
-    parameter: nn.Parameter
-    stride: tuple[int, ...]
-    """Of its elements in memory, when its weights are there."""
-
-    @property
-    def elements(self) -> int:
-        """How many."""
-        return self.parameter.numel()
+from .trained import Trained
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,79 +25,10 @@ class SpilledGradient:
     """A gradient that is on disk."""
 
     elements: int
-    norm: torch.Tensor | None
-    """Of all of it in fp32, 0-dim; None while a further backward may add to it."""
 
 
 Gradient = torch.Tensor | SpilledGradient
 """Of one step: flat and in host memory, or on disk."""
-
-
-class WideGradient:
-    """One gradient in fp32, for as long as no other one is asked for.
-
-    One buffer for all of them: of those that are allocated anew, the norms, small and long-lived, keep malloc from
-    giving half back until the next step.
-    """
-
-    def __init__(self, elements: int) -> None:
-        """`elements`: of the longest. Memory is taken on first use."""
-        self._elements = elements
-        self._buffer: torch.Tensor | None = None
-
-    def room(self, elements: int) -> torch.Tensor:
-        """The buffer's first elements, fp32."""
-        if self._buffer is None:
-            self._buffer = torch.empty(self._elements, dtype=torch.float32)
-        return self._buffer[:elements]
-
-    def of(self, gradient: torch.Tensor) -> torch.Tensor:
-        """A flat gradient in fp32, in host memory; itself where it is that."""
-        if gradient.dtype == torch.float32 and gradient.device.type == "cpu":
-            return gradient
-        return self.room(len(gradient)).copy_(gradient)
-
-
-class GradientRoom:
-    """A place for the gradient of each of some parameters, made once.
-
-    Kept where autograd puts them, between activations that come and go, gradients leave holes that malloc cannot use:
-    100 MiB and more of a few hundred. A place is used again in the next step: by then the forward has waited for the
-    update that used it.
-    """
-
-    def __init__(self, trained: Sequence[Trained], *, wide: bool, elsewhere: Collection[int] = ()) -> None:
-        """Make it.
-
-        Args:
-            trained: All parameters.
-            wide: In fp32, for gradients that are added up; else in the dtype of the parameter.
-            elsewhere: The numbers of those that need no place here.
-        """
-        self._dtypes = [gradient_dtype(each, wide=wide) for each in trained]
-        sizes = [
-            0 if index in elsewhere else each.elements * dtype.itemsize
-            for index, (each, dtype) in enumerate(zip(trained, self._dtypes, strict=True))
-        ]
-        self._offsets = list(accumulated((round_up(size, ALIGN) for size in sizes), initial=0))
-        self._sizes = sizes
-        self.arena = HostArena(max(self._offsets[-1], 1), tier="gradients")
-
-    def put(self, index: int, flat: torch.Tensor) -> torch.Tensor:
-        """A copy of a gradient in its place."""
-        if not self._sizes[index]:
-            return flat.cpu()
-        raw = self.arena.view(self._offsets[index], self._sizes[index])
-        return torch.frombuffer(raw, dtype=self._dtypes[index]).copy_(flat)
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self.arena.close()
-
-
-def gradient_dtype(each: Trained, *, wide: bool) -> torch.dtype:
-    """What the gradient of a parameter is kept in."""
-    return torch.float32 if wide else each.parameter.dtype
 
 
 class Gradients:
@@ -122,6 +37,9 @@ class Gradients:
     A gradient of one backward keeps its dtype; a second one is added in fp32, and so is every further one. Between
     passes `.grad` shows a `TakenGradient`; who removes it (`model.zero_grad()`) removes the gradient. It stays there
     after the step, as in PyTorch: a backward that finds it was to add to a gradient which is gone.
+
+    From a device apart gradients leave while backward goes on (`Departures`): what is kept of one may not be there yet.
+    Everything here waits for what it needs; who got it from `pop` has to (`wait`).
     """
 
     def __init__(
@@ -130,21 +48,28 @@ class Gradients:
         scratch: Scratch,
         *,
         most: int = 1,
-        room: GradientRoom | None = None,
+        room: Places | None = None,
         spill: GradientSpill | None = None,
+        departures: Departures | None = None,
     ) -> None:
         """Take gradients in from now on.
 
         Args:
             trained: Whose.
-            scratch: Of the thread in which backward runs.
+            scratch: Of the thread in which they are taken in: that of backward, or of `departures`.
             most: Backward passes of a step.
-            room: Where they are kept; None to keep them where autograd put them.
+            room: Where they are kept; None to keep them where autograd put them, which needs one memory for all.
             spill: Where those go that are not kept.
+            departures: From a device apart.
         """
         self._trained = trained
         self._room = room
         self._spill = spill
+        self._departures = departures
+        self._norms: dict[int, torch.Tensor] = {}
+        """Of whole gradients in fp32, 0-dim, as far as they were taken on the way."""
+        self._norms_taken: dict[int, torch.Tensor] = {}
+        """Those that belong to what `take` gave last."""
         self.wide = WideGradient(max(each.elements for each in trained))
         self._most = most
         self._came = [0] * len(trained)
@@ -204,20 +129,37 @@ class Gradients:
         if parameter.grad is shown:
             parameter.grad = None
         else:
+            self._all_arrived()
             self._kept[index] = None
             self._came[index] = 0
+            self._norms.pop(index, None)
+
+    def _all_arrived(self) -> None:
+        """Wait until what left a device apart is where it is kept."""
+        if self._departures is not None:
+            self._departures.settle()
+
+    def wait(self, index: int) -> None:
+        """Wait until the gradient of a parameter is where it is kept.
+
+        Raises:
+            Exception: what came in its way.
+        """
+        if self._departures is not None:
+            self._departures.wait(index)
 
     def _scale(self, index: int, factor: torch.Tensor | float) -> None:
         """Multiply one, in place and in the dtype that it is kept in."""
         flat = self._present(index)
         flat.mul_(factor.to(flat.device) if isinstance(factor, torch.Tensor) else factor)
+        self._norms.pop(index, None)
         if isinstance(self._kept[index], SpilledGradient):  # that was a copy
             assert self._spill is not None
-            norm = gradient_norm(self.wide.of(flat))
+            self._norms[index] = gradient_norm(self.wide.of(flat))
             self._spill.put(index, flat)
-            self._kept[index] = SpilledGradient(elements=len(flat), norm=norm)
 
     def _present(self, index: int) -> torch.Tensor:
+        self._all_arrived()
         kept = self._kept[index]
         if kept is None:
             raise UsageError(
@@ -255,34 +197,96 @@ class Gradients:
                 "sparse=False"
             )
         flat = _as_in_memory(grad.detach(), each)
+        first, whole = self._kept[index] is None, self._came[index] == self._most
+        if self._departures is not None:
+            self._depart(index, flat, self._departures, first=first, whole=whole)
+        else:
+            self._keep(index, flat, first=first, whole=whole)
+
+    def _keep(self, index: int, flat: torch.Tensor, *, first: bool, whole: bool) -> None:
+        """Take in what was made where it is kept."""
+        if self._is_spilled(index):
+            self._kept[index] = SpilledGradient(elements=len(flat))
+            self._send(index, flat, first=first, whole=whole)
+            return
+        if first:
+            place = None if self._room is None else self._room.place(index)
+            self._kept[index] = flat if place is None else place.copy_(flat)
+            return
         kept = self._kept[index]
-        if self._spill is not None and index in self._spill:
-            self._kept[index] = self._send(index, flat, self._spill, first=kept is None)
-            return
-        assert not isinstance(kept, SpilledGradient)
-        if kept is None:
-            self._kept[index] = flat.cpu() if self._room is None else self._room.put(index, flat)
-            return
+        assert isinstance(kept, torch.Tensor)
         if kept.dtype != torch.float32:
             kept = kept.to(torch.float32)
-        accumulate(kept, flat.cpu(), first=False, scratch=self._scratch)
+        accumulate(kept, flat, first=False, scratch=self._scratch)
         self._kept[index] = kept
 
-    def _send(self, index: int, flat: torch.Tensor, spill: GradientSpill, *, first: bool) -> SpilledGradient:
+    def _depart(self, index: int, flat: torch.Tensor, departures: Departures, *, first: bool, whole: bool) -> None:
+        """Have one leave the device. Its norm is taken there, unless it is only a part of a sum."""
+        if first and whole:
+            self._norms[index] = gradient_norm(flat.float())
+        if self._is_spilled(index):
+            self._kept[index] = SpilledGradient(elements=len(flat))
+            departures.through(index, flat, lambda host: self._send(index, host, first=first, whole=whole))
+            return
+        if first:
+            place = None if self._room is None else self._room.place(index)
+            if place is None:  # blocks of which some gradients do not come have all places: see docs/training.md
+                self._kept[index] = flat.cpu()
+                return
+            self._kept[index] = place
+            if place.dtype == flat.dtype:
+                departures.send(index, flat, place)
+                return
+        total = self._kept[index]
+        assert isinstance(total, torch.Tensor)
+        departures.through(index, flat, lambda host: self._add_to(index, total, host, first=first, whole=whole))
+
+    def _add_to(self, index: int, total: torch.Tensor, flat: torch.Tensor, *, first: bool, whole: bool) -> None:
+        accumulate(total, flat, first=first, scratch=self._scratch)
+        if whole:
+            self._norms[index] = gradient_norm(total)
+
+    def _is_spilled(self, index: int) -> bool:
+        return self._spill is not None and index in self._spill
+
+    def _send(self, index: int, flat: torch.Tensor, *, first: bool, whole: bool) -> None:
         """Send one to disk, with what has come of it before. The norm is taken here, while it is in memory."""
+        assert self._spill is not None
         if first and self._most > 1:
             flat = self.wide.of(flat)  # as what is kept in memory is, where several passes may come
         if not first:
             total = self.wide.room(len(flat))
-            spill.load(index, total)
-            accumulate(total, flat.cpu(), first=False, scratch=self._scratch)
+            self._spill.load(index, total)
+            accumulate(total, flat, first=False, scratch=self._scratch)
             flat = total
-        norm = gradient_norm(self.wide.of(flat)) if self._came[index] == self._most else None
-        spill.put(index, flat)
-        return SpilledGradient(elements=len(flat), norm=norm)
+        if whole and index not in self._norms:
+            self._norms[index] = gradient_norm(self.wide.of(flat))
+        self._spill.put(index, flat)
+
+    def norm(self, index: int, gradient: Gradient) -> torch.Tensor:
+        """The norm in fp32 of one that `take` gave, 0-dim; on the device, if it was taken there."""
+        found = self._norms_taken.get(index)
+        if found is None:
+            assert isinstance(gradient, torch.Tensor)  # else it was taken when it went to disk
+            found = gradient_norm(self.wide.of(gradient))
+        return found
+
+    @property
+    def depart(self) -> bool:
+        """Whether they are made on a device apart."""
+        return self._departures is not None
+
+    def has_norm(self, index: int) -> bool:
+        """Whether the norm of a gradient of what `take` gave last was taken on the way."""
+        return index in self._norms_taken
+
+    @property
+    def norms_on_the_way(self) -> list[torch.Tensor]:
+        """Of those of what `take` gave last, and of what was popped before, that were taken while they left."""
+        return list(self._norms_taken.values())
 
     def pop(self, index: int) -> torch.Tensor:
-        """One that is there, flat and in host memory. It is not kept."""
+        """One that comes, flat and in host memory; see `wait`. It is not kept."""
         gradient, self._kept[index] = self._kept[index], None
         assert isinstance(gradient, torch.Tensor)
         return gradient
@@ -303,31 +307,36 @@ class Gradients:
             elif (grad := each.parameter.grad) is not None and grad is not self._used[index]:
                 each.parameter.grad = None  # by hand, or of a time before it was streamed
                 self.add(index, grad)
-        if self._spill is not None:
-            try:
+        try:
+            self._all_arrived()
+            if self._spill is not None:
                 self._spill.settle()
                 self._end_norms(self._spill)
-            except Exception:
-                self.clear()
-                raise
+        except Exception:
+            self.clear()
+            raise
         kept, self._kept = self._kept, [None] * len(self._trained)
+        self._norms_taken, self._norms = self._norms, {}
         self._came = [0] * len(self._trained)
         return kept
 
     def _end_norms(self, spill: GradientSpill) -> None:
         """Take the norms of those that could have been of more backward passes than they are."""
         for index, kept in enumerate(self._kept):
-            if isinstance(kept, SpilledGradient) and kept.norm is None:
+            if isinstance(kept, SpilledGradient) and index not in self._norms:
                 whole = self.wide.room(kept.elements)
                 spill.load(index, whole)
-                self._kept[index] = replace(kept, norm=gradient_norm(whole))
+                self._norms[index] = gradient_norm(whole)
 
     def clear(self) -> None:
         """Forget all of them."""
         for index, each in enumerate(self._trained):
             self._settle(index)
             each.parameter.grad = None
+        if self._departures is not None:
+            self._departures.forget()
         self._kept = [None] * len(self._trained)
+        self._norms = {}
         self._came = [0] * len(self._trained)
         self._used = [None] * len(self._trained)
         self._uncleared.clear()
@@ -343,6 +352,8 @@ class Gradients:
         """Leave the parameters alone from now on."""
         for hook in self._hooks:
             hook.remove()
+        if self._departures is not None:
+            self._departures.close()
         self.clear()
         if self._room is not None:
             self._room.close()

@@ -26,14 +26,18 @@ from ..launch import open_scratch, scratch_files
 from ..recompute import recompute
 from .adapterweights import AdapterWeights
 from .buffers import restore_buffers
+from .departures import Departures
+from .deviceupdates import DeviceUpdates
 from .facade import StreamedOptimizer
-from .gradients import GradientRoom, Gradients, Trained
+from .gradientroom import GradientPool, GradientRoom, Places
+from .gradients import Gradients
 from .optimizers import SGD, AdamW, Lion, OptimizerChoice
 from .pipeline import ShardPipeline
-from .room import TrainingRoom, adapter_room, plan_room, tell
+from .room import POOL, TrainingRoom, adapter_room, blocks_of, plan_room, tell
 from .run import Origin, RunState, Settings, decode, set_random_state
 from .shards import ELEMENTS, Shard, cut_shards
 from .spill import GradientSpill
+from .trained import Trained
 from .training import Training
 from .updater import SMALL, Updater
 from .weights import TrainedWeights, Weights
@@ -328,20 +332,28 @@ def assemble(
         arrays=arrays,
         kept=room.resident,
         beside_nbytes=0 if spill is None else max(spill.beside_nbytes(shard) for shard in shards),
+        make_arena=lambda nbytes, tier: machinery.device.host_arena(nbytes, tier=tier),
     )
     weights: Weights
     if machinery.trains:
         weights = TrainedWeights(machinery, scratch_files(scratches, "weights.bin"), pipeline.watch)
     else:
         weights = AdapterWeights(trained)
-    wide = settings.accumulate > 1
-    kept = GradientRoom(trained, wide=wide, elsewhere=room.spilled) if settings.updates == "step" else None
+    kept = _places(machinery, trained, shards, settings, room)
     for arena in (*pipeline.arenas, *(() if kept is None else (kept.arena,))) if machinery.trains else ():
         machinery.count(arena)
+    gradients = Gradients(
+        trained,
+        Scratch.of(),
+        most=settings.accumulate,
+        room=kept,
+        spill=spill,
+        departures=_departures(machinery, trained, settings, room),
+    )
     return Training(
         machinery=machinery,
         trained=trained,
-        gradients=Gradients(trained, Scratch.of(), most=settings.accumulate, room=kept, spill=spill),
+        gradients=gradients,
         shards=shards,
         pipeline=pipeline,
         weights=weights,
@@ -353,9 +365,51 @@ def assemble(
             weights=weights,
             kernel=kernel,
             spill=spill,
+            device=_device_updates(machinery, kernel, shards, room, arrays=arrays),
+            on_device=room.on_device,
+            landed=gradients.wait,
+            finished=(lambda _: None) if kept is None else kept.release,
         ),
+        behind=room.behind,
         counts=counts,
     )
+
+
+def _device_updates(
+    machinery: Machinery, kernel: Optimizer[Any], shards: Sequence[Shard], room: TrainingRoom, *, arrays: int
+) -> DeviceUpdates | None:
+    """What updates shards on a device apart; None where it updates none."""
+    if not room.on_device:
+        return None
+    elements = max(shard.elements for shard in shards if shard.id in room.on_device)
+    made = DeviceUpdates(machinery.device, kernel, elements=elements, arrays=arrays)
+    machinery.count(made.arena)
+    return made
+
+
+def _places(
+    machinery: Machinery, trained: Sequence[Trained], shards: Sequence[Shard], settings: Settings, room: TrainingRoom
+) -> Places | None:
+    """Where gradients are kept; None for where autograd puts them."""
+    device = machinery.device
+    if settings.updates == "step" or (device.separate and not room.pooled):
+        return GradientRoom(trained, device, wide=settings.accumulate > 1, elsewhere=room.spilled)
+    if not device.separate:
+        return None
+    return GradientPool(trained, device, blocks_of(trained, shards), slots=POOL, small=SMALL)
+
+
+def _departures(
+    machinery: Machinery, trained: Sequence[Trained], settings: Settings, room: TrainingRoom
+) -> Departures | None:
+    """How gradients leave a device apart; None where there is none."""
+    if not machinery.device.separate:
+        return None
+    passing = [
+        each.parameter.nbytes for index, each in enumerate(trained) if index in room.spilled or settings.accumulate > 1
+    ]
+    ring = min(2 * max(passing, default=0), sum(passing))
+    return Departures(machinery.device, ring_nbytes=ring)
 
 
 def master_of(machinery: Machinery, trained: Sequence[Trained]) -> Callable[[int], torch.Tensor]:

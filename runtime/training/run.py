@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ...memory.errors import StoreVersionError, UsageError
+from ...scheduler.updating import ON_CPU, UpdateShares
 
 FORMAT = 1
 Activations = Literal["auto", "keep", "recompute"]
@@ -43,6 +44,8 @@ class Settings:
     activations: Activations = "auto"
     """keep: in memory. recompute: layers run again in backward. auto: recompute where weights are streamed."""
 
+    shares: UpdateShares = ON_CPU
+    """What a device apart updates; the CPU does the rest."""
     updates: Updates = "step"
     """backward: a block is updated as soon as its last gradient is there. step: when all are."""
 

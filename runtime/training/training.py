@@ -16,20 +16,21 @@ from typing import Any
 
 import torch
 
-from ...kernels.norms import GradientNorms, clip_coefficient
+from ...kernels.norms import GradientNorms, clip_coefficient, total_norm
 from ...kernels.optimizer import Clip
 from ...memory.errors import ClosedError, PenstockError, UsageError
 from ...memory.store import Commit
 from ..build import Machinery
-from .gradients import Gradient, Gradients, SpilledGradient, Trained
+from .gradients import Gradient, Gradients, SpilledGradient
 from .pipeline import ShardPipeline
 from .shards import Shard
+from .trained import Trained
 from .updater import SMALL, Step, Updater
 from .weights import Weights
 
 logger = logging.getLogger(__name__)
 BEHIND = 3
-"""Blocks whose gradients wait for their update, before backward waits for that."""
+"""Blocks whose gradients wait for their update, before backward waits for that, where there is no room for more."""
 Hypers = Callable[[], Sequence[Any]]
 """Hyperparameters of each parameter, as they are now."""
 
@@ -49,6 +50,7 @@ class Training:
         pipeline: Reads and writes them.
         weights: Where new weights go.
         updater: Changes them.
+        behind: Blocks whose gradients wait for their update, before backward waits for that, where that begins them.
         counts: How many updates each parameter has had.
     """
 
@@ -62,6 +64,7 @@ class Training:
         pipeline: ShardPipeline,
         weights: Weights,
         updater: Updater,
+        behind: int = BEHIND,
         counts: Sequence[int] = (),
     ) -> None:
         self.trained = trained
@@ -73,6 +76,7 @@ class Training:
         self._pipeline = pipeline
         self._weights = weights
         self._updater = updater
+        self._behind = behind
         self._names = [each.name for each in trained]
         self._blocks = [SMALL] * len(trained)
         """Of each parameter."""
@@ -151,12 +155,11 @@ class Training:
         """The norm of all gradients in fp32, as `clip_grad_norm_` has it; None if there is none."""
         norms = GradientNorms(len(gradients))
         for index, gradient in enumerate(gradients):
-            if isinstance(gradient, torch.Tensor):
-                norms.add(index, self.gradients.wide.of(gradient))
-            elif gradient is not None:
-                assert gradient.norm is not None  # taken when it went to disk
-                norms.note(index, gradient.norm)
-        return norms.total() if any(gradient is not None for gradient in gradients) else None
+            if gradient is not None:
+                norms.note(index, self.gradients.norm(index, gradient))
+        if all(gradient is None for gradient in gradients):
+            return None
+        return norms.total().cpu()  # of a device apart: the one wait for it
 
     def _having(self, gradients: Sequence[Gradient | None]) -> list[int]:
         """Blocks with a gradient, in the order in which a forward uses them."""
@@ -187,7 +190,7 @@ class Training:
         block = self._blocks[index]
         self._missing[block] -= 1
         if block != SMALL and not self._missing[block]:
-            self._updater.wait_below(BEHIND)
+            self._updater.wait_below(self._behind)
             self._submitted.add(block)
             self._updater.submit(step, [block])
 
@@ -204,15 +207,9 @@ class Training:
             self._missing[block] = self._missing.get(block, 0) + 1
 
     def _use(self, step: Step, index: int, gradient: torch.Tensor) -> None:
-        """Give a gradient to the step that has begun."""
-        if not bool(torch.isfinite(gradient.sum(dtype=torch.float32))) and not bool(torch.isfinite(gradient).all()):
-            raise self._lose(
-                NonFiniteGradientError(
-                    f"the gradient of {self._names[index]} is not finite, and parts of the model have been updated "
-                    "with others of this backward already: go on from the last commit with penstock.resume, or have "
-                    'whole steps skipped with nonfinite="skip"'
-                )
-            )
+        """Give a gradient to the step that has begun. Those from a device apart are looked at all together, later."""
+        if not self.gradients.depart and not _is_finite(gradient):
+            raise self._not_finite(f"the gradient of {self._names[index]}")
         self._used.add(index)
         step.gradients[index] = gradient
         self.counts[index] += 1
@@ -252,10 +249,32 @@ class Training:
             if gradient is not None:  # of fewer backward passes than there could have been
                 assert not isinstance(gradient, SpilledGradient)
                 self._use(step, index, gradient)
+        if self.gradients.depart:
+            self._check_norms(rest)
         self._step = None
         self._unsaved += 1
+        self._updater.by_block()  # the next forward begins with the first
         self._submit(step, [block for block in self._having(step.gradients) if block not in self._submitted])
         return True
+
+    def _check_norms(self, rest: Sequence[Gradient | None]) -> None:
+        """See that the gradients of the step are finite: all that left the device on the way, and the rest."""
+        norms = self.gradients.norms_on_the_way
+        for index, gradient in enumerate(rest):
+            if gradient is not None and not self.gradients.has_norm(index):
+                norms.append(self.gradients.norm(index, gradient))
+        self._last_norm = total_norm(norms).cpu()
+        if not bool(torch.isfinite(self._last_norm)):
+            raise self._not_finite(f"the norm of all gradients is {self._last_norm.item()}: one of them")
+
+    def _not_finite(self, what: str) -> PenstockError:
+        return self._lose(
+            NonFiniteGradientError(
+                f"{what} is not finite, and parts of the model have been updated with others of this backward "
+                "already: go on from the last commit with penstock.resume, or have whole steps skipped with "
+                'nonfinite="skip"'
+            )
+        )
 
     def _lose(self, error: PenstockError) -> PenstockError:
         """Note that the model is between two steps, and cannot go on."""
@@ -394,6 +413,10 @@ class Training:
         self.gradients.close()
         self._weights.close()
         self._pipeline.close()
+
+
+def _is_finite(gradient: torch.Tensor) -> bool:
+    return bool(torch.isfinite(gradient.sum(dtype=torch.float32))) or bool(torch.isfinite(gradient).all())
 
 
 def _each(shards: Sequence[Shard]) -> Callable[[], int | None]:

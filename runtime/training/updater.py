@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from ...kernels.optimizer import Clip, Optimizer
 from ...kernels.scratch import Scratch
 from ...memory.errors import PenstockError, StallError
 from ...scheduler.executor import Executor
+from .deviceupdates import LANES, Change, DeviceUpdates
 from .gradients import Gradient, SpilledGradient
 from .pipeline import ShardPipeline
 from .shards import Piece, Shard
@@ -57,6 +58,15 @@ class _Job:
     views: Mapping[str, torch.Tensor] | None = None
 
 
+@dataclass(kw_only=True, eq=False)
+class _UnderWay:
+    """A shard that the device is changing."""
+
+    wait: Callable[[], None]
+    finish: Callable[[], None] = lambda: None
+    """Waits for it, unless that was done before."""
+
+
 class Updater:
     """Changes blocks, in the order in which they are submitted.
 
@@ -68,6 +78,10 @@ class Updater:
         weights: Where new weights go.
         kernel: The optimizer's mathematics.
         spill: Where gradients are that have gone to disk.
+        device: Updates shards on a device apart.
+        on_device: The numbers of those.
+        landed: Waits until the gradient of a parameter is in host memory.
+        finished: Called for each block that has been changed: its gradients have been used.
     """
 
     def __init__(
@@ -80,7 +94,15 @@ class Updater:
         weights: Weights,
         kernel: Optimizer[Any],
         spill: GradientSpill | None = None,
+        device: DeviceUpdates | None = None,
+        on_device: Collection[int] = (),
+        landed: Callable[[int], None] = lambda _: None,
+        finished: Callable[[int], None] = lambda _: None,
     ) -> None:
+        self._landed, self._finished = landed, finished
+        self._device, self._on_device = device, frozenset(on_device)
+        self._away: deque[_UnderWay] = deque()
+        """Shards that the device is changing, the oldest first."""
         self._executor = executor
         self._spill = spill
         self._names = names
@@ -134,6 +156,13 @@ class Updater:
                 begun = bool(self._queue) and len(self._queue[0].left) < self._queue[0].open
                 self._queue.insert(int(begun) if urgent else len(self._queue), job)
                 self._changed.notify_all()
+
+    def by_block(self) -> None:
+        """Change what has not been begun in the order of block numbers, which is that of a forward."""
+        with self._changed:
+            begun = bool(self._queue) and len(self._queue[0].left) < self._queue[0].open
+            first = [self._queue.popleft()] if begun else []
+            self._queue = deque([*first, *sorted(self._queue, key=lambda job: job.block)])
 
     def wait(self, block: int | None = None) -> None:
         """Wait until a block has its new weights, or until all have, and masters and states are in the store.
@@ -192,6 +221,8 @@ class Updater:
             self._thread.join(WATCH_S)
             if self._thread.is_alive():
                 logger.warning("closing waits for the update under way; %s", self._report())
+        if self._device is not None:
+            self._device.close()
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
@@ -202,7 +233,12 @@ class Updater:
                 if not self._queue:
                     return
             try:
-                self._pipeline.run(self._take, self._work, beside=None if self._spill is None else self._beside)
+                self._pipeline.run(
+                    self._take,
+                    self._work,
+                    beside=None if self._spill is None else self._beside,
+                    elsewhere=None if self._device is None else self,
+                )
             except Exception as error:  # it must surface in the thread that trains, and free whoever waits for a block
                 logger.debug("an update failed", exc_info=True)
                 self._fail(error)
@@ -248,29 +284,82 @@ class Updater:
         return reading
 
     def _work(self, shard: Shard, arrays: Sequence[torch.Tensor]) -> None:
+        """Change a shard on the CPU."""
+        job, changes = self._ready(shard)
+        for change in changes:
+            here = slice(change.at, change.at + len(change.gradient))
+            self._kernel.update(
+                arrays[0][here],
+                [array[here] for array in arrays[1:]],
+                change.gradient,
+                change.hyper,
+                step=change.step,
+                scratch=self._scratch,
+                out=change.weights,
+                clip=job.step.clip,
+            )
+        self._changed_shard(job, shard)
+
+    # --- on a device apart --------------------------------------------------------------------------------------------
+
+    @property
+    def at_once(self) -> int:
+        """See `Elsewhere`."""
+        return LANES
+
+    def takes(self, shard: Shard) -> bool:
+        """Whether the device updates this shard."""
+        return shard.id in self._on_device
+
+    def begin(self, shard: Shard, arrays: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Begin to change a shard there. See `Elsewhere`."""
+        assert self._device is not None
+        job, changes = self._ready(shard)
+        under_way = _UnderWay(wait=self._device.begin(arrays, changes, job.step.clip))
+
+        def finish() -> None:
+            if under_way in self._away:
+                self._away.remove(under_way)
+                under_way.wait()
+                self._changed_shard(job, shard)
+
+        under_way.finish = finish
+        self._away.append(under_way)
+        return finish
+
+    # --- around the change of a shard ---------------------------------------------------------------------------------
+
+    def _ready(self, shard: Shard) -> tuple[_Job, list[Change]]:
+        """What is to be done with a shard that is there."""
         with self._changed:
             job = self._taken.pop(shard.id)
         read = self._read.pop(shard.id, None)
         if job.views is None:
+            if not self._weights.is_free(job.block):
+                while self._away:
+                    self._away[0].finish()
             job.views = self._begin(job)
         step = job.step
+        changes = []
         for piece in shard.pieces:
             gradient = step.gradients[piece.parameter]
             if gradient is None:
                 continue
-            here = slice(piece.at, piece.at + piece.elements)
-            self._kernel.update(
-                arrays[0][here],
-                [array[here] for array in arrays[1:]],
-                _values(gradient, piece, read),
-                step.hypers[piece.parameter],
+            self._landed(piece.parameter)
+            change = Change(
+                at=piece.at,
+                gradient=_values(gradient, piece, read),
+                hyper=step.hypers[piece.parameter],
                 step=step.counts[piece.parameter],
-                scratch=self._scratch,
-                out=job.views[self._names[piece.parameter]][piece.start : piece.stop],
-                clip=step.clip,
+                weights=job.views[self._names[piece.parameter]][piece.start : piece.stop],
             )
+            changes.append(change)
             if piece.stop == (len(gradient) if isinstance(gradient, torch.Tensor) else gradient.elements):
-                step.gradients[piece.parameter] = None
+                step.gradients[piece.parameter] = None  # `changes` holds what is left of it
+        return job, changes
+
+    def _changed_shard(self, job: _Job, shard: Shard) -> None:
+        assert job.open, shard
         job.open -= 1
         if not job.open:
             self._finish(job)
@@ -287,6 +376,7 @@ class Updater:
         job.views = None
         if job.block != SMALL:
             self._executor.readmit(job.block)
+        self._finished(job.block)
         with self._changed:
             self._unfinished.discard(job.block)
             self._changed.notify_all()

@@ -23,6 +23,10 @@ class Weights(Protocol):
         """The parameters of a block."""
         ...
 
+    def is_free(self, block: int) -> bool:
+        """Whether a block may be begun now, or another one has to end before."""
+        ...
+
     def begin(self, block: int, *, whole: bool) -> Mapping[str, torch.Tensor]:
         """The weights of a block, to be written to."""
         ...
@@ -80,11 +84,15 @@ class TrainedWeights:
         """The parameters of a block."""
         return self._portions[block]
 
+    def is_free(self, block: int) -> bool:
+        """There is one buffer for those that do not stay."""
+        return block in self._slots or self._open is None
+
     def begin(self, block: int, *, whole: bool) -> Mapping[str, torch.Tensor]:
         """The weights of a block, to be written to: flat, as they lie in memory, by the parameter's name.
 
         Args:
-            block: One at a time; nobody else has it.
+            block: Nobody else has it; see `is_free`.
             whole: Whether all of them will be written; else those that are not keep their values.
 
         Raises:
