@@ -19,10 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .contenders.training import LENGTH
 from .inference import parse_nbytes
 from .reference_checkpoint import default_folder
 from .streams import GIB, Figure, Job, Runner, arguments_of, finish, main_or_worker, table
-from .training import LENGTH, SIZES, make
+from .training import SIZES, make
 
 IDLE_GOAL = 0.10
 SKIPPED, LAST = 1, 1
