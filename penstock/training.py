@@ -22,6 +22,7 @@ from .runtime.loading import load as _load
 from .runtime.offloading import offload as _offload
 from .runtime.pretrained import outline
 from .runtime.training import adapters
+from .runtime.training.deviceupdates import DeviceUpdates
 from .runtime.training.facade import StreamedOptimizer
 from .runtime.training.headroom import StepRoom, is_automatic, step_room
 from .runtime.training.loads import update_work
@@ -269,7 +270,7 @@ def _streamed(
     early = settings.updates == "backward"
     opened = open_device(asked.device)
     if opened.separate and beside is None:
-        settings = replace(settings, shares=_shares(opened, asked.where, choice))
+        settings = replace(settings, shares=_shares(opened, asked.where, choice, wanted.device))
     trains = partial(
         changing,
         accumulate=settings.accumulate,
@@ -324,16 +325,19 @@ def _streamed(
     return made, Origin(source=source, dtype=str(dtype).removeprefix("torch.")), settings
 
 
-def _shares(device: Device, where: Where, choice: OptimizerChoice) -> UpdateShares:
+def _shares(device: Device, where: Where, choice: OptimizerChoice, budget: int | None) -> UpdateShares:
     """What the device updates, by what a calibration of this machine says, if there is one that holds."""
+    arrays = arrays_of(choice)
     kept = calibration_cache().read(device).trusted
     return choose(
         where,
         None if kept is None else CostModel(hardware=kept.hardware),
         update_work(choice),
-        arrays=arrays_of(choice),
+        arrays=arrays,
         itemsize=2,
         shard_elements=ELEMENTS,
+        needed_nbytes=DeviceUpdates.needed_nbytes(ELEMENTS, arrays),
+        device_nbytes=device.available_nbytes() if budget is None else budget,
     )
 
 

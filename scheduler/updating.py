@@ -22,6 +22,8 @@ PARTS: Final = 16
 """Parts of all shards in which shares are counted."""
 GAIN: Final = 0.05
 """What a device must save, at least, to be chosen: bits may then depend on it."""
+MARGIN: Final = 8
+"""Times the memory that updates take there, which a device must have at least."""
 Where = Literal["auto", "cpu", "device"]
 
 
@@ -74,7 +76,15 @@ class UpdateTimes:
 
 
 def choose(
-    where: Where, cost: CostModel | None, work: UpdateWork, *, arrays: int, itemsize: int, shard_elements: int
+    where: Where,
+    cost: CostModel | None,
+    work: UpdateWork,
+    *,
+    arrays: int,
+    itemsize: int,
+    shard_elements: int,
+    needed_nbytes: int = 0,
+    device_nbytes: int | None = None,
 ) -> UpdateShares:
     """What a device apart updates.
 
@@ -85,6 +95,9 @@ def choose(
         arrays: Of a shard: masters and states, in fp32.
         itemsize: Bytes of a weight, and of its gradient.
         shard_elements: Of what is sent at a time.
+        needed_nbytes: Of device memory, to update there.
+        device_nbytes: Of device memory for all: where that is less than MARGIN times as much, weights have it. None
+            where it is not known.
     """
     if where == "cpu":
         return UpdateShares(why="updates on the CPU, as asked for")
@@ -96,6 +109,8 @@ def choose(
         )
     if cost.hardware.gpu is None or cost.hardware.emulated:
         return UpdateShares(why="updates on the CPU, which an emulated device is as well")
+    if device_nbytes is not None and MARGIN * needed_nbytes > device_nbytes:
+        return UpdateShares(why="updates on the CPU: the device's memory is small, and weights have it")
     kept = times(cost, work, arrays=arrays, itemsize=itemsize, shard_elements=shard_elements, checked=False)
     read = times(cost, work, arrays=arrays, itemsize=itemsize, shard_elements=shard_elements, checked=True)
     shares = UpdateShares(in_memory=kept.best(), on_disk=read.best())

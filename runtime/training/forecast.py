@@ -33,6 +33,7 @@ from ..programs import training_program
 from ..recompute import segments_of
 from ..rehearsal import TooLongError, make_fake
 from ..sizing import add_adapters, measure_activations
+from .deviceupdates import DeviceUpdates
 from .loads import Learned, StepSettings, load_of, update_work
 from .optimizers import OptimizerChoice
 from .room import changing
@@ -284,7 +285,7 @@ class TrainingForesight:
         model = self.foresight.model
         budgets = self.foresight.budgets(hardware, room or Room(), transient)
         cost = CostModel(hardware=hardware)
-        shares = self._shares(work, cost)
+        shares = self._shares(work, cost, budgets.device)
         layout = Planner(
             model,
             self.foresight.backing,
@@ -323,13 +324,22 @@ class TrainingForesight:
         _check_drives(found)
         return found
 
-    def _shares(self, work: TrainingWork, cost: CostModel) -> UpdateShares:
+    def _shares(self, work: TrainingWork, cost: CostModel, device_nbytes: int | None) -> UpdateShares:
         """What the device would update: as `prepare` decides. Adapters are the CPU's."""
         if cost.hardware.gpu is None or self.adapters is not None:
             return ON_CPU
         kept = update_work(work.choice)
         arrays = StepSettings(choice=work.choice, accumulate=1, updates=work.updates, segments=()).arrays
-        return choose("auto", cost, kept, arrays=arrays, itemsize=2, shard_elements=ELEMENTS)
+        return choose(
+            "auto",
+            cost,
+            kept,
+            arrays=arrays,
+            itemsize=2,
+            shard_elements=ELEMENTS,
+            needed_nbytes=DeviceUpdates.needed_nbytes(ELEMENTS, arrays),
+            device_nbytes=device_nbytes,
+        )
 
     def _passing_nbytes(self, work: TrainingWork) -> int:
         """Of what training needs at least, what gradients pass through: the rest of them is what it could have more."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,3 +101,12 @@ def test_checksums_and_the_drive_are_in_what_is_on_disk() -> None:
     assert kept.cpu == pytest.approx(9.6e-9, rel=0.01)
     assert read.cpu - kept.cpu == pytest.approx(24 / 8.5e9)
     assert kept.up == pytest.approx(14 / 1e10)
+
+
+def test_a_device_with_little_memory_leaves_it_to_weights() -> None:
+    cost = CostModel(hardware=machine(link=1e12))
+    asked: dict[str, Any] = {"arrays": 3, "itemsize": 2, "shard_elements": 2**20, "needed_nbytes": 100}
+    assert not choose("auto", cost, WORK, **asked, device_nbytes=799).any
+    assert choose("auto", cost, WORK, **asked, device_nbytes=800).any
+    assert choose("auto", cost, WORK, **asked).any
+    assert choose("device", cost, WORK, **asked, device_nbytes=1).any
