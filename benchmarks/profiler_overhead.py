@@ -4,8 +4,9 @@
     python -m benchmarks.profiler_overhead --workloads training --pairs 30 --json result.json
 
 Each pair runs the same steps once plain and once recorded, in an order that alternates from pair to pair; its ratio is
-recorded / plain, of the median step of each half. The figure is the median of the ratios, its interval the 95 % one of the
-sign test: it assumes nothing about how a noisy disk spreads them. Entering and leaving the profiler is not in the steps.
+recorded / plain, of the median step of each half. The figure is the median of the ratios, its interval the 95 % one of
+the sign test: it assumes nothing about how a noisy disk spreads them. Entering and leaving the profiler is not in the
+steps.
 """
 
 import argparse

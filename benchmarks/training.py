@@ -12,6 +12,8 @@ tried under the same cap and then under those of --deepspeed-cap, in turn, until
 benchmarks.deepspeed_environment` installs it. In the same run the parts of the bound are measured: the rate of the
 update and of the checksum on all cores, and reading and writing the drive at once.
 
+"committing" is penstock that calls `penstock.save` after every step: its goal is 3 % over what its further bytes take.
+
 bound without clipping: max(compute + update + checksum, bytes / mixed rate)
 bound with clipping:    backward + max(forward + update + checksum, bytes / mixed rate)
 """
@@ -61,6 +63,7 @@ class Contender:
 
 CONTENDERS = {
     "penstock": Contender(module="training_penstock"),
+    "committing": Contender(module="training_penstock"),
     "resident": Contender(module="training_resident", capped=False),
     "deepspeed": Contender(module="training_deepspeed", environment=deepspeed_environment),
     "deepspeed-tuned": Contender(module="training_deepspeed", environment=deepspeed_environment),
@@ -103,7 +106,7 @@ def run(contender: Contender, job: Job, *, timeout_s: float) -> dict[str, Any]:
     print(f"{job.way}, batch {job.batch} x {LENGTH}, clip {job.clip}{under} ...", file=sys.stderr, flush=True)
     environment = contender.environment(Path(job.run))
     if environment.missing:
-        return {"failure": f"not installed: {environment.missing}", "peak_nbytes": 0}
+        return {"failure": f"not installed: {environment.missing}", "peak_nbytes": 0, "cap_nbytes": None}
     with ExitStack() as stack:
         group = stack.enter_context(MemoryCgroup(cap_nbytes=job.cap_nbytes)) if contender.capped else None
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=job.run, prefix="training-")))
@@ -125,7 +128,8 @@ def run(contender: Contender, job: Job, *, timeout_s: float) -> dict[str, Any]:
         said, complained = output.read().splitlines(), errors.read().strip().splitlines()
         usage = group.usage() if group else None
     peak = (usage and usage.peak_nbytes) or anonymous
-    report: dict[str, Any] = {"peak_anonymous_nbytes": anonymous, "peak_nbytes": peak, "cap_nbytes": job.cap_nbytes}
+    report: dict[str, Any] = {"peak_anonymous_nbytes": anonymous, "peak_nbytes": peak}
+    report["cap_nbytes"] = job.cap_nbytes if contender.capped else None
     if usage is not None and usage.oom_kill_count:
         report["failure"] = KILLED
     elif timed_out:
@@ -172,12 +176,14 @@ class Case:
         return [self._row(way, report, bound) for way, report in self.reports]
 
     def _row(self, way: str, report: dict[str, Any], bound: float | None) -> list[str]:
+        cap = report["cap_nbytes"]
+        name = f"{self.name}: {way}" + (f", cap {cap / GIB:g} GiB" if cap else "")
         peak = f"{report['peak_nbytes'] / GIB:.2f}"
         if "failure" in report:
-            return [f"{self.name}: {way}", report["failure"], "", "", "", peak, "", ""]
+            return [name, report["failure"], "", "", "", peak, "", ""]
         per = report["parameters"]
         return [
-            f"{self.name}: {way}",
+            name,
             f"{report['step_s']:.2f} ({report['best_s']:.2f})",
             f"{report['forward_s']:.2f} + {report['backward_s']:.2f} + {report['update_s']:.2f}",
             f"{self.tokens / report['step_s']:.0f}",
@@ -188,7 +194,19 @@ class Case:
         ]
 
     def figures(self) -> list[Figure]:
-        """Goals of penstock against the bound, the resident run and DeepSpeed."""
+        """Goals of penstock: against the bound, the resident run and DeepSpeed, and itself with commits."""
+        return [*self._against_others(), *self._of_commits()]
+
+    def _of_commits(self) -> list[Figure]:
+        """What commits cost beyond the bytes that they write."""
+        plain, committing = self.done("penstock"), self.done("committing")
+        if plain is None or committing is None:
+            return []
+        more = max(committing["written_nbytes"] - plain["written_nbytes"], 0)
+        least = plain["step_s"] + more / self.rates["write_rate"]
+        return [Figure(name=f"a commit per step, {self.name}", value=committing["step_s"] / least, goal=1.03)]
+
+    def _against_others(self) -> list[Figure]:
         ours, resident, bound = self.done("penstock"), self.done("resident"), self.bound()
         if ours is None:
             return []

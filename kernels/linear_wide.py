@@ -27,37 +27,49 @@ def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
 
 
 class WideLinear:
-    """Multiplies with buffers that are made once and grow when they must. One per thread: it is not to be shared."""
+    """Multiplies with buffers that are made once and grow when they must, to three times PIECE_NBYTES at the most where
+    weights have less than 2¹⁷ columns. One per thread: it is not to be shared."""
 
     def __init__(self) -> None:
+        self._x = torch.empty(0, dtype=torch.float32)
         self._piece = torch.empty(0, dtype=torch.float32)
         self._part = torch.empty(0, dtype=torch.float32)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self._piece.nbytes + self._part.nbytes
+        return self._x.nbytes + self._piece.nbytes + self._part.nbytes
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] of one of DTYPES, weight [N, K] and bias [N] of the same → [..., N]. No gradient is recorded."""
         outputs, inputs = weight.shape
-        wide_x = x.detach().reshape(-1, inputs).to(torch.float32)
-        rows = wide_x.shape[0]
+        narrow_x = x.detach().reshape(-1, inputs)
+        rows = narrow_x.shape[0]
         made = torch.empty(rows, outputs, dtype=x.dtype)
-        widest = PIECE_NBYTES // (4 * max(inputs, rows, 1))  # neither the piece nor its products are to be larger
+        most = min(max(PIECE_NBYTES // (4 * max(inputs, 1)), GRAIN), max(rows, 1))
+        widest = PIECE_NBYTES // (4 * max(inputs, most))  # neither the piece nor its products are to be larger
         step = min(max(widest // GRAIN * GRAIN, GRAIN), outputs)
+        self._x = _room(self._x, most * inputs)
         self._piece = _room(self._piece, step * inputs)
-        self._part = _room(self._part, rows * step)
+        self._part = _room(self._part, most * step)
         for start in range(0, outputs, step):
-            count = min(step, outputs - start)
-            piece = self._piece[: count * inputs].view(count, inputs)
-            piece.copy_(weight.detach()[start : start + count])
-            part = self._part[: rows * count].view(rows, count)
-            torch.mm(wide_x, piece.t(), out=part)
-            if bias is not None:
-                part += bias.detach()[start : start + count]
-            made[:, start : start + count] = part
+            columns = slice(start, min(start + step, outputs))
+            piece = _filled(self._piece, weight.detach()[columns])
+            for first in range(0, rows, most):
+                some = narrow_x[first : first + most]
+                wide_x = self._x[: some.numel()].view(some.shape)
+                if rows > most or not start:  # all rows at once are widened once
+                    wide_x.copy_(some)
+                part = self._part[: some.shape[0] * piece.shape[0]].view(some.shape[0], piece.shape[0])
+                torch.mm(wide_x, piece.t(), out=part)
+                if bias is not None:
+                    part += bias.detach()[columns]
+                made[first : first + most, columns] = part
         return made.view(*x.shape[:-1], outputs)
+
+
+def _filled(room: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return room[: values.numel()].view(values.shape).copy_(values)
 
 
 def _room(held: torch.Tensor, elements: int) -> torch.Tensor:

@@ -27,15 +27,15 @@ from .memory.errors import (
 if TYPE_CHECKING:
     from .api import close, explain, generate_many, load, offload, save_plan
     from .runtime.profiler.profiler import Profiler
+    from .runtime.training.early import NonFiniteGradientError
     from .runtime.training.optimizers import SGD, AdamW, Lion
-    from .runtime.training.training import NonFiniteGradientError
     from .training import prepare, resume, save
 
 _LAZY = {
     "SGD": "runtime.training.optimizers",
     "AdamW": "runtime.training.optimizers",
     "Lion": "runtime.training.optimizers",
-    "NonFiniteGradientError": "runtime.training.training",
+    "NonFiniteGradientError": "runtime.training.early",
     "Profiler": "runtime.profiler.profiler",
     "close": "api",
     "explain": "api",

@@ -84,8 +84,10 @@ def prepare(
         device: As for `load`.
         dtype: What a checkpoint is computed in.
         accumulate: Backward passes of each step, at most; their gradients are added up in fp32.
-        activations: "keep" them in memory, or "recompute" those of layers in backward, which takes about a third more
-            time and little memory; "auto" does so where weights are streamed.
+        activations: "keep" them in memory; "recompute" those of layers in backward, which takes about a third more time
+            and little memory; "offload" them to host memory, where a device apart computes, and to disk. "auto" keeps
+            them where all weights stay; where weights are streamed, a plan is made of what the first forward shows:
+            what there is room for is held, the rest goes where it costs less than making it again, or is made again.
         updates: "step": all at `step()`, as in PyTorch; until then gradients of the whole model are in memory, or on
             disk. "backward": each part as soon as its last gradient is there, which needs memory for few gradients and
             works beside backward. Then every backward pass (`accumulate` of them) must be followed by `step()`,
@@ -122,7 +124,7 @@ def prepare(
         if frozen:
             settings.check_frozen()
             own = None if isinstance(wrapped, nn.Module) else lora
-            beside = adapters.beside(own, arrays=arrays_of(optimizer), accumulate=accumulate)
+            beside = adapters.beside(own, arrays=arrays_of(optimizer), accumulate=accumulate, activations=activations)
         made, origin, settings = _streamed(wrapped, asked, dtype, settings, folders, choice=optimizer, beside=beside)
     try:
         if frozen:
@@ -137,8 +139,8 @@ def prepare(
 def save(model: nn.Module, optimizer: StreamedOptimizer, *, scheduler: Any = None, extra: Any = None) -> Commit:
     """Make the present state of a run durable: a commit of what is on disk already, and of states in host memory.
 
-    Waits for the updates of the last step, and returns a handle; states in host memory are written, and the commit is
-    published, in the background (`handle.wait()`).
+    Returns a handle at once. The updates of the last step go on beside the next forward; when they are done, states in
+    host memory are written, and the commit is published, in the background (`handle.wait()`).
 
     Args:
         model: What `prepare` or `resume` returned.
@@ -148,7 +150,7 @@ def save(model: nn.Module, optimizer: StreamedOptimizer, *, scheduler: Any = Non
 
     Raises:
         UsageError: `extra` cannot be written.
-        PenstockError: what the last step met in the background.
+        PenstockError: what the last step has met in the background; what it meets later is the handle's error.
     """
     handle_of(model)
     return optimizer.commit(None if scheduler is None else scheduler.state_dict(), extra)
@@ -210,7 +212,9 @@ def resume(
         if state.frozen:
             settings.check_frozen()
             own = None if isinstance(wrapped, nn.Module) else lora
-            beside = adapters.beside(own, arrays=arrays_of(choice), accumulate=accumulate, trained=state.names)
+            beside = adapters.beside(
+                own, arrays=arrays_of(choice), accumulate=accumulate, activations=activations, trained=state.names
+            )
         made, _, settings = _streamed(
             wrapped, asked, state.dtype, settings, folders, choice=choice, limit=state.limit_nbytes, beside=beside
         )
@@ -267,18 +271,19 @@ def _streamed(
 ) -> tuple[nn.Module, Origin, Settings]:
     """The model, where it came from, and settings in which it is said what becomes of activations, if that is known."""
     wanted = wanted_of(asked.max_memory)
-    early = settings.updates == "backward"
+    settings = replace(settings, device_is_named=wanted.device is not None)
     opened = open_device(asked.device)
     if opened.separate and beside is None:
         settings = replace(settings, shares=_shares(opened, asked.where, choice, wanted.device))
     trains = partial(
         changing,
         accumulate=settings.accumulate,
-        early=early,
+        early=settings.updates == "backward",
         arrays=arrays_of(choice),
         limit=limit,
         separate=opened.separate,
         on_device=settings.shares.any,
+        activations=settings.activations,
     )
     room: StepRoom | None = None
     if is_automatic(wanted, opened):
@@ -304,7 +309,9 @@ def _streamed(
             raise
         settings = replace(settings, activations=room.activations)
         if not room.known:  # then what is left over is for activations, not for states
-            trains = partial(trains, arrays=0)
+            trains = partial(trains, arrays=0, activations=settings.activations)
+        else:
+            trains = partial(trains, activations=settings.activations, saved_nbytes=room.saved_nbytes)
     common: dict[str, Any] = {
         "wanted": wanted,
         "device": opened,

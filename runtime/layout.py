@@ -36,6 +36,11 @@ class Changing:
     """Cut by this and no other: a run that goes on has states that lie by block, under whatever budgets."""
     own_device_nbytes: int = 0
     """Memory of a device apart, likewise."""
+    saved_nbytes: int | None = 0
+    """What a forward saves for backward, that may go to what is left of host memory; None where it is not known, and
+    counts as much as the weights."""
+    buffers_nbytes: int = 0
+    """Of the buffers that it would pass through on its way to disk, at most."""
     frozen: bool = False
     """Whether weights in blocks only pass on gradients: what is trained (adapters) lies beside them, in no block."""
 
@@ -94,6 +99,8 @@ class Layout:
     """Of these, what training has for gradients, states, and what they pass through."""
     granted_nbytes: int = 0
     """Of that, what is more than it needs: room that weights have left."""
+    saved_nbytes: int = 0
+    """Of that, what activations could use at most, with their buffers."""
     limit_nbytes: int = 0
     """What parameters were cut by: blocks are no larger, but for parameters that are."""
     token_s: float | None = None

@@ -81,7 +81,7 @@ def disk_read_rate(files: Sequence[str], cache: LinkCache, device: Device) -> fl
     sizes = [(path, stat) for path, stat in sizes if stat.st_size >= 4096]
     if not sizes:
         return None
-    calibrated = _calibrated_read(cache.calibration(device), {stat.st_dev for _, stat in sizes})
+    calibrated = _calibrated(cache.calibration(device), {stat.st_dev for _, stat in sizes}, write=False)
     if calibrated is not None:
         return calibrated
     throttle = device.disk_throttle
@@ -96,13 +96,19 @@ def disk_read_rate(files: Sequence[str], cache: LinkCache, device: Device) -> fl
     return rate
 
 
-def _calibrated_read(calibration: Calibration | None, wanted: set[int]) -> float | None:
-    """Bytes per second of reading from these drives (`st_dev`); None where one of them was not calibrated."""
+def disk_write_rate(files: Sequence[str], cache: LinkCache, device: Device) -> float | None:
+    """Bytes per second of writing to the drives of these files; None without a calibration: measuring wears them."""
+    return _calibrated(cache.calibration(device), {os.stat(path).st_dev for path in files}, write=True)
+
+
+def _calibrated(calibration: Calibration | None, wanted: set[int], *, write: bool) -> float | None:
+    """Bytes per second of reading from these drives (`st_dev`), or of writing; None where one was not calibrated."""
     if calibration is None:
         return None
     hardware = calibration.hardware
     identities = calibration.fingerprint.drives
-    rates = {i.device: drive.read.at(CHUNK) for i, drive in zip(identities, hardware.drives, strict=True)}
+    drives = zip(identities, hardware.drives, strict=True)
+    rates = {each.device: (drive.write if write else drive.read).at(CHUNK) for each, drive in drives}
     if not wanted <= rates.keys():
         return None
     return sum(rates[device] for device in wanted) * (hardware.drives_together if len(wanted) > 1 else 1.0)

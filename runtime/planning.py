@@ -119,15 +119,18 @@ class Planner:
         return self._with_the_rest(self._best())
 
     def _with_the_rest(self, layout: Layout) -> Layout:
-        """Give to gradients and states what weights have left: a byte of weights that stays saves more than theirs."""
+        """Give to gradients, activations and states what weights have left: a byte of weights that stays saves more."""
         if self._changing is None:
             return layout
-        more = max(0, min(self._changing.more_nbytes, self.budgets.host - layout.host_nbytes))
+        saved = self._changing.saved_nbytes
+        saved = (sum(self.sizes.values()) if saved is None else saved) + self._changing.buffers_nbytes
+        more = max(0, min(self._changing.more_nbytes + saved, self.budgets.host - layout.host_nbytes))
         return replace(
             layout,
             own_host_nbytes=layout.own_host_nbytes + more,
             training_nbytes=self._changing.own_nbytes + more,
             granted_nbytes=more,
+            saved_nbytes=saved,
         )
 
     def _best(self) -> Layout:

@@ -4,23 +4,30 @@ torch's own checkpointing keeps what the second forward saves, views of weights 
 replaces in the meantime. So this one packs through the session's saved tensors: what a segment saves is a number while
 forward runs; when backward asks for the first of them, the segment runs once more, and what it saves this time is what
 counts. The graph is the one of the first forward, so gradients have the bits of a run that kept everything.
+
+Where a plan has some of it held (`activations/`), that is not made again, and neither are the operations whose results
+it is.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..memory.errors import PenstockError
+from .activations.hold import HeldTensor
+from .activations.operations import Operation, Replay
+from .changedbuffers import ChangedBuffers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from .activations.keeper import SegmentCall
     from .session import Session
 
 
@@ -53,6 +60,7 @@ class Segment:
         module: The part.
         key: Its number, as a root call.
         forward: Its forward, as it was called.
+        buffers: Of the part, which forwards may change.
     """
 
     def __init__(
@@ -63,23 +71,42 @@ class Segment:
         forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Any,
+        buffers: ChangedBuffers,
     ) -> None:
         self._session = session
+        self._buffers, self._before = buffers, buffers.before()
         self._module = module
         self._key = key
         self._forward = forward
         self._args, self._kwargs = args, kwargs
         self._around = _Surroundings()
         self._shapes: list[tuple[torch.Size, torch.dtype]] = []
+        self._wanted: set[int] = set()
+        """Numbers of those that have to be made again."""
+        self._last = -1
+        """The last of these."""
         self._found: dict[int, Any] = {}
+        self._operations: Sequence[Operation] = ()
+        self._held: dict[int, tuple[HeldTensor, ...]] = {}
+        """Results of operations, that are not made again."""
         self._next = 0
         self._generation = session.saved.generation
         self._versions = [(each, each._version) for each in _tensors((args, kwargs))]
 
-    def hold(self, tensor: torch.Tensor) -> Pending:
-        """Called for what the first forward saves."""
+    def hold(self, tensor: torch.Tensor, held: Any) -> Any:
+        """Called for what the first forward saves; `held` is what it is packed as, if it need not be made again."""
         self._shapes.append((tensor.shape, tensor.dtype))
-        return Pending(self, len(self._shapes) - 1)
+        if held is not None:
+            return held
+        self._last = len(self._shapes) - 1
+        self._wanted.add(self._last)
+        return Pending(self, self._last)
+
+    def first_is_over(self, call: SegmentCall | None) -> None:
+        """The first forward has returned."""
+        self._before = self._buffers.changed(self._before)
+        if call is not None and call.log is not None and self._wanted:
+            self._operations, self._held = call.log.operations, call.skippable()
 
     def keep(self, tensor: torch.Tensor, packed: Any) -> None:
         """Called for what the second forward saves, packed as it would be without a segment."""
@@ -92,8 +119,9 @@ class Segment:
                 'activations="keep"'
             )
         self._next += 1
-        self._found[index] = packed
-        if self._next == len(self._shapes):
+        if index in self._wanted:
+            self._found[index] = packed
+        if index == self._last:
             raise _EnoughError
 
     def take(self, index: int) -> Any:
@@ -114,9 +142,13 @@ class Segment:
             )
         with ExitStack() as around:
             around.enter_context(torch.enable_grad())
-            around.enter_context(self._around.restored(self._module))
+            around.enter_context(self._around.restored())
+            around.enter_context(self._buffers.as_before(self._before))
             around.enter_context(session.call(self._key))
             around.enter_context(session.saved.again(self))
+            if self._held:
+                replay = Replay(self._operations, self._held, session.saved.held)
+                around.enter_context(session.saved.watched(replay))
             try:
                 self._forward(*self._args, **self._kwargs)
             except _EnoughError:
@@ -128,7 +160,7 @@ class Segment:
 
 
 class _Surroundings:
-    """What a forward depends on beside its arguments: random numbers, autocast. And what it changes: buffers."""
+    """What a forward depends on beside its arguments and buffers: random numbers, autocast."""
 
     def __init__(self) -> None:
         self._random = torch.get_rng_state()
@@ -140,11 +172,10 @@ class _Surroundings:
         self._cached = torch.is_autocast_cache_enabled()
 
     @contextmanager
-    def restored(self, module: nn.Module) -> Iterator[None]:
+    def restored(self) -> Iterator[None]:
         """As it was then; afterwards as it is now."""
         random = torch.get_rng_state()
         random_cuda = torch.cuda.get_rng_state() if self._random_cuda is not None else None
-        buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         with ExitStack() as around:
             for kind, enabled, dtype in self._autocast:
                 if enabled or torch.is_autocast_enabled(kind):
@@ -158,9 +189,6 @@ class _Surroundings:
                 torch.set_rng_state(random)
                 if random_cuda is not None:
                     torch.cuda.set_rng_state(random_cuda)
-                with torch.no_grad():
-                    for buffer, value in buffers:
-                        buffer.copy_(value)
 
 
 def recompute(session: Session, module: nn.Module) -> list[str]:
@@ -168,7 +196,16 @@ def recompute(session: Session, module: nn.Module) -> list[str]:
     keys = {path: key for key, (path, _) in enumerate(module.named_modules())}
     found = segments_of(module)
     for path in found:
-        _wrap(session, module.get_submodule(path), keys[path])
+        _wrap(session, module.get_submodule(path), keys[path], path)
+    return found
+
+
+def mark_segments(session: Session, module: nn.Module) -> list[str]:
+    """Let the keeper of saved tensors know when these parts run; nothing is made again. Returns their names."""
+    keys = {path: key for key, (path, _) in enumerate(module.named_modules())}
+    found = segments_of(module)
+    for path in found:
+        _mark(session, module.get_submodule(path), keys[path], path)
     return found
 
 
@@ -208,8 +245,9 @@ def _is_cache(value: object) -> bool:
     return hasattr(value, "get_seq_length") or hasattr(value, "is_updated")
 
 
-def _wrap(session: Session, module: nn.Module, key: int) -> None:
+def _wrap(session: Session, module: nn.Module, key: int, path: str) -> None:
     inner = module.forward
+    buffers = ChangedBuffers(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or not session.running_here() or session.saved.in_segment:
@@ -217,7 +255,28 @@ def _wrap(session: Session, module: nn.Module, key: int) -> None:
         if any(_is_cache(value) for value in (*args, *kwargs.values())):
             logger.info("%s is given a cache, which a second forward would find changed: kept", type(module).__name__)
             return inner(*args, **kwargs)
-        with session.saved.within(Segment(session, module, key, inner, args, kwargs)):
+        segment = Segment(session, module, key, inner, args, kwargs, buffers)
+        keeper = session.saved.keeper
+        known = nullcontext() if keeper is None else keeper.segment(key, path, list(_tensors((args, kwargs))))
+        with known as call, session.saved.within(segment, call):
+            result = inner(*args, **kwargs)
+        segment.first_is_over(call)
+        return result
+
+    module.__dict__["forward"] = forward
+
+
+def _mark(session: Session, module: nn.Module, key: int, path: str) -> None:
+    inner = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        keeper = session.saved.keeper
+        inside = keeper is None or keeper.call is not None
+        if inside or not torch.is_grad_enabled() or not session.running_here():
+            return inner(*args, **kwargs)
+        assert keeper is not None
+        given = list(_tensors((args, kwargs)))
+        with keeper.segment(key, path, given) as call, session.saved.noticed(call.log):
             return inner(*args, **kwargs)
 
     module.__dict__["forward"] = forward

@@ -7,15 +7,18 @@ error. So a saved view of the arena is packed as (block, place) and fetched agai
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .activations.hold import HeldTensor
+from .activations.operations import OperationLog, Replay
 from .recompute import Pending, Segment
 
 if TYPE_CHECKING:
+    from .activations.keeper import ActivationKeeper, SegmentCall
     from .session import Session
 
 
@@ -64,15 +67,27 @@ class SavedTensors:
         self._session = session
         self.generation = 0
         """How often weights have changed, by steps."""
+        self.keeper: ActivationKeeper | None = None
+        """Decides what leaves memory; None where nothing does."""
         self._segment: Segment | None = None
         """Whose first forward runs."""
+        self._call: SegmentCall | None = None
+        """What is known of it."""
+        self._watching: OperationLog | Replay | None = None
+        """What looks at operations, if anything does: not at ours."""
         self._again: Segment | None = None
         """Whose second one does."""
         self._base = session.arena.untyped_storage().data_ptr()
 
     def hooks(self) -> AbstractContextManager[Any]:
         """The context in which saved tensors are packed."""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        if self.keeper is None:
+            return hooks
+        around = ExitStack()
+        around.enter_context(self.keeper.forward())
+        around.enter_context(hooks)
+        return around
 
     def check(self, generation: int) -> None:
         """See that weights are those that a forward had.
@@ -93,13 +108,29 @@ class SavedTensors:
         return self._segment is not None or self._again is not None
 
     @contextmanager
-    def within(self, segment: Segment) -> Iterator[None]:
-        """Have what is saved made again later."""
-        self._segment = segment
+    def within(self, segment: Segment, call: SegmentCall | None = None) -> Iterator[None]:
+        """Have what is saved made again later, but for what the plan has held."""
+        self._segment, self._call = segment, call
+        try:
+            with self.noticed(None if call is None else call.log):
+                yield
+        finally:
+            self._segment = self._call = None
+
+    @contextmanager
+    def watched(self, replay: Replay) -> Iterator[None]:
+        """Have operations go through a replay."""
+        with replay, self.noticed(replay):
+            yield
+
+    @contextmanager
+    def noticed(self, mode: OperationLog | Replay | None) -> Iterator[None]:
+        """Tell what looks at operations when they are ours, and no part of the forward."""
+        before, self._watching = self._watching, mode
         try:
             yield
         finally:
-            self._segment = None
+            self._watching = before
 
     @contextmanager
     def again(self, segment: Segment) -> Iterator[None]:
@@ -110,17 +141,49 @@ class SavedTensors:
         finally:
             self._again = before
 
-    def _pack(self, tensor: torch.Tensor) -> SavedTensor | _Reference | Pending | None:
+    def _pack(self, tensor: torch.Tensor) -> SavedTensor | _Reference | Pending | HeldTensor | None:
+        mode = self._watching
+        if mode is None:
+            return self._packed_in_turn(tensor)
+        mode.paused = True
+        try:
+            return self._packed_in_turn(tensor)
+        finally:
+            mode.paused = False
+
+    def _packed_in_turn(self, tensor: torch.Tensor) -> SavedTensor | _Reference | Pending | HeldTensor | None:
         if self._segment is not None:
-            return self._segment.hold(tensor)
-        packed = self._packed(tensor)
+            return self._segment.hold(tensor, self._held(tensor))  # type: ignore[no-any-return]
         if self._again is not None:
-            self._again.keep(tensor, packed)
+            self._again.keep(tensor, self._packed(tensor))
             return None  # of a graph that nobody will go back through
-        return packed
+        keeper = self.keeper
+        if keeper is not None and not keeper.machine.again:
+            held = keeper.outside(tensor) if keeper.call is None else keeper.call.take(tensor)
+            if held is not None:
+                return held
+        return self._packed(tensor)
+
+    def _held(self, tensor: torch.Tensor) -> SavedTensor | _Reference | HeldTensor | None:
+        """What a segment's tensor is packed as; None where it is made again."""
+        call, keeper = self._call, self.keeper
+        if call is None or keeper is None:
+            return None
+        if call.stays(tensor) or not keeper.movable(tensor):  # it is there all the same
+            return self._packed(tensor) if call.decides else None
+        return call.take(tensor)
+
+    def is_lent(self, tensor: torch.Tensor) -> bool:
+        """Whether it is a view of a slot."""
+        return tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() == self._base
+
+    def held(self, tensor: HeldTensor) -> torch.Tensor:
+        """One that the keeper has."""
+        assert self.keeper is not None
+        return self.keeper.tensor(tensor)
 
     def _packed(self, tensor: torch.Tensor) -> SavedTensor | _Reference:
-        if tensor.layout is not torch.strided or tensor.untyped_storage().data_ptr() != self._base:
+        if not self.is_lent(tensor):
             return SavedTensor(tensor)
         at = tensor.storage_offset() * tensor.element_size()
         for binding in self._session.bindings.values():
@@ -136,10 +199,12 @@ class SavedTensors:
                 )
         return SavedTensor(tensor.detach().clone())  # a piece of a table: leased without a binding
 
-    def _unpack(self, saved: SavedTensor | _Reference | Pending) -> torch.Tensor:
+    def _unpack(self, saved: SavedTensor | _Reference | Pending | HeldTensor) -> torch.Tensor:
         if isinstance(saved, Pending):
             saved = saved.segment.take(saved.index)
         assert not isinstance(saved, Pending)
+        if isinstance(saved, HeldTensor):
+            return self.held(saved)
         if isinstance(saved, SavedTensor):
             return saved.unpack()
         self.check(saved.generation)

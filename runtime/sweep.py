@@ -192,14 +192,14 @@ class Sweep:
                 self._shared[block] = lease
                 self._turnstile.shares(block)
         with self._lock:
-            self._turnstile.uses(block)
+            self._turnstile.uses(member, block)
         return lease
 
     def release(self, lease: Lease, event: Event = None) -> None:
         """Give a lease back; a shared one is kept until all have used it."""
         if self._shared.get(lease.block) is lease:
             with self._lock:
-                self._turnstile.used(lease.block)
+                self._turnstile.used(self._here(), lease.block)
         else:
             self._executor.release(lease, event)
 

@@ -13,7 +13,9 @@ from ..memory.errors import PenstockError
 from ..memory.ledger import process_ledger
 from ..scheduler.microbatches import Footprint
 from ..scheduler.sizes import Workload
-from .headroom import FRAMEWORK, headroom_nbytes
+from .cachesize import cache_size
+from .headroom import FRAMEWORK, headroom_nbytes, kv_nbytes
+from .widening import LANE_NBYTES
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,9 @@ def footprint_of(config: Any, dtype: torch.dtype, *, reserved: bool) -> Footprin
 
     per_token = needs(3, 1) - needs(2, 1)
     per_sequence = needs(1, 2) - needs(1, 1) - per_token
+    kept = kv_nbytes(config, dtype, context=3, batch=1) - kv_nbytes(config, dtype, context=2, batch=1)
+    activations = per_token - kept
     kv = _kv_nbytes_per_token(config, dtype)
-    activations = max(per_token - kv, 0)
     return Footprint(
         kv_nbytes_per_token=kv if reserved else kv * SLACK,
         activation_nbytes_per_token=activations * SLACK,
@@ -79,18 +82,15 @@ def rehearsed_footprint(
     return replace(estimate, kv_nbytes_per_token=kv if reserved else kv * SLACK)
 
 
+def with_buffers(footprint: Footprint, wide_from: int | None) -> Footprint:
+    """`footprint` with what each lane keeps where products of so many rows are multiplied in fp32; None is none."""
+    return footprint if wide_from is None else replace(footprint, lane_nbytes=LANE_NBYTES)
+
+
 def _kv_nbytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-
-    def number(names: tuple[str, ...], default: int) -> int:
-        found = (getattr(text, name, None) for name in names)
-        return next((value for value in found if isinstance(value, int) and value > 0), default)
-
-    layers = number(("num_hidden_layers", "num_layers", "n_layer", "decoder_layers"), 12)
-    hidden = number(("hidden_size", "d_model", "n_embd"), 1024)
-    heads = number(("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads"), 16)
-    head = number(("head_dim",), max(hidden // heads, 1))
-    return 2 * layers * number(("num_key_value_heads",), heads) * head * torch.empty((), dtype=dtype).element_size()
+    """Of each token, given or new. An encoder has those that are given, its decoder those that are new."""
+    size = cache_size(config)
+    return max(size.token_elements, size.source_elements) * torch.empty((), dtype=dtype).element_size()
 
 
 def free_host_nbytes() -> int:

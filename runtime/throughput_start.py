@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from ..memory.errors import ClosedError, UsageError
 from ..scheduler.alternation import Alternation
-from ..scheduler.microbatches import MEMORY_RATE, MOST_LANES, Job, Machine, Schedule, schedule
+from ..scheduler.microbatches import MEMORY_RATE, MOST_LANES, Footprint, Job, Machine, Schedule, schedule
 from .build import Machinery
 from .deciding import alternation_of
 from .handle import Handle
 from .throughput import Work
 from .throughput_batch import Row, Ways, ways_of
 from .throughput_choice import Choice, Sampling, warpers_for
-from .throughput_sizes import footprint_of, free_host_nbytes
-from .widening import Products, measure_products
+from .throughput_sizes import footprint_of, free_host_nbytes, with_buffers
+from .widening import MEASURING_NBYTES, Products, measure_products
+
+logger = logging.getLogger(__name__)
 
 _DEVICE_MEMORY_RATE: Final = 1e12
 """Bytes per second at which a GPU reads its own memory, roughly; it only ranks choices."""
@@ -96,7 +99,8 @@ def start(
 ) -> Work:
     """Begin to continue prompts, in the micro-batches of `choice`; where it is None, they are chosen within `limits`.
 
-    `products` are what the CPU's take, where that was measured; it is measured now if they are None and it is worth it.
+    `products` are what the CPU's take, where that was measured; it is measured now if they are None, it is worth it,
+    and there is room for it.
 
     Raises:
         ClosedError: the model was closed.
@@ -120,44 +124,59 @@ def start(
         )
         for asked in prompts
     ]
+    room = _room_nbytes(machinery, limits)
     if products is None:
-        products = products_for(model, prompts)
-    return Work(
-        model,
-        machinery,
-        choice or _choose(model, ways, prompts, limits, products),
-        rows,
-        ways,
-        wide_from=None if products is None or handle.exact or len(prompts) == 1 else products.wide_from,
-    )
+        products = products_for(model, prompts, room_nbytes=room)
+    wide_from = None if products is None or handle.exact or len(prompts) == 1 else products.wide_from
+    if choice is None:
+        footprint = with_buffers(footprint_of(model.config, model.dtype, reserved=ways.reserves), wide_from)
+        choice = _choose(model, ways, prompts, limits, room, footprint, products)
+    return Work(model, machinery, choice, rows, ways, wide_from=wide_from)
 
 
-def products_for(model: Any, prompts: Sequence[Asked]) -> Products | None:
-    """What the CPU's products take, measured in a second; None where another device computes, or the run is too short
-    for it to matter."""
+def products_for(model: Any, prompts: Sequence[Asked], *, room_nbytes: int) -> Products | None:
+    """What the CPU's products take, measured in a second; None where another device computes, the run is too short
+    for it to matter, or measuring takes more than this room."""
     if model.device.type not in ("cpu", "meta"):
         return None
     tokens = sum(len(asked.ids) + asked.new_tokens for asked in prompts)
     weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
-    return measure_products(model.dtype) if 2 * weights * tokens >= WORTH_MEASURING else None
+    if 2 * weights * tokens < WORTH_MEASURING:
+        return None
+    if room_nbytes < MEASURING_NBYTES:
+        logger.info("%d bytes are too little to measure products in, which takes %d", room_nbytes, MEASURING_NBYTES)
+        return None
+    return measure_products(model.dtype)
 
 
-def _choose(model: Any, ways: Ways, prompts: Sequence[Asked], limits: Limits, products: Products | None) -> Schedule:
+def _room_nbytes(machinery: Machinery | None, limits: Limits) -> int:
+    """Memory for keys, values and activations, where the model computes."""
+    if limits.room_nbytes is not None:
+        return limits.room_nbytes
+    on_device = None if machinery is None else machinery.device.available_nbytes()
+    return free_host_nbytes() if on_device is None else on_device
+
+
+def _choose(
+    model: Any,
+    ways: Ways,
+    prompts: Sequence[Asked],
+    limits: Limits,
+    room_nbytes: int,
+    footprint: Footprint,
+    products: Products | None,
+) -> Schedule:
     handle: Handle = model.penstock
     plan, machinery = handle.plan, handle.machinery
-    room = limits.room_nbytes
-    if room is None:
-        on_device = None if machinery is None else machinery.device.available_nbytes()
-        room = free_host_nbytes() if on_device is None else on_device
     together = not plan.resident and ways.interleaves  # what does not stream has no reads to share
     alternation = _alternation(model, machinery) if machinery is not None and together else None
     if alternation is not None and machinery is not None and limits.room_nbytes is None:
-        room = min(room, int(free_host_nbytes() / max(_share_of_keys(model, machinery), 1e-9)))
+        room_nbytes = min(room_nbytes, int(free_host_nbytes() / max(_share_of_keys(model, machinery), 1e-9)))
     return schedule(
         [asked.job for asked in prompts],
-        footprint_of(model.config, model.dtype, reserved=ways.reserves),
+        footprint,
         Machine(
-            room_nbytes=room,
+            room_nbytes=room_nbytes,
             weights_nbytes=plan.weights_nbytes,
             sweep_s=0.0 if plan.resident else plan.with_all_copied().bound_s(),
             memory_rate=MEMORY_RATE if model.device.type == "cpu" else _DEVICE_MEMORY_RATE,

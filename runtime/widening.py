@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..kernels.linear_wide import DTYPES, WideLinear
+from ..kernels.linear_wide import DTYPES, PIECE_NBYTES, WideLinear
 from ..scheduler.curves import Curve
 from .calibration.products import linear_curve
 from .calibration.timing import host_timer
@@ -26,6 +26,10 @@ NBYTES: Final = 64 * 2**20
 """Of weights that are multiplied with to measure: more than caches hold."""
 SECONDS: Final = 0.3
 """For each of the two ways."""
+LANE_NBYTES: Final = 3 * PIECE_NBYTES
+"""That each lane which multiplies in fp32 keeps."""
+MEASURING_NBYTES: Final = NBYTES + LANE_NBYTES + 16 * 2**20
+"""That measuring takes: the weights, the buffers, and some hundred rows of activations with their products."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +43,7 @@ class Products:
 
 
 def measure_products(dtype: torch.dtype) -> Products:
-    """Measure the CPU, in a second."""
+    """Measure the CPU, in a second and MEASURING_NBYTES."""
     device = torch.device("cpu")
     timer = host_timer(device)
     plain = linear_curve(device, dtype, nbytes=NBYTES, seconds=SECONDS, timer=timer, rows=ROWS)

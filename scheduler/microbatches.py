@@ -45,6 +45,8 @@ class Footprint:
     held_nbytes_per_token: float
     """What stays of that while other micro-batches have their turn."""
     logits_nbytes_per_sequence: float
+    lane_nbytes: int = 0
+    """What each micro-batch under way keeps besides, however many sequences it has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -266,7 +268,7 @@ def _options(
             needed = footprint.kv_nbytes_per_token * sum(kv[:count])
             needed += footprint.activation_nbytes_per_token * prefill[0]
             needed += footprint.held_nbytes_per_token * (at_once - prefill[0])
-            needed += footprint.logits_nbytes_per_sequence * rows
+            needed += footprint.logits_nbytes_per_sequence * rows + footprint.lane_nbytes * count
             sweeps = max(-(-steps // count), longest) + -(-together // at_once) - 1
             moved = machine.sweep_s
             if moved is None:

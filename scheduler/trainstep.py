@@ -25,7 +25,7 @@ from .stepload import BlockUse, LoadedBlock, StepLoad, StepPrediction, Traffic
 
 REQUEST: Final = 4 * 2**20
 STEPS: Final = 4
-"""That are simulated: the first has nothing to update, writes pile up in the next, the last one counts."""
+"""That are simulated: the first has nothing to update, writes pile up in the next ones, the last one counts."""
 PASSES: Final = 6
 """Of a step's backward passes. Where there are more, the one before the last stands for them: by then what was left of
 the update has mostly been done."""
@@ -131,6 +131,7 @@ class _Run:
         spans = [b - a for a, b in pairwise(at)]
         if passes > 1:
             spans[2 * usual : 2 * usual + 2] = [times * span for span in spans[2 * usual : 2 * usual + 2]]
+        spans[-1] += max(0.0, self._disk_s() - sum(spans))
         return StepPrediction(
             seconds=sum(spans),
             forward_s=sum(spans[:-1:2]),
@@ -139,6 +140,12 @@ class _Run:
             busy_s={name: seconds for name, seconds in self._busy.items() if seconds},
             traffic=Traffic(**self._bytes),
         )
+
+    def _disk_s(self) -> float:
+        """What a step keeps drives busy for, at least: where writes pile up over more steps than are simulated, later
+        ones wait for them."""
+        mixed = min((drive.mixed for drive in self._cost.hardware.drives), default=1.0)
+        return self._busy["disk"] / max(1.0, mixed)
 
     # --- forward and backward -------------------------------------------------------------------------------------
 
@@ -243,17 +250,18 @@ class _Run:
             self._bytes["gradients_read"] += self._times * block.kept_nbytes
             seconds = self._cost.read_s(block.kept_nbytes, REQUEST)
             wait.append(self._on_disk("read gradients", seconds, [self._arrived[block.id]]))
-        if block.spilled:
+        early = last and self._load.updates == "backward"  # the last of a sum goes into the update, not to disk
+        if block.spilled and not early:
             wait += self._spilling.take()
         put = self._on_cores("put", "gradients", self._memory_s(moved), [after, *wait])
         self._arrived[block.id] = put
-        if block.spilled:
+        if block.spilled and not early:
             self._bytes["gradients_written"] += self._times * block.kept_nbytes
             written = self._on_disk("write gradients", self._cost.write_s(block.kept_nbytes, REQUEST), [put])
             self._spilling.use(written)
             self._arrived[block.id] = written
         self._gate.append(put)
-        if last and self._load.updates == "backward" and block.id != self._load.small:
+        if early and block.id != self._load.small:
             submitted = self._graph.add("submit", after=[put, *self._behind.take()])
             self._gate.append(submitted)
             self._update(block, submitted)
@@ -291,7 +299,7 @@ class _Run:
         load, graph = self._load, self._graph
         units = max(1, ceil(block.elements / self._unit))
         elements, states = block.elements / units, block.states_nbytes / units
-        spilled = block.kept_nbytes / units if block.spilled else 0.0
+        spilled = block.kept_nbytes / units if block.spilled and load.updates == "step" else 0.0
         on_disk = not block.states_in_memory
         share = load.device_on_disk if on_disk else load.device_in_memory
         there_too = begun

@@ -11,12 +11,14 @@ their definition, and the lowest number wanted comes first, so that members whic
 A member may have a part of the model computed by the CPU. It gives the device up meanwhile, and others go on there:
 with two members or more both processors work. A part is lent to one processor at a time (`parts.py`). Who is away
 comes back for blocks that others have used: these are kept for it, as many as there is room for. For more of them it is
-waited for, but only while the CPU computes, so that somebody always goes on.
+waited for, but only while the CPU computes, so that somebody always goes on. Blocks that a member holds take room too,
+while it is away or others go on in other ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .parts import Parts
@@ -65,14 +67,15 @@ class Turnstile:
     """The policy. Knows members, blocks and parts by number. Whoever calls it sees to it that no two do at once.
 
     Args:
-        ahead: Blocks that may be kept for members that are away, besides the one that is brought.
+        ahead: Blocks that may be kept for members that are away, or that they hold, besides those that one member holds
+            at once.
     """
 
     def __init__(self, *, ahead: int = 0) -> None:
         self._ahead = ahead
         self._members: dict[int, _Member] = {}
-        self._users: dict[int, int] = {}
-        """Blocks that are shared now: how many calls under way use each."""
+        self._users: dict[int, Counter[int]] = {}
+        """Blocks that are shared now: the calls under way that use each, by member."""
         self._brought: set[int] = set()
         """Blocks that were shared in this sweep."""
         self._device: int | None = None
@@ -130,17 +133,20 @@ class Turnstile:
     def shares(self, block: int) -> None:
         """A block was brought and is shared from now on."""
         assert block not in self._users, f"block {block} is shared already"
-        self._users[block] = 0
+        self._users[block] = Counter()
         self._brought.add(block)
 
-    def uses(self, block: int) -> None:
-        """A call begins to use a shared block."""
-        self._users[block] += 1
+    def uses(self, member: int, block: int) -> None:
+        """A call of a member begins to use a shared block."""
+        self._users[block][member] += 1
 
-    def used(self, block: int) -> None:
-        """A call has used a shared block."""
-        self._users[block] -= 1
-        assert self._users[block] >= 0, f"block {block} was given back twice"
+    def used(self, member: int, block: int) -> None:
+        """A call of a member has used a shared block."""
+        users = self._users[block]
+        assert users[member], f"block {block} was given back twice"
+        users[member] -= 1
+        if not users[member]:
+            del users[member]
 
     # --- parts that the CPU computes for some members ---------------------------------------------------------------
 
@@ -205,15 +211,9 @@ class Turnstile:
         ready = [member for member in order if self._is_ready(member)]
         if ready:
             return self._go(min(ready, key=lambda m: (self._members[m].position, -self._members[m].breadth)), cpu)
-        wishes = [state.wish for state in self._members.values() if state.inside and state.wish is not None]
-        if wishes:
-            first = min(wishes)
-            kept = self._kept(first)
-            if kept is None:
-                return Turn(member=None, cpu=cpu)
-            release = self._let_go(kept)
-            able = (member for member in order if self._members[member].wish == first)
-            return self._go(max(able, key=lambda m: self._members[m].breadth), cpu, release=release)
+        wishing = [member for member in order if self._members[member].inside and self._wish(member) is not None]
+        if wishing:
+            return self._grant(wishing, cpu)
         if any(state.inside for state in self._members.values()):
             assert self._parts.computes is not None, "all wait, and nobody computes"
             return Turn(member=None, cpu=cpu)
@@ -226,6 +226,33 @@ class Turnstile:
             return False
         return state.wish is None or state.wish in self._users
 
+    def _wish(self, member: int) -> int | None:
+        return self._members[member].wish
+
+    def _grant(self, wishing: Sequence[int], cpu: int | None) -> Turn:
+        """Nobody can go on with what is shared: the lowest wish is granted, if there is room.
+
+        Who holds blocks elsewhere is waited for while the CPU computes. Otherwise whoever was granted a block last, and
+        holds it, has room, since the others hold no more than they did then: it goes on until it holds none.
+        """
+        wishes = sorted({wish for member in wishing if (wish := self._wish(member)) is not None})
+        for wish in wishes:
+            member = self._granted_to(wish, wishing)
+            kept = self._kept(wish)
+            if kept is not None and len(kept) + self._held_by_others(member) <= self._ahead:
+                return self._go(member, cpu, release=self._let_go(kept))
+            if self._parts.computes is not None:
+                return Turn(member=None, cpu=cpu)
+        return self._go(self._granted_to(wishes[0], wishing), cpu, release=self._let_go())
+
+    def _granted_to(self, wish: int, wishing: Sequence[int]) -> int:
+        able = (member for member in wishing if self._wish(member) == wish)
+        return max(able, key=lambda member: self._members[member].breadth)
+
+    def _held_by_others(self, member: int) -> int:
+        """Blocks in use that this member does not hold itself."""
+        return sum(bool(users) and member not in users for users in self._users.values())
+
     def _kept(self, wish: int) -> frozenset[int] | None:
         """Blocks that are not to be let go when a wish is granted, because somebody who waits for the CPU, or is there,
         comes to them later; None where those are to come back first."""
@@ -235,7 +262,7 @@ class Turnstile:
             return None
         behind = min((self._members[member].position for member in self._parts.away), default=wish)
         wanted = {block for block in self._brought if behind < block < wish}
-        kept = frozenset(block for block in wanted if self._users.get(block) == 0)
+        kept = frozenset(block for block in wanted if block in self._users and not self._users[block])
         gone = any(block not in self._users for block in wanted)
         return None if gone or len(kept) > self._ahead else kept
 

@@ -18,6 +18,7 @@ from typing import Any
 from .protocol import STARTED_VARIABLE
 
 LENGTH, SKIPPED = 256, 2
+PHASES = ("forward_s", "backward_s", "update_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +53,20 @@ def moved() -> tuple[int, int]:
 
 
 def measure_steps(job: Job, forward: Any, backward: Any, update: Any, settle: Any) -> dict[str, Any]:
-    """Run the steps; seconds of each phase, bytes of each step."""
+    """Run the steps; seconds and bytes of one, and seconds of its phases.
+
+    A contender may go on with a step's update beside the next step. So seconds and bytes are counted from where the
+    update of the last step that warms up has ended (`settle`) to where that of the last step has: whole steps, all of
+    them, and nothing else. The best is of steps that begin beside the update of the one before.
+    """
+    assert job.steps > SKIPPED, job
     rows, losses = [], []
     for step in range(job.steps):
+        if step == SKIPPED:
+            settle()
+            io, since = moved(), time.perf_counter()
         ids = batch_of(job, step)
-        io, start = moved(), time.perf_counter()
+        start = time.perf_counter()
         loss = forward(ids)
         losses.append(float(loss.detach()))
         first = time.perf_counter()
@@ -64,14 +74,13 @@ def measure_steps(job: Job, forward: Any, backward: Any, update: Any, settle: An
         second = time.perf_counter()
         update()
         third = time.perf_counter()
-        if step == job.steps - 1:
-            settle()
-        after, end = moved(), time.perf_counter()
-        rows.append((end - start, first - start, second - first, third - second, after[0] - io[0], after[1] - io[1]))
-    steady = rows[SKIPPED:]
-    names = ("step_s", "forward_s", "backward_s", "update_s", "read_nbytes", "written_nbytes")
-    found = {name: statistics.mean(row[i] for row in steady) for i, name in enumerate(names)}
-    return {**found, "best_s": min(row[0] for row in steady[:-1] or steady), "losses": losses}
+        rows.append((third - start, first - start, second - first, third - second))
+    settle()
+    steady, seconds = rows[SKIPPED:], time.perf_counter() - since
+    read, written = (after - before for after, before in zip(moved(), io, strict=True))
+    found = {name: statistics.mean(row[i] for row in steady) for i, name in enumerate(PHASES, 1)}
+    found |= {"step_s": seconds / len(steady), "best_s": min(row[0] for row in steady[1:] or steady)}
+    return {**found, "read_nbytes": read / len(steady), "written_nbytes": written / len(steady), "losses": losses}
 
 
 def run_worker(worker: Callable[[Job], dict[str, Any]]) -> None:

@@ -1,4 +1,5 @@
-"""penstock under the cap: what is left of it beside libraries and activations is the budget."""
+"""penstock under the cap: what is left of it beside libraries and activations is the budget. As "committing" it makes
+every step durable."""
 
 import json
 from pathlib import Path
@@ -12,7 +13,9 @@ from penstock.memory.capacity import process_memory
 
 from .training import LENGTH, Job, measure_steps, run_worker, started
 
-assert transformers  # imported for its time
+# Imported for their time and memory: penstock gets the rest of itself, and torch's and transformers', on first use.
+assert transformers
+assert penstock.prepare
 
 MIB = 2**20
 
@@ -37,12 +40,25 @@ def penstock_worker(job: Job) -> dict[str, Any]:
         activations="recompute",
         updates="backward" if job.clip is None else "step",
     )
+    commits: list[Any] = []
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+        if job.way == "committing":
+            commits.append(penstock.save(model, optimizer))
+
+    def settle() -> None:
+        optimizer.training.finish()
+        for commit in commits:
+            commit.wait()
+
     found = measure_steps(
         job,
         lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss,
         lambda loss: loss.backward(),
-        lambda: (optimizer.step(), optimizer.zero_grad()),
-        lambda: optimizer.training.finish(),
+        update,
+        settle,
     )
     plan = model.penstock.plan
     found |= {"host_nbytes": host, "streamed_nbytes": sum(b.nbytes for b in plan.blocks if b.home == "disk")}

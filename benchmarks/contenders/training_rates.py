@@ -18,7 +18,7 @@ from .training import Job, run_worker, started
 
 
 def rates_worker(job: Job) -> dict[str, Any]:
-    """The parts of the bound: the update with its checksum, and the drive read and written at once."""
+    """The parts of the bound: the update with its checksum, and the drive, written and read and written at once."""
     started()
     count = 1 << 20
     arena = HostArena(8 * 12 * count)
@@ -47,6 +47,10 @@ def rates_worker(job: Job) -> dict[str, Any]:
     places = 32
     for place in range(2 * places):
         engine.write(path, place * nbytes, slots[place % 8]).wait()
+    start = time.perf_counter()
+    for transfer in [engine.write(path, place * nbytes, slots[place % 8]) for place in range(places)]:
+        transfer.wait()
+    write_rate = places * nbytes / (time.perf_counter() - start)
     mixed = []
     for _ in range(3):
         start = time.perf_counter()
@@ -61,7 +65,12 @@ def rates_worker(job: Job) -> dict[str, Any]:
         mixed.append(2 * places * nbytes / (time.perf_counter() - start))
     engine.close()
     os.unlink(path)
-    return {"update_per_s": count / update_s, "checksum_per_s": nbytes / checksum_s, "mixed_rate": max(mixed)}
+    return {
+        "update_per_s": count / update_s,
+        "checksum_per_s": nbytes / checksum_s,
+        "mixed_rate": max(mixed),
+        "write_rate": write_rate,
+    }
 
 
 if __name__ == "__main__":

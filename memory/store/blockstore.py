@@ -290,8 +290,19 @@ class BlockStore:
             raise
         self.written(block, checksum(view))
 
-    def commit(self, metadata: bytes) -> Commit:
-        """Make the state of this moment durable, in the background.
+    def reserve(self) -> Commit:
+        """The handle of a commit that is to be made a little later, by `commit`: for who must not wait for the moment.
+
+        Reserved ones are to be made in this order. Whoever finds that one cannot be made ends it (`Commit.finish`).
+
+        Raises:
+            StoreError: the store is read-only, or stopped after a failure.
+        """
+        with self._in_use(to_write=True) as publisher:
+            return publisher.reserve()
+
+    def commit(self, metadata: bytes, reserved: Commit | None = None) -> Commit:
+        """Make the state of this moment durable, in the background. `reserved`: its handle, where there is one already.
 
         Writes that have begun belong to it, and it waits for them; those that begin later do not. Commits are published
         in order. One that fails leaves the last published commit as it is; after a full disk the next may succeed,
@@ -301,7 +312,7 @@ class BlockStore:
             StoreError: the store is read-only, or stopped after a failure. Later failures are in `Commit.error`.
         """
         with self._in_use(to_write=True) as publisher:
-            return publisher.submit(bytes(metadata))
+            return publisher.submit(bytes(metadata), reserved)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait for all writes to land and all commits to be published; False after `timeout` seconds for either.

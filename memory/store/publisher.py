@@ -70,11 +70,15 @@ class Publisher:
             self.failure.__cause__ = error
         self.changed.notify_all()
 
-    def submit(self, metadata: bytes) -> Commit:
-        """Cut now and publish soon."""
+    def reserve(self) -> Commit:
+        """The handle of a commit that is to be submitted later, after all that are reserved before."""
         self._numbered += 1
-        self.slots.cut(self._numbered, metadata)
-        commit = Commit(self._numbered)
+        return Commit(self._numbered)
+
+    def submit(self, metadata: bytes, reserved: Commit | None = None) -> Commit:
+        """Cut now and publish soon."""
+        commit = reserved or self.reserve()
+        self.slots.cut(commit.number, metadata)
         self.commits.append(commit)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="penstock-store-commit", daemon=True)

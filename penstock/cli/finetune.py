@@ -50,6 +50,14 @@ _TooLong = Annotated[
         rich_help_panel=_SIZE,
     ),
 ]
+_Activations = Annotated[
+    str,
+    typer.Option(
+        metavar="WHAT",
+        help="auto, keep, recompute, or offload: to host memory beside a GPU, and to disk. Results are the same.",
+        rich_help_panel=_SIZE,
+    ),
+]
 _Optimizer = Annotated[str, typer.Option(help="adamw, sgd or lion.", rich_help_panel=_RATE)]
 _Lr = Annotated[
     float | None,
@@ -129,6 +137,7 @@ def finetune(
     accumulate: _Accumulate = 1,
     seq: _Seq = None,
     too_long: _TooLong = "truncate",
+    activations: _Activations = "auto",
     seed: _Seed = 0,
     optimizer: _Optimizer = "adamw",
     lr: _Lr = None,
@@ -168,8 +177,8 @@ def finetune(
     )  # fmt: skip
     request = FinetuneRequest(
         checkpoint=checkpoint, data=data, out=out, recipe=recipe, eval_every=eval_every, commit_every=commit_every,
-        commit_minutes=commit_minutes, resume=resume, force=force, max_memory=max_memory, device=device,
-        trust_remote_code=trust_remote_code, as_json=as_json,
+        commit_minutes=commit_minutes, activations=activations, resume=resume, force=force, max_memory=max_memory,
+        device=device, trust_remote_code=trust_remote_code, as_json=as_json,
     )  # fmt: skip
     output = Output()
     with output.busy("starting"):

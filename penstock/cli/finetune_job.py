@@ -63,6 +63,7 @@ class Job:
             "max_memory": request.max_memory,
             "device": request.device,
             "accumulate": request.recipe.accumulate,
+            "activations": request.activations,
             "context": self.data.training.seq,
             "batch": request.recipe.batch,
             "nonfinite": request.recipe.nonfinite,

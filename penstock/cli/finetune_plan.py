@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..memory.store import stats
 from ..runtime.training.data.sequences import DataStatistics
@@ -35,22 +34,16 @@ class FinetunePlan:
     states_nbytes: int
     """On disk for as long as the run is kept: every state twice, so that the last commit stays whole."""
     step_written_nbytes: int
-    """By each step: all states, and the weights that do not stay in memory. Of adapters, nothing."""
+    """By each step: states, weights and gradients that do not stay in memory. Of adapters, nothing."""
     commit_written_nbytes: int
-    """By each commit: the states that stay in memory, those of adapters."""
+    """By each commit: states that stay in memory."""
     written_nbytes: int
     """By the steps that are left, and their commits: that is the wear of the drive."""
 
 
-def finetune_plan(
-    request: FinetuneRequest, job: Job, run: RunFolder, model: Any, optimizer: StreamedOptimizer
-) -> FinetunePlan:
+def finetune_plan(request: FinetuneRequest, job: Job, run: RunFolder, optimizer: StreamedOptimizer) -> FinetunePlan:
     """The plan of a run whose model is there."""
-    store = stats(run.states)
-    each, commit = store.payload_nbytes + model.penstock.plan.home_nbytes("disk"), 0
-    if request.recipe.lora is not None:
-        each, commit = 0, store.payload_nbytes
-    left = job.schedule.steps - job.step
+    wear = optimizer.training.wear()
     sequences = request.recipe.batch * request.recipe.accumulate
     return FinetunePlan(
         parameters=sum(trained.elements for trained in optimizer.training.trained),
@@ -61,10 +54,10 @@ def finetune_plan(
         sequences_per_step=sequences,
         seq=job.data.training.seq,
         epochs=job.schedule.steps * sequences / len(job.data.training),
-        states_nbytes=store.file_nbytes,
-        step_written_nbytes=each,
-        commit_written_nbytes=commit,
-        written_nbytes=each * left + commit * -(-left // request.commit_every),
+        states_nbytes=stats(run.states).file_nbytes,
+        step_written_nbytes=wear.step_nbytes,
+        commit_written_nbytes=wear.commit_nbytes,
+        written_nbytes=wear.nbytes(done=job.step, steps=job.schedule.steps, commit_every=request.commit_every),
     )
 
 
@@ -83,16 +76,15 @@ def plan_lines(plan: FinetunePlan, request: FinetuneRequest, training: DataStati
     data += f"{plan.seq} ({training.padding / max(training.sequences * plan.seq, 1):.1%} padding)"
     for count, what in ((training.truncated, "truncated"), (training.left_out, "left out"), (aside, "for evaluation")):
         data += f"; {count:,} {what}" if count else ""
-    written = f"{format_size(plan.step_written_nbytes)} written per step"
-    if recipe.lora is not None:
-        written = f"{format_size(plan.commit_written_nbytes)} written per commit"
+    each = {"step": plan.step_written_nbytes, "commit": plan.commit_written_nbytes}
+    parts = [f"{format_size(nbytes)} written per {what}" for what, nbytes in each.items() if nbytes]
     lines = [
         f"trains {plan.parameters:,} parameters in {plan.tensors} tensors with {recipe.optimizer} ({hyper}), "
         + (f"clipped to {recipe.clip:g}" if recipe.clip else "not clipped"),
         data,
         f"{plan.steps} steps of {recipe.accumulate} × {recipe.batch} sequences, {plan.epochs:.2f} epochs; "
         f"{_schedule(request, plan)}",
-        f"disk: {format_size(plan.states_nbytes)} in {request.out} for states; about {written}, "
+        f"disk: {format_size(plan.states_nbytes)} in {request.out} for states; {' and '.join(parts)}, "
         f"{format_size(plan.written_nbytes)} in all",
     ]
     if recipe.lora is not None:

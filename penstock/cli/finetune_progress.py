@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final
 
@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from ..runtime.training.distance import LinkRates, distance_of
 from ..runtime.training.metrics import StepRecord
+from ..scheduler.plan import Plan
 
 EVERY_S: Final = 10.0
-_RECENT: Final = 20
+STEADY: Final = 20
 """Steps that the pace is the mean of: the first of a process are slow, while orders are learnt."""
 
 
@@ -26,15 +28,28 @@ class FinetuneProgress:
         console: Where to.
         steps: Of the run.
         done: Of them, before this.
+        rates: Of the links, for the distance.
+        plan: Of the weights, for what the tiers hold.
         clock: Seconds.
     """
 
-    def __init__(self, console: Console, *, steps: int, done: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        steps: int,
+        done: int,
+        rates: LinkRates,
+        plan: Plan,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._console = console
+        self._rates = rates
+        self._held = _held(plan)
         self._steps = steps
         self._clock = clock
         self._told: float | None = None
-        self._recent: deque[StepRecord] = deque(maxlen=_RECENT)
+        self._recent: deque[StepRecord] = deque(maxlen=STEADY)
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -76,7 +91,39 @@ class FinetuneProgress:
         if not record.updated:
             line += " (left out)"
         pace = f"{tokens / seconds:,.0f} tokens/s" if seconds else "-"
-        return f"{line}  {pace}  {each_s:.3g} s/step  ETA {duration(each_s * (self._steps - record.step))}"
+        left = duration(each_s * (self._steps - record.step))
+        distance = distance_text(self._recent, self._rates)
+        return f"{line}  {pace}  {each_s:.3g} s/step  {distance}{self._tiers()}  ETA {left}"
+
+    def _tiers(self) -> str:
+        """What each holds of its budget, and what a step moves."""
+        count = len(self._recent)
+        copied = sum(each.copied_nbytes for each in self._recent) / count
+        read = sum(each.disk_read_nbytes for each in self._recent) / count
+        written = sum(each.disk_written_nbytes for each in self._recent) / count
+        parts = [*self._held]
+        if copied:
+            parts.append(f"copied {_gib(copied)}/step")
+        parts.append(f"disk {_gib(read)} read, {_gib(written)} written/step" if read or written else "disk idle")
+        return "; ".join(parts)
+
+
+def distance_text(records: Sequence[StepRecord], rates: LinkRates) -> str:
+    """The distance of these steps and what they are bound by, with two blanks behind; nothing where it is not known."""
+    found = distance_of(records, rates)
+    return "" if found.value is None else f"distance {found.value:.2f} ({found.binds})  "
+
+
+def _held(plan: Plan) -> list[str]:
+    tiers = [
+        ("device", plan.device_nbytes, plan.device_budget_nbytes),
+        ("host", plan.host_nbytes, plan.host_budget_nbytes),
+    ]
+    return [f"{name} {_gib(nbytes)} of {_gib(budget)}" for name, nbytes, budget in tiers if budget is not None]
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 0.95 * 2**30 else f"{nbytes / 2**20:.0f} MiB"
 
 
 def duration(seconds: float) -> str:

@@ -22,6 +22,7 @@ LORA_LR: Final = 10
 SCHEDULES: Final = ("constant", "linear", "cosine")
 TOO_LONG: Final = ("truncate", "leave-out", "refuse")
 NONFINITE: Final = ("raise", "skip")
+ACTIVATIONS: Final = ("auto", "keep", "recompute", "offload")
 DECAY_ALL: Final = "none"
 """For --no-decay."""
 
@@ -135,6 +136,8 @@ class FinetuneRequest:
     commit_every: int
     commit_minutes: float | None = None
     """Commits are this far apart, at most, if steps are not longer."""
+    activations: str = "auto"
+    """Where they are until backward: results do not depend on it, so a run may go on with another."""
     resume: bool
     force: bool
     max_memory: str
@@ -144,6 +147,8 @@ class FinetuneRequest:
 
     def __post_init__(self) -> None:
         parse_budget(self.max_memory)  # raises before the slow imports rather than after
+        if self.activations not in ACTIVATIONS:
+            raise UsageError(f"there is no --activations {self.activations!r}: give {', '.join(ACTIVATIONS)}")
         if self.resume and self.force:
             raise UsageError("--resume goes on with a run and --force takes it away: give one of them")
         if self.eval_every is not None and not self.recipe.eval_fraction:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from ..api import close, explain
+from ..caches import link_cache
 from ..memory.errors import DiskError
 from ..runtime.training.adapters import without_adapters
 from ..runtime.training.board import open_board
+from ..runtime.training.distance import Distance, distance_of, rates_of
 from ..runtime.training.evaluation import takes_positions
 from ..runtime.training.facade import StreamedOptimizer
 from ..runtime.training.loop import Loop, LoopOptions
@@ -25,7 +28,7 @@ from ..runtime.training.runfolder import RunFolder
 from ..sizes import format_size
 from .finetune_job import Job, make_ready
 from .finetune_plan import FinetunePlan, finetune_plan, plan_lines
-from .finetune_progress import FinetuneProgress, duration
+from .finetune_progress import STEADY, FinetuneProgress, duration
 from .finetune_request import FinetuneRequest
 from .generation import plan_summary
 from .losschart import draw_loss, loss_curve
@@ -47,6 +50,8 @@ class Reached:
     last: StepRecord | None = None
     eval_loss: float | None = None
     """The newest."""
+    steady: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=STEADY))
+    """The last ones: the first of a process are slow, while orders are learnt."""
 
     def __call__(self, record: StepRecord) -> None:
         """One more step is done."""
@@ -54,6 +59,7 @@ class Reached:
         self.tokens += record.tokens
         self.seconds += record.seconds
         self.last = record
+        self.steady.append(record)
         self.eval_loss = self.eval_loss if record.eval_loss is None else record.eval_loss
 
 
@@ -83,7 +89,8 @@ def carry_out(request: FinetuneRequest, output: Output) -> int:
 def _train(
     request: FinetuneRequest, job: Job, run: RunFolder, model: Any, optimizer: StreamedOptimizer, output: Output
 ) -> int:
-    plan = finetune_plan(request, job, run, model, optimizer)
+    plan = finetune_plan(request, job, run, optimizer)
+    rates = rates_of(model, [str(file) for file in run.state_files()], link_cache())
     _tell_plan(plan, request, job, model, output)
     reached = Reached()
     with ExitStack() as stack:
@@ -94,7 +101,10 @@ def _train(
             stack.callback(board.close)
             listeners.append(board.write)
         stopping = stack.enter_context(StopSignals())
-        listeners.append(stack.enter_context(FinetuneProgress(output.notes, steps=plan.steps, done=job.step)))
+        progress = FinetuneProgress(
+            output.notes, steps=plan.steps, done=job.step, rates=rates, plan=model.penstock.plan
+        )
+        listeners.append(stack.enter_context(progress))
         loop = Loop(
             model=model,
             optimizer=optimizer,
@@ -123,10 +133,11 @@ def _train(
     _draw(request, run)
     if not finished:
         output.notes.print(Text(f"told to stop: committed at step {loop.step} of {plan.steps}; --resume goes on there"))
-    for line in _summary(run, reached, model):
+    distance = distance_of(reached.steady, rates)
+    for line in _summary(run, reached, distance, model):
         output.notes.print(Text(line))
     if request.as_json:
-        output.write_json(_document(request, plan, loop, reached, model))
+        output.write_json(_document(request, plan, loop, reached, distance, model))
     return OK if finished else stopping.exit_code
 
 
@@ -155,12 +166,13 @@ def _draw(request: FinetuneRequest, run: RunFolder) -> None:
         ) from error
 
 
-def _summary(run: RunFolder, reached: Reached, model: Any) -> list[str]:
+def _summary(run: RunFolder, reached: Reached, distance: Distance, model: Any) -> list[str]:
     if reached.last is None:
         return []
     line = f"{reached.steps} steps in {duration(reached.total_s)}: {reached.seconds / reached.steps:.3g} s/step, "
     line += f"{reached.tokens / reached.seconds:,.0f} tokens/s; loss {reached.last.loss:.4f}"
     line += "" if reached.eval_loss is None else f", evaluation {reached.eval_loss:.4f}"
+    line += "" if distance.value is None else f"; distance {distance.value:.2f}, bound by {distance.binds}"
     written = model.penstock.statistics().disk_written_nbytes
     return [
         f"{line}; {format_size(written)} written",
@@ -169,7 +181,7 @@ def _summary(run: RunFolder, reached: Reached, model: Any) -> list[str]:
 
 
 def _document(
-    request: FinetuneRequest, plan: FinetunePlan, loop: Loop, reached: Reached, model: Any
+    request: FinetuneRequest, plan: FinetunePlan, loop: Loop, reached: Reached, distance: Distance, model: Any
 ) -> dict[str, object]:
     """For --json. Sizes in bytes, times in seconds."""
     statistics = model.penstock.statistics()
@@ -184,6 +196,9 @@ def _document(
         "seconds": reached.total_s,
         "s_per_step": reached.seconds / reached.steps if reached.steps else None,
         "tokens_per_s": reached.tokens / reached.seconds if reached.seconds else None,
+        "distance": distance.value,
+        "bound_s_per_step": distance.bound_s / len(reached.steady) if reached.steady else None,
+        "bound_by": distance.binds,
         "disk_read_nbytes": statistics.disk_read_nbytes,
         "disk_written_nbytes": statistics.disk_written_nbytes,
         "training": plan,

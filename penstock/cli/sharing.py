@@ -13,7 +13,7 @@ from ..budget import MemoryBudget, parse_budget
 from ..memory.errors import DoesNotFitError
 from ..runtime.pretrained import outline
 from ..runtime.throughput_batch import ways_of
-from ..runtime.throughput_sizes import footprint_of, free_host_nbytes, rehearsed_footprint
+from ..runtime.throughput_sizes import footprint_of, free_host_nbytes, rehearsed_footprint, with_buffers
 from ..runtime.throughput_start import Asked, check_prompts, products_for
 from ..runtime.widening import Products
 from ..scheduler.microbatches import MOST_LANES, Footprint, Machine, Schedule, schedule
@@ -75,7 +75,8 @@ def _shared(
     room = free_host_nbytes() if budget.host is None else budget.host
     ways = ways_of(bones)
     jobs = [asked.job for asked in prompts]
-    products = products_for(bones, prompts)
+    products = products_for(bones, prompts, room_nbytes=room)
+    footprint = with_buffers(footprint, None if products is None or len(prompts) == 1 else products.wide_from)
     rates = None if products is None else products.rates
     least = 0
     for _ in range(_TRIES):

@@ -83,7 +83,8 @@ def held(found: TrainingForecast, tier: Home) -> Held:
         )  # fmt: skip
 
     def gradients(block: LoadedBlock) -> bool:
-        return block.spilled == (tier == "disk") and (tier == "disk" or found.work.updates == "step")
+        waits = found.work.updates == "step" or found.work.accumulate > 1  # else they are gone with their updates
+        return block.spilled == (tier == "disk") and (tier == "disk" or waits)
 
     kept = sum(block.kept_nbytes for block in trained if gradients(block))
     if tier == "disk":

@@ -92,6 +92,17 @@ class Device(Protocol):
         """One more lane. It comes after what the caller's compute stream holds now."""
         ...
 
+    def copy_out(self, source: torch.Tensor, target: HostArena, offset: int, after: Event) -> Event:
+        """Enqueue a flat uint8 tensor of what computes → host, after an event. Blocks never wait behind it.
+
+        Gives the event of the copy, until which who calls it keeps the tensor.
+        """
+        ...
+
+    def copy_in(self, source: HostArena, start: int, target: torch.Tensor, after: Event) -> Event:
+        """Enqueue host → a flat uint8 tensor of what computes, likewise."""
+        ...
+
     def copies_wait(self, event: Event) -> None:
         """Make what is enqueued to the copy stream from now on wait for an event."""
         ...

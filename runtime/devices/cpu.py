@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from ...memory.arena import AnyArena, HostArena, Slot
@@ -52,6 +54,16 @@ class CpuDevice:
     def lane(self) -> Lane:
         """Nor are these."""
         raise NotImplementedError("the cpu device has no lanes")
+
+    def copy_out(self, source: torch.Tensor, target: HostArena, offset: int, after: Event) -> Event:
+        """Copied when this returns: into a buffer on its way to disk, there is no other use."""
+        ctypes.memmove(target.address + offset, source.data_ptr(), source.nbytes)
+        return None
+
+    def copy_in(self, source: HostArena, start: int, target: torch.Tensor, after: Event) -> Event:
+        """Likewise, on its way back."""
+        ctypes.memmove(target.data_ptr(), source.address + start, target.nbytes)
+        return None
 
     def copies_wait(self, event: Event) -> None:
         """No copy stream."""

@@ -154,6 +154,9 @@ class CudaDevice:
         self.disk_throttle: Throttle | None = None
         self._down: torch.cuda.Stream = _cuda.Stream(device=self.torch_device)
         self._up: torch.cuda.Stream = _cuda.Stream(device=self.torch_device)
+        self._out: torch.cuda.Stream = _cuda.Stream(device=self.torch_device)
+        self._in: torch.cuda.Stream = _cuda.Stream(device=self.torch_device)
+        """Of tensors: they wait for what computes, and blocks are not to wait behind them."""
         self._join: torch.cuda.Stream = _cuda.Stream(device=self.torch_device)
         """Runs nothing: events of several compute streams meet here."""
         self._lock = threading.Lock()
@@ -222,6 +225,22 @@ class CudaDevice:
     def lane(self) -> Lane:
         """A stream."""
         return _Lane(self.torch_device)
+
+    def copy_out(self, source: torch.Tensor, target: HostArena, offset: int, after: Event) -> Event:
+        """Enqueue a tensor of the device → host."""
+        with torch.cuda.stream(self._out):
+            if isinstance(after, torch.cuda.Event):
+                self._out.wait_event(after)
+            self.tensor(target)[offset : offset + source.nbytes].copy_(source, non_blocking=True)
+        return _record(self._out)
+
+    def copy_in(self, source: HostArena, start: int, target: torch.Tensor, after: Event) -> Event:
+        """Enqueue host → a tensor of the device."""
+        with torch.cuda.stream(self._in):
+            if isinstance(after, torch.cuda.Event):
+                self._in.wait_event(after)
+            target.copy_(self.tensor(source)[start : start + target.nbytes], non_blocking=True)
+        return _record(self._in)
 
     def copies_wait(self, event: Event) -> None:
         """Make later copies wait for an event."""

@@ -70,6 +70,10 @@ class _Stream:
         self.put(event.set)
         return event
 
+    def wait_for(self, event: Event) -> None:
+        if isinstance(event, threading.Event) and not event.is_set():
+            self.put(lambda: _wait_for(event))
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
@@ -175,10 +179,21 @@ class EmulatedDevice:
         """A thread, whose copies pass over the links like all others."""
         return _Lane(self._down, self._up)
 
+    def copy_out(self, source: torch.Tensor, target: HostArena, offset: int, after: Event) -> Event:
+        """Enqueue a tensor → host. One link has one rate, so this takes its turn among blocks."""
+        self._up.wait_for(after)
+        self._up.copy(target.address + offset, source.data_ptr(), source.nbytes)
+        return self._up.record()
+
+    def copy_in(self, source: HostArena, start: int, target: torch.Tensor, after: Event) -> Event:
+        """Enqueue host → a tensor, likewise."""
+        self._down.wait_for(after)
+        self._down.copy(target.data_ptr(), source.address + start, target.nbytes)
+        return self._down.record()
+
     def copies_wait(self, event: Event) -> None:
         """Make later copies wait for an event."""
-        if isinstance(event, threading.Event) and not event.is_set():
-            self._down.put(lambda: _wait_for(event))
+        self._down.wait_for(event)
 
     def copied(self) -> Event:
         """An event after every copy enqueued so far."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,9 +12,12 @@ from ...memory.store import BlockStore
 from ..binding import contiguous_stride
 from ..dtypes import parse_dtype, stored_dtype
 from .adapters import from_text, peft, without_adapters
-from .export import Export, ExportedTensor, bones_of, refuse_other, required, whole_run
+from .exported import Export, ExportedTensor, whole_run
+from .exportsource import bones_of, refuse_other, required
+from .masters import Masters
 from .preparing import beside_blocks, identity_of
 from .run import RunState
+from .shards import Shard
 from .trained import Trained
 
 CONFIG = "adapter_config.json"
@@ -45,17 +48,7 @@ def plan_adapter_export(
     assert state.adapters is not None
     wanted = parse_dtype(dtype)
     bones = bones_of(state, source, state.dtype, trust_remote_code)
-    config = from_text(state.adapters)
-    model: nn.Module = peft().get_peft_model(bones.model, copy.deepcopy(config), low_cpu_mem_usage=True)
-    parameters = dict(model.named_parameters())
-    required(state.names, parameters)
-    trained = [
-        Trained(name=name, parameter=parameters[name], stride=contiguous_stride(parameters[name].shape))
-        for name in state.names
-    ]
-    shards = beside_blocks(trained)
-    if identity_of(trained, shards, state.mathematics) != store.identity:
-        raise refuse_other()
+    model, trained, shards = with_adapters(bones.model, state, store.identity)
     stored = peft().get_peft_model_state_dict(
         model, state_dict={name: name for name in state.names}, save_embedding_layers=False
     )
@@ -68,18 +61,38 @@ def plan_adapter_export(
         )
         for each in trained
     ]
+    runs = {each.name: whole_run(tensor) for each, tensor in zip(trained, tensors, strict=True)}
     return Export(
         tensors=tensors,
         names="adapter",
         steps=max(state.steps),
         dtype=str(wanted or trained[0].parameter.dtype).removeprefix("torch."),
         source=bones.checkpoint.folder,
-        trained=trained,
-        shards=shards,
-        runs={each.name: whole_run(tensor) for each, tensor in zip(trained, tensors, strict=True)},
+        trained=len(trained),
+        content=Masters(tensors=tensors, trained=trained, shards=shards, runs=runs),
         files={CONFIG: _settings(state.adapters, source or state.source, model)},
         weights=WEIGHTS,
     )
+
+
+def with_adapters(model: nn.Module, state: RunState, identity: str) -> tuple[nn.Module, list[Trained], Sequence[Shard]]:
+    """A model without weights with a run's adapters, as PEFT makes it; these, and where they lie in the run's store.
+
+    Raises:
+        UsageError: the run belongs to another model, or PEFT is missing.
+    """
+    assert state.adapters is not None
+    made: nn.Module = peft().get_peft_model(model, from_text(state.adapters), low_cpu_mem_usage=True)
+    parameters = dict(made.named_parameters())
+    required(state.names, parameters)
+    trained = [
+        Trained(name=name, parameter=parameters[name], stride=contiguous_stride(parameters[name].shape))
+        for name in state.names
+    ]
+    shards = beside_blocks(trained)
+    if identity_of(trained, shards, state.mathematics) != identity:
+        raise refuse_other()
+    return made, trained, shards
 
 
 def _settings(text: str, base: str | None, model: nn.Module) -> str:

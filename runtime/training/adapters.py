@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from functools import partial
 from typing import Any, Final
 
@@ -28,6 +28,8 @@ from ..devices.base import Device
 from ..layout import Changing
 from .pipeline import BUFFERS
 from .preparing import only_trained
+from .room import activation_room
+from .run import Activations
 from .shards import cut_shards
 
 _FREE: Final = frozenset(
@@ -172,13 +174,21 @@ def from_text(text: str) -> Any:
     return peft().PeftConfig.from_peft_type(**json.loads(text))
 
 
-def beside(config: Any = None, *, arrays: int, accumulate: int, trained: Sequence[str] | None = None) -> Beside:
+def beside(
+    config: Any = None,
+    *,
+    arrays: int,
+    accumulate: int,
+    activations: Activations = "keep",
+    trained: Sequence[str] | None = None,
+) -> Beside:
     """How a model gets its adapters, and what training takes.
 
     Args:
         config: A `peft.LoraConfig`; None where the model has them already.
         arrays: Of each shard: masters and states.
         accumulate: Backward passes of a step.
+        activations: What becomes of them.
         trained: Names of the parameters that a run trains which goes on; None for all that want a gradient.
     """
 
@@ -191,25 +201,37 @@ def beside(config: Any = None, *, arrays: int, accumulate: int, trained: Sequenc
                 parameter.data = parameter.data.contiguous()
         return made
 
-    return Beside(put=given, changing=partial(changing, arrays=arrays, accumulate=accumulate))
+    return Beside(put=given, changing=partial(changing, arrays=arrays, accumulate=accumulate, activations=activations))
 
 
-def changing(parameters: Sequence[nn.Parameter], device: Device, *, arrays: int, accumulate: int) -> Changing:
+def changing(
+    parameters: Sequence[nn.Parameter],
+    device: Device,
+    *,
+    arrays: int,
+    accumulate: int,
+    activations: Activations = "keep",
+) -> Changing:
     """What it takes to train these beside frozen weights.
 
     In host memory: masters and states; gradients, in fp32 where several are added up; one of them in fp32 for the norm;
-    what updates compute with; the weights, or on a device apart a copy of them that updates write.
+    what updates compute with; the weights, or on a device apart a copy of them that updates write, and what gradients
+    leave it through that are added up.
     """
     shards = cut_shards([parameter.numel() for parameter in parameters], {0: range(len(parameters))})
     wide = accumulate > 1
     gradients = sum(round_up(p.numel() * (4 if wide else p.element_size()), ALIGN) for p in parameters)
     norm = 0 if wide else max((4 * p.numel() for p in parameters if p.dtype != torch.float32), default=0)
-    weights = sum(parameter.nbytes for parameter in parameters)
+    sizes = [parameter.nbytes for parameter in parameters]
+    weights = sum(sizes)
     in_host = weights if not device.separate or device.torch_device.type != "cpu" else 0
     states = sum(arrays * shard.array_nbytes for shard in shards) + BUFFERS * PAGE
-    own = states + gradients + norm + 2 * 12 * SUBCHUNK + in_host
-    return Changing(
-        own_nbytes=own,
+    ring = min(2 * max(sizes, default=0), weights) if device.separate and wide else 0
+    own = states + gradients + norm + 2 * 12 * SUBCHUNK + in_host + ring
+    moving = activation_room(activations, None)
+    return replace(
+        moving,
+        own_nbytes=own + moving.own_nbytes,
         own_device_nbytes=weights if device.separate else 0,
         block_nbytes=sys.maxsize,
         frozen=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -29,6 +29,10 @@ class AdapterWeights:
     def is_free(self, block: int) -> bool:
         """There is one block."""
         return True
+
+    def written_nbytes(self, blocks: Collection[int]) -> int:
+        """Nothing: they are in memory."""
+        return 0
 
     def begin(self, block: int, *, whole: bool) -> Mapping[str, torch.Tensor]:
         """The weights, to be written to: flat, as they lie in memory, by the parameter's name."""

@@ -14,25 +14,41 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import wait as wait_for
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 
 from ...memory.arena import PAGE, round_up
-from ...memory.errors import ClosedError, StallError
+from ...memory.errors import ClosedError
 from ...scheduler.mover import Event
 from ..devices.base import Device
+from .watch import STALL_S, WATCH_S, Watch
 
 HELD_NBYTES: Final = 64 << 20
 """Of gradients on the device that may wait for their copies; one larger one may all the same."""
-STALL_S: Final = 120.0
 
 Work = Callable[[torch.Tensor], None]
 """Takes a gradient in, flat and in host memory, from a thread of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Leaving:
+    """One on its way."""
+
+    arrival: Future[None]
+    event: Event
+    """Of its copy."""
+    work: Callable[[], None] | None
+    """To be done when it is there."""
+    ringed: bool
+    """Whether it passes through the ring, and its piece is given back then."""
 
 
 class ByteRing:
@@ -82,19 +98,38 @@ class Departures:
         device: Where gradients are made; one apart from the host.
         ring_nbytes: Pinned host memory for those that are not copied to where they stay; the largest of these has to
             fit. 0 if there are none.
+        names: Of the parameters, to be told of.
+        moved: Grows while a drive moves what they wait for.
         held_nbytes: Of device memory that may wait for copies.
+        watch_s: How often a wait is reported.
+        stall_s: How long one may last without anything moved.
     """
 
-    def __init__(self, device: Device, *, ring_nbytes: int, held_nbytes: int = HELD_NBYTES) -> None:
+    def __init__(
+        self,
+        device: Device,
+        *,
+        ring_nbytes: int,
+        names: Sequence[str] = (),
+        moved: Callable[[], int] = lambda: 0,
+        held_nbytes: int = HELD_NBYTES,
+        watch_s: float = WATCH_S,
+        stall_s: float = STALL_S,
+    ) -> None:
         self._device = device
+        self._names = names
         self._held_nbytes = held_nbytes
         self._held: deque[tuple[torch.Tensor, Event]] = deque()
         self._ring = ByteRing(round_up(ring_nbytes))
         self.arena = device.host_arena(ring_nbytes, tier="gradients on their way") if ring_nbytes else None
         self._latest: dict[int, Future[None]] = {}
         """By parameter."""
-        self._queue: queue.SimpleQueue[tuple[Future[None], Event, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Leaving | None] = queue.SimpleQueue()
+        self._sent = self._gone = 0
+        self._watch = Watch(lambda: self._gone + moved(), watch_s=watch_s, stall_s=stall_s)
         self._error: Exception | None = None
+        self.waited_s = 0.0
+        """That the thread which trains has waited for room, and for all to be there."""
         self._thread = threading.Thread(target=self._run, name="penstock-gradients", daemon=True)
         self._thread.start()
 
@@ -107,26 +142,34 @@ class Departures:
             Exception: what an earlier one met. All gradients of the step are worth nothing.
         """
         self._raise_error()
-        self._hand_over(index, self._copy(flat, target), lambda: None)
+        self._hand_over(index, self._copy(flat, target), None)
 
     def through(self, index: int, flat: torch.Tensor, work: Work) -> None:
         """Copy it to the ring, and have it taken in from there. Raises as `send` does, or StallError."""
         self._raise_error()
         assert self.arena is not None
-        nbytes = round_up(flat.nbytes, PAGE)
-        start = self._ring.take(nbytes, timeout_s=STALL_S)
-        if start is None:
-            raise StallError(f"a gradient waits for room: no other one left for {STALL_S:.0f} s; is the drive there?")
+        start = self._room(index, round_up(flat.nbytes, PAGE))
         values = torch.frombuffer(self.arena.view(start, flat.nbytes), dtype=flat.dtype)
+        self._hand_over(index, self._copy(flat, values), lambda: work(values), ringed=True)
 
-        def take_in() -> None:
-            try:
-                if self._error is None:  # what it adds to is lost otherwise
-                    work(values)
-            finally:
-                self._ring.give_back()
+    def then(self, index: int, work: Callable[[], None]) -> None:
+        """Have something done with one that was sent, once it is there. Raises as `send` does."""
+        self._raise_error()
+        self._hand_over(index, None, work)
 
-        self._hand_over(index, self._copy(flat, values), take_in)
+    def _room(self, index: int, nbytes: int) -> int:
+        """Where there is room in the ring, as soon as there is."""
+        found: int | None = None
+
+        def once(seconds: float) -> bool:
+            nonlocal found
+            found = self._ring.take(nbytes, timeout_s=seconds)
+            return found is not None
+
+        with self._waiting():
+            self._watch.wait(once, lambda: f"{self._label(index)} waits for room; {self._report()}")
+        assert found is not None
+        return found
 
     def _copy(self, flat: torch.Tensor, target: torch.Tensor) -> Event:
         event = self._device.send(flat, target)
@@ -138,15 +181,16 @@ class Departures:
             held -= oldest.nbytes
         return event
 
-    def _hand_over(self, index: int, event: Event, work: Callable[[], None]) -> None:
+    def _hand_over(self, index: int, event: Event, work: Callable[[], None] | None, *, ringed: bool = False) -> None:
         arrival: Future[None] = Future()
         self._latest[index] = arrival
-        self._queue.put((arrival, event, work))
+        self._sent += 1
+        self._queue.put(_Leaving(arrival=arrival, event=event, work=work, ringed=ringed))
 
     # --- called by whoever needs them ---------------------------------------------------------------------------------
 
     def wait(self, index: int) -> None:
-        """Wait until the gradient of a parameter is there, if one was sent.
+        """Wait until the gradient of a parameter is there, if one was sent, and what was to be done then has been.
 
         Raises:
             Exception: what came in its way.
@@ -155,12 +199,12 @@ class Departures:
         arrival = self._latest.get(index)
         if arrival is None:
             return
-        try:
-            arrival.result(timeout=STALL_S)
-        except FutureTimeoutError:
-            if not arrival.done():
-                raise StallError(f"a gradient did not leave the device for {STALL_S:.0f} s") from None
-            arrival.result()
+        if not arrival.done():
+            self._watch.wait(
+                lambda seconds: bool(wait_for([arrival], timeout=seconds).done),
+                lambda: f"{self._label(index)} is waited for on its way from the device; {self._report()}",
+            )
+        arrival.result()
 
     def settle(self) -> None:
         """Wait until all of them are there.
@@ -168,7 +212,8 @@ class Departures:
         Raises:
             Exception: what the first one met. All are worth nothing.
         """
-        self._settle()
+        with self._waiting():
+            self._settle()
         self._raise_error()
 
     def _settle(self) -> None:
@@ -182,9 +227,28 @@ class Departures:
         self._held.clear()  # their copies have passed
 
     def forget(self) -> None:
-        """Nothing of them is wanted any more, what failed included."""
-        self._settle()
+        """Nothing of them is wanted any more, what failed included.
+
+        Raises:
+            StallError: one does not come.
+        """
+        with self._waiting():
+            self._settle()
         self._error = None
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited_s += time.perf_counter() - began
+
+    def _label(self, index: int) -> str:
+        return f"the gradient of {self._names[index] if self._names else index}"
+
+    def _report(self) -> str:
+        return f"{self._sent - self._gone} gradients are on their way from {self._device.name}"
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -193,18 +257,26 @@ class Departures:
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            arrival, event, work = item
+        while (leaving := self._queue.get()) is not None:
             try:
-                self._device.wait(event)
-                work()
-                if self._error is not None:
-                    raise self._error
+                self._take_in(leaving)
             except Exception as error:  # it must surface where gradients are wanted, and free whoever waits
                 self._error = self._error or error
-                arrival.set_exception(error)
+                leaving.arrival.set_exception(error)
             else:
-                arrival.set_result(None)
+                leaving.arrival.set_result(None)
+            finally:
+                self._gone += 1
+
+    def _take_in(self, leaving: _Leaving) -> None:
+        try:
+            self._device.wait(leaving.event)
+            if leaving.work is not None and self._error is None:  # what it adds to is lost otherwise
+                leaving.work()
+        finally:
+            if leaving.ringed:
+                self._ring.give_back()
+        self._raise_error()
 
     def close(self) -> None:
         """End the thread and give the memory back. What was enqueued to the device has been carried out."""

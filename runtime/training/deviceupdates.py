@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -82,7 +83,31 @@ class DeviceUpdates:
             changes: To be made.
             clip: What gradients are multiplied by.
         """
-        lane, scratch, rows = self._free.popleft()
+        lane, scratch, rows = free = self._free.popleft()
+
+        def finish() -> None:
+            try:
+                lane.wait()
+            finally:
+                self._free.append(free)
+
+        try:
+            self._enqueue(lane, scratch, rows, arrays, changes, clip)
+        except BaseException:
+            with suppress(Exception):  # until then it may touch what it was given
+                finish()
+            raise
+        return finish
+
+    def _enqueue(
+        self,
+        lane: Lane,
+        scratch: Scratch,
+        rows: Sequence[torch.Tensor],
+        arrays: Sequence[torch.Tensor],
+        changes: Sequence[Change],
+        clip: Clip | None,
+    ) -> None:
         count = len(arrays[0])
         there = [row[: 4 * count].view(torch.float32) for row in rows[: len(arrays)]]
         for source, target in zip(arrays, there, strict=True):
@@ -98,14 +123,6 @@ class DeviceUpdates:
             sent.append((weights, change.weights))
         for source, target in (*zip(there, arrays, strict=True), *sent):
             lane.send(source, target)
-
-        def finish() -> None:
-            try:
-                lane.wait()
-            finally:
-                self._free.append((lane, scratch, rows))
-
-        return finish
 
     def close(self) -> None:
         """Give the memory back. Nothing is under way."""

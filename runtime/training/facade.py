@@ -113,7 +113,7 @@ class StreamedOptimizer(torch.optim.Optimizer):
 
     def commit(self, scheduler: dict[str, Any] | None, extra: Any) -> Commit:
         """Make the present state durable. See `penstock.save`."""
-        self._training.finish()
+        self._training.check_between()
         model = self._model()
         state = RunState(
             names=tuple(each.name for each in self._training.trained),
@@ -132,9 +132,9 @@ class StreamedOptimizer(torch.optim.Optimizer):
             extra=extra,
         )
         document = encode(state)
-        self._training.write_out()
-        commit = self._store.commit(document)
+        commit = self._store.reserve()
         commit.add_done_callback(self._training.saved())
+        self._training.cut(lambda: self._store.commit(document, commit), commit.finish)
         return commit
 
     def state_dict(self) -> dict[str, Any]:

@@ -123,9 +123,11 @@ class TrainingForecast:
 
     @property
     def scratch_nbytes(self) -> int:
-        """Of drives while it runs: weights that do not stay in memory, gradients that go to disk."""
+        """Of drives while it runs: weights that do not stay in memory, gradients that go to disk, and a place for each
+        that would have to where updates begin early."""
+        early = self.work.updates == "backward" and self.work.accumulate == 1
         return sum(
-            (0 if block.in_memory else block.weights_nbytes) + (block.kept_nbytes if block.spilled else 0)
+            (0 if block.in_memory else block.weights_nbytes) + (block.kept_nbytes if block.spilled or early else 0)
             for block in self.load.trained()
         )
 
@@ -307,7 +309,7 @@ class TrainingForesight:
                 segments=self.segments if again else (),
             ),
             room_nbytes=layout.granted_nbytes,
-            passing_nbytes=self._passing_nbytes(work),
+            passing_nbytes=self._passing_nbytes(work, separate=budgets.device is not None),
         )
         links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
         found = TrainingForecast(
@@ -341,13 +343,15 @@ class TrainingForesight:
             device_nbytes=device_nbytes,
         )
 
-    def _passing_nbytes(self, work: TrainingWork) -> int:
+    def _passing_nbytes(self, work: TrainingWork, *, separate: bool) -> int:
         """Of what training needs at least, what gradients pass through: the rest of them is what it could have more."""
-        if self.adapters is not None or work.updates == "backward":
+        early = work.updates == "backward"
+        if self.adapters is not None or (early and work.accumulate == 1):
             return 0
         weights = [parameter.nbytes for parameter in self.foresight.model.parameters()]
         every = (2 if work.accumulate > 1 else 1) * sum(weights)
-        return every - changing(weights, accumulate=work.accumulate, early=False, arrays=0).more_nbytes
+        needs = changing(weights, accumulate=work.accumulate, early=early, arrays=0, separate=separate)
+        return every - needs.more_nbytes
 
     def _changing(self, work: TrainingWork, *, separate: bool, on_device: bool = False) -> Changing:
         """Memory that training needs at least; `separate`: beside a device apart, which updates some (`on_device`)."""

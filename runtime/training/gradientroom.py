@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Sequence
 from itertools import accumulate as accumulated
-from typing import Protocol
 
 import torch
 
@@ -13,23 +12,6 @@ from ...memory.arena import HostArena, round_up
 from ...memory.image import ALIGN
 from ..devices.base import Device
 from .trained import Trained, gradient_dtype
-
-
-class Places(Protocol):
-    """Gives places to gradients."""
-
-    @property
-    def arena(self) -> HostArena:
-        """What they are in."""
-
-    def place(self, index: int) -> torch.Tensor | None:
-        """What lies in that of a parameter, flat, in the dtype that it is kept in; None where there is none now."""
-
-    def release(self, block: int) -> None:
-        """The gradients of a block have been used."""
-
-    def close(self) -> None:
-        """Give the memory back."""
 
 
 class GradientRoom:
@@ -58,12 +40,9 @@ class GradientRoom:
         self._sizes = sizes
         self.arena = device.host_arena(max(self._offsets[-1], 1), tier="gradients")
 
-    def place(self, index: int) -> torch.Tensor | None:
-        """Its own; None for one that is elsewhere."""
+    def place(self, index: int) -> torch.Tensor:
+        """Its own, flat, in the dtype that it is kept in; of one that is not elsewhere."""
         return _at(self.arena, self._offsets[index], self._sizes[index], self._dtypes[index])
-
-    def release(self, block: int) -> None:
-        """It is written to no sooner than in the next step."""
 
     def close(self) -> None:
         """Give the memory back."""
@@ -71,60 +50,59 @@ class GradientRoom:
 
 
 class GradientPool:
-    """Places for the gradients of a few blocks at a time, and always for those of the small tensors.
+    """Places for the gradients of a few blocks at a time: whole ones that go to updates which backward begins.
 
-    For updates that begin in backward, of a device apart, whose gradients come to pinned memory. A block gets a slot
-    with its first gradient, and keeps it until it has been updated.
+    A block gets a slot with its first gradient, and keeps it until it has been updated, or they are elsewhere.
 
     Args:
-        trained: All parameters, which keep their dtypes.
+        trained: All parameters.
         device: That computes.
+        passing: The numbers of those whose gradients get places here.
         blocks: The block of each parameter.
+        wide: In fp32, for sums; else in the dtype of the parameter.
         slots: How many blocks.
-        small: The block of the small tensors.
     """
 
     def __init__(
-        self, trained: Sequence[Trained], device: Device, blocks: Sequence[int], *, slots: int, small: int
+        self,
+        trained: Sequence[Trained],
+        device: Device,
+        *,
+        passing: Collection[int],
+        blocks: Sequence[int],
+        wide: bool,
+        slots: int,
     ) -> None:
-        self._trained, self._blocks, self._small = trained, blocks, small
-        self._within: list[int] = []
+        self._blocks = blocks
+        self._dtypes = [gradient_dtype(each, wide=wide) for each in trained]
+        self._nbytes = [each.elements * dtype.itemsize for each, dtype in zip(trained, self._dtypes, strict=True)]
+        self._within: dict[int, int] = {}
         filled: dict[int, int] = {}
-        for each, block in zip(trained, blocks, strict=True):
-            self._within.append(filled.get(block, 0))
-            filled[block] = self._within[-1] + round_up(each.elements * each.parameter.itemsize, ALIGN)
-        self._slot_nbytes = max((nbytes for block, nbytes in filled.items() if block != small), default=0)
-        slots = min(slots, len(filled.keys() - {small}))
-        self._free = [number * self._slot_nbytes for number in range(slots)]
-        self._slots: dict[int, int] = {small: slots * self._slot_nbytes}
+        for index in sorted(passing):
+            self._within[index] = filled.get(blocks[index], 0)
+            filled[blocks[index]] = self._within[index] + round_up(self._nbytes[index], ALIGN)
+        slot_nbytes, count = max(filled.values()), min(slots, len(filled))
+        self._free = [number * slot_nbytes for number in range(count)]
+        self._slots: dict[int, int] = {}
+        """Where that of a block begins."""
         self._lock = threading.Lock()
-        self.arena = device.host_arena(max(slots * self._slot_nbytes + filled.get(small, 0), 1), tier="gradients")
-
-    @staticmethod
-    def nbytes(sizes: Sequence[int], blocks: Sequence[int], *, slots: int, small: int) -> int:
-        """What it takes, for gradients of these sizes."""
-        filled: dict[int, int] = {}
-        for size, block in zip(sizes, blocks, strict=True):
-            filled[block] = filled.get(block, 0) + round_up(size, ALIGN)
-        beside = filled.pop(small, 0)
-        return beside + min(slots, len(filled)) * max(filled.values(), default=0)
+        self.arena = device.host_arena(count * slot_nbytes, tier="gradients of updates")
 
     def place(self, index: int) -> torch.Tensor | None:
-        """In the slot of its block; None where no slot is free."""
-        block, each = self._blocks[index], self._trained[index]
+        """In the slot of its block, flat, in the dtype that it is kept in; None where no slot is free."""
+        block = self._blocks[index]
         with self._lock:
             if block not in self._slots:
                 if not self._free:
                     return None
                 self._slots[block] = self._free.pop()
             start = self._slots[block]
-        dtype = each.parameter.dtype
-        return _at(self.arena, start + self._within[index], each.elements * dtype.itemsize, dtype)
+        return _at(self.arena, start + self._within[index], self._nbytes[index], self._dtypes[index])
 
     def release(self, block: int) -> None:
-        """Its slot may hold others'."""
+        """Its slot, if it has one, may hold others': nothing reads it any more."""
         with self._lock:
-            if block != self._small and block in self._slots:
+            if block in self._slots:
                 self._free.append(self._slots.pop(block))
 
     def close(self) -> None:
@@ -132,9 +110,7 @@ class GradientPool:
         self.arena.close()
 
 
-def _at(arena: HostArena, offset: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor | None:
-    if not nbytes:
-        return None
+def _at(arena: HostArena, offset: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(arena.view(offset, nbytes), dtype=dtype)
 
 

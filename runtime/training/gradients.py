@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from ...kernels.accumulation import accumulate
 from ...kernels.norms import gradient_norm
-from ...kernels.scratch import Scratch
-from ...memory.errors import UsageError
-from .departures import Departures
-from .gradientroom import Places, WideGradient
+from ...memory.errors import StallError, UsageError
+from .intake import Gradient, GradientIntake
 from .spill import GradientSpill
 from .taken import TakenGradient
-from .trained import Trained
+from .trained import Trained, gradient_dtype
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SpilledGradient:
-    """A gradient that is on disk."""
-
-    elements: int
-
-
-Gradient = torch.Tensor | SpilledGradient
-"""Of one step: flat and in host memory, or on disk."""
+logger = logging.getLogger(__name__)
 
 
 class Gradients:
@@ -42,40 +30,21 @@ class Gradients:
     Everything here waits for what it needs; who got it from `pop` has to (`wait`).
     """
 
-    def __init__(
-        self,
-        trained: Sequence[Trained],
-        scratch: Scratch,
-        *,
-        most: int = 1,
-        room: Places | None = None,
-        spill: GradientSpill | None = None,
-        departures: Departures | None = None,
-    ) -> None:
+    def __init__(self, trained: Sequence[Trained], intake: GradientIntake, *, most: int = 1) -> None:
         """Take gradients in from now on.
 
         Args:
             trained: Whose.
-            scratch: Of the thread in which they are taken in: that of backward, or of `departures`.
+            intake: Brings them to where they are kept.
             most: Backward passes of a step.
-            room: Where they are kept; None to keep them where autograd put them, which needs one memory for all.
-            spill: Where those go that are not kept.
-            departures: From a device apart.
         """
         self._trained = trained
-        self._room = room
-        self._spill = spill
-        self._departures = departures
+        self.intake = intake
         self._norms: dict[int, torch.Tensor] = {}
-        """Of whole gradients in fp32, 0-dim, as far as they were taken on the way."""
-        self._norms_taken: dict[int, torch.Tensor] = {}
-        """Those that belong to what `take` gave last."""
-        self.wide = WideGradient(max(each.elements for each in trained))
+        """Of what `take` gave last, and of what was popped before, those that were taken on the way."""
         self._most = most
         self._came = [0] * len(trained)
-        self.on_whole: Callable[[int], None] | None = None
-        """Called with the number of each parameter whose gradients of a step have all come."""
-        self._scratch = scratch
+        self._on_whole: Callable[[int], None] | None = None
         self._kept: list[Gradient | None] = [None] * len(trained)
         self._shown: list[TakenGradient | None] = [None] * len(trained)
         """What `.grad` was left as, where a gradient is kept."""
@@ -88,6 +57,21 @@ class Gradients:
             self._hooks.append(each.parameter.register_hook(self._clearer(index)))  # type: ignore[no-untyped-call]
             hook: Any = each.parameter.register_post_accumulate_grad_hook
             self._hooks.append(hook(self._taker(index)))
+
+    @property
+    def spill(self) -> GradientSpill | None:
+        """Where those go that are not kept."""
+        return self.intake.spill
+
+    def announce(self, whole: Callable[[int], None], full: Callable[[], None]) -> None:
+        """Say when a gradient is whole, from now on: whoever hears of it has it updated while backward goes on.
+
+        Args:
+            whole: Called with the number of each parameter whose gradients of a step have all come.
+            full: Called where one finds no place: has one given back.
+        """
+        self._on_whole = whole
+        self.intake.early, self.intake.on_full = True, full
 
     def _clearer(self, index: int) -> Callable[[torch.Tensor], None]:
         """Called before a gradient is accumulated: what `.grad` shows must not be added to."""
@@ -129,15 +113,9 @@ class Gradients:
         if parameter.grad is shown:
             parameter.grad = None
         else:
-            self._all_arrived()
+            self.intake.drop(index)
             self._kept[index] = None
             self._came[index] = 0
-            self._norms.pop(index, None)
-
-    def _all_arrived(self) -> None:
-        """Wait until what left a device apart is where it is kept."""
-        if self._departures is not None:
-            self._departures.settle()
 
     def wait(self, index: int) -> None:
         """Wait until the gradient of a parameter is where it is kept.
@@ -145,30 +123,22 @@ class Gradients:
         Raises:
             Exception: what came in its way.
         """
-        if self._departures is not None:
-            self._departures.wait(index)
+        self.intake.wait(index)
 
     def _scale(self, index: int, factor: torch.Tensor | float) -> None:
         """Multiply one, in place and in the dtype that it is kept in."""
-        flat = self._present(index)
-        flat.mul_(factor.to(flat.device) if isinstance(factor, torch.Tensor) else factor)
-        self._norms.pop(index, None)
-        if isinstance(self._kept[index], SpilledGradient):  # that was a copy
-            assert self._spill is not None
-            self._norms[index] = gradient_norm(self.wide.of(flat))
-            self._spill.put(index, flat)
+        self.intake.scale(index, self._there(index), factor)
 
     def _present(self, index: int) -> torch.Tensor:
-        self._all_arrived()
+        return self.intake.present(index, self._there(index))
+
+    def _there(self, index: int) -> Gradient:
         kept = self._kept[index]
         if kept is None:
             raise UsageError(
                 f"the gradient of {self._trained[index].name} has gone into an update already: clip before step(). "
                 'Where updates begin in backward, gradients cannot be clipped: leave updates="backward" out'
             )
-        if isinstance(kept, SpilledGradient):
-            assert self._spill is not None
-            return self._spill.get(index)
         return kept
 
     def add(self, index: int, grad: torch.Tensor) -> None:
@@ -185,105 +155,40 @@ class Gradients:
                 f"memory was set aside for so many. Say how many there are: penstock.prepare(…, accumulate="
                 f"{self._most + 1})"
             )
-        self._came[index] += 1
-        self._take_in(index, grad, each)
-        if self.on_whole is not None and self._came[index] == self._most:
-            self.on_whole(index)
-
-    def _take_in(self, index: int, grad: torch.Tensor, each: Trained) -> None:
         if grad.layout is not torch.strided:
             raise UsageError(
                 f"the gradient of {each.name} is sparse, and only dense ones can be streamed: make its embedding with "
                 "sparse=False"
             )
+        self._came[index] += 1
+        whole = self._came[index] == self._most
         flat = _as_in_memory(grad.detach(), each)
-        first, whole = self._kept[index] is None, self._came[index] == self._most
-        if self._departures is not None:
-            self._depart(index, flat, self._departures, first=first, whole=whole)
-        else:
-            self._keep(index, flat, first=first, whole=whole)
-
-    def _keep(self, index: int, flat: torch.Tensor, *, first: bool, whole: bool) -> None:
-        """Take in what was made where it is kept."""
-        if self._is_spilled(index):
-            self._kept[index] = SpilledGradient(elements=len(flat))
-            self._send(index, flat, first=first, whole=whole)
-            return
-        if first:
-            place = None if self._room is None else self._room.place(index)
-            self._kept[index] = flat if place is None else place.copy_(flat)
-            return
-        kept = self._kept[index]
-        assert isinstance(kept, torch.Tensor)
-        if kept.dtype != torch.float32:
-            kept = kept.to(torch.float32)
-        accumulate(kept, flat, first=False, scratch=self._scratch)
-        self._kept[index] = kept
-
-    def _depart(self, index: int, flat: torch.Tensor, departures: Departures, *, first: bool, whole: bool) -> None:
-        """Have one leave the device. Its norm is taken there, unless it is only a part of a sum."""
-        if first and whole:
-            self._norms[index] = gradient_norm(flat.float())
-        if self._is_spilled(index):
-            self._kept[index] = SpilledGradient(elements=len(flat))
-            departures.through(index, flat, lambda host: self._send(index, host, first=first, whole=whole))
-            return
-        if first:
-            place = None if self._room is None else self._room.place(index)
-            if place is None:  # blocks of which some gradients do not come have all places: see docs/training.md
-                self._kept[index] = flat.cpu()
-                return
-            self._kept[index] = place
-            if place.dtype == flat.dtype:
-                departures.send(index, flat, place)
-                return
-        total = self._kept[index]
-        assert isinstance(total, torch.Tensor)
-        departures.through(index, flat, lambda host: self._add_to(index, total, host, first=first, whole=whole))
-
-    def _add_to(self, index: int, total: torch.Tensor, flat: torch.Tensor, *, first: bool, whole: bool) -> None:
-        accumulate(total, flat, first=first, scratch=self._scratch)
-        if whole:
-            self._norms[index] = gradient_norm(total)
-
-    def _is_spilled(self, index: int) -> bool:
-        return self._spill is not None and index in self._spill
-
-    def _send(self, index: int, flat: torch.Tensor, *, first: bool, whole: bool) -> None:
-        """Send one to disk, with what has come of it before. The norm is taken here, while it is in memory."""
-        assert self._spill is not None
-        if first and self._most > 1:
-            flat = self.wide.of(flat)  # as what is kept in memory is, where several passes may come
-        if not first:
-            total = self.wide.room(len(flat))
-            self._spill.load(index, total)
-            accumulate(total, flat, first=False, scratch=self._scratch)
-            flat = total
-        if whole and index not in self._norms:
-            self._norms[index] = gradient_norm(self.wide.of(flat))
-        self._spill.put(index, flat)
-
-    def norm(self, index: int, gradient: Gradient) -> torch.Tensor:
-        """The norm in fp32 of one that `take` gave, 0-dim; on the device, if it was taken there."""
-        found = self._norms_taken.get(index)
-        if found is None:
-            assert isinstance(gradient, torch.Tensor)  # else it was taken when it went to disk
-            found = gradient_norm(self.wide.of(gradient))
-        return found
+        self._kept[index] = self.intake.take_in(index, flat, self._kept[index], whole=whole)
+        if whole and self._on_whole is not None:
+            self._on_whole(index)
 
     @property
     def depart(self) -> bool:
         """Whether they are made on a device apart."""
-        return self._departures is not None
+        return self.intake.departs
 
-    def has_norm(self, index: int) -> bool:
-        """Whether the norm of a gradient of what `take` gave last was taken on the way."""
-        return index in self._norms_taken
+    def norm(self, index: int, gradient: Gradient) -> torch.Tensor:
+        """The norm in fp32 of one that `take` gave, 0-dim; on the device, if it was taken there."""
+        found = self._norms.get(index)
+        if found is None:
+            assert isinstance(gradient, torch.Tensor)  # else it was taken when it went to disk
+            found = gradient_norm(self.intake.wide.of(gradient))
+        return found
 
     @property
-    def norms_on_the_way(self) -> list[torch.Tensor]:
-        """Of those of what `take` gave last, and of what was popped before, that were taken while they left."""
-        return list(self._norms_taken.values())
+    def norms_on_the_way(self) -> dict[int, torch.Tensor]:
+        """Of those of what `take` gave last, and of what was popped before, that were taken while they came."""
+        return dict(self._norms)
+
+    def kept_nbytes(self, index: int) -> int:
+        """What one takes until its update, in memory or on disk."""
+        each = self._trained[index]
+        return each.elements * gradient_dtype(each, wide=self._most > 1).itemsize
 
     def pop(self, index: int) -> torch.Tensor:
         """One that comes, flat and in host memory; see `wait`. It is not kept."""
@@ -308,40 +213,37 @@ class Gradients:
                 each.parameter.grad = None  # by hand, or of a time before it was streamed
                 self.add(index, grad)
         try:
-            self._all_arrived()
-            if self._spill is not None:
-                self._spill.settle()
-                self._end_norms(self._spill)
+            self.intake.settle()
+            self._norms = self.intake.take_norms(self._kept)
         except Exception:
             self.clear()
             raise
         kept, self._kept = self._kept, [None] * len(self._trained)
-        self._norms_taken, self._norms = self._norms, {}
         self._came = [0] * len(self._trained)
         return kept
 
-    def _end_norms(self, spill: GradientSpill) -> None:
-        """Take the norms of those that could have been of more backward passes than they are."""
-        for index, kept in enumerate(self._kept):
-            if isinstance(kept, SpilledGradient) and index not in self._norms:
-                whole = self.wide.room(kept.elements)
-                spill.load(index, whole)
-                self._norms[index] = gradient_norm(whole)
-
     def clear(self) -> None:
-        """Forget all of them."""
+        """Forget all of them.
+
+        Raises:
+            StallError: a drive does not let go of one.
+        """
         for index, each in enumerate(self._trained):
-            self._settle(index)
+            self._shown[index] = None
             each.parameter.grad = None
-        if self._departures is not None:
-            self._departures.forget()
+        self.intake.forget()
         self._kept = [None] * len(self._trained)
-        self._norms = {}
         self._came = [0] * len(self._trained)
         self._used = [None] * len(self._trained)
         self._uncleared.clear()
-        if self._spill is not None:
-            self._spill.forget()
+
+    @property
+    def written_nbytes(self) -> int:
+        """What a step of all its backward passes writes of them."""
+        if self.spill is None:
+            return 0
+        passes = self._most if self._on_whole is None else self._most - 1  # the last one goes into the update
+        return passes * self.spill.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -352,13 +254,12 @@ class Gradients:
         """Leave the parameters alone from now on."""
         for hook in self._hooks:
             hook.remove()
-        if self._departures is not None:
-            self._departures.close()
-        self.clear()
-        if self._room is not None:
-            self._room.close()
-        if self._spill is not None:
-            self._spill.close()
+        self.intake.end()
+        try:
+            self.clear()
+        except StallError as error:  # the rest is to be given back all the same
+            logger.warning("%s", error)
+        self.intake.close()
 
 
 def _as_in_memory(grad: torch.Tensor, each: Trained) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from ...scheduler.sizes import Workload
+from ..activations.store import LEAVING
 from ..devices.base import Device
 from ..feeding import with_context
 from ..headroom import FRAMEWORK, headroom_nbytes
@@ -34,7 +35,10 @@ class StepRoom:
 
     headroom_nbytes: int
     activations: Activations
-    """Whether they are kept, or made again: that much room is left, and no more."""
+    """Whether they are kept, or not: that much room is left, and no more. By a plan (auto) what room there is elsewhere
+    holds as much of them as pays; only what cannot be helped is left room for here."""
+    saved_nbytes: int | None = None
+    """What keeping them would take more; None where it was not worked out."""
     known: bool
     """Whether a step was rehearsed; else it may take more, and all that is left over should stay free."""
 
@@ -61,7 +65,7 @@ def step_room(
         changing: What updates take beside its weights.
         wanted: Budgets as asked for.
         device: That computes.
-        activations: "auto" keeps them where everything fits beside them, and has them made again otherwise.
+        activations: "auto" keeps them where everything fits beside them, and leaves them to a plan otherwise.
         context: Tokens per sequence.
         batch: Sequences of a backward pass.
 
@@ -69,12 +73,21 @@ def step_room(
         UsageError: the model has fewer positions than `context`.
     """
     sizes = [parameter.nbytes for parameter in model.parameters()]
+    kept = None
     if activations != "recompute":
         kept = _headroom(model, sizes, context, batch, device, recompute=False)
-        if activations == "keep" or _fits(sum(sizes), changing, FRAMEWORK if kept is None else kept, wanted, device):
+        fits = activations == "auto" and _fits(
+            sum(sizes), changing, FRAMEWORK if kept is None else kept, wanted, device
+        )
+        if activations == "keep" or fits:
             return _room(model, kept, context, batch, activations="keep")
     made_again = _headroom(model, sizes, context, batch, device, recompute=True)
-    return _room(model, made_again, context, batch, activations="recompute")
+    found = _room(model, made_again, context, batch, activations=activations)
+    if activations == "offload":  # what is on its way is still there
+        found = replace(found, headroom_nbytes=found.headroom_nbytes + LEAVING)
+    if kept is not None and made_again is not None:
+        found = replace(found, saved_nbytes=max(0, kept - made_again))
+    return found
 
 
 def _room(

@@ -19,11 +19,10 @@ from ...scheduler.sharing import share_out
 from ...scheduler.stepload import BlockUse, Home, LoadedBlock, StepLoad, Updates, UpdateWork
 from ...scheduler.updating import ON_CPU, UpdateShares
 from ..layout import Draft, Layout
+from .early import BEHIND
 from .optimizers import OptimizerChoice
 from .pipeline import BUFFERS
-from .shards import ELEMENTS
-from .training import BEHIND
-from .updater import SMALL
+from .shards import ELEMENTS, SMALL
 
 ATTENTION_BACK = 2.5
 """Attention's backward over its forward: five products instead of two, since the scores are worked out again (Dao,
@@ -154,12 +153,13 @@ def _shared_out(
 ) -> dict[int, LoadedBlock]:
     """The blocks with what of them stays in memory, spread over the order of use; the small tensors' gradients do."""
     changed = [block for block in blocks.values() if block.elements and not block.states_in_memory]
-    step = settings.updates == "step"  # else gradients wait in memory for their update, as it is counted
-    movable = [block for block in changed if step and block.id != SMALL]
+    early = settings.updates == "backward"
+    # Those of one pass that go into early updates wait in memory, as it is counted, and nowhere else.
+    movable = [block for block in changed if block.id != SMALL and not (early and settings.accumulate == 1)]
     shares = share_out(
         room,
         gradients=[block.kept_nbytes for block in movable],
-        gradient_moves=2 * settings.accumulate,
+        gradient_moves=2 * max(settings.accumulate - early, 1),
         states=[block.states_nbytes for block in changed],
         passing_nbytes=passing if movable else 0,
     )

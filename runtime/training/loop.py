@@ -72,6 +72,18 @@ class Taken:
     updated: bool
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Totals:
+    """What the run has moved and waited so far. Sizes in bytes."""
+
+    read: int
+    """From drives."""
+    written: int
+    copied: int
+    """To a device apart."""
+    waited_s: float
+
+
 @dataclass(kw_only=True, eq=False)
 class Loop:
     """Trains a model to the end of its run, or until it is told to stop."""
@@ -121,7 +133,7 @@ class Loop:
         self.model.train()
         committed, committed_s = self.step if self.step else None, self.clock()
         while self.step < self.options.schedule.steps:
-            began, moved = self.clock(), self._moved()
+            began, moved = self.clock(), self._totals()
             taken = self._take_step()
             if taken is None:
                 break
@@ -183,14 +195,18 @@ class Loop:
         norm = self.optimizer.training.gradient_norm
         return torch.tensor(math.nan) if norm is None else norm
 
-    def _moved(self) -> tuple[int, int]:
-        """Bytes read from disk and written to it so far."""
+    def _totals(self) -> Totals:
         statistics = self.model.penstock.statistics()
-        return statistics.disk_read_nbytes, statistics.disk_written_nbytes
+        return Totals(
+            read=statistics.disk_read_nbytes,
+            written=statistics.disk_written_nbytes,
+            copied=statistics.h2d_nbytes,
+            waited_s=statistics.waited_s + self.optimizer.training.waited_s,
+        )
 
-    def _record(self, taken: Taken, *, seconds: float, moved: tuple[int, int]) -> StepRecord:
+    def _record(self, taken: Taken, *, seconds: float, moved: Totals) -> StepRecord:
         tokens = sum(batch.tokens for batch in taken.batches)
-        read, written = self._moved()
+        now = self._totals()
         last = self.step == self.options.schedule.steps
         every = self.options.eval_every
         due = self._evaluates and (last or (every is not None and self.step % every == 0))
@@ -205,8 +221,10 @@ class Loop:
             seen_tokens=self._position.tokens,
             seconds=seconds,
             tokens_per_s=tokens / seconds if seconds else 0.0,
-            disk_read_nbytes=read - moved[0],
-            disk_written_nbytes=written - moved[1],
+            computed_s=max(seconds - (now.waited_s - moved.waited_s), 0.0),
+            disk_read_nbytes=now.read - moved.read,
+            disk_written_nbytes=now.written - moved.written,
+            copied_nbytes=now.copied - moved.copied,
             updated=taken.updated,
             eval_loss=evaluate(self.model, self.evaluation()) if due else None,
         )

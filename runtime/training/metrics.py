@@ -36,9 +36,13 @@ class StepRecord:
     seconds: float
     """From the end of the step before to the end of this one, without evaluation and commits."""
     tokens_per_s: float
+    computed_s: float
+    """Of these seconds, those in which nothing was waited for: no block, no update, no drive."""
     disk_read_nbytes: int
     """In these seconds."""
     disk_written_nbytes: int
+    copied_nbytes: int
+    """From host memory to a device apart."""
     updated: bool = True
     """False where the step was left out, because a gradient was not finite or nothing was to be learnt."""
     eval_loss: float | None = None

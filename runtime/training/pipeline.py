@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,6 +45,9 @@ class Elsewhere(Protocol):
 
     def takes(self, shard: Shard) -> bool:
         """Whether this shard is one of them."""
+
+    def waits(self, shard: Shard) -> bool:
+        """Whether all that is elsewhere has to end before this shard is worked on, there or here."""
 
     def begin(self, shard: Shard, arrays: Sequence[torch.Tensor]) -> Finish:
         """Begin; the arrays are left alone until what is returned has returned."""
@@ -95,6 +98,8 @@ class _Away:
 
     taken: _Ahead
     finish: Finish
+    turn: int
+    """How many had been worked on, with it."""
 
 
 class ShardPipeline:
@@ -139,10 +144,20 @@ class ShardPipeline:
         """The host memory that it takes: what shards stay in, if any does. What they pass through is small."""
         return () if self._residents.arena is None else (self._residents.arena,)
 
+    @property
+    def moving_nbytes(self) -> int:
+        """Of the shards that an update of all of them reads, and writes."""
+        return sum(self._arrays * shard.array_nbytes for shard in self._shards if shard not in self._residents)
+
+    @property
+    def staying_nbytes(self) -> int:
+        """Of those that stay in host memory, and are written by commits."""
+        return sum(self._arrays * shard.array_nbytes for shard in self._shards if shard in self._residents)
+
     @staticmethod
-    def needed_nbytes(shards: Sequence[Shard], arrays: int) -> int:
-        """What it would take for shards of which none stays, with nothing beside them."""
-        return BUFFERS * max(arrays * shard.array_nbytes for shard in shards)
+    def needed_nbytes(sizes: Iterable[int]) -> int:
+        """What it would take for shards of so many bytes of which none stays, with nothing beside them."""
+        return BUFFERS * max(sizes)
 
     def run(
         self,
@@ -170,16 +185,17 @@ class ShardPipeline:
         """
         ahead: deque[_Ahead] = deque()
         away: deque[_Away] = deque()
+        turn = 0
         try:
             while self._read_ahead(take, ahead, new, beside) or away:
-                leaves = bool(ahead) and elsewhere is not None and elsewhere.takes(ahead[0].shard)
-                if not ahead or (leaves and elsewhere is not None and len(away) >= elsewhere.at_once):
+                if away and elsewhere is not None and _ends(away, ahead, elsewhere, turn):
                     gone = away.popleft()
                     self._end(gone.taken, gone.finish, write)
                     continue
                 taken = ahead.popleft()
-                if leaves and elsewhere is not None:
-                    away.append(self._send_away(taken, elsewhere, new, write))
+                turn += 1
+                if elsewhere is not None and elsewhere.takes(taken.shard):
+                    away.append(self._send_away(taken, elsewhere, new, write, turn))
                 else:
                     self._end(taken, partial(self._work, taken, work, new, write), write)
         except BaseException:
@@ -227,6 +243,8 @@ class ShardPipeline:
 
     def _begin(self, shard: Shard, slot: Slot, new: bool, beside: Beside | None) -> _Ahead:
         stays = shard in self._residents
+        if stays:
+            self._residents.hurry(shard)
         raw = self._residents.view(shard) if stays else self._arena.view(slot.offset, self._arrays * shard.array_nbytes)
         reading = None if new or (stays and self._residents.has(shard)) else self._files.read(shard, raw)
         taken = _Ahead(shard=shard, slot=slot, raw=raw, reading=reading, beside=None)
@@ -243,14 +261,14 @@ class ShardPipeline:
         self._bring(taken, new, write)
         work(taken.shard, arrays_of(taken.raw, taken.shard, self._arrays))
 
-    def _send_away(self, taken: _Ahead, elsewhere: Elsewhere, new: bool, write: bool) -> _Away:
+    def _send_away(self, taken: _Ahead, elsewhere: Elsewhere, new: bool, write: bool, turn: int) -> _Away:
         try:
             self._bring(taken, new, write)
             finish = elsewhere.begin(taken.shard, arrays_of(taken.raw, taken.shard, self._arrays))
         except BaseException:
             self._drop(taken)
             raise
-        return _Away(taken=taken, finish=finish)
+        return _Away(taken=taken, finish=finish, turn=turn)
 
     def _end(self, taken: _Ahead, finish: Finish, write: bool) -> None:
         """Finish the work on a shard, and begin to write it."""
@@ -336,3 +354,16 @@ def arrays_of(raw: memoryview, shard: Shard, count: int) -> list[torch.Tensor]:
         torch.frombuffer(raw, dtype=torch.float32, count=shard.elements, offset=index * shard.array_nbytes)
         for index in range(count)
     ]
+
+
+def _ends(away: Sequence[_Away], ahead: Sequence[_Ahead], elsewhere: Elsewhere, turn: int) -> bool:
+    """Whether the oldest that is elsewhere has to end before the next shard is worked on.
+
+    What is left of another block is not to wait until lanes are needed: somebody may wait for that block.
+    """
+    if not ahead:
+        return True
+    oldest, following = away[0], ahead[0].shard
+    late = following.block != oldest.taken.shard.block and turn >= oldest.turn + elsewhere.at_once
+    crowded = elsewhere.takes(following) and len(away) >= elsewhere.at_once
+    return late or crowded or elsewhere.waits(following)

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.optimizer import GRADIENT_DTYPES, Optimizer
-from ...kernels.scratch import Scratch
+from ...kernels.optimizer import GRADIENT_DTYPES
 from ...memory.errors import DiskError, StoreError, UsageError
 from ...memory.scratch import Scratch as ScratchFolder
 from ...memory.scratch import process_scratch
@@ -23,24 +22,17 @@ from ...memory.trim import return_free_memory
 from ..beside import trained_in
 from ..build import Machinery
 from ..launch import open_scratch, scratch_files
-from ..recompute import recompute
+from .activations import arrange_activations, moves_activations
 from .adapterweights import AdapterWeights
+from .assembly import assemble
 from .buffers import restore_buffers
-from .departures import Departures
-from .deviceupdates import DeviceUpdates
 from .facade import StreamedOptimizer
-from .gradientroom import GradientPool, GradientRoom, Places
-from .gradients import Gradients
 from .optimizers import SGD, AdamW, Lion, OptimizerChoice
-from .pipeline import ShardPipeline
-from .room import POOL, TrainingRoom, adapter_room, blocks_of, plan_room, tell
+from .roomplan import TrainingRoom, adapter_room, plan_room, tell
 from .run import Origin, RunState, Settings, decode, set_random_state
-from .shards import ELEMENTS, Shard, cut_shards
-from .spill import GradientSpill
+from .shards import ELEMENTS, SMALL, Shard, cut_shards
 from .trained import Trained
 from .training import Training
-from .updater import SMALL, Updater
-from .weights import TrainedWeights, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +64,6 @@ def attach(
     """
     machinery = machinery_of(model)
     trained = find_trained(model, machinery)
-    _activations(model, machinery, settings)
     shards = shards_of(trained, machinery)
     arrays = arrays_of(choice)
     with ExitStack() as made:
@@ -82,7 +73,7 @@ def attach(
         ]
         store = BlockStore.create(folders.states, specs, identity=identity_of(trained, shards, choice.mathematics))
         made.callback(store.close)
-        scratches = scratches_of(folders, machinery, made)
+        scratches = scratches_of(folders, machinery, settings, made)
         room = room_of(machinery, trained, shards, settings, arrays=arrays)
         training = assemble(machinery, trained, shards, store, choice.kernel, scratches, settings, room, arrays=arrays)
         made.callback(training.close)
@@ -90,6 +81,7 @@ def attach(
         finish_before_export(model, training)
         optimizer = StreamedOptimizer(training, choice, store, model=model, origin=origin, settings=settings)
         tell(model, machinery, room)
+        arrange_activations(model, machinery, settings, room, scratch_files(scratches, "activations.bin"))
         return_free_memory()  # of masters that passed through
         machinery.before_close(training.settle)
         machinery.before_close(training.last)
@@ -111,7 +103,6 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
         state = decode(store.metadata)
         only_trained(model, state.names)
         trained = find_trained(model, machinery)
-        _activations(model, machinery, settings)
         choice = choice_of(state)
         shards = shards_of(trained, machinery)
         if identity_of(trained, shards, state.mathematics) != store.identity:
@@ -119,7 +110,7 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
                 f"{folders.states[0]} belongs to another model: its parameters have other names, shapes or places. "
                 "Give the one that the run was begun with"
             )
-        scratches = scratches_of(folders, machinery, made)
+        scratches = scratches_of(folders, machinery, settings, made)
         arrays = arrays_of(choice)
         room = room_of(machinery, trained, shards, settings, arrays=arrays)
         training = assemble(
@@ -143,6 +134,7 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
         )
         set_random_state(state.random)
         tell(model, machinery, room)
+        arrange_activations(model, machinery, settings, room, scratch_files(scratches, "activations.bin"))
         return_free_memory()  # of masters that passed through
         machinery.before_close(training.settle)
         machinery.before_close(training.last)
@@ -150,9 +142,10 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
     return optimizer
 
 
-def scratches_of(folders: RunFolders, machinery: Machinery, made: ExitStack) -> list[ScratchFolder]:
-    """Folders for weights that change and for gradients, to be closed with `made`; none where adapters are trained."""
-    return open_scratch(folders.scratch, made) if machinery.trains else []
+def scratches_of(folders: RunFolders, machinery: Machinery, settings: Settings, made: ExitStack) -> list[ScratchFolder]:
+    """Folders for what is moved in a step, to be closed with `made`: weights that change, gradients, activations."""
+    wanted = machinery.trains or moves_activations(machinery, settings)
+    return open_scratch(folders.scratch, made) if wanted else []
 
 
 def room_of(
@@ -161,7 +154,7 @@ def room_of(
     """What of gradients and states stays in host memory: of adapters, all."""
     if machinery.trains:
         return plan_room(machinery, trained, shards, settings, arrays=arrays)
-    return adapter_room(trained, shards, settings, arrays=arrays)
+    return adapter_room(machinery, trained, shards, settings, arrays=arrays)
 
 
 def check_new(folders: RunFolders) -> None:
@@ -215,11 +208,6 @@ def state_of_run(folders: RunFolders) -> RunState:
         check_unused(store.folders)
         _clear_scratch(folders)
         return decode(store.metadata)
-
-
-def _activations(model: nn.Module, machinery: Machinery, settings: Settings) -> None:
-    if settings.activations == "recompute" or (settings.activations == "auto" and not machinery.layout.resident):
-        recompute(machinery.session, model)
 
 
 def machinery_of(model: nn.Module) -> Machinery:
@@ -302,114 +290,6 @@ def shards_of(trained: Sequence[Trained], machinery: Machinery) -> tuple[Shard, 
 def beside_blocks(trained: Sequence[Trained]) -> tuple[Shard, ...]:
     """The shards of what is trained beside frozen weights: it counts as one block, which is never withdrawn."""
     return cut_shards([each.elements for each in trained], {SMALL: range(len(trained))})
-
-
-def assemble(
-    machinery: Machinery,
-    trained: Sequence[Trained],
-    shards: Sequence[Shard],
-    store: BlockStore,
-    kernel: Optimizer[Any],
-    scratches: Sequence[ScratchFolder],
-    settings: Settings,
-    room: TrainingRoom,
-    *,
-    arrays: int,
-    counts: Sequence[int] = (),
-) -> Training:
-    """Everything that trains, around a store."""
-    names = [each.name for each in trained]
-    spill = None
-    if room.spilled:
-        paths = scratch_files(scratches, "gradients.bin")
-        spill = GradientSpill(
-            names, room.spilled, shards, itemsizes=room.itemsizes, engine=machinery.engine, paths=paths
-        )
-    pipeline = ShardPipeline(
-        store=store,
-        engine=machinery.engine,
-        shards=shards,
-        arrays=arrays,
-        kept=room.resident,
-        beside_nbytes=0 if spill is None else max(spill.beside_nbytes(shard) for shard in shards),
-        make_arena=lambda nbytes, tier: machinery.device.host_arena(nbytes, tier=tier),
-    )
-    weights: Weights
-    if machinery.trains:
-        weights = TrainedWeights(machinery, scratch_files(scratches, "weights.bin"), pipeline.watch)
-    else:
-        weights = AdapterWeights(trained)
-    kept = _places(machinery, trained, shards, settings, room)
-    for arena in (*pipeline.arenas, *(() if kept is None else (kept.arena,))) if machinery.trains else ():
-        machinery.count(arena)
-    gradients = Gradients(
-        trained,
-        Scratch.of(),
-        most=settings.accumulate,
-        room=kept,
-        spill=spill,
-        departures=_departures(machinery, trained, settings, room),
-    )
-    return Training(
-        machinery=machinery,
-        trained=trained,
-        gradients=gradients,
-        shards=shards,
-        pipeline=pipeline,
-        weights=weights,
-        updater=Updater(
-            executor=machinery.executor,
-            shards=shards,
-            names=names,
-            pipeline=pipeline,
-            weights=weights,
-            kernel=kernel,
-            spill=spill,
-            device=_device_updates(machinery, kernel, shards, room, arrays=arrays),
-            on_device=room.on_device,
-            landed=gradients.wait,
-            finished=(lambda _: None) if kept is None else kept.release,
-        ),
-        behind=room.behind,
-        counts=counts,
-    )
-
-
-def _device_updates(
-    machinery: Machinery, kernel: Optimizer[Any], shards: Sequence[Shard], room: TrainingRoom, *, arrays: int
-) -> DeviceUpdates | None:
-    """What updates shards on a device apart; None where it updates none."""
-    if not room.on_device:
-        return None
-    elements = max(shard.elements for shard in shards if shard.id in room.on_device)
-    made = DeviceUpdates(machinery.device, kernel, elements=elements, arrays=arrays)
-    machinery.count(made.arena)
-    return made
-
-
-def _places(
-    machinery: Machinery, trained: Sequence[Trained], shards: Sequence[Shard], settings: Settings, room: TrainingRoom
-) -> Places | None:
-    """Where gradients are kept; None for where autograd puts them."""
-    device = machinery.device
-    if settings.updates == "step" or (device.separate and not room.pooled):
-        return GradientRoom(trained, device, wide=settings.accumulate > 1, elsewhere=room.spilled)
-    if not device.separate:
-        return None
-    return GradientPool(trained, device, blocks_of(trained, shards), slots=POOL, small=SMALL)
-
-
-def _departures(
-    machinery: Machinery, trained: Sequence[Trained], settings: Settings, room: TrainingRoom
-) -> Departures | None:
-    """How gradients leave a device apart; None where there is none."""
-    if not machinery.device.separate:
-        return None
-    passing = [
-        each.parameter.nbytes for index, each in enumerate(trained) if index in room.spilled or settings.accumulate > 1
-    ]
-    ring = min(2 * max(passing, default=0), sum(passing))
-    return Departures(machinery.device, ring_nbytes=ring)
 
 
 def master_of(machinery: Machinery, trained: Sequence[Trained]) -> Callable[[int], torch.Tensor]:

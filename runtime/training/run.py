@@ -16,7 +16,7 @@ from ...memory.errors import StoreVersionError, UsageError
 from ...scheduler.updating import ON_CPU, UpdateShares
 
 FORMAT = 1
-Activations = Literal["auto", "keep", "recompute"]
+Activations = Literal["auto", "keep", "recompute", "offload"]
 Updates = Literal["step", "backward"]
 
 
@@ -42,7 +42,10 @@ class Settings:
     skip_nonfinite: bool = False
     """Whether a step without a finite gradient is left out, rather than an error."""
     activations: Activations = "auto"
-    """keep: in memory. recompute: layers run again in backward. auto: recompute where weights are streamed."""
+    """keep: in memory. recompute: layers run again in backward. offload: to host memory beside a device apart, and to
+    disk; nothing is made again. auto: where weights are streamed a plan decides, by what each costs; else keep."""
+    device_is_named: bool = True
+    """Whether the budget of a device apart was named: what it has left may then hold activations."""
 
     shares: UpdateShares = ON_CPU
     """What a device apart updates; the CPU does the rest."""

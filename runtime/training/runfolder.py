@@ -20,7 +20,7 @@ from typing import Final
 from ...memory.errors import DiskError, ScratchBusyError, StoreDamagedError, UsageError
 from ...memory.filelock import FileLock
 from ...memory.store import BlockStore
-from ...memory.store.folder import LABEL, LOCK, MANIFEST, OURS, PREVIOUS
+from ...memory.store.folder import DATA, LABEL, LOCK, MANIFEST, OURS, PREVIOUS
 from .run import RunState, decode
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,10 @@ class RunFolder:
     def states(self) -> Path:
         """Folder of the block store: that of `RunFolders`."""
         return self.path / "states"
+
+    def state_files(self) -> list[Path]:
+        """Where states are, once the run has begun."""
+        return [self.states / DATA]
 
     def close(self) -> None:
         """Let others have it. A folder that was made here and has nothing in it goes again."""

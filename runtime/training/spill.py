@@ -11,25 +11,27 @@ import errno
 import os
 import shutil
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import torch
 
 from ...memory.arena import HostArena, Slot, round_up
 from ...memory.disk import DiskEngine, Transfer
-from ...memory.errors import ClosedError, DiskError, DoesNotFitError, StallError
+from ...memory.errors import ClosedError, DiskError, DoesNotFitError
 from ...memory.files import disk_error
 from ...memory.image import whole_window
 from .shards import Piece, Shard
-from .watch import failure_of
+from .spillread import GradientRead, lost
+from .watch import STALL_S, WATCH_S, Watch
 
 RING: Final = 4
 """Buffers that gradients are written from, and added up through; a piece of a shard each."""
-STALL_S: Final = 120.0
 WIDE: Final = 4
 """Bytes of an element, at most: sums are fp32."""
 
@@ -44,35 +46,6 @@ class _Place:
     offset: int
 
 
-class GradientRead:
-    """Pieces of one shard on their way back."""
-
-    def __init__(self, transfer: Transfer, tensors: Mapping[int, torch.Tensor], what: str) -> None:
-        self.tensors = tensors
-        """By parameter, flat: the elements of its piece. There when `wait` has returned."""
-        self._transfer = transfer
-        self._what = what
-
-    def wait(self) -> None:
-        """Wait for it.
-
-        Raises:
-            DiskError: it cannot be read.
-        """
-        try:
-            if not self._transfer.wait(STALL_S):
-                raise _stalled(self._what)
-            _check_whole(self._transfer)
-        except DiskError as error:
-            raise _lost(self._what, error) from error
-
-    def cancel(self) -> None:
-        """Give it up, and wait until nothing is written to memory any more."""
-        self._transfer.cancel()
-        with suppress(Exception):  # what it met is of no interest any more
-            self._transfer.wait(STALL_S)
-
-
 class GradientSpill:
     """A place on disk for the gradients of some parameters.
 
@@ -82,6 +55,8 @@ class GradientSpill:
         shards: Of all.
         engine: Reads and writes.
         paths: Scratch files, one per drive; shards take turns. Their room is taken now.
+        watch_s: How often a wait is reported.
+        stall_s: How long one may last without a byte moved.
 
     Raises:
         DoesNotFitError: a drive is too small.
@@ -97,11 +72,14 @@ class GradientSpill:
         itemsizes: Sequence[int],
         engine: DiskEngine,
         paths: Sequence[str],
+        watch_s: float = WATCH_S,
+        stall_s: float = STALL_S,
     ) -> None:
         """`itemsizes`: bytes of an element of each parameter's gradient, at most."""
         self._names = names
         self._spilled = frozenset(spilled)
         self._engine = engine
+        self._watch = Watch(self._moved, watch_s=watch_s, stall_s=stall_s)
         self._itemsizes = itemsizes
         self._places: dict[int, list[_Place]] = {index: [] for index in self._spilled}
         self._by_shard: dict[int, dict[int, _Place]] = {}
@@ -125,12 +103,18 @@ class GradientSpill:
         self._changed = threading.Condition()
         self._under_way: Counter[int] = Counter()
         """Writes that have not landed, by parameter."""
-        self._landings = 0
         self._error: Exception | None = None
+        self.waited_s = 0.0
+        """That the thread which trains has waited for gradients on their way."""
 
     def __contains__(self, index: int) -> bool:
         """Whether the gradient of a parameter goes to disk."""
         return index in self._spilled
+
+    @property
+    def nbytes(self) -> int:
+        """Of all places: what one pass writes at most."""
+        return sum(self._piece_nbytes(place.piece) for places in self._places.values() for place in places)
 
     def _piece_nbytes(self, piece: Piece) -> int:
         return round_up(piece.elements * self._itemsizes[piece.parameter])
@@ -148,7 +132,7 @@ class GradientSpill:
             DiskError: this or an earlier one cannot be written. All gradients of the step are worth nothing.
         """
         with self._noted(index):
-            self._await(lambda: not self._under_way[index], self._label(index))
+            self._await_written(index)
             self._dtypes[index] = flat.dtype
             for place in self._places[index]:
                 self._write_piece(index, place, flat[place.piece.start : place.piece.stop])
@@ -172,7 +156,6 @@ class GradientSpill:
             error = ClosedError("the model was closed while gradients were being written")
         with self._changed:
             self._under_way[index] -= 1
-            self._landings += 1
             self._free.append(slot)
             if error is not None:
                 self._error = self._error or self._as_ours(index, error)
@@ -197,7 +180,7 @@ class GradientSpill:
 
     def _read_back(self, index: int) -> Iterator[tuple[Piece, torch.Tensor]]:
         """The pieces of one, in order, each until the next is asked for; read ahead as far as there are buffers."""
-        self._await(lambda: not self._under_way[index], self._label(index))
+        self._await_written(index)
         left, ahead = deque(self._places[index]), deque[tuple[_Place, Slot, Transfer]]()
         try:
             while left or ahead:
@@ -209,19 +192,16 @@ class GradientSpill:
                         self._give_back(slot)
                         raise
                 place, slot, transfer = ahead[0]
-                if not transfer.wait(STALL_S):
-                    raise _stalled(self._label(index))
-                _check_whole(transfer)
+                with self._waiting():
+                    self._watch.transfer(transfer, lambda: f"backward waits for {self._label(index)} to be read back")
                 raw = self._arena.view(slot.offset, slot.nbytes)
                 yield place.piece, torch.frombuffer(raw, dtype=self._dtypes[index], count=place.piece.elements)
                 ahead.popleft()
                 self._give_back(slot)
         finally:
-            for _, slot, transfer in ahead:
+            for _, slot, transfer in ahead:  # a buffer comes back when nothing is read into it any more
                 transfer.cancel()
-                with suppress(Exception):
-                    transfer.wait(STALL_S)
-                self._give_back(slot)
+                transfer.add_done_callback(partial(self._done_with, slot))
 
     def _read_piece(self, index: int, place: _Place, slot: Slot) -> Transfer:
         nbytes = round_up(place.piece.elements * self._dtypes[index].itemsize)
@@ -230,19 +210,31 @@ class GradientSpill:
 
     # --- between backward and the update ------------------------------------------------------------------------------
 
-    def settle(self) -> None:
-        """Wait until all that was taken away is on disk.
+    def settle(self, only: Collection[int] | None = None) -> None:
+        """Wait until all that was taken away is on disk, or what was of some parameters.
 
         Raises:
             DiskError: some of it cannot be written. All gradients of the step are worth nothing.
         """
-        self._await(lambda: not self._under_way.total(), "gradients")
+
+        def landed() -> bool:
+            if only is None:
+                return not self._under_way.total()
+            return not any(self._under_way[index] for index in only)
+
+        self._await(landed, "the end of a step waits for gradients to be on disk")
 
     def forget(self) -> None:
-        """Nothing of it is wanted any more, what failed included."""
+        """Nothing of it is wanted any more, what failed included.
+
+        Raises:
+            StallError: a write does not end.
+        """
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._under_way.total(), timeout=STALL_S):
-                raise _stalled("gradients")
+            self._watch.wait(
+                lambda s: self._changed.wait_for(lambda: not self._under_way.total(), timeout=s),
+                lambda: f"gradients that are not wanted any more wait for their writes; {self._report()}",
+            )
             self._error = None
 
     # --- in the update ------------------------------------------------------------------------------------------------
@@ -271,12 +263,15 @@ class GradientSpill:
             at += nbytes
         if not windows:
             return None
-        return GradientRead(self._engine.read(windows, [], into), tensors, names[0])
+        return GradientRead(self._engine.read(windows, [], into), tensors, names[0], self._watch)
 
     # --- buffers and errors -------------------------------------------------------------------------------------------
 
+    def _await_written(self, index: int) -> None:
+        self._await(lambda: not self._under_way[index], f"{self._label(index)} waits for its own write")
+
     def _take(self, index: int) -> Slot:
-        self._await(lambda: bool(self._free), self._label(index))
+        self._await(lambda: bool(self._free), f"{self._label(index)} waits for a buffer")
         slot = self._take_free()
         assert slot is not None  # one thread takes
         return slot
@@ -285,27 +280,50 @@ class GradientSpill:
         with self._changed:
             return self._free.popleft() if self._free else None
 
+    def _done_with(self, slot: Slot, _: Transfer) -> None:
+        self._give_back(slot)
+
     def _give_back(self, slot: Slot) -> None:
         with self._changed:
             self._free.append(slot)
             self._changed.notify_all()
 
     def _await(self, ready: Callable[[], bool], what: str) -> None:
-        """Wait for something. As long as writes land, nothing is stalled.
+        """Wait for something. As long as anything moves, nothing is stalled.
 
         Raises:
             DiskError: what a write met.
+            StallError: nothing moves any more.
         """
         with self._changed:
-            while not ready() and self._error is None:
-                seen = self._landings
-                if not self._changed.wait_for(
-                    lambda: ready() or self._error or self._landings != seen,  # noqa: B023
-                    timeout=STALL_S,
-                ):
-                    raise _stalled(what)
+            if not ready() and self._error is None:
+                with self._waiting():
+                    self._watch.wait(
+                        lambda s: self._changed.wait_for(lambda: ready() or self._error, timeout=s),
+                        lambda: f"{what}; {self._report()}",
+                    )
             if self._error is not None:
                 raise self._error
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited_s += time.perf_counter() - began
+
+    def _moved(self) -> int:
+        statistics = self._engine.statistics()
+        return statistics.read_nbytes + statistics.written_nbytes
+
+    def _report(self) -> str:
+        """What is being written, for who waits."""
+        with self._changed:
+            writing = ", ".join(self._names[index] for index, count in self._under_way.items() if count) or "none"
+            free = len(self._free)
+        paths = ", ".join(sorted({place.path for places in self._places.values() for place in places}))
+        return f"{free} of {RING} buffers are free, gradients being written to {paths}: {writing}"
 
     @contextmanager
     def _noted(self, index: int) -> Iterator[None]:
@@ -321,14 +339,15 @@ class GradientSpill:
             raise ours from error
 
     def _as_ours(self, index: int, error: Exception) -> Exception:
-        return _lost(self._label(index), error) if isinstance(error, DiskError) else error
+        return lost(self._label(index), error) if isinstance(error, DiskError) else error
 
     def _label(self, index: int) -> str:
         return f"the gradient of {self._names[index]} (block {self._places[index][0].block})"
 
     def close(self) -> None:
-        """Give the memory back. The files go with the scratch folder."""
-        self._arena.close()
+        """Give the memory back, unless a drive that hangs may still touch it. The files go with the scratch folder."""
+        if len(self._free) == RING:
+            self._arena.close()
 
 
 def _take_room(path: str, nbytes: int) -> None:
@@ -352,25 +371,3 @@ def _take_room(path: str, nbytes: int) -> None:
             needed_nbytes=nbytes,
             available_nbytes=free,
         ) from error
-
-
-def _lost(what: str, error: DiskError) -> DiskError:
-    return DiskError(
-        f"{what} is lost, which went through the run's scratch folder: {error}. See that nothing else fills or changes "
-        "that folder, or give more host memory, which keeps gradients there"
-    )
-
-
-def _stalled(what: str) -> StallError:
-    return StallError(f"{what}: nothing was written or read for {STALL_S:.0f} s: is the drive still there?")
-
-
-def _check_whole(transfer: Transfer) -> None:
-    """See that all bytes of a read that is over are there.
-
-    Raises:
-        PenstockError: they are not: it was cancelled, for one.
-    """
-    error = failure_of(transfer)
-    if error is not None:
-        raise error

@@ -16,27 +16,23 @@ from typing import Any
 
 import torch
 
-from ...kernels.norms import GradientNorms, clip_coefficient, total_norm
+from ...kernels.norms import GradientNorms, clip_coefficient
 from ...kernels.optimizer import Clip
 from ...memory.errors import ClosedError, PenstockError, UsageError
 from ...memory.store import Commit
 from ..build import Machinery
-from .gradients import Gradient, Gradients, SpilledGradient
+from .blockchanges import Step
+from .early import BEHIND, EarlySteps, Hypers, NonFiniteGradientError
+from .gradients import Gradients
+from .intake import Gradient
 from .pipeline import ShardPipeline
-from .shards import Shard
+from .shards import SMALL, Shard, blocks_of
 from .trained import Trained
-from .updater import SMALL, Step, Updater
+from .updater import Updater
+from .wear import Wear
 from .weights import Weights
 
 logger = logging.getLogger(__name__)
-BEHIND = 3
-"""Blocks whose gradients wait for their update, before backward waits for that, where there is no room for more."""
-Hypers = Callable[[], Sequence[Any]]
-"""Hyperparameters of each parameter, as they are now."""
-
-
-class NonFiniteGradientError(PenstockError):
-    """A gradient is infinite or not a number."""
 
 
 class Training:
@@ -78,26 +74,15 @@ class Training:
         self._updater = updater
         self._behind = behind
         self._names = [each.name for each in trained]
-        self._blocks = [SMALL] * len(trained)
+        self._blocks = blocks_of(shards, len(trained))
         """Of each parameter."""
-        for shard in shards:
-            for piece in shard.pieces:
-                self._blocks[piece.parameter] = shard.block
         self._last_norm: torch.Tensor | None = None
-        self._hypers: Hypers | None = None
+        self._early: EarlySteps | None = None
         """Where blocks are submitted by backward."""
-        self._step: Step | None = None
-        """The one that backward has begun to submit."""
-        self._missing: dict[int, int] = {}
-        """Of that one: parameters of each block whose gradients have not come. A block is submitted when none is."""
-        self._used: set[int] = set()
-        """Parameters whose gradients have."""
-        self._submitted: set[int] = set()
-        """Blocks that backward has submitted."""
-        self._lost: PenstockError | None = None
-        """Why the model is between two steps for good."""
-        self._unsaved = 0
-        """Steps since the last commit."""
+        self._taken = 0
+        """Steps."""
+        self._committed = 0
+        """Of these, those that a published commit has."""
 
     # --- a step that begins when all gradients are there --------------------------------------------------------------
 
@@ -117,8 +102,8 @@ class Training:
             PenstockError: what the step before it met in the background.
         """
         self.check()
-        if self._hypers is not None:
-            return self._end_early_step(hypers)
+        if self._early is not None:
+            return self._end_early_step(self._early, hypers)
         self._updater.wait()
         gradients = self.gradients.take()
         norm = self._norm(gradients)
@@ -137,7 +122,7 @@ class Training:
         for index, gradient in enumerate(gradients):
             self.counts[index] += gradient is not None
         step = Step(gradients=gradients, hypers=hypers, counts=tuple(self.counts), clip=clip)
-        self._unsaved += 1
+        self._taken += 1
         self._submit(step, self._having(gradients))
         return True
 
@@ -169,50 +154,22 @@ class Training:
 
     def begin_early(self, hypers: Hypers) -> None:
         """Submit each block as soon as its last gradient is there, from now on."""
-        self._hypers = hypers
-        self.gradients.on_whole = self._arrived
-
-    def _arrived(self, index: int) -> None:
-        """A gradient is whole (called in backward)."""
-        assert self._hypers is not None
-        if self._step is None:
-            self.check()
-            self._begin_step()
-        step = self._step
-        assert step is not None
-        gradient = self.gradients.pop(index)
-        if index in self._used:
-            raise UsageError(
-                f"a second gradient of {self._names[index]} before step(), and the first has gone into an update "
-                "already: call step() after each backward pass, or say how many there are with accumulate=…"
-            )
-        self._use(step, index, gradient)
-        block = self._blocks[index]
-        self._missing[block] -= 1
-        if block != SMALL and not self._missing[block]:
-            self._updater.wait_below(self._behind)
-            self._submitted.add(block)
-            self._updater.submit(step, [block])
-
-    def _begin_step(self) -> None:
-        assert self._hypers is not None
-        self._step = Step(
-            gradients=[None] * len(self.trained),
-            hypers=self._hypers(),
-            counts=[count + 1 for count in self.counts],
-            clip=None,
+        early = self._early = EarlySteps(
+            names=self._names,
+            blocks=self._blocks,
+            counts=self.counts,
+            gradients=self.gradients,
+            updater=self._updater,
+            hypers=hypers,
+            behind=self._behind,
         )
-        self._missing, self._used, self._submitted = {}, set(), set()
-        for block in self._blocks:
-            self._missing[block] = self._missing.get(block, 0) + 1
 
-    def _use(self, step: Step, index: int, gradient: torch.Tensor) -> None:
-        """Give a gradient to the step that has begun. Those from a device apart are looked at all together, later."""
-        if not self.gradients.depart and not _is_finite(gradient):
-            raise self._not_finite(f"the gradient of {self._names[index]}")
-        self._used.add(index)
-        step.gradients[index] = gradient
-        self.counts[index] += 1
+        def arrived(index: int) -> None:
+            if not early.begun:
+                self.check()
+            early.arrived(index, self.gradients.pop(index))
+
+        self.gradients.announce(arrived, early.free_place)
 
     def forget(self) -> None:
         """Drop the gradients that no step has used.
@@ -220,7 +177,7 @@ class Training:
         Raises:
             UsageError: parts of the model have been updated with them.
         """
-        if self._step is not None:
+        if self._early is not None and self._early.begun:
             raise UsageError(
                 "zero_grad() after backward and without step(): parts of the model have been updated with these "
                 'gradients already, since nothing had to wait. With nonfinite="skip", or max_grad_norm, updates begin '
@@ -228,58 +185,16 @@ class Training:
             )
         self.gradients.clear()
 
-    def _end_early_step(self, hypers: Sequence[Any]) -> bool:
+    def _end_early_step(self, early: EarlySteps, hypers: Sequence[Any]) -> bool:
         """Submit what is not whole: blocks of which some parameters had no gradient, and the small tensors."""
-        rest = self.gradients.take()
-        if self._step is None:
-            if all(gradient is None for gradient in rest):
-                return False
-            self._begin_step()
-        step = self._step
-        assert step is not None
-        if list(hypers) != list(step.hypers):
-            raise self._lose(
-                UsageError(
-                    "a learning rate, or another hyperparameter, was changed between backward and step(), when parts "
-                    "of the model had been updated already. Change it after step(), as schedulers do; this run goes "
-                    "on from its last commit with penstock.resume"
-                )
-            )
-        for index, gradient in enumerate(rest):
-            if gradient is not None:  # of fewer backward passes than there could have been
-                assert not isinstance(gradient, SpilledGradient)
-                self._use(step, index, gradient)
-        if self.gradients.depart:
-            self._check_norms(rest)
-        self._step = None
-        self._unsaved += 1
+        ended = early.end(self.gradients.take, hypers)
+        if ended is None:
+            return False
+        self._last_norm = early.norm
+        self._taken += 1
         self._updater.by_block()  # the next forward begins with the first
-        self._submit(step, [block for block in self._having(step.gradients) if block not in self._submitted])
+        self._submit(*ended)
         return True
-
-    def _check_norms(self, rest: Sequence[Gradient | None]) -> None:
-        """See that the gradients of the step are finite: all that left the device on the way, and the rest."""
-        norms = self.gradients.norms_on_the_way
-        for index, gradient in enumerate(rest):
-            if gradient is not None and not self.gradients.has_norm(index):
-                norms.append(self.gradients.norm(index, gradient))
-        self._last_norm = total_norm(norms).cpu()
-        if not bool(torch.isfinite(self._last_norm)):
-            raise self._not_finite(f"the norm of all gradients is {self._last_norm.item()}: one of them")
-
-    def _not_finite(self, what: str) -> PenstockError:
-        return self._lose(
-            NonFiniteGradientError(
-                f"{what} is not finite, and parts of the model have been updated with others of this backward "
-                "already: go on from the last commit with penstock.resume, or have whole steps skipped with "
-                'nonfinite="skip"'
-            )
-        )
-
-    def _lose(self, error: PenstockError) -> PenstockError:
-        """Note that the model is between two steps, and cannot go on."""
-        self._lost = error
-        return error
 
     # --- masters ----------------------------------------------------------------------------------------------------
 
@@ -331,6 +246,21 @@ class Training:
         return self._last_norm
 
     @property
+    def waited_s(self) -> float:
+        """That training has waited for updates, gradients and activations on their way, beside waits for blocks."""
+        keeper = self._machinery.session.saved.keeper
+        waited = self._updater.waited_s + self.gradients.intake.waited_s
+        return waited + (0.0 if keeper is None else keeper.store.waited_s)
+
+    def wear(self) -> Wear:
+        """What is written by each step, and by each commit."""
+        moving = self._weights.written_nbytes({shard.block for shard in self._shards})
+        return Wear(
+            step_nbytes=self._pipeline.moving_nbytes + moving + self.gradients.written_nbytes,
+            commit_nbytes=self._pipeline.staying_nbytes,
+        )
+
+    @property
     def limit_nbytes(self) -> int:
         """What blocks were cut by."""
         return self._machinery.layout.limit_nbytes
@@ -343,8 +273,8 @@ class Training:
             ClosedError: the model was closed.
         """
         self._updater.check()
-        if self._lost is not None:
-            raise self._lost
+        if self._early is not None and self._early.lost is not None:
+            raise self._early.lost
         if self._machinery.closing:
             raise ClosedError("the model was closed by penstock.close(); resume the run")
 
@@ -355,13 +285,36 @@ class Training:
             UsageError: one has been begun by backward, and has not ended.
             PenstockError: as `check`.
         """
+        self.check_between()
+        self._updater.wait()
+
+    def check_between(self) -> None:
+        """See that it can go on, and is between two steps. Raises as `finish` does."""
         self.check()
-        if self._step is not None:
+        if self._early is not None and self._early.begun:
             raise UsageError(
                 "between backward and step() parts of the model are a step ahead of others: save, and look at weights, "
                 "after step(); if a backward pass was interrupted, go on from the last commit with penstock.resume"
             )
-        self._updater.wait()
+
+    def cut(self, make: Callable[[], object], failed: Callable[[Exception], None]) -> None:
+        """Have a commit made of the state after the last step, whose update may be under way; returns at once.
+
+        What is in host memory only begins to be written before. Until it is made, no further update begins.
+
+        Args:
+            make: Makes it.
+            failed: Called with the reason where that cannot be.
+
+        Raises:
+            PenstockError: as `check`.
+        """
+
+        def write_out_and_make() -> None:
+            self.write_out()
+            make()
+
+        self._updater.between(write_out_and_make, failed)
 
     def write_out(self) -> None:
         """Begin to write what of masters and states is in host memory only: a commit from now on has all of them.
@@ -377,11 +330,11 @@ class Training:
 
     def saved(self) -> Callable[[Commit], None]:
         """Note that a commit has all steps up to here, once it is published: what is to be called then."""
-        steps = self._unsaved
+        steps = self._taken
 
         def done(commit: Commit) -> None:
             if commit.error is None:
-                self._unsaved = max(0, self._unsaved - steps)
+                self._committed = max(self._committed, steps)  # one may be published while the next is made
             else:  # whoever made it may not have waited for it
                 logger.error("commit %d of the run was not made: %s", commit.number, commit.error)
 
@@ -400,11 +353,11 @@ class Training:
             if on_its_way is None:  # else that is what the caller hears of
                 raise
         finally:
-            if self._unsaved:
+            if unsaved := self._taken - self._committed:
                 logger.warning(
                     "the model is closed %d steps after the last commit of its run, and they are gone with it: call "
                     "penstock.save(model, optimizer) before penstock.close(model)",
-                    self._unsaved,
+                    unsaved,
                 )
 
     def close(self) -> None:
@@ -413,10 +366,6 @@ class Training:
         self.gradients.close()
         self._weights.close()
         self._pipeline.close()
-
-
-def _is_finite(gradient: torch.Tensor) -> bool:
-    return bool(torch.isfinite(gradient.sum(dtype=torch.float32))) or bool(torch.isfinite(gradient).all())
 
 
 def _each(shards: Sequence[Shard]) -> Callable[[], int | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -25,6 +25,10 @@ class Weights(Protocol):
 
     def is_free(self, block: int) -> bool:
         """Whether a block may be begun now, or another one has to end before."""
+        ...
+
+    def written_nbytes(self, blocks: Collection[int]) -> int:
+        """What is written to disk when these have changed."""
         ...
 
     def begin(self, block: int, *, whole: bool) -> Mapping[str, torch.Tensor]:
@@ -87,6 +91,10 @@ class TrainedWeights:
     def is_free(self, block: int) -> bool:
         """There is one buffer for those that do not stay."""
         return block in self._slots or self._open is None
+
+    def written_nbytes(self, blocks: Collection[int]) -> int:
+        """What is written to disk when these have changed."""
+        return sum(round_up(self._images[block].nbytes) for block in blocks if block not in self._slots)
 
     def begin(self, block: int, *, whole: bool) -> Mapping[str, torch.Tensor]:
         """The weights of a block, to be written to: flat, as they lie in memory, by the parameter's name.

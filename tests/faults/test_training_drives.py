@@ -64,7 +64,7 @@ def spilling(tmp_path: Path) -> Iterator[tuple[Any, Any]]:
         prepare(tmp_path / "run", {"host": 1})
     model, optimizer = prepare(tmp_path / "run", {"host": caught.value.needed_nbytes})
     assert (tmp_path / "run" / "scratch").exists()
-    assert optimizer.training.gradients._spill is not None
+    assert optimizer.training.gradients.spill is not None
     yield model, optimizer
     penstock.close(model)
 
@@ -130,7 +130,7 @@ def test_a_step_after_a_failed_backward_is_refused(spilling: tuple[Any, Any], ex
 
     def attempt() -> None:
         backward(model, 0)
-        optimizer.training.gradients._spill.settle()
+        optimizer.training.gradients.spill.settle()
 
     with pytest.raises(penstock.DiskError, match="gradient of"):
         attempt()
@@ -148,7 +148,7 @@ def test_a_gradient_that_cannot_be_read_ends_the_run_at_its_last_commit(
     found = train(model, optimizer, range(2))
     penstock.save(model, optimizer).wait()
     backward(model, 2)
-    optimizer.training.gradients._spill.settle()
+    optimizer.training.gradients.spill.settle()
     if how == "unreadable":
         break_file(model.penstock.machinery.engine, "gradients.bin", errno.EIO)
     else:

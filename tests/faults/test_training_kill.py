@@ -256,5 +256,5 @@ def steps_of(folder: Path) -> list[Any]:
     """What the whole lines of metrics say, but for how fast."""
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    fast = ("seconds", "tokens_per_s", "disk_read_nbytes", "disk_written_nbytes")
+    fast = ("seconds", "tokens_per_s", "computed_s", "copied_nbytes", "disk_read_nbytes", "disk_written_nbytes")
     return [{name: value for name, value in json.loads(line).items() if name not in fast} for line in lines]

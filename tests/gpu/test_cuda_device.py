@@ -152,6 +152,22 @@ def test_copy_back(device: CudaDevice, host: HostArena, target: AnyArena) -> Non
     assert all_equal(device.tensor(host), OLD)
 
 
+def test_tensors_cross_after_what_computes_them(device: CudaDevice, host: HostArena) -> None:
+    """Out: after the kernel that makes them. In: after a kernel that still reads the memory that they come into."""
+    source = torch.full((NBYTES,), OLD, dtype=torch.uint8, device="cuda")
+    torch.cuda._sleep(LONG)
+    source.fill_(NEW)
+    device.wait(device.copy_out(source, host, 0, device.computed()))
+    assert all_equal(device.tensor(host)[:NBYTES], NEW)
+    torch.cuda._sleep(LONG)
+    seen = source.clone()
+    device.tensor(host)[:NBYTES].fill_(OLD)
+    event = device.copy_in(host, 0, source, device.computed())
+    device.compute_waits(event)
+    assert all_equal(seen, NEW)
+    assert all_equal(source, OLD)
+
+
 def test_host_arena_is_registered_exactly(device: CudaDevice) -> None:
     arena = device.host_arena(10 * 2**20 + 1)
     assert arena.nbytes == 10 * 2**20 + 4096

@@ -225,7 +225,7 @@ def test_copies_never_overtake_gradients_nor_gradients_copies(tmp_path: Path, wh
     for _ in range(STEPS):
         resident.step([resident.model(x).square().mean()])
     with prepared(make_slow(), tmp_path / "run", "streams", update_on=where, updates=updates) as (model, optimizer):
-        optimizer.training.gradients._departures._held_nbytes = 1 << 18  # so that memory is used again at once
+        optimizer.training.gradients.intake._departures._held_nbytes = 1 << 18  # so that memory is used again at once
         for _ in range(STEPS):
             model(x).square().mean().backward()
             optimizer.step()
@@ -253,7 +253,7 @@ def test_backward_never_synchronises(tmp_path: Path) -> None:
 def test_host_memory_of_training_is_pinned_and_given_back(tmp_path: Path) -> None:
     with prepared(make(), tmp_path / "run", "all", update_on="device") as (model, optimizer):
         training = optimizer.training
-        arenas = [*training._pipeline.arenas, training._pipeline._arena, training.gradients._room.arena]
+        arenas = [*training._pipeline.arenas, training._pipeline._arena, training.gradients.intake.room.arena]
         if place().type == "cuda":
             assert all(arena.registered for arena in arenas)
         loss_of(model, 0).backward()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from lora_cases import BFLOAT, TIED, WORDY, LoraCase, prepared, resumed
+from lora_cases import BFLOAT, GPT2, MIXTRAL, TIED, WORDY, LoraCase, llama, prepared, resumed
 from safetensors.torch import load_file
 from training_cases import language
 from training_reference import Trace, run
@@ -19,6 +21,7 @@ from zoo import differences, load_resident
 import penstock
 from penstock.cli import main
 from penstock.memory.store import BlockStore
+from penstock.runtime.training import mergedexport
 from penstock.runtime.training.export import plan_export
 
 pytestmark = [
@@ -97,6 +100,118 @@ def test_another_dtype_and_a_checkpoint_that_was_moved(tmp_path: Path, capsys: p
     assert main([*command[:3], str(tmp_path / "moved"), "--source", str(tmp_path / "moved"), "--force"]) == 2
 
 
+PATTERNS = replace(
+    BFLOAT,
+    config=lambda: peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj", "embed_tokens"],
+        rank_pattern={"v_proj": 2},
+        alpha_pattern={"q_proj": 3},
+        use_rslora=True,
+    ),
+    case=replace(BFLOAT.case, name="patterns", make=lambda: llama(tie_word_embeddings=True, attention_bias=True)),
+)
+"""An adapter on an embedding that is tied to the output layer, and ranks and scales that differ from layer to layer."""
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+@pytest.mark.parametrize(
+    "lora",
+    [BFLOAT, TIED, WORDY, GPT2, MIXTRAL, PATTERNS],
+    ids=["bfloat", "tied", "wordy", "gpt2", "mixtral", "patterns"],
+)
+def test_merged_weights_have_the_bits_of_merge_and_unload(
+    lora: LoraCase, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(lora, tmp_path)
+    command = ["store", "export", str(tmp_path / "run"), str(tmp_path / "out"), "--merged", "--dtype", dtype, "--json"]
+    assert main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["names"] == "checkpoint"
+    assert report["merged"] > 0
+    base = load_resident(tmp_path / "checkpoint", **({} if dtype == "auto" else {"dtype": torch.float16}))
+    loaded: Any = peft.PeftModel.from_pretrained(base, tmp_path / "by peft")
+    expected = loaded.merge_and_unload().state_dict()
+    found = load_resident(tmp_path / "out").state_dict()
+    assert {name: value.dtype for name, value in found.items()} == {n: v.dtype for n, v in expected.items()}
+    assert differences(expected, found) == []
+    assert differences(load_resident(tmp_path / "checkpoint").state_dict(), found) != []
+
+
+def test_merging_holds_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(BFLOAT, tmp_path)
+    live: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    plain = mergedexport._value
+
+    def value(*arguments: Any) -> torch.Tensor:
+        nonlocal most
+        made = plain(*arguments)
+        live.append(weakref.ref(made))
+        most = max(most, sum(each.nbytes for each in (ref() for ref in live) if each is not None))
+        return made
+
+    monkeypatch.setattr(mergedexport, "_value", value)
+    assert main(["store", "export", str(tmp_path / "run"), str(tmp_path / "out"), "--merged"]) == 0
+    sizes = [p.nbytes for n, p in load_resident(tmp_path / "checkpoint").named_parameters() if "layers" in n]
+    assert len(live) > 10
+    assert most <= max(sizes)
+
+
+def test_there_is_nothing_to_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, optimizer = penstock.prepare(
+        TIED.checkpoint(tmp_path / "checkpoint"),
+        optimizer=penstock.AdamW(),
+        disk=tmp_path / "run",
+        device="cpu",
+        max_memory={"host": 2**30},
+    )
+    penstock.save(model, optimizer).wait()
+    penstock.close(model)
+    assert main(["store", "export", str(tmp_path / "run"), str(tmp_path / "out"), "--merged"]) == 2
+    assert "nothing to merge" in capsys.readouterr().err
+
+
+def test_adapters_of_a_module_that_did_not_lie_in_order(tmp_path: Path) -> None:
+    """Training makes them contiguous; so the module that is given to export must not tell by its own strides."""
+
+    def adapted() -> Any:
+        made = TIED.adapted(TIED.case.build())
+        for name, parameter in made.named_parameters():
+            if "lora_A" in name:
+                parameter.data = parameter.data.t().contiguous().t()
+                assert not parameter.is_contiguous()
+        return made
+
+    model, optimizer = penstock.prepare(
+        adapted(), optimizer=TIED.case.optimizer, disk=tmp_path / "run", device="cpu", max_memory={"host": 2**30}
+    )
+    try:
+        language(model, 0).backward()
+        optimizer.step()
+        penstock.save(model, optimizer).wait()
+        values = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    finally:
+        penstock.close(model)
+    found = exported(tmp_path / "run", adapted())
+    assert differences(values, {name: value.view(values[name].shape) for name, value in found.items()}) == []
+
+
+def exported(run: Path, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What an export of a module's run writes, flat."""
+    with BlockStore.open(run / "states", readonly=True) as store:
+        planned = plan_export(store, module=module)
+        written = {tensor.name: bytearray(tensor.nbytes) for tensor in planned.tensors}
+
+        class Sink:
+            def write(self, name: str, offset: int, data: memoryview) -> None:
+                written[name][offset : offset + len(data)] = data
+
+        planned.write_masters(store, Sink())
+    return {name: torch.frombuffer(raw, dtype=torch.float32) for name, raw in written.items()}
+
+
 def test_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained(BFLOAT, tmp_path)
     other = TIED.checkpoint(tmp_path / "other")
@@ -126,18 +241,8 @@ def test_a_run_of_a_module_says_what_to_do(tmp_path: Path, capsys: pytest.Captur
     assert main(["store", "export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     assert "model.save_pretrained" in capsys.readouterr().err
     # AND from Python, given the module, its parameters can be had by their names
-    module = TIED.adapted(TIED.case.build())
-    with BlockStore.open(tmp_path / "run" / "states", readonly=True) as store:
-        planned = plan_export(store, module=module)
-        written = {tensor.name: bytearray(tensor.nbytes) for tensor in planned.tensors}
-
-        class Sink:
-            def write(self, name: str, offset: int, data: memoryview) -> None:
-                written[name][offset : offset + len(data)] = data
-
-        planned.write_masters(store, Sink())
-    found = {name: torch.frombuffer(raw, dtype=torch.float32).view(values[name].shape) for name, raw in written.items()}
-    assert differences(values, found) == []
+    found = exported(tmp_path / "run", TIED.adapted(TIED.case.build()))
+    assert differences(values, {name: value.view(values[name].shape) for name, value in found.items()}) == []
 
 
 def test_an_exported_run_can_be_gone_on_with(tmp_path: Path) -> None:

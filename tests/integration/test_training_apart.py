@@ -17,8 +17,7 @@ import penstock
 from penstock import training
 from penstock.runtime.training import departures as departing
 from penstock.runtime.training import deviceupdates, preparing, room
-from penstock.runtime.training.gradientroom import GradientPool
-from penstock.runtime.training.training import NonFiniteGradientError
+from penstock.runtime.training.early import NonFiniteGradientError
 from penstock.scheduler.updating import UpdateShares
 
 
@@ -63,13 +62,14 @@ def test_the_bits_of_the_resident_run(
         half = UpdateShares(in_memory=0.5, on_disk=0.5, why="half of it")
         monkeypatch.setattr(training, "choose", lambda *_, **__: half)
         where = "auto"
-    monkeypatch.setattr(departing.Departures.__init__, "__kwdefaults__", {"held_nbytes": 1 << 14})  # all wait at times
+    usual = departing.Departures.__init__.__kwdefaults__
+    monkeypatch.setattr(departing.Departures.__init__, "__kwdefaults__", {**usual, "held_nbytes": 1 << 14})  # all wait
     losses, weights = reference(passes, dtype)
     found = []
     options = {"dtype": dtype, "updates": updates, "accumulate": passes, "update_on": where}
     with prepared(tmp_path / "run", host, **options) as (model, optimizer):
         assert model.penstock.plan.device == "emulated"
-        there, every = len(optimizer.training._updater._on_device), len(optimizer.training._shards)
+        there, every = len(optimizer.training._updater._changes.on_device), len(optimizer.training._shards)
         assert (there == 0) == (where == "cpu")
         assert where != "auto" or there < every - 1
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
@@ -89,10 +89,10 @@ def test_the_bits_of_the_resident_run(
 
 def test_where_little_memory_is_left_a_few_blocks_have_places(tmp_path: Path) -> None:
     with prepared(tmp_path / "run", "smallest", updates="backward") as (_, optimizer):
-        assert isinstance(optimizer.training.gradients._room, GradientPool)
+        assert optimizer.training.gradients.intake.pool is not None
         assert optimizer.training._behind == 3
     with prepared(tmp_path / "other", "plenty", updates="backward") as (_, optimizer):
-        assert not isinstance(optimizer.training.gradients._room, GradientPool)
+        assert optimizer.training.gradients.intake.pool is None
         assert optimizer.training._behind > len(optimizer.training.trained)
 
 

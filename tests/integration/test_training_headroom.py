@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import penstock
 from penstock import training
 from penstock.cli import main
 from penstock.runtime import tiers
+from penstock.runtime.activations.store import LEAVING
 from penstock.runtime.devices.cpu import CpuDevice
 from penstock.runtime.headroom import FRAMEWORK
 from penstock.runtime.layout import Changing
@@ -106,7 +107,10 @@ def test_activations_are_kept_where_everything_fits_beside_them(checkpoint: Path
     capacity(weights + kept)
     assert room(model) == StepRoom(headroom_nbytes=kept, activations="keep", known=True)
     capacity(weights + kept - 1)
-    assert room(model) == StepRoom(headroom_nbytes=again, activations="recompute", known=True)
+    found = StepRoom(headroom_nbytes=again, activations="auto", saved_nbytes=kept - again, known=True)
+    assert room(model) == found  # which a plan decides about
+    moving = room(model, "offload")
+    assert moving == replace(found, activations="offload", headroom_nbytes=again + LEAVING)
 
 
 @pytest.mark.parametrize("built", [False, True])

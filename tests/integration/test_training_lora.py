@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from activation_rooms import set_room, slow_processor
 from lora_cases import BFLOAT, GPT2, MIXTRAL, SEED, TIED, WORDY, Saved, llama, prepared, resumed, train
 from torch import nn
 from training_cases import UNet, language, restore
@@ -69,12 +70,19 @@ def test_adapters_have_the_bits_of_those_in_memory(
     assert all(value.any() for name, value in left.items() if name.startswith("weight") and "lora_B" in name)
 
 
-@pytest.mark.parametrize("activations", ["keep", "recompute"])
-def test_activations_that_are_kept_and_made_again(activations: str, checkpoints: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activations", ["keep", "recompute", "offload", "auto"])
+def test_activations_wherever_they_are(
+    activations: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if activations in ("offload", "auto"):
+        set_room(monkeypatch, "mixed")
+        slow_processor(monkeypatch)
     expected, left = in_memory("short", checkpoints)
     trainer = prepared(CASES["short"], tmp_path, "smallest", activations=activations)
     try:
         actual, state = train(CASES["short"], trainer)
+        keeper = trainer.model.penstock.machinery.session.saved.keeper
+        assert (keeper is None) == (activations in ("keep", "recompute"))
     finally:
         penstock.close(trainer.model)
     assert differences(expected.outputs(), actual.outputs()) == []
@@ -151,7 +159,7 @@ def test_the_budget_counts_what_adapters_take(tmp_path: Path) -> None:
     try:
         machinery, training = trainer.model.penstock.machinery, trainer.optimizer.training
         weights = sum(each.parameter.nbytes for each in training.trained)
-        arenas = sum(a.nbytes for a in training._pipeline.arenas) + training.gradients._room.arena.nbytes
+        arenas = sum(a.nbytes for a in training._pipeline.arenas) + training.gradients.intake.room.arena.nbytes
         assert machinery.changing.own_nbytes >= weights + arenas
         assert machinery.changing.own_nbytes <= weights + arenas + 24 * 256 * 1024 + 2**16
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -30,6 +31,7 @@ from zoo import differences
 
 import penstock
 from penstock.runtime.training import preparing, room
+from penstock.runtime.training.shards import SMALL
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "short_shards"),
@@ -60,6 +62,7 @@ def prepare(case: Case, folder: Path, memory: dict[str, int], device: str) -> St
             max_memory=memory,
             device=device,
             accumulate=case.accumulate,
+            activations="auto" if device == "cpu" else "keep",  # beside a device they would have more of the budget
         )
     )
 
@@ -76,7 +79,7 @@ def budget(case: Case, folder: Path, part: str, placement: str = "smallest") -> 
 def kept(trainer: Streamed) -> tuple[int, int, int]:
     """How many gradients go to disk, how many shards stay in memory, and of how many."""
     training = trainer.optimizer.training
-    spill, residents = training.gradients._spill, training._pipeline._residents
+    spill, residents = training.gradients.spill, training._pipeline._residents
     return 0 if spill is None else len(spill._spilled), len(residents._shards), len(training._shards)
 
 
@@ -223,6 +226,98 @@ def test_steps_with_everything_in_memory_move_nothing_and_a_commit_writes_states
         penstock.close(trainer.model)
 
 
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_steps_and_commits_write_is_known_before(name: str, part: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    trainer = prepare(case, tmp_path / "run", *reversed(budget(case, tmp_path, part)))
+    try:
+        training = trainer.optimizer.training
+        wear = training.wear()
+        states = sum(3 * shard.array_nbytes for shard in training._shards)
+        assert (wear.commit_nbytes > 0) == (part in ("states partly", "states resident"))
+        assert (wear.step_nbytes == 0) == (part == "states resident")
+        assert part != "spilled" or wear.step_nbytes > states
+
+        def written() -> int:
+            training.finish()
+            return int(trainer.model.penstock.statistics().disk_written_nbytes)
+
+        for step in range(2):
+            before = written()
+            run(case, trainer, None, range(step, step + 1), Trace())
+            assert written() - before == wear.step_nbytes
+            before = written()
+            penstock.save(trainer.model, trainer.optimizer).wait()
+            assert written() - before == wear.commit_nbytes
+    finally:
+        penstock.close(trainer.model)
+
+
+def test_a_commit_does_not_wait_for_the_update_of_its_step(tmp_path: Path) -> None:
+    """It has that step, and not the next one, which goes on without it."""
+    case, folder = LONGER["gpt2"], tmp_path / "run"
+    trainer = prepare(case, folder, *reversed(budget(case, tmp_path, "states partly")))
+    go_on, stuck = threading.Event(), threading.Event()
+    try:
+        torch.manual_seed(7)
+        schedule = scheduled(case, trainer.optimizer)
+        run(case, trainer, schedule, range(3), Trace())
+        training = trainer.optimizer.training
+        training.finish()
+        plain = training._pipeline._one
+
+        def slow(taken: Any, *arguments: Any) -> None:
+            if taken.shard.block != SMALL:  # else step() itself waits
+                stuck.set()
+                assert go_on.wait(20)
+            plain(taken, *arguments)
+
+        training._pipeline._one = slow
+        run(replace(case, between=None), trainer, schedule, range(3, 4), Trace())
+        commits = [
+            penstock.save(trainer.model, trainer.optimizer, scheduler=schedule, extra={"next": 4}) for _ in range(2)
+        ]
+        assert stuck.wait(20)
+        assert not any(commit.done() for commit in commits)
+        assert commits[0].number + 1 == commits[1].number
+        go_on.set()
+        run(case, trainer, schedule, range(4, 6), Trace())
+        for commit in commits:
+            commit.wait()
+    finally:
+        go_on.set()
+        penstock.close(trainer.model)
+    check_rest(case, folder, "states resident", tmp_path)
+
+
+@pytest.mark.parametrize("part", ["partly spilled", "states partly"])
+def test_a_commit_whose_update_fails_says_so(part: str, tmp_path: Path) -> None:
+    case = CASES["tied"]
+    trainer = prepare(case, tmp_path / "run", *reversed(budget(case, tmp_path, part)))
+    try:
+        training, saved = trainer.optimizer.training, threading.Event()
+        plain = training._pipeline._one
+
+        def fail(taken: Any, *arguments: Any) -> None:
+            if taken.shard.block != SMALL:
+                assert saved.wait(20)
+                raise penstock.DiskError("the drive is gone")
+            plain(taken, *arguments)
+
+        training._pipeline._one = fail
+        backward(case, trainer, 0)
+        trainer.optimizer.step()
+        commit = penstock.save(trainer.model, trainer.optimizer)
+        saved.set()
+        with pytest.raises(penstock.DiskError, match="the drive is gone"):
+            commit.wait(20)
+        with pytest.raises(penstock.DiskError, match="the drive is gone"):
+            penstock.save(trainer.model, trainer.optimizer)
+    finally:
+        penstock.close(trainer.model)
+
+
 def test_the_plan_says_what_goes_where(tmp_path: Path) -> None:
     case = CASES["llama"]
     trainer = prepare(case, tmp_path / "run", *reversed(budget(case, tmp_path, "partly spilled")))
@@ -277,7 +372,7 @@ def test_gradients_that_are_dropped_are_not_used(by: str, spilling: tuple[Case, 
         trainer.model.zero_grad()
     else:
         backward(case, reference, 0)
-        index = min(trainer.optimizer.training.gradients._spill._spilled)
+        index = min(trainer.optimizer.training.gradients.spill._spilled)
         each = trainer.optimizer.training.trained[index]
         each.parameter.grad = None
         reference.masters[each.name].grad = None
@@ -289,7 +384,7 @@ def test_gradients_that_are_put_there_are_used(spilling: tuple[Case, Streamed]) 
     reference = Reference(case)
     for each in (reference, trainer):
         backward(case, each, 0)
-    index = min(trainer.optimizer.training.gradients._spill._spilled)
+    index = min(trainer.optimizer.training.gradients.spill._spilled)
     mine = trainer.optimizer.training.trained[index]
     value = torch.randn(mine.parameter.shape, generator=torch.Generator().manual_seed(5)).to(mine.parameter.dtype)
     mine.parameter.grad = value.clone()

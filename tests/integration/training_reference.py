@@ -250,10 +250,10 @@ def resident(case: Case) -> tuple[Trace, Mapping[str, Tensor]]:
     return trace, reference.state()
 
 
-def prepared(case: Case, folder: Path, placement: str) -> Streamed:
+def prepared(case: Case, folder: Path, placement: str, **options: Any) -> Streamed:
     """A fresh model in training, at one of `PLACEMENTS`."""
-    device, memory = find_placement(case, folder, placement)
-    return Streamed(*_prepare(case, folder, memory, device))
+    device, memory = smallest(partial(_prepare, case, folder, **options), placement)
+    return Streamed(*_prepare(case, folder, memory, device, **options))
 
 
 def find_placement(case: Case, folder: Path, placement: str) -> tuple[str, dict[str, int]]:
@@ -274,7 +274,7 @@ def smallest(place: Callable[[dict[str, int], str], Any], placement: str) -> tup
     return device, memory
 
 
-def _prepare(case: Case, folder: Path, memory: dict[str, int], device: str) -> tuple[Any, Any]:
+def _prepare(case: Case, folder: Path, memory: dict[str, int], device: str, **options: Any) -> tuple[Any, Any]:
     return penstock.prepare(
         case.build(),
         optimizer=case.optimizer,
@@ -282,6 +282,7 @@ def _prepare(case: Case, folder: Path, memory: dict[str, int], device: str) -> t
         max_memory=memory,
         device=device,
         accumulate=case.accumulate,
+        **options,
     )
 
 
@@ -289,9 +290,9 @@ PLACEMENTS = ("resident", "smallest", "emulated")
 """Everything stays; as little as the budget can be stays, on one tier, and on three."""
 
 
-def train(case: Case, folder: Path, placement: str) -> tuple[Trace, Outputs]:
+def train(case: Case, folder: Path, placement: str, **options: Any) -> tuple[Trace, Outputs]:
     """The case, streamed, from beginning to end."""
-    trainer, trace = prepared(case, folder, placement), Trace()
+    trainer, trace = prepared(case, folder, placement, **options), Trace()
     try:
         torch.manual_seed(7)
         run(case, trainer, scheduled(case, trainer.optimizer), range(case.steps), trace)

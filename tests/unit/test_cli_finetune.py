@@ -65,6 +65,7 @@ def finetune(folder: Path, rows: Path, out: Path, *options: str) -> int:
         (("--schedule", "step"), "constant, linear, cosine"),
         (("--too-long", "cut"), "truncate, leave-out, refuse"),
         (("--nonfinite", "ignore"), "raise, skip"),
+        (("--activations", "disk"), "auto, keep, recompute, offload"),
         (("--warmup", "1.5"), "neither whole steps nor a share"),
         (("--warmup", "9", "--steps", "3"), "9 steps is longer"),
         (("--eval-fraction", "1"), "nothing to train on"),

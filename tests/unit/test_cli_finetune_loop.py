@@ -49,7 +49,7 @@ class Recording:
 
     def __init__(self, events: list[Any], parameters: list[Tensor], *, norm: float = 2.0) -> None:
         self.param_groups: list[dict[str, Any]] = [{"lr": 1.0}]
-        self.training = SimpleNamespace(gradient_norm=torch.tensor(norm))
+        self.training = SimpleNamespace(gradient_norm=torch.tensor(norm), waited_s=0.0)
         self.commits: list[Any] = []
         self.random: list[Tensor] = []
         self.gradients: list[Tensor] = []
@@ -81,7 +81,9 @@ class Words(nn.Module):
         self.table = nn.Embedding(58, 58)
         self.device = torch.device("cpu")
         self.penstock = SimpleNamespace(
-            statistics=lambda: SimpleNamespace(disk_read_nbytes=5 * len(events), disk_written_nbytes=0)
+            statistics=lambda: SimpleNamespace(
+                disk_read_nbytes=5 * len(events), disk_written_nbytes=0, h2d_nbytes=0, waited_s=0.25 * len(events)
+            )
         )
         self._events = events
 
@@ -140,6 +142,7 @@ def test_order_of_steps_commits_and_evaluations(data: TrainingData) -> None:
     assert run.model.training
     first = run.records[0]
     assert (first.seconds, first.gradient_norm, first.lr, first.step) == (1.0, 2.0, 1.0, 1)
+    assert (first.computed_s, first.copied_nbytes) == (0.25, 0)  # three events of a quarter of a second each
     assert first.tokens_per_s == first.tokens
     assert first.disk_read_nbytes == 15
     assert run.records[1].seen_tokens == sum(record.tokens for record in run.records[:2])

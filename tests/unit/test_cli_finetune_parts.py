@@ -13,28 +13,32 @@ import types
 import xml.etree.ElementTree as ElementTree
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from penstock.cli.finetune_progress import FinetuneProgress, duration
+from penstock.cli.finetune_progress import FinetuneProgress, distance_text, duration
 from penstock.cli.losschart import draw_loss, loss_curve, round_ticks, thinned
 from penstock.cli.stopsignals import StopSignals
 from penstock.memory.errors import ScratchBusyError, UsageError
 from penstock.memory.store import BlockSpec, BlockStore
 from penstock.runtime.training.board import Board, open_board
 from penstock.runtime.training.data.position import DataIdentity, Position
+from penstock.runtime.training.distance import Distance, LinkRates, distance_of
 from penstock.runtime.training.metrics import MetricsFile, StepRecord, read_metrics
 from penstock.runtime.training.progress import Progress
 from penstock.runtime.training.run import RunState, encode
 from penstock.runtime.training.runfolder import RunFolder
 from penstock.runtime.training.schedule import LearningRate, Schedule
+from penstock.runtime.training.wear import Wear
 
 RECORD = StepRecord(
     step=1, epoch=0.5, loss=2.5, lr=0.1, gradient_norm=1.5, tokens=100, loss_tokens=90, seen_tokens=100, seconds=2.0,
-    tokens_per_s=50.0, disk_read_nbytes=10, disk_written_nbytes=20,
+    tokens_per_s=50.0, computed_s=1.0, disk_read_nbytes=2**30, disk_written_nbytes=3 * 2**20, copied_nbytes=0,
 )  # fmt: skip
+PLAN: Any = SimpleNamespace(device_nbytes=0, device_budget_nbytes=None, host_nbytes=3 * 2**29, host_budget_nbytes=2**31)
 POSITION = Position(
     identity=DataIdentity(tokens="t", seq=8, eval_fraction=0.0, seed=0, too_long="truncate"), epoch=1, index=2
 )
@@ -217,13 +221,17 @@ def test_lines_of_progress_where_there_is_no_terminal() -> None:
     now = 0.0
     stream = StringIO()
     console = Console(file=stream, width=200)
-    with FinetuneProgress(console, steps=9, done=0, clock=lambda: now) as progress:
+    shown: dict[str, Any] = {"rates": LinkRates(disk_read=2.0**30, disk_write=2.0**20), "plan": PLAN}
+    with FinetuneProgress(console, steps=9, done=0, clock=lambda: now, **shown) as progress:
         for step, seconds in enumerate((0.0, 5.0, 11.0, 12.0, 13.0, 30.0), 1):
             now = seconds
             progress(at(step, eval_loss=3.0 if step == 5 else None, updated=step != 6))
         progress(at(9))
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "step 1/9  loss 2.5000  50 tokens/s  2 s/step  ETA 0:16"
+    assert lines[0] == (
+        "step 1/9  loss 2.5000  50 tokens/s  2 s/step  distance 0.67 (disk writes)  "
+        "host 1.5 GiB of 2.0 GiB; disk 1.0 GiB read, 3 MiB written/step  ETA 0:16"
+    )
     assert [line.split()[1] for line in lines] == ["1/9", "3/9", "5/9", "6/9", "9/9"]
     assert "loss 2.5000  evaluation 3.0000" in lines[2]
     assert "(left out)" in lines[3]
@@ -233,11 +241,33 @@ def test_lines_of_progress_where_there_is_no_terminal() -> None:
 def test_a_bar_on_a_terminal() -> None:
     stream = StringIO()
     console = Console(file=stream, width=120, force_terminal=True)
-    with FinetuneProgress(console, steps=4, done=1) as progress:
+    with FinetuneProgress(console, steps=4, done=1, rates=LinkRates(), plan=PLAN) as progress:
         progress(at(2, eval_loss=3.0))
     shown = stream.getvalue()
     assert "step 2/4  loss 2.5000" in shown
     assert "evaluation loss 3.0000" in shown
+
+
+def test_the_distance_of_steps_is_time_over_what_takes_longest() -> None:
+    steps = [at(1), at(2, seconds=4.0, computed_s=2.5, copied_nbytes=2**30)]
+    rates = LinkRates(disk_read=2.0**29, disk_write=2.0**30, h2d=2.0**28)
+    assert distance_of(steps, rates) == Distance(seconds=6.0, bound_s=4.0, binds="disk reads")
+    assert distance_of(steps, rates).value == 1.5
+    assert distance_of(steps[1:], rates) == Distance(seconds=4.0, bound_s=4.0, binds="host-to-device link")
+    # what was not measured bounds nothing
+    assert distance_of(steps, LinkRates()) == Distance(seconds=6.0, bound_s=3.5, binds="compute")
+    assert distance_of([at(1, computed_s=0.0)], LinkRates()).value is None
+    assert distance_text([at(1, computed_s=0.0)], LinkRates()) == ""
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("done", [0, 3, 4])
+def test_wear_counts_steps_and_commits(every: int, done: int) -> None:
+    wear, steps = Wear(step_nbytes=1000, commit_nbytes=7), 10
+    expected = 0
+    for step in range(done + 1, steps + 1):
+        expected += 1000 + 7 * (step % every == 0 or step == steps)
+    assert wear.nbytes(done=done, steps=steps, commit_every=every) == expected
 
 
 def test_durations() -> None:

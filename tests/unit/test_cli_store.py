@@ -17,7 +17,7 @@ from penstock.cli.store.weightfiles import WeightFiles
 from penstock.memory.checkpoint import Checkpoint
 from penstock.memory.errors import DiskError, DoesNotFitError, UsageError
 from penstock.memory.store import BlockSpec, BlockStore
-from penstock.runtime.training.export import ExportedTensor
+from penstock.runtime.training.exported import ExportedTensor
 from penstock.runtime.training.run import RunState, encode
 
 BLOCK = 5000

@@ -166,6 +166,33 @@ def test_a_throttled_copy_takes_its_time_piece_by_piece(monkeypatch: pytest.Monk
     target.close()
 
 
+def test_tensors_cross_after_what_they_wait_for(device: EmulatedDevice, host: HostArena) -> None:
+    source = torch.arange(100, dtype=torch.uint8)
+    whole = threading.Event()
+    out = device.copy_out(source, host, 7, whole)
+    assert not done(out)
+    source += 1  # before the event: this is what is copied
+    whole.set()
+    device.wait(out)
+    assert bytes(host.view(7, 100)) == bytes(range(1, 101))
+    free, made = threading.Event(), torch.zeros(60, dtype=torch.uint8)
+    back = device.copy_in(host, 10, made, free)
+    assert not done(back)
+    free.set()
+    device.wait(back)
+    assert torch.equal(made, torch.arange(4, 64, dtype=torch.uint8))
+
+
+def test_on_the_cpu_tensors_are_copied_at_once() -> None:
+    device = CpuDevice()
+    arena = device.host_arena(PAGE)
+    assert device.copy_out(torch.arange(9, dtype=torch.uint8), arena, 3, None) is None
+    made = torch.zeros(4, dtype=torch.uint8)
+    assert device.copy_in(arena, 5, made, None) is None
+    assert made.tolist() == [2, 3, 4, 5]
+    arena.close()
+
+
 def test_the_cpu_has_one_tier() -> None:
     device: Device = CpuDevice()
     assert not device.separate

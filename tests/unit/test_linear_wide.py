@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from penstock.kernels import linear_wide
 from penstock.kernels.linear_wide import DTYPES, WideLinear, reference
-from penstock.runtime.widening import Widening, faster_of
+from penstock.runtime.widening import LANE_NBYTES, Widening, faster_of
 from penstock.scheduler.curves import Curve
 
 pytestmark = pytest.mark.usefixtures("every_core")
@@ -36,6 +36,7 @@ def test_products_are_within_the_rounding_that_is_stated(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear_wide, "PIECE_NBYTES", piece)
         got = multiply(x, weight, bias if biased else None)
+    assert multiply.nbytes <= 3 * max(piece, 4 * linear_wide.GRAIN * max(inputs, linear_wide.GRAIN))
     exact = functional.linear(x.double(), weight.double(), bias.double() if biased else None)
     summed = functional.linear(x.double().abs(), weight.double().abs(), bias.double().abs() if biased else None)
     assert got.dtype == dtype
@@ -73,3 +74,11 @@ def test_fp32_is_taken_from_where_it_is_never_slower() -> None:
     assert found.rates.at(16) == pytest.approx(plain.at(16), rel=0.02)
     assert faster_of(plain, Curve.through([(8, 3.0), (64, 1.6), (512, 0.11)])).wide_from is None
     assert faster_of(plain, Curve.through([(8, 9.0), (64, 9.0), (512, 9.0)])).wide_from == 8
+
+
+def test_buffers_of_a_long_prompt_are_no_larger_than_is_said() -> None:
+    """3000 rows of 4096: their fp32 alone would be 48 MiB."""
+    multiply = WideLinear()
+    x, weight = torch.ones(3000, 4096, dtype=torch.bfloat16), torch.ones(32, 4096, dtype=torch.bfloat16)
+    assert torch.equal(multiply(x, weight), torch.full((3000, 32), 4096, dtype=torch.bfloat16))
+    assert multiply.nbytes <= LANE_NBYTES == 24 * 2**20

@@ -16,7 +16,7 @@ from penstock.runtime.calibration.cache import CalibrationCache
 from penstock.runtime.calibration.fingerprint import fingerprint
 from penstock.runtime.devices.cpu import CpuDevice
 from penstock.runtime.devices.emulated import EmulatedDevice, Rates
-from penstock.runtime.links import LinkCache, _calibrated_read, disk_read_rate, link_rate
+from penstock.runtime.links import LinkCache, _calibrated, disk_read_rate, link_rate
 
 
 @pytest.fixture
@@ -131,4 +131,5 @@ def test_a_drive_that_was_not_calibrated_is_measured(tmp_path: Path) -> None:
     kept = cache.calibration(CpuDevice())
     assert kept is not None
     assert {drive.device for drive in kept.fingerprint.drives} == {tmp_path.stat().st_dev}
-    assert _calibrated_read(kept, {tmp_path.stat().st_dev, os.stat("/proc").st_dev}) is None
+    for write in (False, True):
+        assert _calibrated(kept, {tmp_path.stat().st_dev, os.stat("/proc").st_dev}, write=write) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,6 +82,16 @@ def test_weights_give_way_to_sequences_where_that_is_faster() -> None:
     assert found.nbytes == 16 * 32 * 10**6
 
 
+def test_what_each_lane_keeps_counts_against_the_room() -> None:
+    """Three lanes of four prompts each take 48 000 bytes of keys and values, and buffers of 5000 besides."""
+    more = replace(FOOTPRINT, lane_nbytes=5000)
+    plain = schedule(jobs(*[32] * 12), FOOTPRINT, machine(GIB), rows=4, lanes=3)
+    found = schedule(jobs(*[32] * 12), more, machine(GIB), rows=4, lanes=3)
+    assert found.nbytes == plain.nbytes + 3 * 5000
+    with pytest.raises(DoesNotFitError):
+        schedule(jobs(*[32] * 12), more, machine(plain.nbytes), rows=4, lanes=3)
+
+
 def test_a_long_prompt_is_prefilled_in_pieces() -> None:
     found = schedule(jobs(1000), FOOTPRINT, machine(1008 * 100 + 256 * 40 + 10))
     (batch,) = found.batches
@@ -100,12 +112,14 @@ def test_what_does_not_fit_says_by_how_much() -> None:
     room=st.integers(10**3, 10**7),
     sweep_s=st.none() | st.floats(0, 10),
     pads=st.booleans(),
+    lane_nbytes=st.sampled_from([0, 0, 10**4]),
 )
 def test_every_prompt_runs_once_within_the_room(
-    lengths: list[int], room: int, sweep_s: float | None, pads: bool
+    lengths: list[int], room: int, sweep_s: float | None, pads: bool, lane_nbytes: int
 ) -> None:
+    footprint = replace(FOOTPRINT, lane_nbytes=lane_nbytes)
     try:
-        found = schedule(jobs(*lengths), FOOTPRINT, machine(room, sweep_s=sweep_s), pads=pads)
+        found = schedule(jobs(*lengths), footprint, machine(room, sweep_s=sweep_s), pads=pads)
     except DoesNotFitError as error:
         assert error.needed_nbytes > room  # noqa: PT017  # most examples fit
         return
@@ -116,7 +130,7 @@ def test_every_prompt_runs_once_within_the_room(
         own = [lengths[index] for index in batch.indices]
         assert batch.prompt_tokens == max(own)
         assert pads or len(set(own)) == 1
-    again = schedule(jobs(*lengths), FOOTPRINT, machine(room, sweep_s=sweep_s), pads=pads)
+    again = schedule(jobs(*lengths), footprint, machine(room, sweep_s=sweep_s), pads=pads)
     assert again == found
 
 

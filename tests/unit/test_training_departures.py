@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.memory.arena import PAGE, HostArena
-from penstock.memory.errors import DiskError
+from penstock.memory.errors import DiskError, StallError
 from penstock.runtime.devices.emulated import EmulatedDevice, Rates
-from penstock.runtime.training import departures as departing
 from penstock.runtime.training.departures import ByteRing, Departures
 
 COUNT = 3000
@@ -91,6 +90,20 @@ def test_through_the_ring_in_order_and_from_one_thread(device: EmulatedDevice) -
         leaving.close()
 
 
+def test_what_is_to_be_done_with_one_that_was_sent_comes_behind_its_arrival(device: EmulatedDevice) -> None:
+    arena = device.host_arena(2 * PAGE)
+    leaving = Departures(device, ring_nbytes=0)
+    seen: list[torch.Tensor] = []
+    try:
+        leaving.send(0, gradient(0), at(arena, 0))
+        leaving.then(0, lambda: seen.append(at(arena, 0).clone()))
+        leaving.wait(0)
+        assert torch.equal(seen[0], gradient(0))
+    finally:
+        leaving.close()
+        arena.close()
+
+
 def test_what_fails_is_told_until_it_is_forgotten(device: EmulatedDevice) -> None:
     leaving = Departures(device, ring_nbytes=2 * PAGE)
 
@@ -115,15 +128,14 @@ def test_what_fails_is_told_until_it_is_forgotten(device: EmulatedDevice) -> Non
         leaving.close()
 
 
-def test_a_wait_that_nothing_ends_is_given_up(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(departing, "STALL_S", 0.05)
-    leaving = Departures(device, ring_nbytes=2 * PAGE)
+def test_a_wait_that_nothing_ends_is_given_up(device: EmulatedDevice) -> None:
+    leaving = Departures(device, ring_nbytes=2 * PAGE, names=("first", "second"), watch_s=0.02, stall_s=0.06)
     go_on = threading.Event()
     try:
         leaving.through(0, gradient(0), lambda _: go_on.wait(20) and None)
-        with pytest.raises(departing.StallError, match="room"):
+        with pytest.raises(StallError, match="gradient of second waits for room; 1 gradients are on their way"):
             leaving.through(1, gradient(1), lambda _: None)
-        with pytest.raises(departing.StallError, match="did not leave"):
+        with pytest.raises(StallError, match="gradient of first is waited for"):
             leaving.settle()
     finally:
         go_on.set()

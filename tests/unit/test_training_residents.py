@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from penstock.memory.disk import DiskEngine
-from penstock.memory.errors import CorruptBlockError, PenstockError
+from penstock.memory.errors import CorruptBlockError, PenstockError, StallError
 from penstock.memory.store import BlockSpec, BlockStore
 from penstock.runtime.training.pipeline import ShardPipeline, arrays_of
 from penstock.runtime.training.shards import Shard, cut_shards
@@ -37,8 +37,8 @@ def create(folder: Path) -> BlockStore:
     return BlockStore.create(folder / "states", specs, identity="test")
 
 
-def pipeline_of(store: BlockStore, engine: DiskEngine, kept: Sequence[int]) -> ShardPipeline:
-    return ShardPipeline(store=store, engine=engine, shards=SHARDS, arrays=ARRAYS, kept=kept)
+def pipeline_of(store: BlockStore, engine: DiskEngine, kept: Sequence[int], **watch: float) -> ShardPipeline:
+    return ShardPipeline(store=store, engine=engine, shards=SHARDS, arrays=ARRAYS, kept=kept, **watch)
 
 
 def fill(shard: Shard, arrays: Sequence[torch.Tensor]) -> None:
@@ -216,3 +216,98 @@ def test_a_commit_is_given_up_where_the_drive_is_stopped_before(tmp_path: Path) 
     store.close()
     assert handle.error is not None
     assert committed(tmp_path) == dict.fromkeys(ALL, 0)
+
+
+class Gate:
+    """A drive that writes one shard whenever it is let to."""
+
+    def __init__(self) -> None:
+        self.permits = threading.Semaphore(0)
+        self.written = 0
+        """Shards whose writes are over."""
+        self.open = False
+
+    def pwrite(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if not self.open:
+            assert self.permits.acquire(timeout=20)
+        count = os.pwritev(fd, buffers, offset)
+        self.written += 1
+        return count
+
+
+@pytest.mark.parametrize("order", ["of shards", "backward", "another one"])
+def test_an_update_waits_for_the_write_of_its_own_shard_and_not_for_the_whole_commit(
+    order: str, tmp_path: Path
+) -> None:
+    gate = Gate()
+    gate.open = True
+    engine = DiskEngine(pwrite=gate.pwrite)
+    shards = cut_shards([20 * 1024], {1: [0]}, most=1024)
+    specs = [BlockSpec(name=f"shard {each.id}", kind="optimizer", nbytes=ARRAYS * each.array_nbytes) for each in shards]
+    numbers = list(range(len(shards)))
+    before = numbers if order != "backward" else numbers[::-1]
+    after = before if order != "another one" else numbers[::-1]
+    with BlockStore.create(tmp_path / "states", specs, identity="test") as store:
+        pipeline = ShardPipeline(store=store, engine=engine, shards=shards, arrays=ARRAYS, kept=numbers)
+        pipeline.run(each(numbers), fill, new=True)
+        pipeline.write_out()
+        store.commit(b"").wait()
+        pipeline.run(each(before), add)
+        gate.open, gate.written = False, 0
+        pipeline.write_out()
+        handle = store.commit(b"")
+        landed: list[int] = []
+        changed = threading.Event()
+
+        def work(shard: Shard, arrays: Sequence[torch.Tensor]) -> None:
+            landed.append(gate.written)
+            changed.set()
+            add(shard, arrays)
+
+        updating = threading.Thread(target=pipeline.run, args=(each(after), work))
+        updating.start()
+        while updating.is_alive() or gate.written < len(numbers):
+            gate.permits.release()
+            changed.wait(0.2)  # let the update take up what has been written
+            changed.clear()
+        updating.join()
+        # Three are under way at a time, which may be others, and three more when an update comes to take up its own.
+        assert landed[0] <= 1 + 2 * 3
+        if order != "another one":  # else a place that gets free goes to whatever is next, if an update lags behind
+            assert all(count <= place + 1 + 2 * 3 for place, count in enumerate(landed))
+        handle.wait()
+        pipeline.run(each(numbers), expect(2), write=False)
+        pipeline.settle()
+        pipeline.close()
+    engine.close()
+
+
+def test_a_commit_that_is_not_written_is_reported_and_given_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By who wants to write the next one; what the drive may still read is not given back."""
+    gate = Gate()
+    gate.open = True
+    engine = DiskEngine(pwrite=gate.pwrite)
+    store = create(tmp_path)
+    pipeline = pipeline_of(store, engine, list(ALL), watch_s=0.05, stall_s=0.2)
+    pipeline.run(each(ALL), fill, new=True)
+    pipeline.write_out()
+    store.commit(b"").wait()
+    pipeline.run(each(ALL), add)
+    gate.open = False
+    pipeline.write_out()
+    with pytest.raises(StallError, match=r"gave up: \d+ shards of a commit wait to be written; shards being"):
+        pipeline._residents.join()
+    assert any("shards of a commit wait" in record.getMessage() for record in caplog.records)
+    with pytest.raises(StallError, match="waits for its own write"):
+        pipeline.run(each([len(SHARDS) - 1]), add)
+    pipeline._residents.close()
+    assert pipeline._residents.view(SHARDS[0])  # still there
+    gate.open = True
+    for _ in ALL:
+        gate.permits.release()
+    pipeline.settle()
+    pipeline.close()
+    engine.close()
+    store.close()

@@ -15,10 +15,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import penstock.runtime.training.spill as spilling
 from penstock.memory.arena import HostArena
 from penstock.memory.disk import DiskEngine
-from penstock.memory.errors import DiskError, DoesNotFitError
+from penstock.memory.errors import DiskError, DoesNotFitError, StallError
 from penstock.runtime.training.shards import Shard, cut_shards
 from penstock.runtime.training.spill import GradientSpill
 
@@ -31,7 +30,7 @@ def shards_of(most: int = 1024) -> tuple[Shard, ...]:
     return cut_shards(SIZES, BLOCKS, most=most)
 
 
-def make(folder: Path, engine: DiskEngine, *, drives: int = 1, most: int = 1024) -> GradientSpill:
+def make(folder: Path, engine: DiskEngine, *, drives: int = 1, most: int = 1024, **watch: float) -> GradientSpill:
     return GradientSpill(
         ["first", "second", "third", "fourth"],
         SPILLED,
@@ -39,6 +38,7 @@ def make(folder: Path, engine: DiskEngine, *, drives: int = 1, most: int = 1024)
         itemsizes=[4] * len(SIZES),
         engine=engine,
         paths=[str(folder / f"gradients{drive}.bin") for drive in range(drives)],
+        **watch,
     )
 
 
@@ -220,21 +220,67 @@ def test_all_room_is_taken_at_once(tmp_path: Path, engine: DiskEngine) -> None:
     spill.close()
 
 
-def test_a_write_that_hangs_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spilling, "STALL_S", 0.05)
-    go_on = threading.Event()
-
+def hanging(go_on: threading.Event, plain: Callable[..., int]) -> Callable[..., int]:
     def hang(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        go_on.wait()
+        assert go_on.wait(20)
+        return plain(fd, buffers, offset)
+
+    return hang
+
+
+def test_a_write_that_hangs_is_reported_by_all_who_wait_for_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_on = threading.Event()
+    engine = DiskEngine(pwrite=hanging(go_on, os.pwritev))
+    spill = make(tmp_path, engine, watch_s=0.05, stall_s=0.1)
+    spill.put(0, values(0, 0))
+    waits: list[tuple[Callable[[], object], str]] = [
+        (spill.settle, "the end of a step waits for gradients to be on disk"),
+        (spill.forget, "gradients that are not wanted any more wait for their writes"),
+        (lambda: spill._await_written(0), r"the gradient of first \(block 1\) waits for its own write"),
+        (lambda: [spill._take(2) for _ in range(5)], r"the gradient of third \(block 2\) waits for a buffer"),
+    ]
+    for wait, what in waits:
+        caplog.clear()
+        report = rf"{what}; \d of 4 buffers are free, gradients being written to .*0\.bin: first; nothing moved"
+        with pytest.raises(StallError, match=rf"gave up: {report} for .*Is the drive still there"):
+            wait()
+        assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    go_on.set()
+    engine.close()
+
+
+def test_a_read_that_hangs_is_reported(tmp_path: Path) -> None:
+    go_on = threading.Event()
+    engine = DiskEngine(pread=hanging(go_on, os.preadv))
+    spill = make(tmp_path, engine, watch_s=0.05, stall_s=0.1)
+    spill.put(0, values(0, 0))
+    spill.settle()
+    first = next(shard for shard in shards_of() if shard.block == 1)
+    arena = HostArena(spill.beside_nbytes(first), tier="test")
+    read = spill.read(first, SPILLED, arena.view(0, arena.nbytes))
+    assert read is not None
+    with pytest.raises(StallError, match=r"an update waits for the gradient of first \(block 1\) to be read back"):
+        read.wait()
+    with pytest.raises(StallError, match=r"backward waits for the gradient of first \(block 1\) to be read back"):
+        spill.get(0)
+    go_on.set()
+    read.wait()
+    engine.close()
+
+
+def test_a_slow_drive_is_waited_for(tmp_path: Path) -> None:
+    """Each write takes longer than a report comes, all of them longer than anything may stand still."""
+
+    def pwrite(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        time.sleep(0.05)
         return os.pwritev(fd, buffers, offset)
 
-    engine = DiskEngine(pwrite=hang)
-    spill = make(tmp_path, engine)
-    spill.put(0, values(0, 0))
-    with pytest.raises(spilling.StallError, match="drive still there"):
-        spill.settle()
-    go_on.set()
+    engine = DiskEngine(threads=1, pwrite=pwrite)
+    spill = make(tmp_path, engine, watch_s=0.02, stall_s=0.25)
+    spill.put(2, values(2, 0))
     spill.settle()
-    assert torch.equal(spill.get(0), values(0, 0))
+    assert torch.equal(spill.get(2), values(2, 0))
     spill.close()
     engine.close()

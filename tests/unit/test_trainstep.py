@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from penstock.scheduler.cost import CostModel
@@ -108,7 +108,7 @@ def moved_s(found: StepPrediction, hardware: Hardware) -> float:
 HOMES = st.sampled_from(["host", "disk"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     layers=st.integers(1, 8),
     home=HOMES,
@@ -121,6 +121,10 @@ HOMES = st.sampled_from(["host", "disk"])
     states_in_memory=st.booleans(),
     spilled=st.booleans(),
 )
+@example(  # where writes pile up until the fourth step
+    layers=3, home="host", read=1e7, forward=0.125, mixed=1.0, updates="backward", segments=False, accumulate=3,
+    states_in_memory=False, spilled=False,
+)  # fmt: skip
 def test_no_step_is_faster_than_its_bound_or_slower_than_one_thing_after_another(
     layers: int, home: Home, read: float, forward: float, mixed: float, updates: Any, segments: bool, accumulate: int,
     states_in_memory: bool, spilled: bool,

@@ -77,10 +77,10 @@ class Play:
                             self.shared.add(block)
                             self.brought[-1][block] += 1
                             self.log.append(("bring", block))
-                    self.turnstile.uses(block)
+                    self.turnstile.uses(member, block)
                     self.used[member].append(block)
                     self.log.append((f"use {member}", block))
-                    self.turnstile.used(block)
+                    self.turnstile.used(member, block)
                 self.turnstile.finish(member)
 
 
@@ -179,8 +179,8 @@ def test_what_a_call_still_uses_is_not_let_go(nested: bool) -> None:
     assert not turnstile.wants(0, 1)
     assert turnstile.turn(0).member == 0
     turnstile.shares(1)
-    turnstile.uses(1)
+    turnstile.uses(0, 1)
     if not nested:
-        turnstile.used(1)
+        turnstile.used(0, 1)
     assert not turnstile.wants(0, 2)
     assert turnstile.turn(0).release == (() if nested else (1,))

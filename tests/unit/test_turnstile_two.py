@@ -23,6 +23,13 @@ class Step:
     block: int
     ticks: int = 1
     fails: bool = False
+    inner: tuple[Step, ...] = ()
+    """What the member does while it holds the block, on the device."""
+
+    @property
+    def depth(self) -> int:
+        """Blocks that it holds at once, at the most."""
+        return (self.how != "cpu") + max((step.depth for step in self.inner), default=0)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,8 @@ class Play:
 
     stop_at: int | None = None
     ahead: int = 0
+    depth: int = 1
+    """Blocks that a member may hold at once."""
     turnstile: Turnstile = field(init=False)
     now: int = 0
     log: list[tuple[int, str, int, int]] = field(default_factory=list)
@@ -138,18 +147,21 @@ class Play:
                 continue
             turnstile.arrive(member, call.root, breadth=call.breadth)
             yield None
-            for step in call.steps:
-                if turnstile.stopping:
-                    break
-                if step.how == "device":
-                    yield from self._on_device(member, step)
-                elif step.how == "cpu":
-                    yield from self._on_cpu(member, step)
-                else:
-                    yield from self._part(member, step)
+            yield from self._steps(member, call.steps)
             turnstile.finish(member)
             if turnstile.stopping:
                 return
+
+    def _steps(self, member: int, steps: Sequence[Step]) -> Iterator[int | None]:
+        for step in steps:
+            if self.turnstile.stopping:
+                break
+            if step.how == "device":
+                yield from self._on_device(member, step)
+            elif step.how == "cpu":
+                yield from self._on_cpu(member, step)
+            else:
+                yield from self._part(member, step)
 
     def _on_device(self, member: int, step: Step) -> Iterator[int | None]:
         turnstile, block = self.turnstile, step.block
@@ -160,15 +172,17 @@ class Play:
             if block not in self.shared:
                 turnstile.shares(block)
                 self.shared.add(block)
-                assert len(self.shared) <= 1 + self.ahead, "more is kept than there is room for"
+                spare = 0 if self.depth == 1 else 1  # nested members need not leave room for what comes next
+                assert len(self.shared) <= self.depth + spare + self.ahead, "more is kept than there is room for"
                 self.brought[-1][block] += 1
-        turnstile.uses(block)
+        turnstile.uses(member, block)
         self.used[member].append(block)
         self.log.append((self.now, "device", member, block))
         assert step.how == "device" or self.computing != block, "a part on both processors"
         yield step.ticks
         assert self.on_device == member
-        turnstile.used(block)
+        yield from self._steps(member, step.inner)
+        turnstile.used(member, block)
 
     def _on_cpu(self, member: int, step: Step) -> Iterator[int | None]:
         turnstile = self.turnstile
@@ -376,7 +390,7 @@ def test_a_block_in_use_is_kept_whoever_is_away(away: bool) -> None:
     assert not turnstile.wants(0, 1)
     assert turnstile.turn(0).member == 0
     turnstile.shares(1)
-    turnstile.uses(1)
+    turnstile.uses(0, 1)
     if away:
         turnstile.crosses(0, "part", last_block=2)
         assert turnstile.turn(0) == Turn(member=1, cpu=0)

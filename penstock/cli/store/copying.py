@@ -21,7 +21,7 @@ from ...runtime.repacking import read_tensor
 from .weightfiles import write_durably
 
 if TYPE_CHECKING:
-    from ...runtime.training.export import ExportedTensor, Sink
+    from ...runtime.training.exported import ExportedTensor, Sink
 
 PIECE: Final = 4 * 2**20
 """Bytes of a tensor that are in memory at a time."""

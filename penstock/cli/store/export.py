@@ -18,7 +18,7 @@ from .outfolder import whole_folder
 
 if TYPE_CHECKING:
     from ...memory.store import BlockStore
-    from ...runtime.training.export import Export
+    from ...runtime.training.exported import Export
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +34,9 @@ class ExportReport:
     """With weights."""
     tensors: int
     trained: int
-    """Parameters that came from the run."""
+    """Parameters that the run trains."""
+    merged: int
+    """Parameters of the checkpoint that adapters are merged into."""
     nbytes: int
     """Of all tensors."""
     names: str
@@ -51,6 +53,9 @@ def export(
     source: Annotated[
         str | None, typer.Option(metavar="CKPT", help="Where the checkpoint is now that the run began with.")
     ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Of a run of adapters: the checkpoint with the adapters merged into it.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
     drives: Drives = None,
@@ -59,22 +64,26 @@ def export(
     """Write the weights of a run's last commit as a Hugging Face checkpoint: safetensors, config, tokenizer.
 
     Weights are the run's fp32 masters, rounded; what is not trained comes from the checkpoint that the run began with.
-    Of a run of adapters (--lora) it is the folder of the adapters alone, which peft.PeftModel.from_pretrained loads.
+    Of a run of adapters (--lora) it is the folder of the adapters alone, which peft.PeftModel.from_pretrained loads, or
+    with --merged the checkpoint itself with the adapters in its weights, one layer in memory at a time.
     There is nothing to import: penstock.prepare takes any checkpoint. Prints the name of the folder.
     """
     from ...memory.store import BlockStore
 
     output = Output()
     with output.busy(f"writing {out}"), BlockStore.open(store_folders(run, drives), readonly=True) as store:
-        report = _export(store, out, dtype=dtype, source=source, trust_remote_code=trust_remote_code, force=force)
+        report = _export(
+            store, out, dtype=dtype, source=source, trust_remote_code=trust_remote_code, merged=merged, force=force
+        )
     if as_json:
         output.write_json(report)
         return
     note = {"checkpoint": "", "adapter": " of adapters"}.get(report.names, ", by the model's own names")
+    made = f"{report.trained} of them trained for {report.steps} steps"
+    if report.merged:
+        made = f"adapters of {report.steps} steps merged into {report.merged} of them"
     output.notes.print(
-        f"{report.tensors} tensors{note}, {format_size(report.nbytes)}, {report.trained} of them trained for "
-        f"{report.steps} steps (commit {report.commit})",
-        markup=False,
+        f"{report.tensors} tensors{note}, {format_size(report.nbytes)}, {made} (commit {report.commit})", markup=False
     )
     output.data.print(str(out), markup=False, soft_wrap=True)
 
@@ -94,7 +103,8 @@ def _export(store: BlockStore, out: Path, *, force: bool, **options: Any) -> Exp
         steps=planned.steps,
         files=tuple(files),
         tensors=len(planned.tensors),
-        trained=len(planned.trained),
+        trained=planned.trained,
+        merged=planned.merged,
         nbytes=sum(tensor.nbytes for tensor in planned.tensors),
         names=planned.names,
     )

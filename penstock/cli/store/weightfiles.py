@@ -16,7 +16,7 @@ from ...memory.layout import ITEMSIZE
 from ...sizes import format_size
 
 if TYPE_CHECKING:
-    from ...runtime.training.export import ExportedTensor
+    from ...runtime.training.exported import ExportedTensor
 
 MOST_NBYTES: Final = 5 * 10**9
 """Of the tensors in one file, unless a single one is larger: as save_pretrained has it."""

@@ -1,0 +1,191 @@
+"""What becomes of the activations of a run: kept, made again, or moved by a plan; and the memory that this takes."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Final
+
+from torch import Tensor, nn
+
+from ...memory.arena import PAGE
+from ...scheduler.activations import Lane, Tier
+from ...scheduler.plan import Plan
+from ..activations.keeper import ActivationKeeper
+from ..activations.records import ActivationPlan, Machine
+from ..activations.store import LEAST_BUFFER, LEAVING, MOST_BUFFER, ActivationStore
+from ..build import Machinery
+from ..explain import gib, seconds
+from ..recompute import mark_segments, recompute
+from .roomplan import TrainingRoom
+from .run import Settings
+
+logger = logging.getLogger(__name__)
+
+DISK_RATE: Final = 2e9
+LINK_RATE: Final = 2e10
+"""Bytes per second, as the planner takes them where nothing was measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationRoom:
+    """Memory for activations that a plan places."""
+
+    kept_nbytes: int
+    """Of the tier that computes."""
+    host_nbytes: int
+    """Of host memory beside a device apart."""
+    buffer_nbytes: int
+    """Of each buffer on the way to disk; 0 for none."""
+
+
+def room_for_activations(machinery: Machinery, settings: Settings, granted_nbytes: int) -> ActivationRoom:
+    """Cut what host memory there is for activations.
+
+    Args:
+        machinery: Of the model.
+        settings: Of the run.
+        granted_nbytes: Host memory, buffers included.
+    """
+    least = ActivationStore.buffers_nbytes(LEAST_BUFFER)
+    if granted_nbytes < least:
+        return ActivationRoom(kept_nbytes=0, host_nbytes=0, buffer_nbytes=0)
+    parts = ActivationStore.buffers_nbytes(1)
+    buffer = max(LEAST_BUFFER, min(MOST_BUFFER, granted_nbytes // 8 // parts // PAGE * PAGE))
+    rest = granted_nbytes - ActivationStore.buffers_nbytes(buffer)
+    if not machinery.device.separate:
+        return ActivationRoom(kept_nbytes=rest, host_nbytes=0, buffer_nbytes=buffer)
+    kept = 0
+    budget = None if machinery.plan is None else machinery.plan.device_budget_nbytes
+    if settings.activations == "auto" and budget is not None and settings.device_is_named:
+        kept = max(0, budget - machinery.layout.device_nbytes)
+    return ActivationRoom(kept_nbytes=kept, host_nbytes=rest // PAGE * PAGE, buffer_nbytes=buffer)
+
+
+def moves_activations(machinery: Machinery, settings: Settings) -> bool:
+    """Whether a plan decides about them. By itself only where weights are streamed: else they are kept."""
+    return settings.activations == "offload" or (settings.activations == "auto" and not machinery.layout.resident)
+
+
+def arrange_activations(
+    model: nn.Module, machinery: Machinery, settings: Settings, room: TrainingRoom, paths: Sequence[str]
+) -> None:
+    """See to the activations of a model, once it is known what memory there is for them.
+
+    Args:
+        model: In training.
+        machinery: That runs it.
+        settings: Of the run.
+        room: What gradients and states have left.
+        paths: Scratch files for activations, one per drive.
+    """
+    if settings.activations == "recompute":
+        recompute(machinery.session, model)
+    if not moves_activations(machinery, settings):
+        return
+    again = settings.activations == "auto"
+    segments = (recompute if again else mark_segments)(machinery.session, model)
+    cut = room_for_activations(machinery, settings, room.activations_nbytes)
+    machine = _machine(machinery, settings, room, cut, again=again)
+    if again and not segments:
+        _tell(model, machinery, "activations: they stay where they are made: there are no layers to run again")
+        return
+    if not machine.tiers:
+        _tell(model, machinery, "activations: layers make theirs again in backward; there is no room for any of them")
+        return
+    store = ActivationStore(
+        device=machinery.device,
+        engine=machinery.engine,
+        host_nbytes=cut.host_nbytes,
+        buffer_nbytes=cut.buffer_nbytes,
+        paths=paths,
+        keep_nbytes=cut.kept_nbytes,
+        leaving_nbytes=max(LEAVING, ActivationStore.buffers_nbytes(cut.buffer_nbytes)),
+    )
+    machinery.before_close(store.stop)
+    machinery.on_close(store.close)
+    machinery.count(store.arena)
+    saved = machinery.session.saved
+    there = weakref.ref(model)  # which owns what owns the keeper
+
+    def own() -> Iterator[Tensor]:
+        module = there()
+        if module is not None:
+            yield from module.parameters()
+            yield from module.buffers()
+
+    def told(plan: ActivationPlan) -> None:
+        module = there()
+        if module is not None:
+            _tell(module, machinery, described(plan))
+
+    saved.keeper = ActivationKeeper(own, store, machine, is_lent=saved.is_lent, told=told)
+    first = "layers make theirs again" if again else "what layers save leaves memory"
+    _tell(model, machinery, f"activations: {first}, until a first forward has shown what there is")
+
+
+def _machine(
+    machinery: Machinery, settings: Settings, room: TrainingRoom, cut: ActivationRoom, *, again: bool
+) -> Machine:
+    """Where activations can go, with what the ways there carry anyway in a forward and its backward."""
+    plan = machinery.plan
+    assert plan is not None
+    passes = settings.accumulate
+    read_rate = plan.links.disk_read or DISK_RATE
+    link_rate = plan.links.h2d or LINK_RATE
+    changed = room.states_on_disk_nbytes * 2 + (plan.disk_nbytes_per_sweep if machinery.trains else 0)
+    on_disk = 2 * plan.disk_nbytes_per_sweep + changed / passes + 2 * room.gradients_on_disk_nbytes
+    lanes = {"disk": Lane(busy_s=on_disk / read_rate, byte_s=2 / read_rate)}
+    link: tuple[str, ...] = ()
+    if machinery.device.separate:
+        link = "device to host", "host to device"
+        updated = room.states_over_link_nbytes / passes
+        back = (plan.weights_nbytes if machinery.trains else 0) + updated
+        there = 2 * plan.link_nbytes_per_sweep + updated
+        lanes |= {
+            link[0]: Lane(busy_s=back / (plan.links.d2h or link_rate), byte_s=1 / (plan.links.d2h or link_rate)),
+            link[1]: Lane(busy_s=there / link_rate, byte_s=1 / link_rate),
+        }
+    tiers = []
+    if cut.kept_nbytes:
+        tiers.append(Tier(place="keep", room_nbytes=cut.kept_nbytes))
+    if cut.host_nbytes:
+        tiers.append(Tier(place="host", room_nbytes=cut.host_nbytes, lanes=link))
+    if cut.buffer_nbytes:
+        tiers.append(Tier(place="disk", room_nbytes=inf, lanes=(*link, "disk")))
+    return Machine(tiers=tiers, lanes=lanes, again=again)
+
+
+def described(plan: ActivationPlan) -> str:
+    """Where activations go, and why, in a sentence."""
+    placement = plan.placement
+    kept, host, disk = (placement.nbytes_at(place) for place in ("keep", "host", "disk"))
+    again = plan.saved_nbytes - kept - host - disk
+    places = [
+        f"{gib(nbytes)} {where}"
+        for nbytes, where in (
+            (kept, "stay where they are made"),
+            (host, "go to host memory"),
+            (disk, "go to disk"),
+            (again, "are made again"),
+        )
+        if nbytes
+    ]
+    why = f"a pass is foreseen to take {seconds(placement.seconds)}"
+    if placement.plain_s > placement.seconds:
+        why += f", and {seconds(placement.plain_s)} if layers made all of theirs again"
+    elif again:
+        why += ", which moving more of them would not shorten: what they would pass is what it waits for"
+    return f"activations: of {gib(plan.saved_nbytes)} that layers save, {', '.join(places) or 'none'}; {why}"
+
+
+def _tell(model: nn.Module, machinery: Machinery, note: str) -> None:
+    """Put it into the model's plan, in the place of what was said of activations before."""
+    handle = model.penstock
+    plan: Plan = handle.plan  # type: ignore[union-attr, assignment]
+    notes = (*(each for each in plan.notes if not each.startswith("activations: ")), note)
+    handle.plan = machinery.plan = replace(plan, notes=notes)  # type: ignore[union-attr]
+    logger.info("%s", note)
