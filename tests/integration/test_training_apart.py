@@ -87,6 +87,44 @@ def test_the_bits_of_the_resident_run(
         assert [name for name, value in weights.items() if not torch.equal(state[name], value)] == []
 
 
+@pytest.mark.parametrize("updates", ["step", "backward"])
+@pytest.mark.parametrize("host", ["smallest", "plenty"])
+def test_a_commit_has_all_of_its_step_and_none_of_the_next(tmp_path: Path, host: str, updates: str) -> None:
+    """Nobody waits for one; the device updates, and the next step begins."""
+    losses, weights = reference(1, torch.bfloat16)
+    options: dict[str, Any] = {"updates": updates, "update_on": "device"}
+
+    def schedule_of(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+
+    def step_on(model: Any, optimizer: Any, schedule: Any, number: int) -> None:
+        loss = model(input_ids=ids(number), labels=ids(number), use_cache=False).loss
+        assert loss.item() == losses[number]
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+    with prepared(tmp_path / "run", host, **options) as (model, optimizer):
+        plan, schedule = model.penstock.plan, schedule_of(optimizer)
+        for number in range(5):
+            step_on(model, optimizer, schedule, number)
+            if number < 3:
+                commit = penstock.save(model, optimizer, scheduler=schedule)
+        commit.wait()
+    memory = {"device": plan.device_budget_nbytes, "host": plan.host_budget_nbytes}
+    model, optimizer = penstock.resume(
+        tmp_path / "run", model=make(), max_memory=memory, device="emulated", scheduler=schedule_of, **options
+    )
+    try:
+        for number in range(3, STEPS):
+            step_on(model, optimizer, optimizer.scheduler, number)
+        state = model.state_dict()
+        assert [name for name, value in weights.items() if not torch.equal(state[name], value)] == []
+    finally:
+        penstock.close(model)
+
+
 def test_where_little_memory_is_left_a_few_blocks_have_places(tmp_path: Path) -> None:
     with prepared(tmp_path / "run", "smallest", updates="backward") as (_, optimizer):
         assert optimizer.training.gradients.intake.pool is not None
