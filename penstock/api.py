@@ -156,7 +156,9 @@ def _decisions(device: Device, *, rows: int, exact: bool, lanes: int) -> Decisio
     kept = calibration_cache().read(device)
     if kept.trusted is None:
         return None
-    return Decisions(costs=CostModel(hardware=kept.trusted.hardware), rows=rows, exact=exact, lanes=lanes)
+    hardware = kept.trusted.hardware
+    threads = torch.get_num_threads() if hardware.emulated else 0  # both processors are the same cores then
+    return Decisions(costs=CostModel(hardware=hardware, threads=threads), rows=rows, exact=exact, lanes=lanes)
 
 
 def offload(

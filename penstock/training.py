@@ -130,7 +130,7 @@ def prepare(
         if frozen:
             text = None if lora is None else adapters.as_text(made)
             origin = replace(origin, adapters=text, frozen=True)
-        return made, attach(made, optimizer, folders, origin=origin, settings=settings)
+        return made, attach(made, optimizer, folders, origin=origin, settings=settings, cache=link_cache())
     except BaseException:
         handle_of(made).close()
         raise
@@ -220,7 +220,7 @@ def resume(
         )
     origin = Origin(source=state.source, dtype=state.dtype, adapters=state.adapters, frozen=state.frozen)
     try:
-        optimizer = go_on(made, folders, origin=origin, settings=settings)
+        optimizer = go_on(made, folders, origin=origin, settings=settings, cache=link_cache())
         if scheduler is not None:
             groups = [{**group} for group in optimizer.param_groups]
             optimizer.scheduler = scheduler(optimizer)

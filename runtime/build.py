@@ -74,6 +74,8 @@ class Machinery:
         """What the layout means, once the links have been measured."""
         self.costs: CostModel | None = None
         """What operations take on this machine, where a calibration says so."""
+        self.host_left_nbytes: int | None = None
+        """What a named host budget leaves for keys and values of layers that the CPU computes; None where none was."""
         self._lock = threading.Lock()
         self._closed = False
         self._on_close: list[Callable[[], None]] = []

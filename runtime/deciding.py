@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import nn
 
-from ..scheduler.alternation import Alternation
+from ..scheduler.alternation import Alternation, Part, Split
 from ..scheduler.cost import CostModel
 from ..scheduler.operations import Operation
 from ..scheduler.plan import Plan
-from ..scheduler.processors import Candidate, Traffic, choose, cpu_s, device_s
+from ..scheduler.processors import GAIN, Candidate, Traffic, choose, cpu_s, device_s
 from .layout import Draft, Layout
 from .placing import REQUEST, TokenWork
+from .units import Units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,26 +56,57 @@ class Decisions:
             saved += max(on_device - cpu_s(each, self.costs, self.rows, traffic), 0.0)
         return saved or None
 
+    def with_lanes(self, plan: Plan, model: nn.Module, layout: Layout, units: Units, *, most_keys: float) -> Plan:
+        """A plan that says how micro-batches of so many sequences will share its sweeps.
 
-def alternation_of(
-    model: nn.Module, layout: Layout, on_cpu: Mapping[int, int], plan: Plan, costs: CostModel
-) -> Alternation:
+        Args:
+            units: What the CPU can in fact compute.
+            most_keys: The part of their keys and values that host memory has room for.
+        """
+        alternation = alternation_of(model, layout, units, plan, self.costs)
+        split = alternation.best(rows=self.rows, lanes=self.lanes, most_keys=most_keys)
+        return replace(plan, notes=(*plan.notes, told(split, rows=self.rows, lanes=self.lanes)))
+
+
+def alternation_of(model: nn.Module, layout: Layout, units: Units, plan: Plan, costs: CostModel) -> Alternation:
     """What sweeps of several micro-batches take, with one processor and with two.
 
     Args:
-        on_cpu: Blocks that the CPU can in fact compute, with the number of rows from which on the device does.
+        units: What the CPU can in fact compute.
         plan: Of the layout.
     """
     dtype = _main_dtype(model)
-    drafts = [block for block in layout.blocks if layout.per_token(block) and block.id]
-    copied = sum(layout.per_token(b) * b.image.data_nbytes for b in layout.streamed() if b.id not in on_cpu)
+    drafts = {block.id: block for block in layout.blocks if layout.per_token(block) and block.id}
+    on_cpu = units.on_cpu
+    copied = [block for block in layout.streamed() if block.id not in on_cpu]
+    layers = {index for child in model.modules() if isinstance(index := getattr(child, "layer_idx", None), int)}
+    parts = [
+        Part(
+            blocks=tuple(_candidate(drafts[block], dtype) for block in portion.blocks if block in drafts),
+            rows_below=portion.rows_below,
+            keys=len(portion.layers & layers) / max(len(layers), 1),
+        )
+        for portion in units.in_order()
+    ]
     return Alternation(
         costs,
-        able=[(_candidate(block, dtype), on_cpu[block.id]) for block in drafts if block.id in on_cpu],
-        others=[_candidate(block, dtype) for block in drafts if block.id not in on_cpu],
-        copied_nbytes=copied,
+        able=parts,
+        others=[_candidate(block, dtype) for block in drafts.values() if block.id not in on_cpu],
+        copied_nbytes=sum(layout.per_token(block) * block.image.data_nbytes for block in copied),
+        copied=frozenset(block.id for block in copied if layout.per_token(block) >= 1),
         disk_s=plan.terms.get("disk", 0.0),
         link_rate=plan.links.h2d,
+    )
+
+
+def told(split: Split, *, rows: int, lanes: int) -> str:
+    """What was chosen for so many micro-batches, in words."""
+    batches = f"{lanes} micro-batches of {rows}"
+    if not split.cpu_share:
+        return f"{batches} share each sweep, on one processor: two would not be {GAIN:.0%} faster"
+    return (
+        f"{batches} alternate between the processors: the CPU computes {split.cpu_share:.0%} of what it can, while the "
+        f"device goes on; about {split.seconds:.3g} s per sweep"
     )
 
 

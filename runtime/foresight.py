@@ -7,8 +7,8 @@ uses, and the run is simulated with the executor's own decisions at the machine'
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Final
@@ -18,15 +18,17 @@ from transformers import PreTrainedModel
 
 from ..memory.errors import DoesNotFitError, UsageError
 from ..memory.layout import ITEMSIZE, FileSpan, TensorSource
+from ..scheduler.alternation import Split
 from ..scheduler.cost import CostModel
 from ..scheduler.hardware import Hardware
 from ..scheduler.operations import Operation
 from ..scheduler.plan import Links, Plan
 from ..scheduler.program import Program
-from ..scheduler.simulator import Prediction, Setting, simulate
+from ..scheduler.setting import Setting
+from ..scheduler.simulator import Prediction, simulate
 from ..scheduler.sizes import Workload
 from .backing import CheckpointBacking
-from .deciding import Decisions
+from .deciding import Decisions, alternation_of, told
 from .dtypes import stored_dtype
 from .feeding import with_context
 from .headroom import headroom_nbytes, kv_nbytes
@@ -37,7 +39,7 @@ from .pretrained import outline
 from .programs import programs
 from .rehearsal import make_fake
 from .simulation import setting_of
-from .units import settled
+from .units import Units, find_units, settled
 
 SYSTEM_NBYTES: Final = 2 * 2**30
 """What the system and other programs keep of a host's memory."""
@@ -70,7 +72,11 @@ class Forecast:
     headroom_nbytes: int
     """Left for keys and values, activations and logits on the tier that computes."""
     busy_s: Mapping[str, float]
-    """By resource: what a token takes of it. The longest one binds."""
+    """By resource: what a token takes of it, of all sequences. The longest one binds."""
+    lanes: int = 1
+    """Micro-batches that the batch is cut into, which share each sweep over the weights."""
+    cpu_share: float = 0.0
+    """Of several: the part of the blocks that the CPU can compute which it does compute, while the others go on."""
 
     @property
     def first_token_s(self) -> float:
@@ -166,10 +172,12 @@ class Foresight:
         threads: int = 0,
         exact: bool = False,
         warm: bool = False,
+        lanes: int = 1,
     ) -> Forecast:
         """Plan and simulate `batch` answers of `generated` tokens to prompts of `prompt` tokens.
 
-        `warm` is a model that has answered before: what stays is there when the prompt comes.
+        `warm` is a model that has answered before: what stays is there when the prompt comes. The batch is cut into
+        `lanes` micro-batches of like size, which alternate between the processors where that pays.
 
         Raises:
             DoesNotFitError: some tier is too small to run at all; the message says how much it needs.
@@ -179,12 +187,57 @@ class Foresight:
             raise UsageError(
                 f"{hardware.name}: no drive is known, which weights are read from: give it one under drives"
             )
-        workload = with_context(self.model, Workload(batch=batch, context=prompt + generated))
+        rows = -(-batch // lanes)
+        workload = with_context(self.model, Workload(batch=rows, context=prompt + generated))
         headroom = headroom_nbytes(self.model.config, self.model.dtype, context=workload.context, batch=batch)
         budgets = self.budgets(hardware, room or Room(), headroom)
         cost = CostModel(hardware=hardware, threads=threads)
-        decisions = Decisions(costs=cost, rows=batch, exact=exact) if hardware.gpu is not None else None
+        decisions = Decisions(costs=cost, rows=rows, exact=exact, lanes=lanes) if hardware.gpu is not None else None
         beside = kv_nbytes(self.model.config, self.model.dtype, context=workload.context, batch=batch)
+        layout, units, stays = self._layout(hardware, budgets, decisions, beside)
+        calls = self.programs(workload, prompt)
+        setting = setting_of(layout, units)
+        links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
+        plan = make_plan(layout, device_name(hardware), budgets, links, self.weights_nbytes, stays)
+        split = Split(cpu_share=0.0, seconds=0.0)
+        if lanes > 1 and units.on_cpu:
+            most = min(max(budgets.host - layout.host_nbytes, 0) / max(beside, 1), 1.0)
+            split = alternation_of(self.model, layout, units, plan, cost).best(rows=rows, lanes=lanes, most_keys=most)
+            plan = replace(plan, notes=(*plan.notes, told(split, rows=rows, lanes=lanes)))
+        part = units.part(split.cpu_share, {block.id: block.image.data_nbytes for block in layout.blocks})
+        answer = (*calls[:-1], *[calls[-1]] * DECODED)
+        prediction = simulate(setting, answer, cost, started=warm, until_steady=True, lanes=lanes, part=part)
+        return Forecast(
+            hardware=hardware,
+            plan=plan,
+            setting=setting,
+            prediction=prediction,
+            prompt=prompt,
+            generated=generated if len(calls) > 1 else 1,
+            batch=lanes * rows,
+            warm=warm,
+            headroom_nbytes=headroom,
+            busy_s=_busy(
+                layout,
+                calls,
+                cost,
+                rows,
+                str(self.model.dtype).removeprefix("torch."),
+                lanes=lanes,
+                here=units.on_cpu.keys() if lanes == 1 else part,
+            ),
+            lanes=lanes,
+            cpu_share=split.cpu_share,
+        )
+
+    def _layout(
+        self, hardware: Hardware, budgets: Budgets, decisions: Decisions | None, beside_nbytes: int
+    ) -> tuple[Layout, Units, tuple[str, ...]]:
+        """Where blocks lie, what the CPU can compute of them, and notes on what it cannot.
+
+        Args:
+            beside_nbytes: Host memory for keys and values, if it does.
+        """
         layout = Planner(
             self.model,
             self.backing,
@@ -192,30 +245,14 @@ class Foresight:
             buffers_nbytes=sum(buffer.nbytes for buffer in self.model.buffers()),
             keep_skew=hardware.gpu is None or hardware.emulated,
             work=None if decisions is None else decisions.of(self.model),
-            beside_nbytes=beside,
+            beside_nbytes=beside_nbytes,
         ).best()
-        stays: tuple[str, ...] = ()
-        if decisions is not None:
-            computes = torch.device("cpu" if hardware.emulated else "cuda")
-            room_for_all = budgets.host - beside
-            layout, stays = settled(self.model, layout, computes, decisions.processors, host_nbytes=room_for_all)
-        calls = self.programs(workload, prompt)
-        setting = setting_of(layout)
-        answer = (*calls[:-1], *[calls[-1]] * DECODED)
-        prediction = simulate(setting, answer, cost, started=warm, until_steady=True)
-        links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
-        return Forecast(
-            hardware=hardware,
-            plan=make_plan(layout, device_name(hardware), budgets, links, self.weights_nbytes, stays),
-            setting=setting,
-            prediction=prediction,
-            prompt=prompt,
-            generated=generated if len(calls) > 1 else 1,
-            batch=batch,
-            warm=warm,
-            headroom_nbytes=headroom,
-            busy_s=_busy(layout, calls, cost, batch, str(self.model.dtype).removeprefix("torch.")),
-        )
+        if decisions is None:
+            return layout, Units(), ()
+        computes = torch.device("cpu" if hardware.emulated else "cuda")
+        room = budgets.host - beside_nbytes
+        layout, stays = settled(self.model, layout, computes, decisions.processors, host_nbytes=room)
+        return layout, find_units(self.model, layout, computes), stays
 
     def budgets(self, hardware: Hardware, room: Room, headroom: int) -> Budgets:
         """Bytes of each tier for weights: as asked for, or what the machine has beside a run's `headroom`.
@@ -274,18 +311,27 @@ def device_name(hardware: Hardware) -> str:
     return "emulated" if hardware.emulated else hardware.gpu.name
 
 
-def _busy(layout: Layout, calls: Sequence[Program], cost: CostModel, rows: int, dtype: str) -> dict[str, float]:
-    """What the last call takes of each resource."""
+def _busy(
+    layout: Layout,
+    calls: Sequence[Program],
+    cost: CostModel,
+    rows: int,
+    dtype: str,
+    *,
+    lanes: int,
+    here: Collection[int],
+) -> dict[str, float]:
+    """What the last call takes of each resource, if so many lanes make it, and the CPU computes `here` for all."""
     where = "GPU" if cost.hardware.gpu is not None else "CPU"
-    found = {where: cost.compute_s(calls[-1].operations(), "gpu")}
-    on_cpu = [block for block in layout.streamed() if layout.on_cpu.get(block.id, 0) > rows]
+    found = {where: lanes * cost.compute_s(calls[-1].operations(), "gpu")}
+    on_cpu = [b for b in layout.streamed() if b.id in here and layout.on_cpu.get(b.id, 0) > rows]
     if on_cpu:
         products = [
             Operation(kind="linear", nbytes=layout.per_token(b) * b.image.data_nbytes, rows=rows, dtype=dtype)
             for b in on_cpu
         ]
-        found["CPU"] = cost.compute_s(products, "cpu")
-        found[where] = max(found[where] - cost.compute_s(products, "gpu"), 0.0)
+        found["CPU"] = lanes * cost.compute_s(products, "cpu")
+        found[where] = max(found[where] - lanes * cost.compute_s(products, "gpu"), 0.0)
     disk = sum(layout.per_token(block) * block.image.read_nbytes for block in layout.on_disk())
     if disk:
         found["disk"] = cost.read_s(disk, 4 * 2**20)

@@ -24,7 +24,7 @@ from .dtypes import stored_dtype
 from .handle import Handle
 from .headroom import headroom_nbytes, kv_nbytes
 from .launch import launch
-from .layout import Trains
+from .layout import Layout, Trains
 from .links import LinkCache, disk_read_rate, link_rate
 from .planned import make_plan
 from .planning import Planner
@@ -32,7 +32,7 @@ from .pretrained import skeleton
 from .repacking import on_disk, read_tensor
 from .replanning import check_fits
 from .tiers import Wanted, resolve_budgets, skewed
-from .units import Processors, settled
+from .units import Processors, find_units, settled
 
 
 def load(
@@ -116,20 +116,28 @@ def load(
         layout, stays = settled(model, layout, device.torch_device, processors, host_nbytes=room)
         if plan is not None:
             check_fits(layout, budgets)  # with the copies of small tensors that the CPU needs
+        left = None if wanted.host is None else budgets.host - layout.host_nbytes
         launch(
             model,
             owner=os.fspath(path),
             device=device,
             layout=layout,
-            plan=lambda: make_plan(
+            plan=lambda: _with_lanes(
+                make_plan(
+                    layout,
+                    device.name,
+                    budgets,
+                    links,
+                    sum(b.image.data_nbytes for b in layout.blocks),
+                    stays,
+                    exact=decisions is not None and decisions.exact,
+                    exact_cost_s=None if decisions is None else decisions.exact_cost_s(model, layout),
+                ),
+                decisions,
+                model,
                 layout,
-                device.name,
-                budgets,
-                links,
-                sum(b.image.data_nbytes for b in layout.blocks),
-                stays,
-                exact=decisions is not None and decisions.exact,
-                exact_cost_s=None if decisions is None else decisions.exact_cost_s(model, layout),
+                device,
+                most_keys=1.0 if left is None else left / max(kv, 1),
             ),
             backing=backing,
             export_folder=_temporary_folder(),
@@ -139,9 +147,20 @@ def load(
         handle: Handle = model.penstock  # type: ignore[assignment]
         if handle.machinery is not None:
             handle.machinery.costs = costs
+            handle.machinery.host_left_nbytes = left
         if layout.resident and changing is None:
             _as_pretrained(model)
     return model
+
+
+def _with_lanes(
+    plan: Plan, decisions: Decisions | None, model: nn.Module, layout: Layout, device: Device, *, most_keys: float
+) -> Plan:
+    """The plan, with what several micro-batches at once will make of it, where the model was loaded for them."""
+    if decisions is None or decisions.lanes == 1 or not layout.on_cpu:
+        return plan
+    units = find_units(model, layout, device.torch_device)
+    return decisions.with_lanes(plan, model, layout, units, most_keys=most_keys)
 
 
 def _as_pretrained(model: nn.Module) -> None:

@@ -130,23 +130,6 @@ class OnCpu:
         under = None if rows is None else next((each for each in self._thresholds if rows < each), None)
         return key if under is None else Root(key, under, None if part == self._all else part)
 
-    def part(self, share: float, nbytes: Mapping[int, int]) -> frozenset[int]:
-        """A share of the blocks that the CPU can compute, by bytes, in whole units that are spread evenly.
-
-        Args:
-            share: 0 to 1.
-            nbytes: Of each block.
-        """
-        found: set[int] = set()
-        owed = 0.0
-        for blocks in sorted([*(unit.blocks for unit in self._units.units), *((b,) for b in self._units.pieces)]):
-            size = sum(nbytes[block] for block in blocks)
-            owed += share * size
-            if 0 < size <= 2 * owed:
-                found.update(blocks)
-                owed -= size
-        return frozenset(found)
-
     def end_of_call(self) -> None:
         """The root call of this thread ended."""
         self._own_twins().end_of_call()

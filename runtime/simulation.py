@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..scheduler.residency import Residency
+from ..scheduler.setting import Ring, Setting
 from ..scheduler.simulated import Moved
-from ..scheduler.simulator import Ring, Setting
 from .layout import Layout
+from .units import Units
 
 
-def setting_of(layout: Layout) -> Setting:
-    """A layout, as far as time is concerned."""
+def setting_of(layout: Layout, units: Units | None = None) -> Setting:
+    """A layout, as far as time is concerned; `units` are what the CPU computes as a whole, where that is known."""
     separate = layout.back is not None
     leases = {path: blocks for path, blocks in layout.leases.items() if blocks}
     pieces = {
@@ -31,6 +32,8 @@ def setting_of(layout: Layout) -> Setting:
         uses=leases,
         pieces=pieces,
         on_cpu=layout.on_cpu,
+        units={} if units is None else {unit.path: unit.blocks for unit in units.units},
+        spare_slots=layout.spare_slots,
     )
 
 

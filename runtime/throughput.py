@@ -156,7 +156,7 @@ class Work:
             members=range(self._schedule.lanes),
             resident=lambda block: block in front.permanent,
             computed=machinery.device.computed,
-            on_cpu=frozenset() if session.on_cpu is None else session.on_cpu.part(share, nbytes),
+            on_cpu=frozenset() if session.on_cpu is None else machinery.units.part(share, nbytes),
             ahead=machinery.layout.spare_slots,
             nbytes=nbytes,
         )

@@ -170,8 +170,6 @@ def _choose(
     plan, machinery = handle.plan, handle.machinery
     together = not plan.resident and ways.interleaves  # what does not stream has no reads to share
     alternation = _alternation(model, machinery) if machinery is not None and together else None
-    if alternation is not None and machinery is not None and limits.room_nbytes is None:
-        room_nbytes = min(room_nbytes, int(free_host_nbytes() / max(_share_of_keys(model, machinery), 1e-9)))
     return schedule(
         [asked.job for asked in prompts],
         footprint,
@@ -182,6 +180,7 @@ def _choose(
             memory_rate=MEMORY_RATE if model.device.type == "cpu" else _DEVICE_MEMORY_RATE,
             products=None if products is None else products.rates,
             alternation=alternation,
+            host_room_nbytes=None if alternation is None or machinery is None else _host_room_nbytes(machinery),
         ),
         pads=ways.pads,
         rows=limits.rows,
@@ -189,16 +188,15 @@ def _choose(
     )
 
 
+def _host_room_nbytes(machinery: Machinery) -> int:
+    """Host memory for the keys and values of what the CPU computes: what the budget leaves, where one was named, of
+    what is free."""
+    left = machinery.host_left_nbytes
+    return free_host_nbytes() if left is None else min(left, free_host_nbytes())
+
+
 def _alternation(model: Any, machinery: Machinery) -> Alternation | None:
     """What two processors take; None where there is one, or it is not known."""
-    on_cpu = machinery.units.on_cpu
-    if not on_cpu or machinery.costs is None or machinery.plan is None:
+    if not machinery.units.on_cpu or machinery.costs is None or machinery.plan is None:
         return None
-    return alternation_of(model, machinery.layout, on_cpu, machinery.plan, machinery.costs)
-
-
-def _share_of_keys(model: Any, machinery: Machinery) -> float:
-    """The part of a cache's layers that lies in host memory where the CPU computes all it can: what attends there."""
-    layers = {index for child in model.modules() if isinstance(index := getattr(child, "layer_idx", None), int)}
-    there = {index for unit in machinery.units.units for index in unit.layers}
-    return len(there) / max(len(layers), 1)
+    return alternation_of(model, machinery.layout, machinery.units, machinery.plan, machinery.costs)

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..memory.image import ALIGN
 from ..memory.layout import ITEMSIZE
+from ..scheduler.alternation import spread
 from .layout import Draft, Layout
 from .partition import callable_module
 
@@ -40,6 +41,15 @@ class Unit:
     """Indices of its entries in a cache of keys and values."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Portion:
+    """A unit, or a piece of a table, as far as its share of the work is concerned."""
+
+    blocks: tuple[int, ...]
+    rows_below: int
+    layers: frozenset[int] = frozenset()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Units:
     """What of a layout the CPU may compute."""
@@ -57,6 +67,23 @@ class Units:
         for unit in self.units:
             found.update(dict.fromkeys(unit.blocks, unit.rows_below))
         return found
+
+    def in_order(self) -> list[Portion]:
+        """All that the CPU can compute, in the order of definition."""
+        found = [Portion(blocks=u.blocks, rows_below=u.rows_below, layers=u.layers) for u in self.units]
+        found += [Portion(blocks=(block,), rows_below=rows) for block, rows in self.pieces.items()]
+        return sorted(found, key=lambda portion: portion.blocks)
+
+    def part(self, share: float, nbytes: Mapping[int, int]) -> frozenset[int]:
+        """A share of the blocks that the CPU can compute, by bytes, in whole units that are spread evenly.
+
+        Args:
+            share: 0 to 1.
+            nbytes: Of each block.
+        """
+        portions = self.in_order()
+        chosen = spread([sum(nbytes[block] for block in portion.blocks) for portion in portions], share)
+        return frozenset(block for place in chosen for block in portions[place].blocks)
 
     @property
     def small_nbytes(self) -> int:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from .hardware import Sharing
 
-Kind = Literal["compute", "start", "read", "copy"]
-"""compute: an operation at work. start: Python between two of them."""
+Kind = Literal["compute", "start", "launch", "read", "copy"]
+"""compute: an operation at work on the CPU. start: Python between two of them. launch: Python that gives a device with
+memory of its own something to do."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -27,10 +29,23 @@ class _Activity:
 
 
 class Contention:
-    """The activities under way."""
+    """The activities under way.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, speed: Callable[[Kind, frozenset[Kind]], float]) -> None:
+    Args:
+        speed: How fast a kind goes on beside others.
+        processors: Operations that compute at once at full speed; more of them share that. Of Python, one goes on at a
+            time.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        speed: Callable[[Kind, frozenset[Kind]], float],
+        *,
+        processors: float = math.inf,
+    ) -> None:
         self._loop = loop
+        self._processors = processors
         self._speed = speed
         self._active: list[_Activity] = []
         self._paces: dict[Kind, float] = {}
@@ -61,8 +76,15 @@ class Contention:
                 self._plan()
 
     def _speeds(self) -> list[float]:
-        kinds = frozenset(activity.kind for activity in self._active)
-        return [self._speed(each.kind, kinds) * self._paces.get(each.kind, 1.0) for each in self._active]
+        counts = Counter(activity.kind for activity in self._active)
+        kinds = frozenset(counts)
+        python = 1 / max(counts["start"] + counts["launch"], 1)
+        share: dict[Kind, float] = {"start": python, "launch": python}
+        share["compute"] = min(1.0, self._processors / max(counts["compute"], 1))
+        return [
+            self._speed(each.kind, kinds) * self._paces.get(each.kind, 1.0) * share.get(each.kind, 1.0)
+            for each in self._active
+        ]
 
     def _advance(self) -> None:
         now = self._loop.time()
@@ -102,6 +124,8 @@ def speeds_of(sharing: Sharing) -> Callable[[Kind, frozenset[Kind]], float]:
         elif kind == "start":
             result *= sharing.start_while_reading if "read" in active else 1.0
             result *= sharing.start_while_copying if "copy" in active else 1.0
+        elif kind == "launch":
+            pass
         elif "compute" in active:
             result *= sharing.read_while_computing if kind == "read" else sharing.copy_while_computing
         elif "start" in active:

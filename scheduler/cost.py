@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from .hardware import Hardware, Processor, Where
 from .operations import Operation
+
+LENDING: Final = 50
+"""Operations that the Python of a hand-over takes as long as, on either side of it: on the one it is decided, and
+arguments begin to leave; on the other weights are lent, arguments arrive, and results go back."""
+SWITCH: Final = 20
+"""The same of waking a thread, where that was not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +46,37 @@ class CostModel:
     def compute_s(self, operations: Iterable[Operation], where: Where) -> float:
         """Seconds of operations that follow each other.
 
-        A CPU starts each when the one before has ended. Before a GPU the host runs ahead: what it takes to start all of
-        them shows only where it is more than what they take.
+        A CPU starts each when the one before has ended, and so does a device that is emulated. Before a GPU the host
+        runs ahead: what it takes to start all of them shows only where it is more than what they take.
         """
         started, worked = self.parts_s(operations, where)
-        return max(started, worked) if where == "gpu" and self.hardware.gpu is not None else started + worked
+        ahead = where == "gpu" and self.hardware.gpu is not None and not self.hardware.emulated
+        return max(started, worked) if ahead else started + worked
+
+    @property
+    def processors_at_once(self) -> float:
+        """How many of the CPU and the device can compute at their full speeds at the same time. An emulated device is
+        the CPU's own cores, of which each takes as many as torch has threads."""
+        if not self.hardware.emulated:
+            return 2.0
+        cores = self.hardware.cpu.cores
+        return min(2.0, max(1.0, cores / (self.threads or cores))) if cores else 1.0
+
+    @property
+    def switch_s(self) -> float:
+        """Seconds until a micro-batch goes on that another one has left the device to: those of waking a thread."""
+        return self.hardware.cpu.switch_s or SWITCH * self._python_s
+
+    @property
+    def hand_over_s(self) -> float:
+        """The same where one of them changes processors: with the Python that carries arguments and lends weights."""
+        return self.switch_s + LENDING * self._python_s
+
+    @property
+    def _python_s(self) -> float:
+        """Of a small operation, which the host starts whatever computes it."""
+        gpu = self.hardware.gpu
+        return self.hardware.cpu.launch_s or (gpu.launch_s if gpu is not None else 0.0)
 
     def parts_s(self, operations: Iterable[Operation], where: Where) -> tuple[float, float]:
         """What starting operations takes, and what they take themselves."""

@@ -92,6 +92,9 @@ class Processor(msgspec.Struct, frozen=True, kw_only=True):
     """The same of small operations in a loop, with nothing between."""
     module_call_s: float = 0.0
     """What calling one module adds to that, in Python; 0 where it was not measured."""
+    switch_s: float = 0.0
+    """Of a CPU: from one thread's leave until another one goes on that waits for it in Python; 0 where it was not
+    measured."""
     cores: int = 0
     """Of a CPU."""
 

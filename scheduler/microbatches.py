@@ -68,6 +68,8 @@ class Machine:
     taken to read weights at `memory_rate`."""
     alternation: Alternation | None = None
     """Chooses what the CPU computes beside the device; None where that is not known, or there is one processor."""
+    host_room_nbytes: int | None = None
+    """For the keys and values of what the CPU computes, which are in host memory; None where that is not bound."""
 
     def pass_s(self, rows: int) -> float:
         """Seconds that so many rows compute with all weights: beyond what was measured, as long for each row."""
@@ -277,7 +279,8 @@ def _options(
             computed = count * usual_s
             swept = Split(cpu_share=0.0, seconds=max(moved, computed))
             if machine.alternation is not None:
-                swept = machine.alternation.best(rows=rows, lanes=count)
+                keys = _most_keys(machine.host_room_nbytes, footprint.kv_nbytes_per_token * sum(kv[:count]))
+                swept = machine.alternation.best(rows=rows, lanes=count, most_keys=keys)
             yield Schedule(
                 batches=batches,
                 lanes=count,
@@ -290,3 +293,8 @@ def _options(
             if limit >= together:
                 break
             limit *= 2
+
+
+def _most_keys(room_nbytes: int | None, kv_nbytes: float) -> float:
+    """The part of keys and values that such a room holds."""
+    return 1.0 if room_nbytes is None or kv_nbytes <= room_nbytes else room_nbytes / kv_nbytes

@@ -103,7 +103,13 @@ def saves(candidate: Candidate, costs: CostModel, rows: int, traffic: Traffic) -
 
 
 def cpu_s(candidate: Candidate, costs: CostModel, rows: int, traffic: Traffic) -> float:
-    """Seconds that a call of so many rows takes on the CPU, what it holds up of other copies and reads included.
+    """Seconds that a call of so many rows takes on the CPU, what it holds up of other copies and reads, and what
+    activations take to get there and back, included."""
+    return held_up_s(candidate, costs, rows, traffic) + crossing_s(candidate, costs, rows)
+
+
+def held_up_s(candidate: Candidate, costs: CostModel, rows: int, traffic: Traffic) -> float:
+    """Seconds that a call of so many rows computes on the CPU, what it holds up of other copies and reads included.
 
     Copies go on while the CPU computes. What they lose meanwhile to a memory that is shared is added: if the link is
     what binds, the sweep is longer by that.
@@ -118,7 +124,7 @@ def cpu_s(candidate: Candidate, costs: CostModel, rows: int, traffic: Traffic) -
         left *= sharing.compute_while_reading
         held_up = max(held_up, 1 - sharing.read_while_computing)
     computing = costs.compute_s((at_rows(o, rows) for o in candidate.operations), "cpu") / left
-    return computing * (1 + held_up) + crossing_s(candidate, costs, rows)
+    return computing * (1 + held_up)
 
 
 def device_s(candidate: Candidate, costs: CostModel, rows: int, traffic: Traffic) -> float:

@@ -59,6 +59,8 @@ def _processor(processor: Processor) -> Iterator[Text]:
     yield _single("small operation", f"{processor.operation_s * 1e6:.1f} us")
     yield _single("in a model", f"{processor.launch_s * 1e6:.1f} us for each operation, Python and all")
     yield _single("calling a module", f"{processor.module_call_s * 1e6:.1f} us")
+    if processor.switch_s:
+        yield _single("waking a thread", f"{processor.switch_s * 1e6:.0f} us")
 
 
 def _sharing(hardware: Hardware) -> Iterator[Text]:

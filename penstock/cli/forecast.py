@@ -15,6 +15,7 @@ from ..runtime.advice import Advice, advise, smallest_that_fits
 from ..runtime.foresight import Forecast, Foresight, Room
 from ..runtime.profiler.predicted import write_prediction
 from ..scheduler.hardware import Hardware
+from ..scheduler.processors import GAIN
 from ..scheduler.work import read_work
 from ..sizes import format_size
 from .output import Output
@@ -22,6 +23,8 @@ from .tables import lines_of
 from .view import View
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+LANES: Final = 2
+"""Micro-batches that alternate: as few as keep both processors busy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,8 +72,10 @@ class Forecaster:
         self.work = work
         self.foresight = Foresight(folder_of(checkpoint), dtype=dtype, trust_remote_code=trust_remote_code)
 
-    def on(self, hardware: Hardware, budget: MemoryBudget | None = None, *, batch: int | None = None) -> Forecast:
-        """The work on a machine.
+    def on(
+        self, hardware: Hardware, budget: MemoryBudget | None = None, *, batch: int | None = None, lanes: int = 1
+    ) -> Forecast:
+        """The work on a machine; `batch` in so many micro-batches, else as many as give most tokens per second.
 
         Raises:
             DoesNotFitError: not even one sequence can be run.
@@ -78,14 +83,19 @@ class Forecaster:
         room = Room(host=budget.host, device=budget.device) if budget is not None else None
         wanted = batch or self.work.batch
 
-        def with_batch(size: int) -> Forecast:
+        def with_batch(size: int, lanes: int = 1) -> Forecast:
             return self.foresight.forecast(
-                hardware, prompt=self.work.prompt, generated=self.work.generate, batch=size, room=room
+                hardware, prompt=self.work.prompt, generated=self.work.generate, batch=size, room=room, lanes=lanes
             )
 
         if wanted is not None:
-            return with_batch(wanted)
-        return _fastest(with_batch)
+            return with_batch(wanted, lanes)
+        best = _fastest(with_batch)
+        if hardware.gpu is None or best.plan.resident:
+            return best
+        for size in (max(best.batch, LANES), LANES * best.batch):
+            best = _alternating(best, size, with_batch)
+        return best
 
     def outlook(self, hardware: Hardware, budget: MemoryBudget | None = None) -> Outlook:
         """The work on a machine, and the change of it that would help most.
@@ -101,7 +111,9 @@ class Forecaster:
             raise self._with_remedy(error, hardware) from None
         if budget is not None and (budget.host is not None or budget.device is not None):
             return Outlook(forecast=found, advice=None)  # the plan itself says what a larger budget would do
-        return Outlook(forecast=found, advice=advise(found, lambda other: self.on(other, batch=found.batch)))
+        return Outlook(
+            forecast=found, advice=advise(found, lambda other: self.on(other, batch=found.batch, lanes=found.lanes))
+        )
 
     def _with_remedy(self, error: DoesNotFitError, hardware: Hardware) -> DoesNotFitError:
         remedy = smallest_that_fits(hardware, lambda other: self.on(other))
@@ -136,6 +148,17 @@ def _fastest(with_batch: Callable[[int], Forecast]) -> Forecast:
             break
         best = found
     return best
+
+
+def _alternating(one: Forecast, size: int, with_batch: Callable[[int, int], Forecast]) -> Forecast:
+    """A batch in micro-batches that alternate between two processors, where that is worth it: results are then equal to
+    rounding only."""
+    try:
+        two = with_batch(size, LANES)
+    except DoesNotFitError:
+        return one
+    gain = 0.0 if one.lanes > 1 else GAIN
+    return two if two.cpu_share and two.tokens_per_s * (1 - gain) >= one.tokens_per_s else one
 
 
 def show(output: Output, outlook: Outlook, *, title: str, as_json: bool, profile: Path | None, force: bool) -> None:
@@ -200,6 +223,8 @@ def document(outlook: Outlook) -> dict[str, object]:
         "prompt": found.prompt,
         "generate": found.generated,
         "batch": found.batch,
+        "lanes": found.lanes,
+        "cpu_share": found.cpu_share,
         "first_token_s": found.first_token_s,
         "token_s": found.token_s,
         "tokens_per_s": found.tokens_per_s,

@@ -21,6 +21,7 @@ from .fingerprint import cpu_model
 from .framework import framework_cost
 from .launch import launch_cost
 from .products import DTYPES, ROWS, linear_curve
+from .switching import switch_cost
 from .timing import Timer, device_timer, host_timer
 
 Attempt = Callable[[str, Callable[[], Any]], Any]
@@ -28,12 +29,13 @@ Attempt = Callable[[str, Callable[[], Any]], Any]
 
 SHARES: Final = {
     "memory": 0.12,
-    "linear": 0.45,
+    "linear": 0.42,
     "attention": 0.15,
     "elementwise": 0.1,
     "adam": 0.08,
     "launch": 0.03,
     "framework": 0.07,
+    "switching": 0.03,
 }
 """What each has of the time."""
 QUICK_DTYPES: Final = (torch.float32, torch.bfloat16)
@@ -92,6 +94,9 @@ class ProcessorProbe:
                 self.device, seconds=self.seconds * SHARES["framework"], timer=host_timer(self.device)
             ),
         )
+        switch = None
+        if self.device.type == "cpu":  # threads are the host's, whatever computes
+            switch = self.attempt(f"{what} threads", lambda: switch_cost(seconds=self.seconds * SHARES["switching"]))
         started = framework or (launch.operation if launch else None)
         name, nbytes, cores = self._facts()
         return Processor(
@@ -104,6 +109,7 @@ class ProcessorProbe:
             launch_s=started.value if started else 0.0,
             operation_s=launch.operation.value if launch else 0.0,
             module_call_s=launch.module.value if launch else 0.0,
+            switch_s=switch.value if switch else 0.0,
             cores=cores,
             **memory,
         )

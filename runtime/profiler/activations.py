@@ -8,6 +8,7 @@ attributes that a program may have put on it: torch makes it anew where there ar
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,10 +18,12 @@ import torch
 
 from ..saved import SavedTensor
 from .calls import ModuleWatch
+from .guard import harmless
 from .recorder import Recorder
 from .schema import Category, Tier
 from .storages import storage_key, tier_of
 from .tensors import TensorWatch
+from .turns import StepTurns
 
 _autograd: Final[Any] = torch._C._autograd  # torch leaves some of it untyped
 
@@ -49,12 +52,20 @@ class _Saved(SavedTensor):
 
 
 class ActivationWatch:
-    """Counts the tensors that the entering thread saves while it is entered."""
+    """Counts the tensors that the entering thread saves while it is entered.
 
-    def __init__(self, recorder: Recorder, watch: ModuleWatch, tensors: TensorWatch) -> None:
+    Args:
+        steps: Whether it does so in the step under way.
+    """
+
+    def __init__(self, recorder: Recorder, watch: ModuleWatch, tensors: TensorWatch, steps: StepTurns) -> None:
         self._recorder = recorder
         self._watch = watch
         self._tensors = tensors
+        self._steps = steps
+        self._thread = threading.get_ident()
+        self._pushed = False
+        """Whether our hooks are among those of this thread."""
         self._live: weakref.WeakValueDictionary[int, _Held] = weakref.WeakValueDictionary()
         """By storage."""
         self._closed = False
@@ -65,6 +76,8 @@ class ActivationWatch:
             self._push()
             entered.callback(self._pop)
             entered.enter_context(self._out_of_the_way())
+            self._recorder.on_step.append(self.step_begins)
+            entered.callback(self._recorder.on_step.remove, self.step_begins)
             self._entered = entered.pop_all()
         return self
 
@@ -76,8 +89,27 @@ class ActivationWatch:
         """Whether autograd has saved the storage at this address."""
         return key in self._live
 
+    @harmless
+    def step_begins(self) -> bool:
+        """Put the hooks on, or take them off, for the step that begins. That takes no time.
+
+        Where the program has hooks of its own at this moment, or allows none, ours stay as they are.
+        """
+        if threading.get_ident() != self._thread or torch.compiler.is_compiling():
+            return False
+        if self._pushed and not self._steps.looking:
+            self._pop()
+        elif not self._pushed and self._steps.looking and self._may_push():
+            self._push()
+        return False
+
+    def _may_push(self) -> bool:
+        allowed = _autograd._saved_tensors_hooks_get_disabled_error_message() is None
+        return allowed and _autograd._top_saved_tensors_default_hooks(True) is None
+
     def _push(self) -> None:
         _autograd._push_saved_tensors_default_hooks(self._pack, SavedTensor.unpack)
+        self._pushed = True
 
     def _pop(self) -> bool:
         """Whether our hooks were the innermost ones of this thread: others are not ours to take off."""
@@ -85,6 +117,7 @@ class ActivationWatch:
         if top is None or top[0] != self._pack:
             return False
         _autograd._pop_saved_tensors_default_hooks()
+        self._pushed = False
         return True
 
     @contextmanager
@@ -120,10 +153,10 @@ class ActivationWatch:
         return saved
 
     def _count(self, tensor: torch.Tensor, saved: _Saved) -> None:
+        self._recorder.hooks += 1
         key = storage_key(tensor)
         if not key or key in self._tensors.known:
             return
-        self._recorder.hooks += 1
         held = self._live.get(key)
         if held is None:
             nbytes = tensor.untyped_storage().nbytes()

@@ -6,8 +6,8 @@ of long stacks carry them only in some of their root's calls (`Turns`). Roots ar
 layers are recorded it is there only while modules exist that nobody knows yet: they make themselves known when they get
 parameters.
 
-Where every module is recorded, those of long stacks take turns as well, but only while gradients are off: a backward
-pass, and the activations it waits for, are told by the modules of its forward.
+Where every module is recorded, those of long stacks take turns as well: call by call while gradients are off, else step
+by step, since a backward pass, and the activations it waits for, are told by the modules of its forward.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .paths import above, is_element, layers
 from .recorder import Recorder
 from .schema import NONE, Phase
 from .spans import Spanned
-from .turns import EVERY_COLD_NS, EVERY_SHARE, Turns
+from .turns import EVERY_COLD_NS, EVERY_SHARE, StepTurns, Turns
 
 _CALL: Final = nn.Module._call_impl.__code__
 """What calls hooks: it is on the stack once for every module under way."""
@@ -96,12 +96,14 @@ class ModuleWatch:
     Args:
         every: Whether all modules are recorded, or only layers and what contains them: elements of a ModuleList,
             Sequential or ModuleDict, their parents, and roots.
+        steps: Where every module is recorded, whether this is done in the step under way.
     """
 
-    def __init__(self, recorder: Recorder, clock: Clock, *, every: bool) -> None:
+    def __init__(self, recorder: Recorder, clock: Clock, *, every: bool, steps: StepTurns | None = None) -> None:
         self._recorder = recorder
         self._clock = clock
         self._every = every
+        self._steps = steps if every else None
         self._rows: dict[int, int] = {}
         """By id of a module: its row, or -1 where it is not recorded."""
         self._alive: dict[int, weakref.ref[nn.Module]] = {}
@@ -231,6 +233,8 @@ class ModuleWatch:
         return rows[""]
 
     def _hook(self, module: nn.Module) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            return  # it cannot carry any
         if not self._is_hooked(module):  # it is where it is part of an earlier root, or a copy of such a part
             before = module.register_forward_pre_hook(self._before)
             after = module.register_forward_hook(self._after, with_kwargs=True, always_call=True)
@@ -241,7 +245,8 @@ class ModuleWatch:
 
     def _take_turn(self, stack: _Stack) -> None:
         """Let the layers of a root that is about to run carry hooks, or none."""
-        wanted = stack.turns.next() or (self._every and torch.is_grad_enabled())
+        by_steps = self._steps is not None and torch.is_grad_enabled()
+        wanted = self._steps.looking if self._steps is not None and by_steps else stack.turns.next()
         if not wanted and self._lanes <= 1:
             self._find(False)  # it would look at every module, and who is called within a root is none; see `_after`
         for known in stack.layers:
@@ -250,9 +255,9 @@ class ModuleWatch:
                 continue
             if wanted:
                 self._hook(layer)
-            else:
-                for handle in self._hooks.pop(id(layer)):
-                    handle.remove()
+                continue
+            for handle in self._hooks.pop(id(layer)):
+                handle.remove()
 
     def nearest(self, root: nn.Module) -> dict[str, int]:
         """For every module path of a registered root: its own row, or that of the nearest recorded module above."""
@@ -304,8 +309,10 @@ class ModuleWatch:
     @harmless
     def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         row = self._rows.get(id(module))
-        if (row is not None and row >= 0) or torch.compiler.is_compiling() or not self._recorder.alive:
+        if (row is not None and row >= 0) or _is_not_run() or not self._recorder.alive:
             return
+        if isinstance(module, torch.jit.ScriptModule):
+            return  # it cannot carry hooks
         if self._local.stack:
             self._forget_what_was_interrupted(module)
         if self._local.stack or torch._C._current_graph_task_id() >= 0 or "_is_replica" in module.__dict__:
@@ -319,7 +326,7 @@ class ModuleWatch:
 
     @harmless
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self._on or torch.compiler.is_compiling() or not self._recorder.alive:
+        if not self._on or _is_not_run() or not self._recorder.alive:
             return  # what is compiled is not called module by module; the compiled module is a root of its own
         stack = self._local.stack
         row = self._rows.get(id(module))
@@ -380,6 +387,11 @@ class ModuleWatch:
         stack = self._local.stack
         while stack and sum(call.module == stack[-1].module for call in stack) > there[stack[-1].module]:
             stack.pop()
+
+
+def _is_not_run() -> bool:
+    """Whether what is called is only looked at, to be compiled: sizes are no numbers then."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def is_bare(module: nn.Module) -> bool:

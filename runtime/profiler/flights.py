@@ -1,8 +1,8 @@
 """Tensors in flight: those that nothing keeps for long, each counted from when it is seen until its memory is gone.
 
 Results of modules, gradients between two nodes of a backward pass, what an optimizer computes with. They are looked for
-in some steps only: in the first ones, and then as often as it takes little of the time. A step is like the others, and
-peaks are where most is known of them.
+in some steps only: in those that are looked at whole (`StepTurns`), as often as it takes little of the time. A step is
+like the others, and peaks are where most is known of them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from .guard import harmless
 from .recorder import Recorder
 from .schema import Category, Tier
 from .storages import storage_key, tier_of
+from .turns import FIRST_STEPS, StepTurns
 
 LEAST_NBYTES: Final = 1 << 16
 """Smaller tensors weigh nothing where a peak is, and there are many of them."""
-FIRST_STEPS: Final = 2
-"""All of these are looked at: the first ones make gradients, states and caches."""
 SHARE: Final = 100
-"""Afterwards, looking may take one part in so many of the time."""
+"""After the first steps, looking may take one part in so many of the time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +44,13 @@ class Flights:
 
     Args:
         counted: Whether the storage at this address has a row of another kind.
+        turns: Whether the step under way is looked at whole: the others are not looked at here either.
     """
 
-    def __init__(self, recorder: Recorder, counted: Callable[[int], bool]) -> None:
+    def __init__(self, recorder: Recorder, counted: Callable[[int], bool], turns: StepTurns) -> None:
         self._recorder = recorder
         self._counted = counted
+        self._turns = turns
         self._live: dict[int, _Flight] = {}
         """By address of the storage."""
         self._began = recorder.clock()
@@ -72,7 +73,8 @@ class Flights:
         """Decide whether the step is looked at. That takes no time."""
         self._steps += 1
         elapsed = self._recorder.clock() - self._began
-        self.looking = self._steps <= FIRST_STEPS or self.spent_ns * SHARE <= elapsed
+        cheap = self._steps <= FIRST_STEPS or self.spent_ns * SHARE <= elapsed
+        self.looking = cheap and self._turns.looking
         return False
 
     def module_returned(self, row: int, depth: int, inputs: Any, result: Any) -> None:

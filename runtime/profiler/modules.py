@@ -137,7 +137,8 @@ def _factors(spans: Columns, parent: Ints, inside: Ints, sampled: npt.NDArray[np
     """By span, what the times of layers are to be multiplied with: those that ran in some calls of a root only.
 
     It is the time of all calls of a root over that of the calls whose layers were recorded; 0 in the other calls. Calls
-    are told apart by their length, in powers of two: a prompt's layers say nothing of a token's.
+    are told apart by their length, in powers of two: a prompt's layers say nothing of a token's. Of calls of a length
+    of which none was recorded, those twice or half as long tell: to be recorded takes time as well.
     """
     outermost = np.arange(len(spans))
     while (parent[outermost] >= 0).any():
@@ -146,15 +147,29 @@ def _factors(spans: Columns, parent: Ints, inside: Ints, sampled: npt.NDArray[np
     whole[outermost[sampled]] = True
     root = parent < 0
     length = np.log2(np.maximum(spans.end - spans.start, 1)).round().astype(np.int64)
-    _, kind = np.unique(np.stack([spans.module, spans.phase, length]), axis=1, return_inverse=True)
-    kind = kind.reshape(-1)
-    total, recorded = np.zeros((2, int(kind.max(initial=0)) + 1))
+    keys, kind = np.unique(np.stack([spans.module, spans.phase, length]), axis=1, return_inverse=True)
+    told = np.bincount(kind.reshape(-1)[root & whole], minlength=keys.shape[1]) > 0
+    kind = _joined(keys, told)[kind.reshape(-1)]
+    total, recorded = np.zeros((2, keys.shape[1]))
     np.add.at(total, kind[root], inside[root])
     np.add.at(recorded, kind[root & whole], inside[root & whole])
     factor = np.divide(total, recorded, out=np.ones_like(total), where=recorded > 0)[kind]
     factor[root & ~whole & (recorded[kind] > 0)] = 0
     result: npt.NDArray[np.float64] = factor[outermost]
     return result
+
+
+def _joined(keys: Ints, told: npt.NDArray[np.bool_]) -> Ints:
+    """For each kind of calls the one that tells of it: itself, or one of the next length where nothing tells of it.
+
+    `keys` are module, phase and length by kind: shape [3, kinds]; `told` is whether any call of a kind was recorded.
+    """
+    number = {(module, phase, length): kind for kind, (module, phase, length) in enumerate(keys.T.tolist())}
+    joined = np.arange(keys.shape[1])
+    for (module, phase, length), kind in number.items():
+        beside = [number.get((module, phase, length + step), kind) for step in (1, -1)]
+        joined[kind] = next((other for other in (kind, *beside) if told[other]), kind)
+    return joined
 
 
 def parents(spans: Columns) -> Ints:

@@ -46,6 +46,7 @@ from .streamed import StreamedModel
 from .summary import Summary
 from .temporaries import TemporaryWatch
 from .tensors import TensorWatch
+from .turns import StepTurns
 from .writer import ProfileWriter
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,10 @@ class Profiler:
             self._used, self._device_told = UsedDevice(), False
             self._clock = clock = LateClock(time.monotonic_ns, self._device_clock, recorder.failed)
             self._hook_ns = _hook_ns()
-            self._watch = watch = ModuleWatch(recorder, clock, every=self.level == "full")
+            turns = StepTurns()
+            if self.level == "full":
+                recorder.on_step.append(lambda: turns.begins(recorder.clock(), recorder.hooks))
+            self._watch = watch = ModuleWatch(recorder, clock, every=self.level == "full", steps=turns)
             self._tensors = tensors = TensorWatch(recorder, watch, at_once=self.level == "full")
             entered.callback(tensors.close)
             interval_s = INTERVAL_S[self.level]
@@ -139,8 +143,8 @@ class Profiler:
             watch.listen_to_graphs(backward.module_returned)
             entered.callback(backward.close)
             if self.level == "full":
-                activations = entered.enter_context(ActivationWatch(recorder, watch, tensors))
-                flights = Flights(recorder, lambda key: tensors.holds(key) or activations.holds(key))
+                activations = entered.enter_context(ActivationWatch(recorder, watch, tensors, turns))
+                flights = Flights(recorder, lambda key: tensors.holds(key) or activations.holds(key), turns)
                 entered.enter_context(flights)
                 entered.enter_context(PassWatch(recorder, flights, backward))
                 self._steps.look_at_temporaries(entered.enter_context(TemporaryWatch(recorder, flights)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from ..activations.records import ActivationPlan, Machine
 from ..activations.store import LEAST_BUFFER, LEAVING, MOST_BUFFER, ActivationStore
 from ..build import Machinery
 from ..explain import gib, seconds
+from ..links import LinkCache, disk_write_rate
 from ..recompute import mark_segments, recompute
 from .roomplan import TrainingRoom
 from .run import Settings
@@ -71,7 +73,12 @@ def moves_activations(machinery: Machinery, settings: Settings) -> bool:
 
 
 def arrange_activations(
-    model: nn.Module, machinery: Machinery, settings: Settings, room: TrainingRoom, paths: Sequence[str]
+    model: nn.Module,
+    machinery: Machinery,
+    settings: Settings,
+    room: TrainingRoom,
+    paths: Sequence[str],
+    cache: LinkCache,
 ) -> None:
     """See to the activations of a model, once it is known what memory there is for them.
 
@@ -81,6 +88,7 @@ def arrange_activations(
         settings: Of the run.
         room: What gradients and states have left.
         paths: Scratch files for activations, one per drive.
+        cache: Knows how fast drives are written, where they were calibrated.
     """
     if settings.activations == "recompute":
         recompute(machinery.session, model)
@@ -89,7 +97,8 @@ def arrange_activations(
     again = settings.activations == "auto"
     segments = (recompute if again else mark_segments)(machinery.session, model)
     cut = room_for_activations(machinery, settings, room.activations_nbytes)
-    machine = _machine(machinery, settings, room, cut, again=again)
+    write_rate = disk_write_rate([os.path.dirname(path) for path in paths], cache, machinery.device)
+    machine = _machine(machinery, settings, room, cut, write_rate, again=again)
     if again and not segments:
         _tell(model, machinery, "activations: they stay where they are made: there are no layers to run again")
         return
@@ -128,17 +137,26 @@ def arrange_activations(
 
 
 def _machine(
-    machinery: Machinery, settings: Settings, room: TrainingRoom, cut: ActivationRoom, *, again: bool
+    machinery: Machinery,
+    settings: Settings,
+    room: TrainingRoom,
+    cut: ActivationRoom,
+    write_rate: float | None,
+    *,
+    again: bool,
 ) -> Machine:
     """Where activations can go, with what the ways there carry anyway in a forward and its backward."""
     plan = machinery.plan
     assert plan is not None
     passes = settings.accumulate
     read_rate = plan.links.disk_read or DISK_RATE
+    write_rate = write_rate or read_rate
     link_rate = plan.links.h2d or LINK_RATE
-    changed = room.states_on_disk_nbytes * 2 + (plan.disk_nbytes_per_sweep if machinery.trains else 0)
-    on_disk = 2 * plan.disk_nbytes_per_sweep + changed / passes + 2 * room.gradients_on_disk_nbytes
-    lanes = {"disk": Lane(busy_s=on_disk / read_rate, byte_s=2 / read_rate)}
+    states, gradients = room.states_on_disk_nbytes / passes, room.gradients_on_disk_nbytes
+    weights = plan.disk_nbytes_per_sweep
+    read = 2 * weights + states + gradients
+    written = states + gradients + (weights / passes if machinery.trains else 0)
+    lanes = {"disk": Lane(busy_s=read / read_rate + written / write_rate, byte_s=1 / read_rate + 1 / write_rate)}
     link: tuple[str, ...] = ()
     if machinery.device.separate:
         link = "device to host", "host to device"

@@ -83,11 +83,18 @@ def step_room(
             return _room(model, kept, context, batch, activations="keep")
     made_again = _headroom(model, sizes, context, batch, device, recompute=True)
     found = _room(model, made_again, context, batch, activations=activations)
-    if activations == "offload":  # what is on its way is still there
-        found = replace(found, headroom_nbytes=found.headroom_nbytes + LEAVING)
+    ahead = 0
     if kept is not None and made_again is not None:
-        found = replace(found, saved_nbytes=max(0, kept - made_again))
+        saved = max(0, kept - made_again)
+        ahead = saved // max(_layers(model) - 1, 1)  # made again, all but those of one layer are saved
+        found = replace(found, saved_nbytes=saved)
+    if activations != "recompute":  # what is on its way out is still there, and so is what comes back ahead of its use
+        found = replace(found, headroom_nbytes=found.headroom_nbytes + LEAVING + ahead)
     return found
+
+
+def _layers(model: nn.Module) -> int:
+    return int(getattr(model.config, "num_hidden_layers", 1)) if isinstance(model, PreTrainedModel) else 1
 
 
 def _room(

@@ -22,6 +22,7 @@ from ...memory.trim import return_free_memory
 from ..beside import trained_in
 from ..build import Machinery
 from ..launch import open_scratch, scratch_files
+from ..links import LinkCache
 from .activations import arrange_activations, moves_activations
 from .adapterweights import AdapterWeights
 from .assembly import assemble
@@ -53,9 +54,18 @@ class RunFolders:
 
 
 def attach(
-    model: nn.Module, choice: OptimizerChoice, folders: RunFolders, *, origin: Origin, settings: Settings
+    model: nn.Module,
+    choice: OptimizerChoice,
+    folders: RunFolders,
+    *,
+    origin: Origin,
+    settings: Settings,
+    cache: LinkCache,
 ) -> StreamedOptimizer:
     """Train a streamed model (loaded or offloaded for it), from the weights it has.
+
+    Args:
+        cache: Knows how fast drives are.
 
     Raises:
         UsageError: nothing wants a gradient.
@@ -81,7 +91,7 @@ def attach(
         finish_before_export(model, training)
         optimizer = StreamedOptimizer(training, choice, store, model=model, origin=origin, settings=settings)
         tell(model, machinery, room)
-        arrange_activations(model, machinery, settings, room, scratch_files(scratches, "activations.bin"))
+        arrange_activations(model, machinery, settings, room, scratch_files(scratches, "activations.bin"), cache)
         return_free_memory()  # of masters that passed through
         machinery.before_close(training.settle)
         machinery.before_close(training.last)
@@ -89,7 +99,9 @@ def attach(
     return optimizer
 
 
-def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Settings) -> StreamedOptimizer:
+def go_on(
+    model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Settings, cache: LinkCache
+) -> StreamedOptimizer:
     """The same from the last commit of a run: weights are made of its masters.
 
     Raises:
@@ -134,7 +146,7 @@ def go_on(model: nn.Module, folders: RunFolders, *, origin: Origin, settings: Se
         )
         set_random_state(state.random)
         tell(model, machinery, room)
-        arrange_activations(model, machinery, settings, room, scratch_files(scratches, "activations.bin"))
+        arrange_activations(model, machinery, settings, room, scratch_files(scratches, "activations.bin"), cache)
         return_free_memory()  # of masters that passed through
         machinery.before_close(training.settle)
         machinery.before_close(training.last)

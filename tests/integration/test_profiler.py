@@ -9,14 +9,18 @@ import os
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import penstock
 from penstock.memory.errors import UsageError
+from penstock.runtime.profiler import profiler as profiler_module
 from penstock.runtime.profiler.profile import Profile
 from penstock.runtime.profiler.profiler import Profiler
 from penstock.runtime.profiler.schema import (
@@ -24,6 +28,8 @@ from penstock.runtime.profiler.schema import (
     Compute,
     Gauge,
     Link,
+    Mark,
+    MarkKind,
     Memory,
     Meter,
     Phase,
@@ -33,7 +39,7 @@ from penstock.runtime.profiler.schema import (
     Use,
     Wait,
 )
-from penstock.runtime.profiler.turns import RAREST
+from penstock.runtime.profiler.turns import FIRST_STEPS, RAREST, StepTurns
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -72,10 +78,10 @@ def test_a_plain_training_is_recorded_as_it_is(tmp_path: Path) -> None:
     net = Net()
     optimizer = torch.optim.AdamW(net.parameters())
     with Profiler(tmp_path / "run.prof", level="full") as profiler:
-        train(net, optimizer, 4)
+        train(net, optimizer, FIRST_STEPS)
     profile = profiler.profile()
     steps = profile[Step]
-    assert len(steps) == 4
+    assert len(steps) == FIRST_STEPS
     assert {profile.string(number) for number in steps.phase.tolist()} == {"train"}
     linear = 64 * 64 * 4 + 64 * 4
     weights = {f"layers.{i}.0": linear for i in range(3)} | {"head": 64 * 10 * 4 + 10 * 4}
@@ -88,9 +94,9 @@ def test_a_plain_training_is_recorded_as_it_is(tmp_path: Path) -> None:
     for module, phase in zip(spans.module.tolist(), spans.phase.tolist(), strict=True):
         calls[profile.module_path(module), phase] += 1
     for path in ("(root)", "layers.1", "layers.1.0", "layers.1.1", "head"):
-        assert calls[path, Phase.FORWARD] == 4
-        assert calls[path, Phase.BACKWARD] == 4
-    assert calls["(optimizer)", Phase.OPTIMIZER] == 4
+        assert calls[path, Phase.FORWARD] == FIRST_STEPS
+        assert calls[path, Phase.BACKWARD] == FIRST_STEPS
+    assert calls["(optimizer)", Phase.OPTIMIZER] == FIRST_STEPS
 
 
 def test_saved_activations_are_those_of_autograd(tmp_path: Path) -> None:
@@ -267,13 +273,64 @@ def test_layers_of_short_calls_are_recorded_in_a_few_of_them_and_told_for_all(tm
     assert told["layers.0"].calls > 4
 
 
-def test_full_records_all_of_a_call_with_gradients_and_takes_turns_without(tmp_path: Path) -> None:
-    net = Net().eval()
+def test_full_takes_turns_by_steps_with_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where looking may take no time, the first steps are looked at, and then one in RAREST."""
+    monkeypatch.setattr(profiler_module, "StepTurns", partial(StepTurns, share=0.0))
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters())
+    count = RAREST + FIRST_STEPS + 2
     with Profiler(tmp_path / "run.prof", level="full") as profiler:
-        for _ in range(RAREST + 2):
-            net(torch.randn(8, 64))
-    calls = Counter(profiler.profile().module_path(n) for n in profiler.profile()[Compute].module.tolist())
-    assert calls["layers.2.1"] == calls["(root)"] == RAREST + 2
+        train(net, optimizer, count)
+    profile = profiler.profile()
+    spans, steps, memory = profile[Compute], profile[Step], profile[Memory]
+    assert len(steps) == count
+    looked = [*range(FIRST_STEPS), RAREST + FIRST_STEPS - 1]
+    edges = np.sort(steps.start)
+
+    def steps_of(rows: Any, at: Any) -> list[int]:
+        return sorted(set((np.searchsorted(edges, at[rows], side="right") - 1).tolist()))
+
+    paths = np.array([profile.module_path(number) for number in spans.module.tolist()])
+    for phase in (Phase.FORWARD, Phase.BACKWARD):
+        assert steps_of((paths == "layers.2.1") & (spans.phase == phase), spans.start) == looked
+        assert steps_of((paths == "(root)") & (spans.phase == phase), spans.start) == list(range(count))
+    saved = (memory.category == Category.ACTIVATION) & (memory.nbytes > 0)
+    assert steps_of(saved, memory.at) == looked
+    assert live(profile, Category.ACTIVATION) == {}
+    assert not torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def test_hooks_of_the_programs_own_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a program has hooks for saved tensors, or allows none, steps begin that are looked at and that are not."""
+    monkeypatch.setattr(profiler_module, "StepTurns", partial(StepTurns, share=0.0))
+    net, handed = Net(), []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        handed.append(tensor.shape)
+        return tensor
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            net(torch.randn(8, 64)).sum().backward()
+
+    with Profiler(tmp_path / "run.prof", level="full") as profiler:
+        run(FIRST_STEPS + 2)  # ours are off by now
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            run(1)
+            each = len(handed)
+            run(2 * RAREST)
+        assert len(handed) == (2 * RAREST + 1) * each > 0
+        with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+            run(2 * RAREST)
+        run(2 * RAREST)
+    profile = profiler.profile()
+    assert not (profile[Mark].kind == MarkKind.ERROR).any()
+    assert live(profile, Category.ACTIVATION) == {}
+    assert not torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def test_full_takes_turns_by_calls_without_gradients(tmp_path: Path) -> None:
+    net = Net().eval()
     with torch.no_grad(), Profiler(tmp_path / "tokens.prof", level="full") as profiler:
         for _ in range(2 * RAREST + 2):
             net(torch.randn(8, 64))

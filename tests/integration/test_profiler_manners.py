@@ -159,6 +159,9 @@ def test_traced_and_scripted_modules(full: Profiler) -> None:
         traced, scripted = torch.jit.trace(net, x), torch.jit.script(net)
     assert torch.equal(traced(x), net(x))
     scripted(x).sum().backward()
+    outer = nn.Sequential(scripted, nn.Linear(16, 4))
+    for _ in range(5):
+        outer(x).sum().backward()
 
 
 def test_second_derivatives_are_the_same(tmp_path: Path) -> None:
@@ -281,7 +284,7 @@ def test_threads_do_not_disturb_each_other(full: Profiler) -> None:
     profile = ended(full)
     roots = [path for _, _, depth, path in spans(profile, Phase.FORWARD) if depth == 0]
     assert len(roots) == 80
-    assert len(spans(profile, Phase.BACKWARD)) == 80 * 4
+    assert sorted(path for _, _, depth, path in spans(profile, Phase.BACKWARD) if depth == 0) == sorted(roots)
 
 
 def test_losses_and_several_optimizers_are_one_step(full: Profiler) -> None:

@@ -107,10 +107,10 @@ def test_activations_are_kept_where_everything_fits_beside_them(checkpoint: Path
     capacity(weights + kept)
     assert room(model) == StepRoom(headroom_nbytes=kept, activations="keep", known=True)
     capacity(weights + kept - 1)
-    found = StepRoom(headroom_nbytes=again, activations="auto", saved_nbytes=kept - again, known=True)
+    moved = LEAVING + (kept - again) // (model.config.num_hidden_layers - 1)  # on its way out, and back before its use
+    found = StepRoom(headroom_nbytes=again + moved, activations="auto", saved_nbytes=kept - again, known=True)
     assert room(model) == found  # which a plan decides about
-    moving = room(model, "offload")
-    assert moving == replace(found, activations="offload", headroom_nbytes=again + LEAVING)
+    assert room(model, "offload") == replace(found, activations="offload")
 
 
 @pytest.mark.parametrize("built", [False, True])

@@ -15,25 +15,17 @@ from typing import Any
 import pytest
 import torch
 from test_generate import wait_for_threads
-from test_oncpu import FEW, Processors, below, budget, calls, check_at_rest, computed, every_other
-from test_plan_files import machine
+from test_oncpu import FEW, Processors, below, calls, check_at_rest, computed, every_other
 from test_throughput import alone, ragged
 from zoo import ZOO, load_resident
-from zoo.budgets import PLENTY
 
 import penstock
-from penstock.api import link_cache
-from penstock.arguments import wanted_of
-from penstock.devices import open_device
-from penstock.runtime import loading
-from penstock.runtime.deciding import Decisions
 from penstock.runtime.layout import Layout
 from penstock.runtime.sweep import Sweep
 from penstock.runtime.throughput import Completions
 from penstock.runtime.throughput_batch import ways_of
 from penstock.runtime.throughput_choice import Sampling
 from penstock.runtime.throughput_start import Asked, Limits, start
-from penstock.scheduler.cost import CostModel
 from penstock.scheduler.microbatches import Schedule, cut
 from penstock.scheduler.processors import ALWAYS
 
@@ -250,7 +242,7 @@ def test_shares_are_told_as_they_are(model: Any) -> None:
     nbytes = {block.id: block.image.data_nbytes for block in machinery.layout.blocks}
     total = sum(nbytes[block] for block in machinery.units.on_cpu)
     for share in (0.0, 0.25, 0.5, 1.0):
-        part = machinery.session.on_cpu.part(share, nbytes)
+        part = machinery.units.part(share, nbytes)
         largest = max(sum(nbytes[block] for block in unit.blocks) for unit in machinery.units.units)
         assert sum(nbytes[block] for block in part) == pytest.approx(share * total, abs=largest)
     run = begin(model, prompts, share=0.0)
@@ -365,39 +357,6 @@ def test_weights_looked_at_meanwhile(model: Any, resident: Any) -> None:
         done.set()
         looking.join(60)
     check_at_rest(model)
-
-
-@pytest.mark.parametrize(
-    ("link", "cpu", "exact", "alternates"),
-    [(1e8, 1e9, False, True), (1e8, 1e9, True, False), (2e10, 1e8, False, False)],
-)
-def test_a_calibration_decides_whether_lanes_alternate(
-    saved: Callable[[str], Path], resident: Any, link: float, cpu: float, exact: bool, alternates: bool
-) -> None:
-    prompts = ragged(*LENGTHS)
-    costs = CostModel(hardware=machine(link=link, cpu=cpu))
-    model: Any = loading.load(
-        saved("llama"),
-        wanted=wanted_of({"device": budget(saved("llama"), "nothing")["device"], "host": PLENTY}),
-        device=open_device(f"emulated:h2d={int(link) >> 20}MiB/s,d2h=20GiB/s,disk=20GiB/s"),
-        dtype="auto",
-        disk=[],
-        context=None,
-        batch=None,
-        trust_remote_code=False,
-        cache=link_cache(),
-        decisions=Decisions(costs=costs, rows=2, exact=exact, lanes=2),
-        costs=costs,
-    )
-    try:
-        run = penstock.generate_many(model, prompts, max_new_tokens=NEW, rows=2, lanes=2, ordered=True)
-        assert ids_of(run) == alone(resident, prompts, do_sample=False)
-        reached = run.statistics()
-        assert (reached.schedule.cpu_share > 0) is alternates
-        assert (reached.cpu_share > 0) is alternates
-        assert ("many prompts at once" in str(penstock.explain(model))) is bool(model.penstock.plan.on_cpu())
-    finally:
-        penstock.close(model)
 
 
 def test_other_calls_wait_and_use_both_processors(model: Any, resident: Any) -> None:

@@ -54,6 +54,7 @@ def test_everything_there_is(emulated: EmulatedDevice, tmp_path: Path) -> None:
     assert hardware.cpu.linear.keys() == hardware.cpu.attention.keys() == hardware.cpu.elementwise.keys() == {"float32"}
     assert hardware.cpu.memory.x[0] == 1
     assert min(hardware.cpu.adam, hardware.cpu.launch_s, hardware.cpu.module_call_s, hardware.disk_read) > 0
+    assert 0 < hardware.cpu.switch_s < 0.1
     assert found.device == "emulated:h2d=8000000000,d2h=8000000000"
     assert (found.quick, found.taken_unix_s) == (True, 1e9)
     assert [drive.folder for drive in found.fingerprint.drives] == [str(tmp_path)]
@@ -65,6 +66,7 @@ def test_everything_there_is(emulated: EmulatedDevice, tmp_path: Path) -> None:
         "cpu AdamW",
         "cpu launch",
         "cpu framework",
+        "cpu threads",
         "link to emulated",
         "products while copying",
         f"file on the drive of {tmp_path}",

@@ -68,6 +68,26 @@ def test_throughput_chooses_the_batch(folder: Path, capsys: pytest.CaptureFixtur
     assert found["tokens_per_s"] >= max(rates.values())
 
 
+def test_throughput_alternates_where_that_pays(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A GPU that is as slow as the CPU, and holds half of the weights: two micro-batches alternate."""
+    gpu = {
+        "name": "a GPU", "memory_gb": 6, "bandwidth_gb_per_s": 20, "memory_fraction": 1.0,
+        "tflops": {"float32": 0.015}, "tflops_fraction": 1.0, "launch_us": 0.1,
+    }  # fmt: skip
+    link = {"h2d_gb_per_s": 2, "d2h_gb_per_s": 2, "latency_us": 1}
+    cpu = {**MACHINE["cpu"], "tflops": {"float32": 0.02}}
+    (folder / "gpu.json").write_text(json.dumps({**MACHINE, "cpu": cpu, "gpu": gpu, "link": link}))
+    asked = ["plan", str(folder), "--hardware", str(folder / "gpu.json"), "--prompt", "16", "--generate", "8"]
+    asked += ["--throughput", "--max-memory", "device=20MiB,host=2GiB"]
+    assert main(asked) == 0
+    assert "micro-batches of" in (told := capsys.readouterr().out)
+    assert "alternate between the processors" in told
+    assert main([*asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["lanes"] == 2
+    assert 0 < found["cpu_share"] <= 1
+
+
 def test_a_sweep_gets_faster_with_memory_and_draws_itself(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,11 +14,17 @@ import torch
 from test_predicted_profile import CONFIG, machine
 
 from penstock.memory.errors import UsageError
+from penstock.runtime.explain import Explanation
 from penstock.runtime.foresight import Foresight, Room
 from penstock.runtime.headroom import kv_nbytes
 from penstock.runtime.layout import Budgets
 from penstock.runtime.planning import Planner
+from penstock.runtime.profiler.metrics import summarise
+from penstock.runtime.profiler.predicted import write_prediction
+from penstock.runtime.profiler.reader import read_profile
+from penstock.runtime.profiler.schema import Step
 from penstock.runtime.units import settled
+from penstock.scheduler.curves import Curve
 from penstock.scheduler.hardware import Hardware
 
 MIB = 2**20
@@ -27,6 +34,14 @@ MIB = 2**20
 def foresight(tmp_path: Path) -> Foresight:
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 20_000}))
     return Foresight(tmp_path)
+
+
+@pytest.fixture
+def layers_only(tmp_path: Path) -> Foresight:
+    """The same with a small output layer, which is at the end and has nothing beside it."""
+    (tmp_path / "layers").mkdir()
+    (tmp_path / "layers" / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 64}))
+    return Foresight(tmp_path / "layers")
 
 
 def slow_link() -> Hardware:
@@ -90,3 +105,59 @@ def test_a_plan_that_cuts_a_table_into_dust_is_refused(foresight: Foresight) -> 
         planner.as_planned(edited)
     with pytest.raises(UsageError, match="give 5120 or more"):
         planner.as_planned(edited)
+
+
+def bound_by_arithmetic() -> Hardware:
+    """Both processors take as long for a row of the one as of the other, and twice as long for two."""
+    made = machine(gpu=True)
+    assert made.gpu is not None
+    curves = {"float32": Curve.through([(1, 1e10), (4096, 1e10 / 4096)])}
+    cpu = msgspec.structs.replace(made.cpu, linear=curves, launch_s=1e-7)
+    return msgspec.structs.replace(made, cpu=cpu, gpu=msgspec.structs.replace(made.gpu, linear=curves))
+
+
+def test_two_micro_batches_alternate_where_that_is_faster(layers_only: Foresight) -> None:
+    """The CPU computes what it can of the one, while the device goes on with the other."""
+    asked: Any = {"prompt": 16, "generated": 8, "batch": 8, "room": Room(device=18 * MIB, host=600 * MIB)}
+    one, two = (layers_only.forecast(bound_by_arithmetic(), lanes=lanes, **asked) for lanes in (1, 2))
+    assert (one.lanes, one.cpu_share, two.lanes, two.batch) == (1, 0.0, 2, 8)
+    assert 0 < two.cpu_share <= 1
+    assert two.token_s < 0.8 * one.token_s
+    assert "2 micro-batches of 4 alternate between the processors" in " ".join(str(Explanation(two.plan)).split())
+    assert all(turn.tokens == 8 for turn in two.prediction.turns)
+    told = next(note for note in two.plan.notes if "alternate" in note)
+    assert two.token_s == pytest.approx(float(told.split("about ")[1].split()[0]), rel=0.1)
+
+
+def test_a_run_of_lanes_is_a_profile_like_any_other(layers_only: Foresight, tmp_path: Path) -> None:
+    room = Room(device=18 * MIB, host=600 * MIB)
+    found = layers_only.forecast(bound_by_arithmetic(), prompt=16, generated=8, batch=8, lanes=2, room=room)
+    write_prediction(tmp_path / "run.prof", found)
+    profile = read_profile(tmp_path / "run.prof")
+    assert not profile.problems
+    assert profile[Step].tokens.tolist() == [8] * len(found.prediction.turns)
+    assert summarise(profile).bubble is not None
+
+
+def test_lanes_that_would_not_gain_stay_on_one_processor(foresight: Foresight) -> None:
+    """Half of the weights are read in every sweep, which takes longer than all the rest."""
+    room = Room(device=8 * MIB, host=foresight.weights_nbytes // 2)
+    found = foresight.forecast(bound_by_arithmetic(), prompt=16, generated=8, batch=8, lanes=2, room=room)
+    assert found.binds == "disk"
+    assert found.plan.on_cpu()
+    assert found.cpu_share == 0.0
+    assert any("share each sweep, on one processor" in note for note in found.plan.notes)
+
+
+def test_keys_and_values_of_lanes_stay_within_the_hosts_budget(foresight: Foresight) -> None:
+    kv = kv_nbytes(foresight.model.config, foresight.model.dtype, context=512, batch=16)
+    found = foresight.forecast(
+        slow_link(),
+        prompt=504,
+        generated=8,
+        batch=16,
+        lanes=2,
+        room=Room(device=40 * MIB, host=foresight.weights_nbytes + kv),
+    )
+    keys = found.cpu_share * kv
+    assert found.plan.host_nbytes + keys <= found.plan.host_budget_nbytes + kv / 8

@@ -5,7 +5,17 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.runtime.profiler.turns import COLD_NS, FIRST, RAREST, SHARE, Turns
+from penstock.runtime.profiler.turns import (
+    COLD_NS,
+    EVENT_NS,
+    FIRST,
+    FIRST_STEPS,
+    RAREST,
+    SHARE,
+    STEP_SHARE,
+    StepTurns,
+    Turns,
+)
 
 
 def whole(turns: Turns, calls: int, ns: int) -> list[int]:
@@ -56,3 +66,49 @@ def test_hooks_never_take_more_than_their_share_but_for_the_rare_calls_that_alwa
             since = 0
         turns.took(ns)
         least = min(ns, least * 9 // 8 + 1)
+
+
+def looked_at(turns: StepTurns, steps: int, ns: int, events: int) -> list[int]:
+    """The numbers of the steps of `ns` each that are looked at, where looking finds so many things in each."""
+    found, at, seen = [], 0, 0
+    for number in range(steps):
+        turns.begins(at, seen)
+        if turns.looking:
+            found.append(number)
+            seen += events
+        at += ns
+    return found
+
+
+def test_steps_that_dwarf_what_looking_costs_are_all_looked_at() -> None:
+    assert looked_at(StepTurns(), 30, int(40 * EVENT_NS / STEP_SHARE) + 1, 40) == list(range(30))
+
+
+def test_of_short_steps_so_many_are_looked_at_that_it_takes_its_share() -> None:
+    ns = int(40 * EVENT_NS / STEP_SHARE) // 4 + 1
+    assert looked_at(StepTurns(), 20, ns, 40) == [0, 1, 2, 6, 10, 14, 18]
+
+
+def test_of_very_short_steps_some_are_looked_at() -> None:
+    assert looked_at(StepTurns(), 2 * RAREST + FIRST_STEPS, 1000, 500) == [0, 1, 2, RAREST + 2, 2 * RAREST + 2]
+
+
+def test_what_comes_before_the_first_step_is_looked_at() -> None:
+    assert StepTurns().looking
+
+
+@given(
+    st.lists(st.tuples(st.integers(10**4, 10**9), st.integers(1, 2000)), min_size=50, max_size=300),
+)
+def test_looking_never_takes_more_than_its_share_but_in_the_rare_steps_that_always_are(
+    steps: list[tuple[int, int]],
+) -> None:
+    turns, at, seen, since, least, cost = StepTurns(), 0, 0, 0, 0, 0
+    for number, (ns, events) in enumerate(steps):
+        turns.begins(at, seen)
+        since += 1
+        if turns.looking:
+            assert number < FIRST_STEPS or since == RAREST or cost <= STEP_SHARE * since * least * 1.0001
+            since, seen, cost = 0, seen + events, events * EVENT_NS
+        at += ns
+        least = min(ns, least * 9 // 8 + 1) if number else ns

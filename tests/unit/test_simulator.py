@@ -16,8 +16,9 @@ from penstock.scheduler.curves import Curve
 from penstock.scheduler.hardware import Drive, Hardware, Link, Processor, Sharing
 from penstock.scheduler.operations import Operation
 from penstock.scheduler.program import Enter, Event, Leave, Program
+from penstock.scheduler.setting import Ring, Setting
 from penstock.scheduler.simulated import Moved
-from penstock.scheduler.simulator import Prediction, Ring, Setting, simulate
+from penstock.scheduler.simulator import Prediction, simulate
 from penstock.scheduler.virtualtime import DeadlockError, VirtualLoop, run_virtually
 
 MIB = 2**20
