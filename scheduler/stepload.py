@@ -16,7 +16,8 @@ class LoadedBlock:
 
     id: int
     home: Home
-    """Where its weights lie between two uses. device: there, and changed ones come to it by way of the disk."""
+    """Where its weights lie between two uses. device: there, and changed ones come to it by way of the disk, or of host
+    memory (`homed`)."""
     read_nbytes: int
     """What reading its weights moves, padding included."""
     weights_nbytes: int
@@ -32,6 +33,13 @@ class LoadedBlock:
     """The same as it is kept until the update: in fp32 where several passes are added up."""
     spilled: bool = False
     """Whether it goes to disk until then."""
+    homed: bool = False
+    """Of one that stays on the device: whether host memory has its weights as well, which change there first."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether new weights need not go to disk."""
+        return self.home == "host" or self.homed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +93,10 @@ class StepLoad:
     """Shards under way at a time."""
     behind: int
     """Blocks that wait for their update before backward waits for that, where updates begin in backward."""
+    device_in_memory: float = 0.0
+    """Of the shards that stay in host memory, the share that a device apart updates; the CPU has the rest."""
+    device_on_disk: float = 0.0
+    """The same of those that are read and written."""
     small: int = 0
     """The block of small tensors, which is updated before all others, while the step waits."""
 

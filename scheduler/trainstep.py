@@ -20,6 +20,7 @@ from typing import Final
 from .cost import CostModel
 from .operations import Operation
 from .schedule import Slots, TaskGraph
+from .sharing import is_taken
 from .stepload import BlockUse, LoadedBlock, StepLoad, StepPrediction, Traffic
 
 REQUEST: Final = 4 * 2**20
@@ -54,10 +55,13 @@ def update_s(load: StepLoad, cost: CostModel, elements: float, *, checked: bool)
     launches = work.operations * max(1, ceil(elements / work.elements))
     kernel = Operation(kind="memory", nbytes=work.nbytes * elements, launches=launches)
     seconds = cost.operation_s(kernel, "cpu")
-    if checked:
-        cpu = cost.processor("cpu")
-        seconds += 2 * 4 * load.arrays * elements / min(CHECKSUM, (cpu.memory_read or cpu.memory).at(1))
-    return seconds
+    return seconds + checksum_s(load, cost, elements) if checked else seconds
+
+
+def checksum_s(load: StepLoad, cost: CostModel, elements: float) -> float:
+    """Seconds of the CPU for checksums of what is read and written of so many elements."""
+    cpu = cost.processor("cpu")
+    return 2 * 4 * load.arrays * elements / min(CHECKSUM, (cpu.memory_read or cpu.memory).at(1))
 
 
 class _Run:
@@ -91,6 +95,8 @@ class _Run:
         """By block: the last write of its states. None of them is read before."""
         self._written: list[int] = []
         """What `step()` waits for: the update before it."""
+        self._turns = {True: 0, False: 0}
+        """Shards that were updated, of those on disk and of the others."""
         self._first_use: dict[int, int] = {}
         for index in reversed(range(len(load.uses))):
             self._first_use.update(dict.fromkeys(load.uses[index].blocks, index))
@@ -212,7 +218,7 @@ class _Run:
         through = self._ring.take() if ahead and not stays else ()
         separate = self._load.separate
         task = -1
-        if block.home != "host":
+        if not block.in_memory:
             # a device apart has a ring of its own, which the copy takes a slot of
             slot = (self._host_ring.take() if ahead else ()) if separate else through
             self._bytes["weights_read"] += self._times * block.read_nbytes
@@ -295,6 +301,8 @@ class _Run:
         elements, states = block.elements / units, block.states_nbytes / units
         spilled = block.kept_nbytes / units if block.spilled and load.updates == "step" else 0.0
         on_disk = not block.states_in_memory
+        share = load.device_on_disk if on_disk else load.device_in_memory
+        there_too = begun
         work = done = begun
         for _ in range(units):
             slot = self._buffers.take() if lane == "update" else ()
@@ -306,15 +314,20 @@ class _Run:
                 after = [*there, *([self._arrived[block.id]] if spilled else [])]
                 after += [self._landed[block.id]] if block.id in self._landed else []
                 there.append(self._on_disk("read states", self._cost.read_s(read, REQUEST), after))
-            work = self._on_cores(lane, lane, update_s(load, self._cost, elements, checked=on_disk), there)
-            done = work
+            if lane == "update" and self._is_devices(on_disk, share):
+                there_too = done = self._update_there(block, units, there, checked=on_disk)
+            else:
+                work = self._on_cores(lane, lane, update_s(load, self._cost, elements, checked=on_disk), there)
+                done = work
             if on_disk:
                 self._bytes["states_written"] += states
-                done = self._on_disk("write states", self._cost.write_s(states, REQUEST), [work])
+                done = self._on_disk("write states", self._cost.write_s(states, REQUEST), [done])
                 self._written.append(done)
             if lane == "update":
                 self._buffers.use(done)
-        if block.home != "host" and block.id != load.small:
+        if there_too != begun:
+            work = graph.add("changed", after=[work, there_too])
+        if not block.in_memory and block.id != load.small:
             self._bytes["weights_written"] += block.weights_nbytes
             put = self._on_disk("write weights", self._cost.write_s(block.weights_nbytes, REQUEST), [work])
             work = graph.add("put", lane, after=[put])
@@ -323,6 +336,31 @@ class _Run:
         self._updated[block.id] = work
         self._written.append(work)
         self._landed[block.id] = done
+
+    def _is_devices(self, on_disk: bool, share: float) -> bool:
+        """Whether the device updates the next of these."""
+        turn = self._turns[on_disk]
+        self._turns[on_disk] += 1
+        return is_taken(turn, share)
+
+    def _update_there(self, block: LoadedBlock, units: int, after: Iterable[int], *, checked: bool) -> int:
+        """One unit goes to the device, is changed, and comes back."""
+        up = (block.states_nbytes + block.kept_nbytes) / units
+        down = (block.states_nbytes + block.weights_nbytes) / units
+        self._bytes["to_device"] += up
+        self._bytes["from_device"] += down
+        elements = block.elements / units
+        task = self._on_link("h2d states", self._cost.copy_s(up, REQUEST), after)
+        work = Operation(
+            kind="memory", nbytes=self._load.update.nbytes * elements, launches=self._load.update.operations
+        )
+        seconds = self._cost.operation_s(work, "gpu")
+        self._busy["GPU"] += seconds
+        task = self._graph.add("update there", "update there", seconds, after=[task], shared="device", nbytes=seconds)
+        task = self._on_link("d2h states", self._cost.copy_s(down, REQUEST, back=True), [task])
+        if not checked:
+            return task
+        return self._on_cores("check", "update", checksum_s(self._load, self._cost, elements), [task])
 
     # --- resources ------------------------------------------------------------------------------------------------
 
@@ -334,7 +372,7 @@ class _Run:
         return self._graph.add(lane, lane, seconds, after=after, shared="disk", nbytes=seconds)
 
     def _on_link(self, lane: str, seconds: float, after: Iterable[int]) -> int:
-        back = lane == "d2h"
+        back = lane.startswith("d2h")
         self._busy["device-to-host link" if back else "host-to-device link"] += self._times * seconds
         return self._graph.add(lane, lane, seconds, after=after, shared="link", nbytes=seconds)
 
@@ -357,5 +395,5 @@ class _Run:
 
     def _link_left(self, lanes: Set[str]) -> float:
         link = self._cost.hardware.link
-        both = "d2h" in lanes and bool(lanes & {"h2d", "h2d at once"})
+        both = bool(lanes & {"d2h", "d2h states"}) and bool(lanes & {"h2d", "h2d at once", "h2d states"})
         return 2 * link.duplex if both and link is not None else 1.0

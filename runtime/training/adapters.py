@@ -215,16 +215,19 @@ def changing(
     """What it takes to train these beside frozen weights.
 
     In host memory: masters and states; gradients, in fp32 where several are added up; one of them in fp32 for the norm;
-    what updates compute with; the weights, or on a device apart a copy of them that updates write.
+    what updates compute with; the weights, or on a device apart a copy of them that updates write, and what gradients
+    leave it through that are added up.
     """
     shards = cut_shards([parameter.numel() for parameter in parameters], {0: range(len(parameters))})
     wide = accumulate > 1
     gradients = sum(round_up(p.numel() * (4 if wide else p.element_size()), ALIGN) for p in parameters)
     norm = 0 if wide else max((4 * p.numel() for p in parameters if p.dtype != torch.float32), default=0)
-    weights = sum(parameter.nbytes for parameter in parameters)
+    sizes = [parameter.nbytes for parameter in parameters]
+    weights = sum(sizes)
     in_host = weights if not device.separate or device.torch_device.type != "cpu" else 0
     states = sum(arrays * shard.array_nbytes for shard in shards) + BUFFERS * PAGE
-    own = states + gradients + norm + 2 * 12 * SUBCHUNK + in_host
+    ring = min(2 * max(sizes, default=0), weights) if device.separate and wide else 0
+    own = states + gradients + norm + 2 * 12 * SUBCHUNK + in_host + ring
     moving = activation_room(activations, None)
     return replace(
         moving,

@@ -21,6 +21,7 @@ from ...scheduler.program import Program
 from ...scheduler.sizes import Bytes, Training, Workload
 from ...scheduler.stepload import StepLoad, StepPrediction, Updates
 from ...scheduler.trainstep import REQUEST, predict
+from ...scheduler.updating import ON_CPU, UpdateShares, choose
 from ..feeding import UnknownInputError, with_context
 from ..foresight import Foresight, Room, device_name
 from ..headroom import FRAMEWORK
@@ -32,9 +33,11 @@ from ..programs import training_program
 from ..recompute import segments_of
 from ..rehearsal import TooLongError, make_fake
 from ..sizing import add_adapters, measure_activations
-from .loads import Learned, StepSettings, load_of
+from .deviceupdates import DeviceUpdates
+from .loads import Learned, StepSettings, load_of, update_work
 from .optimizers import OptimizerChoice
 from .room import changing
+from .shards import ELEMENTS
 
 STANDARD_NBYTES: Final = 600 * 10**12
 """What a drive of 1 TB for consumers is usually warranted for: shown where nothing is known of the machine's own."""
@@ -124,7 +127,7 @@ class TrainingForecast:
         that would have to where updates begin early."""
         early = self.work.updates == "backward" and self.work.accumulate == 1
         return sum(
-            (block.weights_nbytes if block.home != "host" else 0) + (block.kept_nbytes if block.spilled or early else 0)
+            (0 if block.in_memory else block.weights_nbytes) + (block.kept_nbytes if block.spilled or early else 0)
             for block in self.load.trained()
         )
 
@@ -270,7 +273,7 @@ class TrainingForesight:
         weights = self.foresight.weights_nbytes
         if budgets.device is not None:
             return weights <= budgets.device
-        return weights + self._changing(work).own_nbytes <= budgets.host
+        return weights + self._changing(work, separate=False).own_nbytes <= budgets.host
 
     def _as(self, hardware: Hardware, work: TrainingWork, room: Room | None, *, again: bool) -> TrainingForecast:
         on_cpu = hardware.gpu is None
@@ -283,15 +286,16 @@ class TrainingForesight:
         transient = FRAMEWORK + largest + (0 if held is None else held.total)
         model = self.foresight.model
         budgets = self.foresight.budgets(hardware, room or Room(), transient)
+        cost = CostModel(hardware=hardware)
+        shares = self._shares(work, cost, budgets.device)
         layout = Planner(
             model,
             self.foresight.backing,
             budgets,
             buffers_nbytes=sum(buffer.nbytes for buffer in model.buffers()),
             keep_skew=on_cpu or hardware.emulated,
-            changing=self._changing(work),
+            changing=self._changing(work, separate=budgets.device is not None, on_device=shares.any),
         ).best()
-        cost = CostModel(hardware=hardware)
         load = load_of(
             layout,
             self.program(work.batch, work.context),
@@ -301,10 +305,11 @@ class TrainingForesight:
                 choice=work.choice,
                 accumulate=work.accumulate,
                 updates=work.updates,
+                shares=shares,
                 segments=self.segments if again else (),
             ),
             room_nbytes=layout.granted_nbytes,
-            passing_nbytes=self._passing_nbytes(work),
+            passing_nbytes=self._passing_nbytes(work, separate=budgets.device is not None),
         )
         links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
         found = TrainingForecast(
@@ -321,22 +326,47 @@ class TrainingForesight:
         _check_drives(found)
         return found
 
-    def _passing_nbytes(self, work: TrainingWork) -> int:
+    def _shares(self, work: TrainingWork, cost: CostModel, device_nbytes: int | None) -> UpdateShares:
+        """What the device would update: as `prepare` decides. Adapters are the CPU's."""
+        if cost.hardware.gpu is None or self.adapters is not None:
+            return ON_CPU
+        kept = update_work(work.choice)
+        arrays = StepSettings(choice=work.choice, accumulate=1, updates=work.updates, segments=()).arrays
+        return choose(
+            "auto",
+            cost,
+            kept,
+            arrays=arrays,
+            itemsize=2,
+            shard_elements=ELEMENTS,
+            needed_nbytes=DeviceUpdates.needed_nbytes(ELEMENTS, arrays),
+            device_nbytes=device_nbytes,
+        )
+
+    def _passing_nbytes(self, work: TrainingWork, *, separate: bool) -> int:
         """Of what training needs at least, what gradients pass through: the rest of them is what it could have more."""
         early = work.updates == "backward"
         if self.adapters is not None or (early and work.accumulate == 1):
             return 0
         weights = [parameter.nbytes for parameter in self.foresight.model.parameters()]
         every = (2 if work.accumulate > 1 else 1) * sum(weights)
-        return every - changing(weights, accumulate=work.accumulate, early=early, arrays=0).more_nbytes
+        needs = changing(weights, accumulate=work.accumulate, early=early, arrays=0, separate=separate)
+        return every - needs.more_nbytes
 
-    def _changing(self, work: TrainingWork) -> Changing:
-        """Host memory that training needs at least."""
+    def _changing(self, work: TrainingWork, *, separate: bool, on_device: bool = False) -> Changing:
+        """Memory that training needs at least; `separate`: beside a device apart, which updates some (`on_device`)."""
         weights = [parameter.nbytes for parameter in self.foresight.model.parameters()]
         if self.adapters is None:
             settings = StepSettings(choice=work.choice, accumulate=1, updates=work.updates, segments=())
             early = work.updates == "backward"
-            return changing(weights, accumulate=work.accumulate, early=early, arrays=settings.arrays)
+            return changing(
+                weights,
+                accumulate=work.accumulate,
+                early=early,
+                arrays=settings.arrays,
+                separate=separate,
+                on_device=on_device,
+            )
         learned = self.learned()
         each = learned.beside * learned.itemsize
         settings = StepSettings(choice=work.choice, accumulate=1, updates="step", segments=())

@@ -17,12 +17,12 @@ from ...scheduler.operations import Operation
 from ...scheduler.program import Enter, Leave, Program
 from ...scheduler.sharing import share_out
 from ...scheduler.stepload import BlockUse, Home, LoadedBlock, StepLoad, Updates, UpdateWork
+from ...scheduler.updating import ON_CPU, UpdateShares
 from ..layout import Draft, Layout
 from .early import BEHIND
 from .optimizers import OptimizerChoice
 from .pipeline import BUFFERS
-from .shards import ELEMENTS
-from .updater import SMALL
+from .shards import ELEMENTS, SMALL
 
 ATTENTION_BACK = 2.5
 """Attention's backward over its forward: five products instead of two, since the scores are worked out again (Dao,
@@ -36,6 +36,8 @@ class StepSettings:
     choice: OptimizerChoice
     accumulate: int
     updates: Updates
+    shares: UpdateShares = ON_CPU
+    """What a device apart updates."""
     segments: Sequence[str]
     """Parts of the model whose activations are made again; none where they are kept."""
 
@@ -100,6 +102,8 @@ def load_of(
         shard_elements=ELEMENTS,
         buffers=BUFFERS,
         behind=BEHIND,
+        device_in_memory=settings.shares.in_memory,
+        device_on_disk=settings.shares.on_disk,
         small=SMALL,
     )
 
@@ -111,7 +115,11 @@ def _block(layout: Layout, block: Draft, learned: Learned, settings: StepSetting
     elif layout.back and block.id in layout.back.resident:
         home = "host"
     plain = LoadedBlock(
-        id=block.id, home=home, read_nbytes=block.image.read_nbytes, weights_nbytes=block.image.data_nbytes
+        id=block.id,
+        home=home,
+        read_nbytes=block.image.read_nbytes,
+        weights_nbytes=block.image.data_nbytes,
+        homed=home == "device" and layout.back is not None and block.id in layout.back.resident,
     )
     elements = sum(learned.elements.get(portion.name, 0) for portion in block.portions)
     nbytes = sum(
@@ -136,6 +144,7 @@ def _with(
         states_in_memory=states_in_memory,
         gradient_nbytes=gradient,
         kept_nbytes=4 * total if settings.accumulate > 1 else gradient,
+        homed=block.homed,
     )
 
 
@@ -169,6 +178,7 @@ def _shared_out(
             gradient_nbytes=block.gradient_nbytes,
             kept_nbytes=block.kept_nbytes,
             spilled=block.id in spilled,
+            homed=block.homed,
         )
     return found
 
