@@ -33,16 +33,16 @@ class Scratch:
     """One array of bf16 and one of fp16."""
 
     @classmethod
-    def of(cls, elements: int = SUBCHUNK) -> Scratch:
-        """Make one.
+    def of(cls, elements: int = SUBCHUNK, device: torch.device | None = None) -> Scratch:
+        """Make one, in the memory of a device, where that is apart from the host.
 
         Raises:
             ValueError: `elements` is not a positive multiple of GRAIN.
         """
         if elements < GRAIN or elements % GRAIN:
             raise ValueError(f"sub-chunks of {elements} elements: use a positive multiple of {GRAIN}, like {SUBCHUNK}")
-        wide, work = (torch.empty(elements, dtype=torch.float32) for _ in range(2))
-        halves = {dtype: torch.empty(elements, dtype=dtype) for dtype in (torch.bfloat16, torch.float16)}
+        wide, work = (torch.empty(elements, dtype=torch.float32, device=device) for _ in range(2))
+        halves = {dtype: torch.empty(elements, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float16)}
         return cls(elements=elements, wide=wide, work=work, halves=halves)
 
     @property

@@ -12,11 +12,12 @@ from torch import nn
 
 from .api import handle_of
 from .arguments import Folders, MaxMemory, folders_of, wanted_of
-from .caches import link_cache
+from .caches import calibration_cache, link_cache
 from .devices import open_device
 from .memory.errors import UsageError
 from .memory.store import Commit
 from .runtime.beside import Beside, trained_in
+from .runtime.devices.base import Device
 from .runtime.loading import load as _load
 from .runtime.offloading import offload as _offload
 from .runtime.pretrained import outline
@@ -38,6 +39,8 @@ from .runtime.training.preparing import (
 )
 from .runtime.training.room import changing
 from .runtime.training.run import Activations, Origin, Settings, Updates
+from .runtime.training.updateshares import update_shares
+from .scheduler.updating import UpdateShares, Where, check_where
 
 
 def prepare(
@@ -52,6 +55,7 @@ def prepare(
     accumulate: int = 1,
     activations: Activations = "auto",
     updates: Updates = "step",
+    update_on: Where = "auto",
     nonfinite: Literal["raise", "skip"] = "raise",
     context: int | None = None,
     batch: int | None = None,
@@ -85,6 +89,10 @@ def prepare(
             disk. "backward": each part as soon as its last gradient is there, which needs memory for few gradients and
             works beside backward. Then every backward pass (`accumulate` of them) must be followed by `step()`,
             gradients cannot be clipped or dropped, and learning rates may change only after `step()`.
+        update_on: Which processor updates masters and states beside a GPU: "cpu", "device" (they go there and come
+            back), or "auto": both, as much on each as by the machine's calibration (`penstock calibrate`) takes least
+            time, and the CPU where there is none. `penstock.explain` says what came of it. The last bit of a result
+            may depend on the processor.
         nonfinite: What `step()` does where a gradient is infinite or not a number: raise, or skip that step.
         context: Tokens per sequence to leave room for, in automatic budgets: activations, logits and their gradients.
         batch: Sequences of a backward pass to leave room for, likewise.
@@ -97,11 +105,13 @@ def prepare(
     """
     folders = run_folders(folders_of(disk))
     settings = _settings(accumulate, activations, updates, nonfinite, optimizer.max_grad_norm)
+    check_where(update_on)
     if lora is not None:
         adapters.check_config(lora)
     check_new(folders)  # before a module gives its weights up
-    asked = _Asked(max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code)
-    arrays = arrays_of(optimizer)
+    asked = _Asked(
+        max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code, where=update_on
+    )
     with adapters.put_if_built(model, lora) as wrapped:
         frozen = lora is not None
         if isinstance(wrapped, nn.Module):
@@ -111,8 +121,8 @@ def prepare(
         if frozen:
             settings.check_frozen()
             own = None if isinstance(wrapped, nn.Module) else lora
-            beside = adapters.beside(own, arrays=arrays, accumulate=accumulate, activations=activations)
-        made, origin, settings = _streamed(wrapped, asked, dtype, settings, folders, arrays=arrays, beside=beside)
+            beside = adapters.beside(own, arrays=arrays_of(optimizer), accumulate=accumulate, activations=activations)
+        made, origin, settings = _streamed(wrapped, asked, dtype, settings, folders, choice=optimizer, beside=beside)
     try:
         if frozen:
             text = None if lora is None else adapters.as_text(made)
@@ -153,6 +163,7 @@ def resume(
     accumulate: int = 1,
     activations: Activations = "auto",
     updates: Updates = "step",
+    update_on: Where = "auto",
     scheduler: Any = None,
     context: int | None = None,
     batch: int | None = None,
@@ -171,6 +182,7 @@ def resume(
         accumulate: Likewise.
         activations: Likewise.
         updates: Likewise.
+        update_on: Likewise.
         scheduler: Called with the optimizer to make the learning rate's scheduler, which then goes on; it becomes
             `optimizer.scheduler`.
         context: As for `prepare`.
@@ -187,18 +199,21 @@ def resume(
         raise UsageError("the run was begun with a module, not a checkpoint: give it to resume(…, model=…), as built")
     source: Any = state.source if model is None else model
     settings = _settings(accumulate, activations, updates, nonfinite, state.max_grad_norm)
-    asked = _Asked(max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code)
+    check_where(update_on)
+    asked = _Asked(
+        max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code, where=update_on
+    )
     lora = None if state.adapters is None else adapters.from_text(state.adapters)
     with adapters.put_if_built(source, lora) as wrapped:
-        beside, arrays = None, arrays_of(choice_of(state))
+        beside, choice = None, choice_of(state)
         if state.frozen:
             settings.check_frozen()
             own = None if isinstance(wrapped, nn.Module) else lora
             beside = adapters.beside(
-                own, arrays=arrays, accumulate=accumulate, activations=activations, trained=state.names
+                own, arrays=arrays_of(choice), accumulate=accumulate, activations=activations, trained=state.names
             )
         made, _, settings = _streamed(
-            wrapped, asked, state.dtype, settings, folders, arrays=arrays, limit=state.limit_nbytes, beside=beside
+            wrapped, asked, state.dtype, settings, folders, choice=choice, limit=state.limit_nbytes, beside=beside
         )
     origin = Origin(source=state.source, dtype=state.dtype, adapters=state.adapters, frozen=state.frozen)
     try:
@@ -237,6 +252,7 @@ class _Asked:
     context: int | None
     batch: int | None
     trust: bool
+    where: Where
 
 
 def _streamed(
@@ -246,23 +262,26 @@ def _streamed(
     settings: Settings,
     folders: RunFolders,
     *,
-    arrays: int,
+    choice: OptimizerChoice,
     limit: int | None = None,
     beside: Beside | None = None,
 ) -> tuple[nn.Module, Origin, Settings]:
     """The model, where it came from, and settings in which it is said what becomes of activations, if that is known."""
     wanted = wanted_of(asked.max_memory)
-    early = settings.updates == "backward"
+    settings = replace(settings, device_is_named=wanted.device is not None)
+    opened = open_device(asked.device)
+    if opened.separate and beside is None:
+        settings = replace(settings, shares=_shares(opened, asked.where, choice, wanted.device))
     trains = partial(
         changing,
         accumulate=settings.accumulate,
-        early=early,
-        arrays=arrays,
+        early=settings.updates == "backward",
+        arrays=arrays_of(choice),
         limit=limit,
+        separate=opened.separate,
+        on_device=settings.shares.any,
         activations=settings.activations,
     )
-    settings = replace(settings, device_is_named=wanted.device is not None)
-    opened = open_device(asked.device)
     room: StepRoom | None = None
     if is_automatic(wanted, opened):
         try:
@@ -308,6 +327,13 @@ def _streamed(
         trainable(made)
     source = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
     return made, Origin(source=source, dtype=str(dtype).removeprefix("torch.")), settings
+
+
+def _shares(device: Device, where: Where, choice: OptimizerChoice, budget: int | None) -> UpdateShares:
+    """What the device updates, by what a calibration of this machine says, if there is one that holds."""
+    kept = calibration_cache().read(device).trusted
+    device_nbytes = device.available_nbytes() if budget is None else budget
+    return update_shares(where, None if kept is None else kept.hardware, choice, device_nbytes=device_nbytes)
 
 
 def _outline(path: str | os.PathLike[str], dtype: str | torch.dtype, trust: bool, beside: Beside | None) -> nn.Module:

@@ -17,6 +17,7 @@ from ..memory.errors import DoesNotFitError, UsageError
 from ..memory.layout import ITEMSIZE
 from ..scheduler.plan import Plan
 from ..scheduler.residency import Residency, Sized, choose_residency, smallest_budget
+from ..scheduler.sharing import spread
 from .backing import Backing
 from .cutting import Cut, Cutter
 from .layout import Budgets, Changing, Draft, Layout
@@ -193,7 +194,13 @@ class Planner:
         passing = [block for block in blocks if block.id in found.resident]
         streamed = [block for block in blocks if block.id not in found.resident]
         transit = max((block.image.nbytes for block in passing), default=0)
-        kept = self._back(streamed, self.budgets.host - own, transit, own, worth, depth)
+        room = self.budgets.host - own
+        changes = self._changing is not None and self._changing.weights_change
+        if changes and sum(block.image.nbytes for block in blocks) <= room:
+            streamed, passing, transit = blocks, [], 0  # all have homes in host memory, and nothing passes through
+        kept = self._back(streamed, room, transit, own, worth, depth)
+        if kept is not None and changes:
+            kept = _with_homes(kept, passing, room)
         return None if kept is None else self._layout(made, found, kept)
 
     def _layout(self, made: Cut, front: Residency, back: Residency | None) -> Layout:
@@ -330,6 +337,25 @@ class Planner:
             available_nbytes=budget,
             resident_nbytes=self._all_nbytes,
         )
+
+
+def _with_homes(back: Residency, on_device: list[Draft], budget: int) -> Residency:
+    """The host's tier with homes for blocks that stay on the device, as far as there is room.
+
+    Where weights change, that is where new ones come to; else they are written to disk and read again, each step. What
+    passes through the host is worth more, and has been placed before.
+    """
+    left = budget - back.nbytes
+    homes = []
+    for place in spread(len(on_device)):
+        if on_device[place].image.nbytes <= left:
+            homes.append(on_device[place])
+            left -= on_device[place].image.nbytes
+    return replace(
+        back,
+        resident=back.resident | {block.id for block in homes},
+        resident_nbytes=back.resident_nbytes + sum(block.image.nbytes for block in homes),
+    )
 
 
 def _shallowness(ring: Residency, affordable: int) -> float:

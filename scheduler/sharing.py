@@ -79,3 +79,8 @@ def spread(count: int) -> Iterable[int]:
     digits = max(count - 1, 0).bit_length()
     turned = (int(format(number, f"0{digits}b")[::-1], 2) if digits else 0 for number in range(1 << digits))
     return [number for number in turned if number < count]
+
+
+def is_taken(index: int, share: float) -> bool:
+    """Whether the thing of this number is among those that a share is made of: spread evenly, the first one last."""
+    return int((index + 1) * share) > int(index * share)

@@ -61,9 +61,26 @@ class StepLanes:
         """To them."""
         return self._on_disk(lane, self._cost.write_s(nbytes, _request(nbytes)), after)
 
-    def copy(self, nbytes: float, after: Iterable[int], *, back: bool = False) -> int:
-        """To the device, or `back` from it."""
-        seconds, lane = self._cost.copy_s(nbytes, _request(nbytes), back=back), "d2h" if back else "h2d"
+    def device(self, name: str, seconds: float, after: Iterable[int]) -> int:
+        """Work of a device apart beside the model."""
+        self.busy_s["GPU"] += self.times * seconds
+        return self.graph.add(name, name, seconds, after=after, shared="device", nbytes=seconds)
+
+    def copy(
+        self, nbytes: float, after: Iterable[int], *, back: bool = False, what: str = "", piece_nbytes: float = 0.0
+    ) -> int:
+        """To the device, or `back` from it.
+
+        Args:
+            nbytes: How much.
+            after: Tasks that it waits for.
+            back: Which way.
+            what: Its lane, where it need not come after all else that goes that way.
+            piece_nbytes: Of each copy, at most; else as blocks are copied.
+        """
+        lane = f"{'d2h' if back else 'h2d'} {what}".rstrip()
+        request = min(piece_nbytes, nbytes) if piece_nbytes else _request(nbytes)
+        seconds = self._cost.copy_s(nbytes, request, back=back)
         self.busy_s["device-to-host link" if back else "host-to-device link"] += self.times * seconds
         return self.graph.add(lane, lane, seconds, after=after, shared="link", nbytes=seconds)
 
@@ -94,7 +111,7 @@ class StepLanes:
 
     def _link_left(self, lanes: Set[str]) -> float:
         link = self._cost.hardware.link
-        both = "d2h" in lanes and "h2d" in lanes
+        both = all(any(lane.startswith(way) for lane in lanes) for way in ("d2h", "h2d"))
         return 2 * link.duplex if both and link is not None else 1.0
 
 

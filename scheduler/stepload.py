@@ -16,7 +16,8 @@ class LoadedBlock:
 
     id: int
     home: Home
-    """Where its weights lie between two uses. device: there, and changed ones come to it by way of the disk."""
+    """Where its weights lie between two uses. device: there, and changed ones come to it by way of the disk, or of host
+    memory (`homed`)."""
     read_nbytes: int
     """What reading its weights moves, padding included."""
     weights_nbytes: int
@@ -38,6 +39,15 @@ class LoadedBlock:
     """Of that, what goes to disk until then."""
     spilled_read_nbytes: int = 0
     """What reading that moves, whole pages; writing it moves as much."""
+    homed: bool = False
+    """Of one that stays on the device: whether host memory has its weights as well, which change there first."""
+    elements_there: int = 0
+    """Of those that are trained, what a device apart updates; the CPU has the rest."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether new weights need not go to disk."""
+        return self.home == "host" or self.homed
 
     @property
     def norm_nbytes(self) -> int:
@@ -106,8 +116,9 @@ class StepLoad:
         return [block for block in self.blocks.values() if block.elements]
 
     def held_nbytes(self, home: Home) -> int:
-        """Weights that lie on a tier."""
-        return sum(block.weights_nbytes for block in self.blocks.values() if block.home == home)
+        """Weights that lie on a tier: of those with a home in host memory on both."""
+        found = (block for block in self.blocks.values() if block.home == home or (block.homed and home == "host"))
+        return sum(block.weights_nbytes for block in found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

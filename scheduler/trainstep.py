@@ -2,26 +2,28 @@
 
 Weights come ahead through a ring, in forward and in backward, each of which has an order that the executor has learned
 (`ringorder.py`). Backward makes the activations of each segment again before it goes back through it. Gradients leave
-as they come. Blocks are updated one after the other: shards are read, changed and written, a few at a time, while the
-next forward waits for each block's new weights alone; or, where updates begin in backward, while that goes on.
+as they come. Blocks are updated one after the other: shards are read, changed (some on a device apart, to which they
+are sent) and written, a few at a time, while the next forward waits for each block's new weights alone; or, where
+updates begin in backward, while that goes on.
 
-Resources that are shared are slowed: a drive that reads and writes, the two ways of a link, cores that compute and
-update. What is not in it: the first steps, in which orders are learned; the data; commits.
+Resources that are shared are slowed: a drive that reads and writes, the two ways of a link, cores or a device that
+compute and update. What is not in it: the first steps, in which orders are learned; the data; commits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 from typing import Final, Literal
 
 from .cost import CostModel
-from .operations import Operation
 from .ringorder import Arrival, arrivals
 from .schedule import Slots
 from .steplanes import StepLanes
 from .stepload import LoadedBlock, StepLoad, StepPrediction, Traffic
+from .updatework import checks_s, update_s, update_there_s
 
 STEPS: Final = 4
 """That are simulated: the first has nothing to update, writes pile up in the next ones, the last one counts."""
@@ -34,32 +36,12 @@ GRADIENT_SLOTS: Final = 4
 """Buffers that gradients on their way to disk pass through, a piece of a shard each."""
 NORM_OPERATIONS: Final = 2
 """On each gradient: it is made fp32, and its norm taken."""
-CHECKSUM: Final = 8.5e9
-"""Bytes per second that one thread checks, where memory does not give it less: xxh3, measured on 4 MiB at a time."""
 Way = Literal["forward", "again", "backward"]
 
 
 def predict(load: StepLoad, cost: CostModel) -> StepPrediction:
     """How a step goes, after some like it."""
     return _Run(load, cost).predict()
-
-
-def update_s(
-    load: StepLoad, cost: CostModel, elements: float, *, tensors: float = 1, checked_nbytes: float = 0.0
-) -> float:
-    """Seconds of the CPU for the update of so many elements of some tensors, with checksums of those of their states
-    that are moved.
-
-    penstock's kernels are some torch operations on one sub-chunk after the other, so that is what they take. And each
-    sub-chunk comes from memory and goes back to it, while what was calibrated are operations on what is in a cache.
-    """
-    work = load.update
-    launches = work.operations * ceil(max(tensors, elements / work.elements, 1))
-    kernel = Operation(kind="memory", nbytes=work.nbytes * elements, launches=launches)
-    cpu = cost.processor("cpu")
-    memory = 2 * 4 * load.arrays * elements / cost.memory_rate("cpu")
-    checks = 2 * checked_nbytes / min(CHECKSUM, (cpu.memory_read or cpu.memory).at(1))
-    return cost.operation_s(kernel, "cpu") + memory + checks
 
 
 def one_pass(load: StepLoad) -> Iterator[tuple[Way, int]]:
@@ -71,6 +53,15 @@ def one_pass(load: StepLoad) -> Iterator[tuple[Way, int]]:
         if place + 1 in ends:
             yield from (("again", inner) for inner in range(ends[place + 1], place + 1))
         yield "backward", place
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Unit:
+    """What of a block is updated at a time: a shard, or several that are simulated as one."""
+
+    elements: float
+    there: bool
+    """Whether the device updates it."""
 
 
 class _Run:
@@ -226,7 +217,7 @@ class _Run:
             lanes.moved("weights_read", block.read_nbytes)
             return lanes.read("read", block.read_nbytes, [*new, *slot])
         lanes.moved("to_device", block.weights_nbytes)
-        if block.home == "host":
+        if block.in_memory:
             return lanes.copy(block.weights_nbytes, [*new, *slot])
         lanes.moved("weights_read", block.read_nbytes)
         read = lanes.read("read", block.read_nbytes, [*new, *self._host_ring.take()])
@@ -310,13 +301,13 @@ class _Run:
         return self._computed
 
     def _update(self, block: LoadedBlock, begun: int, *, lane: str = "update") -> None:
-        """Its shards are read, changed and written, then its weights."""
+        """Its shards are read, changed on either processor and written, then its weights."""
         load, lanes = self._load, self._lanes
-        units = max(1, ceil(block.elements / self._unit))
-        elements, states = block.elements / units, block.states_moved_nbytes / units
-        spilled = block.spilled_read_nbytes / units if load.updates == "step" else 0.0
-        work = done = begun
-        for _ in range(units):
+        units = self._units(block)
+        states = block.states_moved_nbytes / len(units)
+        spilled = block.spilled_read_nbytes / len(units) if load.updates == "step" else 0.0
+        done, changed = begun, {True: begun, False: begun}
+        for unit in units:
             slot = self._buffers.take() if lane == "update" else ()
             there = [begun, *slot]
             if states or spilled:
@@ -325,15 +316,18 @@ class _Run:
                 after = [*there, *([self._arrived[block.id]] if spilled else [])]
                 after += [self._landed[block.id]] if block.id in self._landed else []
                 there.append(lanes.read("read states", states + spilled, after))
-            seconds = update_s(load, self._cost, elements, tensors=block.tensors / units, checked_nbytes=states)
-            work = lanes.cores(lane, lane, seconds, there)
-            done = work
+            if unit.there:
+                done = self._update_there(block, unit, there, checked_nbytes=states)
+            else:
+                done = lanes.cores(lane, lane, self._update_s(block, unit, checked_nbytes=states), there)
+            changed[unit.there] = done
             if states:
                 lanes.moved("states_written", states)
-                done = lanes.write("write states", states, [work])
+                done = lanes.write("write states", states, [done])
                 self._written.append(done)
             if lane == "update":
                 self._buffers.use(done)
+        work = changed[False] if changed[True] == begun else self._graph.add("changed", after=list(changed.values()))
         if block.written_nbytes:
             lanes.moved("weights_written", block.written_nbytes)
             put = lanes.write("write weights", block.written_nbytes, [work])
@@ -343,3 +337,38 @@ class _Run:
         self._updated[block.id] = work
         self._written.append(work)
         self._landed[block.id] = done
+
+    def _units(self, block: LoadedBlock) -> list[_Unit]:
+        """What a block is updated by: the device's spread evenly among the CPU's."""
+        there, here = block.elements_there, block.elements - block.elements_there
+        count = max(1, ceil(block.elements / self._unit), 2 if there and here else 1)
+        few = min(max(round(count * there / block.elements), 1 if there else 0), count - (1 if here else 0))
+        taken = [(number + 1) * few // count > number * few // count for number in range(count)]
+        return [_Unit(elements=there / few if each else here / (count - few), there=each) for each in taken]
+
+    def _update_s(self, block: LoadedBlock, unit: _Unit, *, checked_nbytes: float) -> float:
+        tensors = block.tensors * unit.elements / block.elements
+        return update_s(
+            self._load.update,
+            self._cost,
+            unit.elements,
+            arrays=self._load.arrays,
+            tensors=tensors,
+            checked_nbytes=checked_nbytes,
+        )
+
+    def _update_there(self, block: LoadedBlock, unit: _Unit, after: Sequence[int], *, checked_nbytes: float) -> int:
+        """A unit goes to the device with its gradient, is changed there, and comes back with new weights."""
+        lanes, share = self._lanes, unit.elements / block.elements
+        up = (block.states_nbytes + block.kept_nbytes) * share
+        down = (block.states_nbytes + block.gradient_nbytes) * share  # new weights have the size of a pass's gradient
+        piece = 4 * self._load.shard_elements
+        lanes.moved("to_device", up)
+        lanes.moved("from_device", down)
+        task = lanes.copy(up, after, what="states", piece_nbytes=piece)
+        seconds = update_there_s(self._load.update, self._cost, unit.elements, tensors=block.tensors * share)
+        task = lanes.device("update there", seconds, [task])
+        task = lanes.copy(down, [task], back=True, what="states", piece_nbytes=piece)
+        if not checked_nbytes:
+            return task
+        return lanes.cores("check", "update", checks_s(self._cost, checked_nbytes), [task])

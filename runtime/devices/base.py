@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -9,6 +10,38 @@ import torch
 from ...memory.arena import AnyArena, HostArena
 from ...memory.throttle import Throttle
 from ...scheduler.mover import Event
+
+
+class Lane(Protocol):
+    """Operations that follow each other, beside all else that a device does. Used by one thread.
+
+    What copies read and write lies in arenas of the device, on either side, and is left alone until `wait` has
+    returned. Tensors that are copied are contiguous, of one dtype and shape.
+    """
+
+    def fetch(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Enqueue host → device."""
+        ...
+
+    def compute(self, work: Callable[[], None]) -> None:
+        """Enqueue torch operations on the device's memory; `work` may be called now, or by another thread."""
+        ...
+
+    def send(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Enqueue device → host."""
+        ...
+
+    def wait(self) -> None:
+        """Wait on the host until all of it has been carried out.
+
+        Raises:
+            Exception: what `work` met.
+        """
+        ...
+
+    def close(self) -> None:
+        """End it."""
+        ...
 
 
 class Device(Protocol):
@@ -22,8 +55,8 @@ class Device(Protocol):
     disk_throttle: Throttle | None
     """Rate limit of an emulated disk."""
 
-    def host_arena(self, nbytes: int) -> HostArena:
-        """Host memory that this device copies from at full speed."""
+    def host_arena(self, nbytes: int, *, tier: str = "host") -> HostArena:
+        """Host memory that this device copies from and to at full speed. `tier`: its name in errors."""
         ...
 
     def device_arena(self, nbytes: int) -> AnyArena:
@@ -44,6 +77,19 @@ class Device(Protocol):
 
     def copy_back(self, source: AnyArena, start: int, target: HostArena, offset: int, nbytes: int) -> None:
         """Enqueue device → host on the stream of that direction."""
+        ...
+
+    def send(self, source: torch.Tensor, target: torch.Tensor) -> Event:
+        """Enqueue device → host of a tensor, behind what the caller's compute stream holds now.
+
+        Both are contiguous, of one dtype; the target lies in a host arena of this device. The source's memory must not
+        go back to the allocator before the event that is returned has passed, or `compute_waits` has been called for it
+        on the stream that it was allocated on.
+        """
+        ...
+
+    def lane(self) -> Lane:
+        """One more lane. It comes after what the caller's compute stream holds now."""
         ...
 
     def copy_out(self, source: torch.Tensor, target: HostArena, offset: int, after: Event) -> Event:

@@ -9,6 +9,7 @@ import torch
 from ...memory.arena import AnyArena, HostArena, Slot
 from ...memory.throttle import Throttle
 from ...scheduler.mover import Event
+from .base import Lane
 
 
 class CpuDevice:
@@ -21,9 +22,9 @@ class CpuDevice:
         self.torch_device = torch.device("cpu")
         self.disk_throttle: Throttle | None = None
 
-    def host_arena(self, nbytes: int) -> HostArena:
+    def host_arena(self, nbytes: int, *, tier: str = "host") -> HostArena:
         """Plain host memory."""
-        return HostArena(nbytes)
+        return HostArena(nbytes, tier=tier)
 
     def device_arena(self, nbytes: int) -> AnyArena:
         """There is none."""
@@ -45,6 +46,14 @@ class CpuDevice:
     def copy_back(self, source: AnyArena, start: int, target: HostArena, offset: int, nbytes: int) -> None:
         """Never asked for either."""
         raise NotImplementedError("the cpu device has no link")
+
+    def send(self, source: torch.Tensor, target: torch.Tensor) -> Event:
+        """Nor is this."""
+        raise NotImplementedError("the cpu device has no link")
+
+    def lane(self) -> Lane:
+        """Nor are these."""
+        raise NotImplementedError("the cpu device has no lanes")
 
     def copy_out(self, source: torch.Tensor, target: HostArena, offset: int, after: Event) -> Event:
         """Copied when this returns: into a buffer on its way to disk, there is no other use."""

@@ -9,6 +9,12 @@ dependency is an event:
   before the next copy into the slot (`copies_wait`). With several compute streams in use an event stands for what all
   of them held when it was made, so that the latest event of a slot is enough.
 * Write after write: copies and poison go through one stream, in order.
+* A tensor that is sent to the host (`send`): the device → host stream waits for an event of the compute stream that
+  made it. Its memory is the compute stream's own again once that stream has been made to wait for the copy's event,
+  and only then does the sender let go of it. The host reads what came after a host-side wait on that event.
+* A lane is one stream: its copies in, kernels and copies out follow each other. It shares no memory with other streams,
+  but for the arena and the scratch it is given, which their owner's stream has left before (`wait_stream` when it is
+  made); its memory in the host is left alone until `wait`, which waits on the host.
 * A host slot is refilled from disk only after a host-side wait on the copy that reads it.
 * New arena memory may still be read by kernels of the stream it was allocated on: the copy streams wait for that stream
   once. It goes back to torch's allocator only after the device has come to rest (`close`).
@@ -24,6 +30,7 @@ import contextlib
 import logging
 import os
 import threading
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -32,6 +39,7 @@ from ...memory.arena import POISON, AnyArena, HostArena, Slot
 from ...memory.errors import DoesNotFitError
 from ...memory.throttle import Throttle
 from ...scheduler.mover import Event
+from .base import Lane
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +66,8 @@ class _DeviceArena(AnyArena):
 class _RegisteredArena(HostArena):
     """A host arena that CUDA has locked and mapped, exactly as large as asked for."""
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        super().__init__(nbytes)
+    def __init__(self, nbytes: int, device: torch.device, *, tier: str = "host") -> None:
+        super().__init__(nbytes, tier=tier)
         self._device = device
         self.registered = False
         """Whether CUDA holds the pages; copies run at pageable speed otherwise."""
@@ -104,6 +112,33 @@ def _forget_error(device: torch.device) -> None:
         torch.zeros(1, device=device).add_(1)
 
 
+class _Lane:
+    """A lane: a stream of its own, so that nothing it does waits for anything but what it did before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream = _cuda.Stream(device=device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def fetch(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """On the stream."""
+        _copy_tensor(self._stream, source, target)
+
+    send = fetch
+
+    def compute(self, work: Callable[[], None]) -> None:
+        """Enqueued now."""
+        with torch.cuda.stream(self._stream):
+            work()
+
+    def wait(self) -> None:
+        """For an event behind all of it, sleeping."""
+        _record(self._stream).synchronize()
+
+    def close(self) -> None:
+        """The stream is torch's, which keeps it."""
+
+
 class CudaDevice:
     """One CUDA device.
 
@@ -128,9 +163,9 @@ class CudaDevice:
         self._released: dict[int, Any] = {}
         """Latest event of each compute stream that may not have passed yet, by the stream's handle."""
 
-    def host_arena(self, nbytes: int) -> HostArena:
+    def host_arena(self, nbytes: int, *, tier: str = "host") -> HostArena:
         """Page-locked host memory."""
-        return _RegisteredArena(nbytes, self.torch_device)
+        return _RegisteredArena(nbytes, self.torch_device, tier=tier)
 
     def device_arena(self, nbytes: int) -> AnyArena:
         """Device memory.
@@ -180,6 +215,16 @@ class CudaDevice:
         with torch.cuda.stream(stream):  # makes the device current, too, in whichever thread this is
             destination = self.tensor(target)[offset : offset + nbytes]
             destination.copy_(self.tensor(source)[start : start + nbytes], non_blocking=True)
+
+    def send(self, source: torch.Tensor, target: torch.Tensor) -> Event:
+        """Enqueue device → host of a tensor, once the caller's current stream has come so far."""
+        self._up.wait_event(_record(torch.cuda.current_stream(self.torch_device)))
+        _copy_tensor(self._up, source, target)
+        return _record(self._up)
+
+    def lane(self) -> Lane:
+        """A stream."""
+        return _Lane(self.torch_device)
 
     def copy_out(self, source: torch.Tensor, target: HostArena, offset: int, after: Event) -> Event:
         """Enqueue a tensor of the device → host."""
@@ -251,6 +296,15 @@ class CudaDevice:
             torch.cuda.synchronize(self.torch_device)
         except RuntimeError as error:  # a kernel failed before: nothing runs any more, and the rest must be freed
             logger.error("%s reported an earlier failure while the model was being closed: %s", self.name, error)
+
+
+def _copy_tensor(stream: torch.cuda.Stream, source: torch.Tensor, target: torch.Tensor) -> None:
+    assert source.dtype == target.dtype  # another dtype, or strides, would be converted, and waited for
+    assert source.shape == target.shape
+    assert source.is_contiguous()
+    assert target.is_contiguous()
+    with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(stream):
+        target.copy_(source.detach(), non_blocking=True)
 
 
 def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:

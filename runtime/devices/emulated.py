@@ -17,6 +17,7 @@ import torch
 from ...memory.arena import AnyArena, HostArena, Slot
 from ...memory.throttle import Throttle
 from ...scheduler.mover import Event
+from .base import Lane
 
 PIECE = 1 << 20
 """A throttled copy is cut into pieces of this size, so that the link's rate holds over short times too."""
@@ -37,6 +38,8 @@ class _Stream:
     def __init__(self, name: str, rate: float | None) -> None:
         self._throttle = None if rate is None else Throttle(rate)
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"penstock-{name}", daemon=True)
         self._thread.start()
 
@@ -45,7 +48,11 @@ class _Stream:
             operation()
 
     def put(self, operation: Callable[[], None]) -> None:
-        self._queue.put(operation)
+        with self._lock:
+            if not self._closed:
+                self._queue.put(operation)
+                return
+        operation()  # whoever is ending must not wait for ever
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         def run() -> None:
@@ -68,8 +75,55 @@ class _Stream:
             self.put(lambda: _wait_for(event))
 
     def close(self) -> None:
-        self._queue.put(None)
+        with self._lock:
+            self._closed = True
+            self._queue.put(None)
         self._thread.join()
+
+
+class _Lane:
+    """A lane: a thread that waits for its own copies."""
+
+    def __init__(self, down: _Stream, up: _Stream) -> None:
+        self._down, self._up = down, up
+        self._own = _Stream("lane", None)
+        self._error: Exception | None = None
+
+    def fetch(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Over the link to the device."""
+        self.compute(lambda: self._over(self._down, source, target))
+
+    def send(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Over the link from it."""
+        self.compute(lambda: self._over(self._up, source, target))
+
+    @staticmethod
+    def _over(link: _Stream, source: torch.Tensor, target: torch.Tensor) -> None:
+        _copy_tensor(link, source, target)
+        link.record().wait()
+
+    def compute(self, work: Callable[[], None]) -> None:
+        """By the thread, unless what came before has failed."""
+
+        def run() -> None:
+            if self._error is None:
+                try:
+                    work()
+                except Exception as error:  # it is raised in the thread that waits
+                    self._error = error
+
+        self._own.put(run)
+
+    def wait(self) -> None:
+        """For the thread."""
+        self._own.record().wait()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """End the thread."""
+        self._own.close()
 
 
 class EmulatedDevice:
@@ -89,9 +143,9 @@ class EmulatedDevice:
         self._down = _Stream("h2d", rates.h2d)
         self._up = _Stream("d2h", rates.d2h)
 
-    def host_arena(self, nbytes: int) -> HostArena:
+    def host_arena(self, nbytes: int, *, tier: str = "host") -> HostArena:
         """Plain host memory."""
-        return HostArena(nbytes)
+        return HostArena(nbytes, tier=tier)
 
     def device_arena(self, nbytes: int) -> AnyArena:
         """Host memory that plays the device's."""
@@ -115,6 +169,15 @@ class EmulatedDevice:
         """Enqueue device → host."""
         assert isinstance(source, HostArena)
         self._up.copy(target.address + offset, source.address + start, nbytes)
+
+    def send(self, source: torch.Tensor, target: torch.Tensor) -> Event:
+        """Enqueue device → host of a tensor. What computed it has run."""
+        _copy_tensor(self._up, source, target)
+        return self._up.record()
+
+    def lane(self) -> Lane:
+        """A thread, whose copies pass over the links like all others."""
+        return _Lane(self._down, self._up)
 
     def copy_out(self, source: torch.Tensor, target: HostArena, offset: int, after: Event) -> Event:
         """Enqueue a tensor → host. One link has one rate, so this takes its turn among blocks."""
@@ -165,6 +228,14 @@ class EmulatedDevice:
         """Stop the streams."""
         self._down.close()
         self._up.close()
+
+
+def _copy_tensor(stream: _Stream, source: torch.Tensor, target: torch.Tensor) -> None:
+    assert source.dtype == target.dtype
+    assert source.shape == target.shape
+    assert source.is_contiguous()
+    assert target.is_contiguous()
+    stream.copy(target.data_ptr(), source.data_ptr(), source.nbytes)
 
 
 def _wait_for(event: threading.Event) -> None:

@@ -23,7 +23,7 @@ from ..explain import gib, seconds
 from ..layout import Layout
 from ..links import LinkCache, disk_write_rate
 from ..recompute import mark_segments, recompute
-from .room import TrainingRoom
+from .roomplan import TrainingRoom
 from .run import Settings
 
 logger = logging.getLogger(__name__)
@@ -175,10 +175,12 @@ def _machine(
     link: tuple[str, ...] = ()
     if machinery.device.separate:
         link = "device to host", "host to device"
-        leaving = plan.weights_nbytes if machinery.trains else 0
+        updated = room.states_over_link_nbytes / passes
+        back = (plan.weights_nbytes if machinery.trains else 0) + updated
+        there = 2 * plan.link_nbytes_per_sweep + updated
         lanes |= {
-            link[0]: Lane(busy_s=leaving / (plan.links.d2h or link_rate), byte_s=1 / (plan.links.d2h or link_rate)),
-            link[1]: Lane(busy_s=2 * plan.link_nbytes_per_sweep / link_rate, byte_s=1 / link_rate),
+            link[0]: Lane(busy_s=back / (plan.links.d2h or link_rate), byte_s=1 / (plan.links.d2h or link_rate)),
+            link[1]: Lane(busy_s=there / link_rate, byte_s=1 / link_rate),
         }
     tiers = []
     if cut.kept_nbytes:

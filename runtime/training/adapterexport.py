@@ -14,12 +14,12 @@ from ..dtypes import parse_dtype, stored_dtype
 from .adapters import from_text, peft, without_adapters
 from .exported import Export, ExportedTensor, whole_run
 from .exportsource import bones_of, refuse_other, required
-from .gradients import Trained
 from .masters import Masters
 from .preparing import identity_of
 from .run import RunState
 from .selection import beside_blocks
 from .shards import Shard
+from .trained import Trained
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

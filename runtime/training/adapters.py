@@ -235,7 +235,8 @@ def changing_on(
     """What it takes to train these beside frozen weights.
 
     In host memory: masters and states; gradients, in fp32 where several are added up; one of them in fp32 for the norm;
-    what updates compute with; the weights, or on a device apart a copy of them that updates write.
+    what updates compute with; the weights, or on a device apart a copy of them that updates write, and what gradients
+    leave it through that are added up.
 
     Args:
         parameters: Of the adapters.
@@ -249,9 +250,11 @@ def changing_on(
     wide = accumulate > 1
     gradients = sum(round_up(p.numel() * (4 if wide else p.element_size()), ALIGN) for p in parameters)
     norm = 0 if wide else max((4 * p.numel() for p in parameters if p.dtype != torch.float32), default=0)
-    weights = sum(parameter.nbytes for parameter in parameters)
+    sizes = [parameter.nbytes for parameter in parameters]
+    weights = sum(sizes)
     states = sum(arrays * shard.array_nbytes for shard in shards) + BUFFERS * PAGE
-    own = states + gradients + norm + 2 * 12 * SUBCHUNK + (0 if emulated else weights)
+    ring = min(2 * max(sizes, default=0), weights) if separate and wide else 0
+    own = states + gradients + norm + 2 * 12 * SUBCHUNK + (0 if emulated else weights) + ring
     moving = activation_room(activations, None)
     return replace(
         moving,

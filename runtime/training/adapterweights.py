@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from .gradients import Trained
+from .trained import Trained
 
 
 class AdapterWeights:
@@ -25,6 +25,10 @@ class AdapterWeights:
     def names(self, block: int) -> Sequence[str]:
         """The parameters of the block."""
         return list(self._homes)
+
+    def is_free(self, block: int) -> bool:
+        """There is one block."""
+        return True
 
     def written_nbytes(self, blocks: Collection[int]) -> int:
         """Nothing: they are in memory."""

@@ -2,7 +2,7 @@
 
 Gradients of blocks that are not whole yet wait in memory, as many as the largest block has. Where more would have to
 (experts without tokens leave blocks that never become whole), those that have waited longest go to disk, and come back
-beside their shards when `step()` submits what is left.
+beside their shards when `step()` submits what is left. So they do where others of a device apart find no place.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from typing import Any, Final
 
 import torch
 
+from ...kernels.norms import total_norm
 from ...memory.errors import DiskError, PenstockError, StallError, UsageError
-from .gradients import Gradient, SpilledGradient
-from .spill import GradientSpill
-from .updater import SMALL, Step, Updater
+from .blockchanges import Step
+from .gradients import Gradients
+from .intake import Gradient, SpilledGradient
+from .shards import SMALL
+from .updater import Updater
 
 BEHIND: Final = 3
-"""Blocks whose gradients wait for their update, before backward waits for that."""
+"""Blocks whose gradients wait for their update, before backward waits for that, where there is no room for more."""
 Hypers = Callable[[], Sequence[Any]]
 """Hyperparameters of each parameter, as they are now."""
 
@@ -35,11 +38,11 @@ class EarlySteps:
     Args:
         names: Of the parameters.
         blocks: Of each parameter.
-        sizes: Bytes of each parameter's gradient, as it is kept.
         counts: How many updates each parameter has had; counted on as gradients come.
+        gradients: That come.
         updater: Changes blocks.
-        spill: Where gradients go that would have to wait in memory for too long; None where all may.
         hypers: Asked when a step begins.
+        behind: Blocks whose gradients wait for their update, before backward waits for that.
     """
 
     def __init__(
@@ -47,19 +50,19 @@ class EarlySteps:
         *,
         names: Sequence[str],
         blocks: Sequence[int],
-        sizes: Sequence[int],
         counts: list[int],
+        gradients: Gradients,
         updater: Updater,
-        spill: GradientSpill | None,
         hypers: Hypers,
+        behind: int = BEHIND,
     ) -> None:
         self._names = names
         self._blocks = blocks
-        self._sizes = sizes
         self._counts = counts
+        self._gradients = gradients
         self._updater = updater
-        self._spill = spill
         self._hypers = hypers
+        self._behind = behind
         self._parameters: dict[int, list[int]] = {}
         """Of each block."""
         for index, block in enumerate(blocks):
@@ -78,6 +81,8 @@ class EarlySteps:
         self._waiting: dict[int, list[int]] = {}
         """Blocks that are not whole, those that have waited longest first: parameters whose gradients wait in memory
         and could go to disk."""
+        self.norm: torch.Tensor | None = None
+        """Of all gradients of the last step that ended, where a device apart has taken it."""
         self.lost: PenstockError | None = None
         """Why the model is between two steps for good."""
 
@@ -89,7 +94,7 @@ class EarlySteps:
     @property
     def waiting_nbytes(self) -> int:
         """Of gradients in memory that could go to disk, in blocks that are not whole."""
-        return sum(self._sizes[index] for waiting in self._waiting.values() for index in waiting)
+        return sum(self._gradients.kept_nbytes(index) for waiting in self._waiting.values() for index in waiting)
 
     def arrived(self, index: int, gradient: torch.Tensor) -> None:
         """A gradient is whole (called in backward, which waits here while too many blocks wait for their update).
@@ -120,7 +125,7 @@ class EarlySteps:
             self._make_room(step, block)
             return
         self._waiting.pop(block, None)
-        self._updater.wait_below(BEHIND)
+        self._updater.wait_below(self._behind)
         self._await_disk(step, block)
         self._submitted.add(block)
         self._updater.submit(step, [block])
@@ -137,54 +142,74 @@ class EarlySteps:
 
     def _movable(self, index: int) -> int:
         """Bytes of a gradient that could go to disk; 0 for others."""
-        return self._sizes[index] if self._spill is not None and index in self._spill else 0
+        return self._gradients.kept_nbytes(index) if self._gradients.intake.leaves(index) else 0
 
     def _make_room(self, step: Step, block: int) -> None:
         """Send gradients of other blocks to disk, until no more wait than may."""
         while self.waiting_nbytes > self.hold_nbytes:
-            oldest = next(other for other in self._waiting if other != block)
-            for index in self._waiting.pop(oldest):
-                self._send(step, index)
+            self._send(step, next(other for other in self._waiting if other != block))
 
-    def _send(self, step: Step, index: int) -> None:
-        assert self._spill is not None
-        gradient = step.gradients[index]
-        assert isinstance(gradient, torch.Tensor)
+    def free_place(self) -> None:
+        """A gradient that comes finds no place: one is given back, by a block that has waited longest, or by updates.
+
+        Places are more than the blocks that may wait for their updates, so some of those that are not whole have any,
+        or some of the step before.
+        """
+        if self._step is not None and self._waiting:
+            self._send(self._step, next(iter(self._waiting)))
+        else:
+            self._updater.wait_below(self._behind)
+
+    def _send(self, step: Step, block: int) -> None:
+        """Send what waits in memory of a block to disk, and give its place back."""
         with self._midway():
-            self._spill.put(index, gradient)
-        step.gradients[index] = SpilledGradient(elements=len(gradient), norm=None)
+            for index in self._waiting.pop(block):
+                gradient = step.gradients[index]
+                assert isinstance(gradient, torch.Tensor)
+                step.gradients[index] = self._gradients.intake.to_disk(index, gradient)
+        self._gradients.intake.release(block)
 
     def _await_disk(self, step: Step, block: int) -> None:
         """Wait until what has gone to disk of a block is there: its update reads it."""
         sent = [index for index in self._parameters[block] if isinstance(step.gradients[index], SpilledGradient)]
         if not sent:
             return
-        assert self._spill is not None
         with self._midway():
-            self._spill.settle(sent)
+            self._gradients.intake.await_disk(sent)
 
     def _use(self, step: Step, index: int, gradient: Gradient) -> None:
-        """Give a gradient to the step that has begun."""
-        if not self._is_finite(index, gradient):
-            raise self._lose(
-                NonFiniteGradientError(
-                    f"the gradient of {self._names[index]} is not finite, and parts of the model have been updated "
-                    "with others of this backward already: go on from the last commit with penstock.resume, or have "
-                    'whole steps skipped with nonfinite="skip"'
-                )
-            )
+        """Give a gradient to the step that has begun. Those from a device apart are looked at all together, later."""
+        if not self._gradients.depart and not self._is_finite(index, gradient):
+            raise self._not_finite(f"the gradient of {self._names[index]}")
         self._used.add(index)
         step.gradients[index] = gradient
         self._counts[index] += 1
 
     def _is_finite(self, index: int, gradient: Gradient) -> bool:
         if isinstance(gradient, SpilledGradient):
-            assert gradient.norm is not None, "of fewer backward passes than there could have been"
-            if bool(torch.isfinite(gradient.norm)):
+            if bool(torch.isfinite(self._gradients.norm(index, gradient))):
                 return True
-            assert self._spill is not None
-            gradient = self._spill.get(index)  # the norm of large numbers is none, either
+            gradient = self._gradients.intake.present(index, gradient)  # the norm of large numbers is none, either
         return bool(torch.isfinite(gradient.sum(dtype=torch.float32))) or bool(torch.isfinite(gradient).all())
+
+    def _check_norms(self, rest: Sequence[Gradient | None]) -> None:
+        """See that the gradients of the step are finite: all whose norms were taken on the way, and the rest."""
+        norms = self._gradients.norms_on_the_way
+        for index, gradient in enumerate(rest):
+            if gradient is not None:
+                norms[index] = self._gradients.norm(index, gradient)
+        self.norm = total_norm([norms[index] for index in sorted(norms)]).cpu()  # the one wait for the device
+        if not bool(torch.isfinite(self.norm)):
+            raise self._not_finite(f"the norm of all gradients is {self.norm.item()}: one of them")
+
+    def _not_finite(self, what: str) -> PenstockError:
+        return self._lose(
+            NonFiniteGradientError(
+                f"{what} is not finite, and parts of the model have been updated with others of this backward "
+                "already: go on from the last commit with penstock.resume, or have whole steps skipped with "
+                'nonfinite="skip"'
+            )
+        )
 
     def end(self, take: Callable[[], list[Gradient | None]], hypers: Sequence[Any]) -> tuple[Step, list[int]] | None:
         """The end of backward: the step, and the blocks that were not whole, to be submitted.
@@ -221,6 +246,8 @@ class EarlySteps:
         for index, gradient in enumerate(rest):
             if gradient is not None:
                 self._use(step, index, gradient)
+        if self._gradients.depart:
+            self._check_norms(rest)
         self._step = None
         self._waiting = {}
         left = sorted({self._blocks[index] for index in self._used} - self._submitted)

@@ -16,11 +16,11 @@ from ..partition import cut, streamable
 from ..phases import once_per_answer
 from ..pretrained import Skeleton, skeleton
 from .exported import ExportedTensor
-from .gradients import Trained
 from .preparing import identity_of
 from .run import RunState
 from .selection import beside_blocks
 from .shards import Shard, cut_shards
+from .trained import Trained
 
 
 def bones_of(state: RunState, source: str | None, dtype: str | torch.dtype, trust_remote_code: bool) -> Skeleton:

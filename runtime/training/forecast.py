@@ -21,6 +21,7 @@ from ...scheduler.program import Program
 from ...scheduler.sizes import Bytes, Workload
 from ...scheduler.stepload import StepLoad
 from ...scheduler.trainstep import predict
+from ...scheduler.updating import ON_CPU, UpdateShares
 from ..activations.store import LEAST_BUFFER, LEAVING, ActivationStore
 from ..adapterbones import add_adapters
 from ..feeding import UnknownInputError, with_context
@@ -37,13 +38,15 @@ from ..sizing import measure_activations
 from .activations import announced, moves_activations
 from .adapters import changing_on
 from .foreseen import Adapters, TrainingForecast, TrainingWork
-from .gradients import Trained
 from .loads import StepSettings, load_of
 from .preparing import arrays_of
-from .room import TrainingRoom, adapter_room, changing, plan_room
+from .room import changing
+from .roomplan import TrainingRoom, adapter_room, plan_room
 from .run import Activations, Settings
 from .selection import beside_blocks, shards_in
 from .shards import Shard
+from .trained import Trained
+from .updateshares import update_shares
 
 
 class TrainingForesight:
@@ -178,10 +181,11 @@ class TrainingForesight:
         saved = self._saved_nbytes(work, on_cpu=on_cpu) if automatic and activations in ("auto", "offload") else None
         if activations == "offload" or saved is not None:  # what leaves is still there, and so is what comes back early
             transient += LEAVING + (saved or 0) // max(len(self.segments) - 1, 1)
-        changing = self._changing(hardware, work, activations, saved)
+        shares = self._shares(hardware, work, room)
+        changing = self._changing(hardware, work, activations, saved, on_device=shares.any)
         budgets = self.foresight.budgets(hardware, room, transient)
         layout = self._layout(hardware, budgets, changing)
-        settings = Settings(accumulate=work.accumulate, updates=work.updates, activations=activations)
+        settings = Settings(accumulate=work.accumulate, updates=work.updates, activations=activations, shares=shares)
         shards, shared = self._shared(layout, work, settings, saved_is_known=changing.saved_nbytes is not None)
         load = self._load(hardware, work, layout, shards, shared, again=again)
         plan, left_out = self._told(hardware, budgets, layout, settings, shared)
@@ -276,10 +280,25 @@ class TrainingForesight:
             ),
         )
 
+    def _shares(self, hardware: Hardware, work: TrainingWork, room: Room) -> UpdateShares:
+        """What a device apart would update: as `prepare` decides. Adapters are the CPU's."""
+        gpu = hardware.gpu
+        if gpu is None or self.adapters is not None:
+            return ON_CPU
+        device_nbytes = gpu.memory_nbytes if room.device is None else room.device
+        return update_shares("auto", hardware, work.choice, device_nbytes=device_nbytes)
+
     def _changing(
-        self, hardware: Hardware, work: TrainingWork, activations: Activations, saved_nbytes: int | None = None
+        self,
+        hardware: Hardware,
+        work: TrainingWork,
+        activations: Activations,
+        saved_nbytes: int | None = None,
+        *,
+        on_device: bool = False,
     ) -> Changing:
-        """Host memory that training needs at least, and what it could use: as `prepare` counts it."""
+        """Memory that training needs at least, and what it could use, as `prepare` counts it; of a device apart where
+        that updates some (`on_device`)."""
         arrays = arrays_of(work.choice)
         if self.adapters is None:
             return changing(
@@ -287,6 +306,8 @@ class TrainingForesight:
                 accumulate=work.accumulate,
                 early=work.updates == "backward",
                 arrays=arrays,
+                separate=hardware.gpu is not None,
+                on_device=on_device,
                 activations=activations,
                 saved_nbytes=saved_nbytes,
             )

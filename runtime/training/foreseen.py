@@ -12,7 +12,7 @@ from ...scheduler.plan import Plan
 from ...scheduler.sizes import Bytes
 from ...scheduler.stepload import StepLoad, StepPrediction, Updates
 from .optimizers import OptimizerChoice
-from .room import TrainingRoom
+from .roomplan import TrainingRoom
 from .run import Activations
 from .wear import Wear, wear_of
 

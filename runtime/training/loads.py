@@ -19,12 +19,11 @@ from ...scheduler.program import Enter, Leave, Program
 from ...scheduler.stepload import BlockUse, Home, LoadedBlock, StepLoad, Updates, UpdateWork
 from ..layout import Draft, Layout
 from .early import BEHIND
-from .gradients import Trained
 from .optimizers import OptimizerChoice
 from .pipeline import BUFFERS
-from .room import TrainingRoom
-from .shards import ELEMENTS, Shard
-from .updater import SMALL
+from .roomplan import TrainingRoom
+from .shards import ELEMENTS, SMALL, Shard
+from .trained import Trained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +98,7 @@ def _blocks(
         states = {shard.id: settings.arrays * shard.array_nbytes for shard in own}
         gradient = sum(trained[index].elements * trained[index].parameter.itemsize for index in members)
         home, changed = _home(layout, block), round_up(block.image.nbytes)
+        homed = home == "device" and layout.back is not None and block.id in layout.back.resident
         changes = bool(members) and not frozen
         yield LoadedBlock(
             id=block.id,
@@ -106,8 +106,12 @@ def _blocks(
             # what has changed is read from a scratch file, where its slot lies as it is
             read_nbytes=changed if changes else block.image.read_nbytes,
             weights_nbytes=block.image.data_nbytes + (gradient if frozen else 0),  # adapters lie beside blocks
-            written_nbytes=changed if changes and home != "host" else 0,
+            written_nbytes=changed if changes and not (home == "host" or homed) else 0,
+            homed=homed,
             elements=sum(trained[index].elements for index in members),
+            elements_there=sum(
+                piece.elements for shard in own if shard.id in room.on_device for piece in shard.pieces
+            ),
             tensors=max(len(members), 1),
             states_nbytes=sum(states.values()),
             states_moved_nbytes=sum(nbytes for shard, nbytes in states.items() if shard not in room.resident),

@@ -14,8 +14,8 @@ from ...memory.layout import ITEMSIZE
 from ...memory.store import BlockStore
 from ..binding import contiguous_stride
 from .exported import ExportedTensor, Run, Sink
-from .gradients import Trained
 from .shards import Piece, Shard
+from .trained import Trained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

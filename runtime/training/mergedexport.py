@@ -27,10 +27,10 @@ from .adapters import peft
 from .exported import Export, Run, Sink
 from .exportnames import as_named, as_stored
 from .exportsource import bones_of
-from .gradients import Trained
 from .masters import MasterReader
 from .run import RunState
 from .shards import Shard
+from .trained import Trained
 
 
 def plan_merged_export(

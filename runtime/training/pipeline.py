@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ from ...memory.arena import PAGE, HostArena, Slot, round_up
 from ...memory.disk import DiskEngine, Transfer
 from ...memory.errors import StallError
 from ...memory.store import BlockStore
-from .residents import ResidentShards
+from .residents import MakeArena, ResidentShards
 from .shardfiles import ShardFiles
 from .shards import Shard
 from .watch import STALL_S, WATCH_S, Watch
@@ -32,6 +32,29 @@ BUFFERS: Final = 4
 
 Work = Callable[[Shard, Sequence[torch.Tensor]], None]
 """Changes the arrays of a shard in place: fp32, [elements] each."""
+Finish = Callable[[], None]
+"""Waits for work that goes on elsewhere: afterwards the arrays have changed."""
+
+
+class Elsewhere(Protocol):
+    """Work on some shards that goes on while others are worked on."""
+
+    @property
+    def at_once(self) -> int:
+        """How many at a time; fewer than BUFFERS."""
+
+    def takes(self, shard: Shard) -> bool:
+        """Whether this shard is one of them."""
+
+    def waits(self, shard: Shard) -> bool:
+        """Whether all that is elsewhere has to end before this shard is worked on, there or here."""
+
+    def begin(self, shard: Shard, arrays: Sequence[torch.Tensor]) -> Finish:
+        """Begin; the arrays are left alone until what is returned has returned."""
+
+
+def _plain_arena(nbytes: int, tier: str) -> HostArena:
+    return HostArena(nbytes, tier=tier)
 
 
 class Pending(Protocol):
@@ -69,6 +92,16 @@ class _Ahead:
             self.beside.cancel()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Away:
+    """A shard that is worked on elsewhere."""
+
+    taken: _Ahead
+    finish: Finish
+    turn: int
+    """How many had been worked on, with it."""
+
+
 class ShardPipeline:
     """Carries work out on shards of a block store, from one thread at a time.
 
@@ -79,6 +112,7 @@ class ShardPipeline:
         arrays: How many each has.
         kept: The numbers of those that stay in host memory.
         beside_nbytes: Memory for what is read beside a shard.
+        make_arena: Makes the memory, of so many bytes and that name.
         watch_s: How often a wait is reported.
         stall_s: How long one may last without a byte moved.
     """
@@ -92,16 +126,17 @@ class ShardPipeline:
         arrays: int,
         kept: Collection[int] = (),
         beside_nbytes: int = 0,
+        make_arena: MakeArena = _plain_arena,
         watch_s: float = WATCH_S,
         stall_s: float = STALL_S,
     ) -> None:
         self._shards = shards
         self._arrays = arrays
         self._files = ShardFiles(store, engine, watch_s=watch_s, stall_s=stall_s)
-        self._residents = ResidentShards(self._files, shards, kept, arrays)
+        self._residents = ResidentShards(self._files, shards, kept, arrays, make_arena)
         self._beside_at = max((arrays * shard.array_nbytes for shard in shards if shard.id not in kept), default=0)
         each = max(self._beside_at + round_up(beside_nbytes), PAGE)
-        self._arena = HostArena(BUFFERS * each, tier="shards")
+        self._arena = make_arena(BUFFERS * each, "shards")
         self._free = deque(self._arena.cut(each) for _ in range(BUFFERS))
 
     @property
@@ -120,9 +155,9 @@ class ShardPipeline:
         return sum(self._arrays * shard.array_nbytes for shard in self._shards if shard in self._residents)
 
     @staticmethod
-    def needed_nbytes(shards: Sequence[Shard], arrays: int) -> int:
-        """What it would take for shards of which none stays, with nothing beside them."""
-        return BUFFERS * max(arrays * shard.array_nbytes for shard in shards)
+    def needed_nbytes(sizes: Iterable[int]) -> int:
+        """What it would take for shards of so many bytes of which none stays, with nothing beside them."""
+        return BUFFERS * max(sizes)
 
     def run(
         self,
@@ -132,6 +167,7 @@ class ShardPipeline:
         new: bool = False,
         write: bool = True,
         beside: Beside | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         """Work on shards until there are no more; returns when the last has been written.
 
@@ -142,25 +178,31 @@ class ShardPipeline:
             new: They are not there yet: nothing is read, and the arrays start as zeros.
             write: Write them back. Without, they are only looked at.
             beside: What is to be read with each.
+            elsewhere: Works on some of them, in the place of `work`.
 
         Raises:
             PenstockError: a shard could not be read or written, or is damaged.
         """
         ahead: deque[_Ahead] = deque()
+        away: deque[_Away] = deque()
+        turn = 0
         try:
-            while self._read_ahead(take, ahead, new, beside):
+            while self._read_ahead(take, ahead, new, beside) or away:
+                if away and elsewhere is not None and _ends(away, ahead, elsewhere, turn):
+                    gone = away.popleft()
+                    self._end(gone.taken, gone.finish, write)
+                    continue
                 taken = ahead.popleft()
-                writing = False
-                try:
-                    self._one(taken, work, new, write)
-                    if write and taken.shard not in self._residents:
-                        span = self._files.begin(taken.shard)
-                        writing = True
-                        self._files.write(taken.shard, span, taken.raw, partial(self._give_back, taken.slot))
-                finally:
-                    if not writing:  # the write gives it back
-                        self._drop(taken)
+                turn += 1
+                if elsewhere is not None and elsewhere.takes(taken.shard):
+                    away.append(self._send_away(taken, elsewhere, new, write, turn))
+                else:
+                    self._end(taken, partial(self._work, taken, work, new, write), write)
         except BaseException:
+            for gone in away:
+                with suppress(Exception):  # the first one is told
+                    gone.finish()
+                self._drop(gone.taken)
             for taken in ahead:
                 self._drop(taken)
             try:
@@ -215,7 +257,37 @@ class ShardPipeline:
             taken.give_up()
             raise
 
-    def _one(self, taken: _Ahead, work: Work, new: bool, write: bool) -> None:
+    def _work(self, taken: _Ahead, work: Work, new: bool, write: bool) -> None:
+        self._bring(taken, new, write)
+        work(taken.shard, arrays_of(taken.raw, taken.shard, self._arrays))
+
+    def _send_away(self, taken: _Ahead, elsewhere: Elsewhere, new: bool, write: bool, turn: int) -> _Away:
+        try:
+            self._bring(taken, new, write)
+            finish = elsewhere.begin(taken.shard, arrays_of(taken.raw, taken.shard, self._arrays))
+        except BaseException:
+            self._drop(taken)
+            raise
+        return _Away(taken=taken, finish=finish, turn=turn)
+
+    def _end(self, taken: _Ahead, finish: Finish, write: bool) -> None:
+        """Finish the work on a shard, and begin to write it."""
+        writing = False
+        try:
+            finish()
+            self._files.worked += 1
+            if write and taken.shard in self._residents:
+                self._residents.changed(taken.shard)
+            elif write:
+                span = self._files.begin(taken.shard)
+                writing = True
+                self._files.write(taken.shard, span, taken.raw, partial(self._give_back, taken.slot))
+        finally:
+            if not writing:  # the write gives it back
+                self._drop(taken)
+
+    def _bring(self, taken: _Ahead, new: bool, write: bool) -> None:
+        """Wait until a shard is there, and may be changed."""
         shard, stays = taken.shard, taken.shard in self._residents
         if new:
             taken.raw[:] = bytes(len(taken.raw))
@@ -230,10 +302,6 @@ class ShardPipeline:
             taken.beside.wait()
         if stays and write:
             self._residents.wait_unwritten(shard)
-        work(shard, arrays_of(taken.raw, shard, self._arrays))
-        self._files.worked += 1
-        if stays and write:
-            self._residents.changed(shard)
 
     def _take(self, *, wait: bool) -> Slot | None:
         with self._files.changed:
@@ -286,3 +354,16 @@ def arrays_of(raw: memoryview, shard: Shard, count: int) -> list[torch.Tensor]:
         torch.frombuffer(raw, dtype=torch.float32, count=shard.elements, offset=index * shard.array_nbytes)
         for index in range(count)
     ]
+
+
+def _ends(away: Sequence[_Away], ahead: Sequence[_Ahead], elsewhere: Elsewhere, turn: int) -> bool:
+    """Whether the oldest that is elsewhere has to end before the next shard is worked on.
+
+    What is left of another block is not to wait until lanes are needed: somebody may wait for that block.
+    """
+    if not ahead:
+        return True
+    oldest, following = away[0], ahead[0].shard
+    late = following.block != oldest.taken.shard.block and turn >= oldest.turn + elsewhere.at_once
+    crowded = elsewhere.takes(following) and len(away) >= elsewhere.at_once
+    return late or crowded or elsewhere.waits(following)

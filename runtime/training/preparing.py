@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.optimizer import Optimizer
-from ...kernels.scratch import Scratch
 from ...memory.errors import DiskError, StoreError, UsageError
 from ...memory.scratch import Scratch as ScratchFolder
 from ...memory.scratch import process_scratch
@@ -25,19 +23,16 @@ from ..launch import open_scratch, scratch_files
 from ..links import LinkCache
 from .activations import arrange_activations, moves_activations
 from .adapterweights import AdapterWeights
+from .assembly import assemble
 from .buffers import restore_buffers
 from .facade import StreamedOptimizer
-from .gradients import GradientRoom, Gradients, Trained
 from .optimizers import SGD, AdamW, Lion, OptimizerChoice
-from .pipeline import ShardPipeline
-from .room import TrainingRoom, adapter_room, plan_room, tell
+from .roomplan import TrainingRoom, adapter_room, plan_room, tell
 from .run import Origin, RunState, Settings, decode, set_random_state
 from .selection import find_trained, only_trained, shards_of
 from .shards import Shard
-from .spill import GradientSpill
+from .trained import Trained
 from .training import Training
-from .updater import Updater
-from .weights import TrainedWeights, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,65 +245,6 @@ def choice_of(state: RunState) -> OptimizerChoice:
 
 def _exact(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def assemble(
-    machinery: Machinery,
-    trained: Sequence[Trained],
-    shards: Sequence[Shard],
-    store: BlockStore,
-    kernel: Optimizer[Any],
-    scratches: Sequence[ScratchFolder],
-    settings: Settings,
-    room: TrainingRoom,
-    *,
-    arrays: int,
-    counts: Sequence[int] = (),
-) -> Training:
-    """Everything that trains, around a store."""
-    names = [each.name for each in trained]
-    spill = None
-    if room.spilled:
-        paths = scratch_files(scratches, "gradients.bin")
-        spill = GradientSpill(
-            names, room.spilled, shards, itemsizes=room.itemsizes, engine=machinery.engine, paths=paths
-        )
-    pipeline = ShardPipeline(
-        store=store,
-        engine=machinery.engine,
-        shards=shards,
-        arrays=arrays,
-        kept=room.resident,
-        beside_nbytes=0 if spill is None else max(spill.beside_nbytes(shard) for shard in shards),
-    )
-    weights: Weights
-    if machinery.trains:
-        weights = TrainedWeights(machinery, scratch_files(scratches, "weights.bin"), pipeline.watch)
-    else:
-        weights = AdapterWeights(trained)
-    wide = settings.accumulate > 1
-    stay = settings.updates == "step" or wide  # else they are gone with their updates
-    kept = GradientRoom(trained, wide=wide, elsewhere=room.spilled) if stay else None
-    for arena in (*pipeline.arenas, *(() if kept is None else (kept.arena,))) if machinery.trains else ():
-        machinery.count(arena)
-    return Training(
-        machinery=machinery,
-        trained=trained,
-        gradients=Gradients(trained, Scratch.of(), most=settings.accumulate, room=kept, spill=spill),
-        shards=shards,
-        pipeline=pipeline,
-        weights=weights,
-        updater=Updater(
-            executor=machinery.executor,
-            shards=shards,
-            names=names,
-            pipeline=pipeline,
-            weights=weights,
-            kernel=kernel,
-            spill=spill,
-        ),
-        counts=counts,
-    )
 
 
 def master_of(machinery: Machinery, trained: Sequence[Trained]) -> Callable[[int], torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from ...memory.arena import HostArena, Slot
@@ -15,6 +15,8 @@ from .shardfiles import ShardFiles
 from .shards import Shard
 
 logger = logging.getLogger(__name__)
+MakeArena = Callable[[int, str], HostArena]
+"""Makes host memory of so many bytes, to be called so in errors."""
 AT_ONCE: Final = 3
 """Shards that a commit has under way: reads of weights must not wait behind gigabytes of states."""
 
@@ -30,13 +32,16 @@ class ResidentShards:
         shards: All there are.
         kept: The numbers of those that stay.
         arrays: How many each has.
+        make_arena: Makes the memory.
     """
 
-    def __init__(self, files: ShardFiles, shards: Sequence[Shard], kept: Collection[int], arrays: int) -> None:
+    def __init__(
+        self, files: ShardFiles, shards: Sequence[Shard], kept: Collection[int], arrays: int, make_arena: MakeArena
+    ) -> None:
         self._files = files
         self._shards = [shard for shard in shards if shard.id in kept]
         self._sizes = {shard.id: arrays * shard.array_nbytes for shard in self._shards}
-        self.arena = HostArena(sum(self._sizes.values()), tier="states") if self._shards else None
+        self.arena = make_arena(sum(self._sizes.values()), "states") if self._shards else None
         self._slots: dict[int, Slot] = {}
         if self.arena is not None:
             self._slots = {shard.id: self.arena.cut(self._sizes[shard.id]) for shard in self._shards}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ...memory.errors import StoreVersionError, UsageError
+from ...scheduler.updating import ON_CPU, UpdateShares
 
 FORMAT = 1
 Activations = Literal["auto", "keep", "recompute", "offload"]
@@ -46,6 +47,8 @@ class Settings:
     device_is_named: bool = True
     """Whether the budget of a device apart was named: what it has left may then hold activations."""
 
+    shares: UpdateShares = ON_CPU
+    """What a device apart updates; the CPU does the rest."""
     updates: Updates = "step"
     """backward: a block is updated as soon as its last gradient is there. step: when all are."""
 

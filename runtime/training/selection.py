@@ -11,9 +11,8 @@ from ...memory.errors import UsageError
 from ..beside import trained_in
 from ..build import Machinery
 from ..layout import Layout
-from .gradients import Trained
-from .shards import ELEMENTS, Shard, cut_shards
-from .updater import SMALL
+from .shards import ELEMENTS, SMALL, Shard, cut_shards
+from .trained import Trained
 
 
 def only_trained(model: nn.Module, names: Sequence[str]) -> None:

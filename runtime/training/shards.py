@@ -17,6 +17,8 @@ ELEMENTS: Final = 1 << 20
 """Of a shard, at most: 12 MiB with AdamW. Three of them are under way at a time."""
 GRAIN: Final = PAGE // 4
 """Elements that a cut is a multiple of: a page of fp32. Optimizers ask for less."""
+SMALL: Final = 0
+"""The block of small tensors, which is lent for good and cannot be withdrawn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,3 +84,12 @@ def cut_shards(sizes: Sequence[int], blocks: Mapping[int, Sequence[int]], *, mos
         if pieces:
             shards.append(Shard(id=len(shards), block=block, pieces=tuple(pieces)))
     return tuple(shards)
+
+
+def blocks_of(shards: Sequence[Shard], count: int) -> list[int]:
+    """The block of each of so many parameters."""
+    blocks = [SMALL] * count
+    for shard in shards:
+        for piece in shard.pieces:
+            blocks[piece.parameter] = shard.block
+    return blocks

@@ -21,11 +21,14 @@ from ...kernels.optimizer import Clip
 from ...memory.errors import ClosedError, PenstockError, UsageError
 from ...memory.store import Commit
 from ..build import Machinery
-from .early import EarlySteps, Hypers, NonFiniteGradientError
-from .gradients import Gradient, Gradients, Trained
+from .blockchanges import Step
+from .early import BEHIND, EarlySteps, Hypers, NonFiniteGradientError
+from .gradients import Gradients
+from .intake import Gradient
 from .pipeline import ShardPipeline
-from .shards import Shard
-from .updater import SMALL, Step, Updater
+from .shards import SMALL, Shard, blocks_of
+from .trained import Trained
+from .updater import Updater
 from .wear import Wear
 from .weights import Weights
 
@@ -43,6 +46,7 @@ class Training:
         pipeline: Reads and writes them.
         weights: Where new weights go.
         updater: Changes them.
+        behind: Blocks whose gradients wait for their update, before backward waits for that, where that begins them.
         counts: How many updates each parameter has had.
     """
 
@@ -56,6 +60,7 @@ class Training:
         pipeline: ShardPipeline,
         weights: Weights,
         updater: Updater,
+        behind: int = BEHIND,
         counts: Sequence[int] = (),
     ) -> None:
         self.trained = trained
@@ -67,12 +72,10 @@ class Training:
         self._pipeline = pipeline
         self._weights = weights
         self._updater = updater
+        self._behind = behind
         self._names = [each.name for each in trained]
-        self._blocks = [SMALL] * len(trained)
+        self._blocks = blocks_of(shards, len(trained))
         """Of each parameter."""
-        for shard in shards:
-            for piece in shard.pieces:
-                self._blocks[piece.parameter] = shard.block
         self._last_norm: torch.Tensor | None = None
         self._early: EarlySteps | None = None
         """Where blocks are submitted by backward."""
@@ -137,12 +140,11 @@ class Training:
         """The norm of all gradients in fp32, as `clip_grad_norm_` has it; None if there is none."""
         norms = GradientNorms(len(gradients))
         for index, gradient in enumerate(gradients):
-            if isinstance(gradient, torch.Tensor):
-                norms.add(index, self.gradients.wide.of(gradient))
-            elif gradient is not None:
-                assert gradient.norm is not None  # taken when it went to disk
-                norms.note(index, gradient.norm)
-        return norms.total() if any(gradient is not None for gradient in gradients) else None
+            if gradient is not None:
+                norms.note(index, self.gradients.norm(index, gradient))
+        if all(gradient is None for gradient in gradients):
+            return None
+        return norms.total().cpu()  # of a device apart: the one wait for it
 
     def _having(self, gradients: Sequence[Gradient | None]) -> list[int]:
         """Blocks with a gradient, in the order in which a forward uses them."""
@@ -155,11 +157,11 @@ class Training:
         early = self._early = EarlySteps(
             names=self._names,
             blocks=self._blocks,
-            sizes=[self.gradients.kept_nbytes(index) for index in range(len(self.trained))],
             counts=self.counts,
+            gradients=self.gradients,
             updater=self._updater,
-            spill=self.gradients.spill,
             hypers=hypers,
+            behind=self._behind,
         )
 
         def arrived(index: int) -> None:
@@ -167,7 +169,7 @@ class Training:
                 self.check()
             early.arrived(index, self.gradients.pop(index))
 
-        self.gradients.on_whole = arrived
+        self.gradients.announce(arrived, early.free_place)
 
     def forget(self) -> None:
         """Drop the gradients that no step has used.
@@ -188,7 +190,9 @@ class Training:
         ended = early.end(self.gradients.take, hypers)
         if ended is None:
             return False
+        self._last_norm = early.norm
         self._taken += 1
+        self._updater.by_block()  # the next forward begins with the first
         self._submit(*ended)
         return True
 
@@ -244,8 +248,8 @@ class Training:
     @property
     def waited_s(self) -> float:
         """That training has waited for updates, gradients and activations on their way, beside waits for blocks."""
-        spill, keeper = self.gradients.spill, self._machinery.session.saved.keeper
-        waited = self._updater.waited_s + (0.0 if spill is None else spill.waited_s)
+        keeper = self._machinery.session.saved.keeper
+        waited = self._updater.waited_s + self.gradients.intake.waited_s
         return waited + (0.0 if keeper is None else keeper.store.waited_s)
 
     def wear(self) -> Wear:

@@ -10,53 +10,17 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
 
-import torch
-
-from ...kernels.optimizer import Clip, Optimizer
-from ...kernels.scratch import Scratch
 from ...memory.errors import PenstockError, StallError
 from ...scheduler.executor import Executor
-from .gradients import Gradient, SpilledGradient
+from .blockchanges import BlockChanges, Job, Step
 from .pipeline import ShardPipeline
-from .shards import Piece, Shard
-from .spill import GradientSpill
-from .spillread import GradientRead
+from .shards import SMALL, Shard
 from .watch import WATCH_S
-from .weights import Weights
 
 logger = logging.getLogger(__name__)
-SMALL: Final = 0
-"""The block of small tensors, which is lent for good and cannot be withdrawn."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Step:
-    """One update of all weights."""
-
-    gradients: list[Gradient | None]
-    """By parameter. Each is dropped when it has been used."""
-    hypers: Sequence[Any]
-    """Of each parameter."""
-    counts: Sequence[int]
-    """Which update of each parameter it is, from 1."""
-    clip: Clip | None
-
-
-@dataclass(kw_only=True, eq=False)
-class _Job:
-    """One block of one step."""
-
-    step: Step
-    block: int
-    left: deque[int]
-    """Shards that have not been taken yet."""
-    open: int
-    """Shards that have not been changed yet."""
-    views: Mapping[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,11 +37,9 @@ class Updater:
     Args:
         executor: Of the model.
         shards: All there are.
-        names: Of the parameters.
         pipeline: Reads and writes shards.
-        weights: Where new weights go.
-        kernel: The optimizer's mathematics.
-        spill: Where gradients are that have gone to disk.
+        changes: Changes them.
+        used: Called for each block that has been changed: its gradients have been used.
     """
 
     def __init__(
@@ -85,27 +47,19 @@ class Updater:
         *,
         executor: Executor,
         shards: Sequence[Shard],
-        names: Sequence[str],
         pipeline: ShardPipeline,
-        weights: Weights,
-        kernel: Optimizer[Any],
-        spill: GradientSpill | None = None,
+        changes: BlockChanges,
+        used: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._executor = executor
-        self._spill = spill
-        self._names = names
         self._pipeline = pipeline
-        self._weights = weights
-        self._kernel = kernel
-        self._scratch = Scratch.of()
+        self._changes = changes
+        self._used = used
+        changes.on_done = self._done
         self._shards: dict[int, list[Shard]] = {}
         for shard in shards:
             self._shards.setdefault(shard.block, []).append(shard)
-        self._queue: deque[_Job | _Cut] = deque()
-        self._taken: dict[int, _Job] = {}
-        """By shard."""
-        self._read: dict[int, GradientRead] = {}
-        """Gradients of shards that were taken, on their way back from disk."""
+        self._queue: deque[Job | _Cut] = deque()
         self._unfinished: set[int] = set()
         """Blocks."""
         self._changed = threading.Condition()
@@ -137,7 +91,7 @@ class Updater:
                 for shard in self._shards[block]
                 if any(step.gradients[piece.parameter] is not None for piece in shard.pieces)
             ]
-            job = _Job(step=step, block=block, left=deque(shards), open=len(shards))
+            job = Job(step=step, block=block, left=deque(shards), open=len(shards))
             if block != SMALL:
                 self._executor.core.withdraw(block)
             with self._changed:
@@ -146,13 +100,20 @@ class Updater:
                 self._queue.insert(self._first_place() if urgent else len(self._queue), job)
                 self._changed.notify_all()
 
+    def by_block(self) -> None:
+        """Change what may wait in the order of block numbers, which is that of a forward."""
+        with self._changed:
+            place, queue = self._first_place(), list(self._queue)
+            waiting = [each for each in queue[place:] if isinstance(each, Job)]
+            self._queue = deque([*queue[:place], *sorted(waiting, key=lambda job: job.block)])
+
     def _first_place(self) -> int:
         """Where in the queue something comes before all that may wait: not before a cut, or what has been begun."""
         cuts = [place for place, each in enumerate(self._queue) if isinstance(each, _Cut)]
         if cuts:
             return cuts[-1] + 1
         first = self._queue[0] if self._queue else None
-        return int(isinstance(first, _Job) and len(first.left) < first.open)
+        return int(isinstance(first, Job) and first.begun)
 
     def between(self, make: Callable[[], object], failed: Callable[[Exception], None]) -> None:
         """Have something done after all that was submitted, and before all that will be; returns at once.
@@ -203,7 +164,7 @@ class Updater:
     def _report(self) -> str:
         with self._changed:
             first = self._queue[0] if self._queue else None
-            at = f"block {first.block} is next" if isinstance(first, _Job) else "none is waiting"
+            at = f"block {first.block} is next" if isinstance(first, Job) else "none is waiting"
             return f"{len(self._unfinished)} blocks are not updated yet, {at}; {self._pipeline.report()}"
 
     def check(self) -> None:
@@ -231,6 +192,7 @@ class Updater:
             self._thread.join(WATCH_S)
             if self._thread.is_alive():
                 logger.warning("closing waits for the update under way; %s", self._report())
+        self._changes.close()
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
@@ -241,7 +203,13 @@ class Updater:
                 if not self._queue:
                     return
             try:
-                self._pipeline.run(self._take, self._work, beside=None if self._spill is None else self._beside)
+                changes = self._changes
+                self._pipeline.run(
+                    self._take,
+                    changes.work,
+                    beside=changes.beside if changes.reads else None,
+                    elsewhere=changes if changes.uses_device else None,
+                )
                 self._make_cut()
             except Exception as error:  # it must surface in the thread that trains, and free whoever waits for a block
                 logger.debug("an update failed", exc_info=True)
@@ -290,69 +258,14 @@ class Updater:
                     shard = job.left.popleft()
                     if not job.left:
                         self._queue.popleft()
-                    self._taken[shard] = job
+                    self._changes.take(shard, job)
                     return shard
                 self._queue.popleft()
             return None
 
-    def _beside(self, shard: Shard, room: memoryview) -> GradientRead | None:
-        """Begin to read the gradients of a shard that was taken, those that are on disk."""
-        assert self._spill is not None
-        gradients = self._taken[shard.id].step.gradients
-        wanted = {p.parameter for p in shard.pieces if isinstance(gradients[p.parameter], SpilledGradient)}
-        reading = self._spill.read(shard, wanted, room)
-        if reading is not None:
-            self._read[shard.id] = reading
-        return reading
-
-    def _work(self, shard: Shard, arrays: Sequence[torch.Tensor]) -> None:
+    def _done(self, block: int) -> None:
+        """A block has its new weights."""
+        self._used(block)
         with self._changed:
-            job = self._taken.pop(shard.id)
-        read = self._read.pop(shard.id, None)
-        if job.views is None:
-            job.views = self._begin(job)
-        step = job.step
-        for piece in shard.pieces:
-            gradient = step.gradients[piece.parameter]
-            if gradient is None:
-                continue
-            here = slice(piece.at, piece.at + piece.elements)
-            self._kernel.update(
-                arrays[0][here],
-                [array[here] for array in arrays[1:]],
-                _values(gradient, piece, read),
-                step.hypers[piece.parameter],
-                step=step.counts[piece.parameter],
-                scratch=self._scratch,
-                out=job.views[self._names[piece.parameter]][piece.start : piece.stop],
-                clip=step.clip,
-            )
-            if piece.stop == (len(gradient) if isinstance(gradient, torch.Tensor) else gradient.elements):
-                step.gradients[piece.parameter] = None
-        job.open -= 1
-        if not job.open:
-            self._finish(job)
-
-    def _begin(self, job: _Job) -> Mapping[str, torch.Tensor]:
-        if job.block != SMALL:
-            self._executor.withdrawn(job.block)
-        trained = {piece.parameter for shard in self._shards[job.block] for piece in shard.pieces}
-        changed = {self._names[index] for index in trained if job.step.gradients[index] is not None}
-        return self._weights.begin(job.block, whole=changed == set(self._weights.names(job.block)))
-
-    def _finish(self, job: _Job) -> None:
-        self._weights.end(job.block)
-        job.views = None
-        if job.block != SMALL:
-            self._executor.readmit(job.block)
-        with self._changed:
-            self._unfinished.discard(job.block)
+            self._unfinished.discard(block)
             self._changed.notify_all()
-
-
-def _values(gradient: Gradient, piece: Piece, read: GradientRead | None) -> torch.Tensor:
-    """The elements of a piece, flat."""
-    if isinstance(gradient, torch.Tensor):
-        return gradient[piece.start : piece.stop]
-    assert read is not None
-    return read.tensors[piece.parameter]

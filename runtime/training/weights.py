@@ -24,6 +24,10 @@ class Weights(Protocol):
         """The parameters of a block."""
         ...
 
+    def is_free(self, block: int) -> bool:
+        """Whether a block may be begun now, or another one has to end before."""
+        ...
+
     def written_nbytes(self, blocks: Collection[int]) -> int:
         """What is written to disk when these have changed."""
         ...
@@ -85,6 +89,10 @@ class TrainedWeights:
         """The parameters of a block."""
         return self._portions[block]
 
+    def is_free(self, block: int) -> bool:
+        """There is one buffer for those that do not stay."""
+        return block in self._slots or self._open is None
+
     def written_nbytes(self, blocks: Collection[int]) -> int:
         """What is written to disk when these have changed."""
         return sum(round_up(self._images[block].nbytes) for block in blocks if block not in self._slots)
@@ -93,7 +101,7 @@ class TrainedWeights:
         """The weights of a block, to be written to: flat, as they lie in memory, by the parameter's name.
 
         Args:
-            block: One at a time; nobody else has it.
+            block: Nobody else has it; see `is_free`.
             whole: Whether all of them will be written; else those that are not keep their values.
 
         Raises:

@@ -17,7 +17,7 @@ from training_runs import begin, check_whole, resume
 
 import penstock
 from penstock.memory.errors import PenstockError
-from penstock.runtime.training.training import NonFiniteGradientError
+from penstock.runtime.training.early import NonFiniteGradientError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "states_on_disk")
 

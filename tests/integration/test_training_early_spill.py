@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from training_reference import PLENTY, Case, Reference, Streamed
+from training_reference import smallest as smallest_budgets
 from zoo import differences
 
 import penstock
@@ -113,7 +115,7 @@ class Watched:
             arrived(early, index, gradient)
             assert early.waiting_nbytes <= early.hold_nbytes
             gradients = early._step.gradients if early._step is not None else []
-            spill = early._spill
+            spill = early._gradients.spill
             there = [
                 each.nbytes
                 for number, each in enumerate(gradients)
@@ -150,6 +152,63 @@ def test_experts_without_tokens_and_sums_have_the_bits_of_the_resident_run(
         assert (watched.sent > 0) == (budget == "smallest" or passes == 1)
         if passes < 3:  # of three, none is whole before step(): each batch has other experts
             assert (watched.most > 0) == (watched.sent > 0)
+    finally:
+        penstock.close(trainer.model)
+
+
+class Mixed(Experts):
+    """Layers of which every other one gets tokens for all of its experts, and the others for one."""
+
+    def forward(self, x: Tensor, chosen: int) -> Tensor:
+        for depth, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            for expert in list(layer.experts)[: 1 if depth % 2 else EXPERTS]:
+                x = x + torch.tanh(x @ expert)
+        made: Tensor = self.out(x)
+        return made
+
+
+@pytest.mark.parametrize("where", ["cpu", "device"])
+@pytest.mark.parametrize(("make", "passes"), [(Experts, 1), (Experts, 2), (Mixed, 1)])
+def test_places_beside_a_device_apart_are_given_back_where_more_are_needed(
+    make: type[Experts], passes: int, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = replace(CASE, make=make, batches=passes)
+    watched, full = Watched(monkeypatch), []
+
+    def place(memory: dict[str, int], device: str) -> Any:
+        return penstock.prepare(
+            case.build(),
+            optimizer=case.optimizer,
+            disk=tmp_path / "run",
+            max_memory=memory,
+            device=device,
+            accumulate=passes,
+            updates="backward",
+            update_on=where,
+            activations="keep",
+        )
+
+    device, memory = smallest_budgets(place, "emulated")
+    memory["host"] += 100_000  # so that experts of a layer are one block, and all gradients have no places
+    free = EarlySteps.free_place
+    monkeypatch.setattr(EarlySteps, "free_place", lambda early: (full.append(len(early._waiting)), free(early))[1])
+    trainer, reference = Streamed(*place(memory, device)), Reference(case)
+    try:
+        assert trainer.optimizer.training.gradients.intake.pool is not None
+        engine = trainer.model.penstock.machinery.engine
+        plain = engine.pwrite
+        engine.pwrite = lambda *arguments: (time.sleep(0.002), plain(*arguments))[1]  # updates are what is slow
+        for step in range(4):
+            for batch in range(step * passes, (step + 1) * passes):
+                for each in (reference, trainer):
+                    each.backward(loss_of(each.model, batch))
+            reference.step()
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+        assert differences(reference.state(), trainer.state()) == []
+        assert watched.sent > 0
+        assert any(full) == (make is Mixed)
     finally:
         penstock.close(trainer.model)
 

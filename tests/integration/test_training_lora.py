@@ -159,7 +159,7 @@ def test_the_budget_counts_what_adapters_take(tmp_path: Path) -> None:
     try:
         machinery, training = trainer.model.penstock.machinery, trainer.optimizer.training
         weights = sum(each.parameter.nbytes for each in training.trained)
-        arenas = sum(a.nbytes for a in training._pipeline.arenas) + training.gradients._room.arena.nbytes
+        arenas = sum(a.nbytes for a in training._pipeline.arenas) + training.gradients.intake.room.arena.nbytes
         assert machinery.changing.own_nbytes >= weights + arenas
         assert machinery.changing.own_nbytes <= weights + arenas + 24 * 256 * 1024 + 2**16
     finally:

@@ -31,7 +31,7 @@ from zoo import differences
 
 import penstock
 from penstock.runtime.training import room, selection
-from penstock.runtime.training.updater import SMALL
+from penstock.runtime.training.shards import SMALL
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "short_shards"),
@@ -265,7 +265,7 @@ def test_a_commit_does_not_wait_for_the_update_of_its_step(tmp_path: Path) -> No
         run(case, trainer, schedule, range(3), Trace())
         training = trainer.optimizer.training
         training.finish()
-        plain = training._pipeline._one
+        plain = training._pipeline._work
 
         def slow(taken: Any, *arguments: Any) -> None:
             if taken.shard.block != SMALL:  # else step() itself waits
@@ -273,7 +273,7 @@ def test_a_commit_does_not_wait_for_the_update_of_its_step(tmp_path: Path) -> No
                 assert go_on.wait(20)
             plain(taken, *arguments)
 
-        training._pipeline._one = slow
+        training._pipeline._work = slow
         run(replace(case, between=None), trainer, schedule, range(3, 4), Trace())
         commits = [
             penstock.save(trainer.model, trainer.optimizer, scheduler=schedule, extra={"next": 4}) for _ in range(2)
@@ -297,7 +297,7 @@ def test_a_commit_whose_update_fails_says_so(part: str, tmp_path: Path) -> None:
     trainer = prepare(case, tmp_path / "run", *reversed(budget(case, tmp_path, part)))
     try:
         training, saved = trainer.optimizer.training, threading.Event()
-        plain = training._pipeline._one
+        plain = training._pipeline._work
 
         def fail(taken: Any, *arguments: Any) -> None:
             if taken.shard.block != SMALL:
@@ -305,7 +305,7 @@ def test_a_commit_whose_update_fails_says_so(part: str, tmp_path: Path) -> None:
                 raise penstock.DiskError("the drive is gone")
             plain(taken, *arguments)
 
-        training._pipeline._one = fail
+        training._pipeline._work = fail
         backward(case, trainer, 0)
         trainer.optimizer.step()
         commit = penstock.save(trainer.model, trainer.optimizer)

@@ -95,6 +95,72 @@ def test_a_shard_that_comes_back_as_soon_as_it_has_been_changed(tmp_path: Path, 
     assert seen == [float(i) for i in range(1 + 2 * BUFFERS)]
 
 
+class Apart:
+    """Adds to some shards, no sooner than when they are waited for."""
+
+    at_once = 3
+
+    def __init__(self, numbers: set[int], alone: set[int]) -> None:
+        self.numbers, self.alone = numbers, alone
+        self.seen: list[str] = []
+
+    def takes(self, shard: Shard) -> bool:
+        return shard.id in self.numbers
+
+    def waits(self, shard: Shard) -> bool:
+        return shard.id in self.alone
+
+    def begin(self, shard: Shard, arrays: Sequence[torch.Tensor]) -> Callable[[], None]:
+        self.seen.append(f"send {shard.id}")
+
+        def finish() -> None:
+            self.seen.append(f"end {shard.id}")
+            for array in arrays:
+                array += 1
+
+        return finish
+
+    def work(self, shard: Shard, arrays: Sequence[torch.Tensor]) -> None:
+        self.seen.append(f"work {shard.id}")
+        for array in arrays:
+            array += 1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "alone", "order"),
+    [
+        ({0}, set(), "send 0, work 1, work 2, work 3, end 0, work 4, work 5, work 6, work 7"),
+        ({0}, {3}, "send 0, work 1, work 2, end 0, work 3, work 4, work 5, work 6, work 7"),
+        ({3}, set(), "work 0, work 1, work 2, send 3, work 4, work 5, work 6, work 7, end 3"),
+        (
+            {0, 1, 2, 4},
+            set(),
+            "send 0, send 1, send 2, work 3, end 0, send 4, end 1, work 5, end 2, work 6, work 7, end 4",
+        ),
+    ],
+)
+def test_what_is_worked_on_elsewhere_ends_before_its_place_is_needed_or_its_block_waits_for_long(
+    tmp_path: Path, shards: tuple[Shard, ...], numbers: set[int], alone: set[int], order: str
+) -> None:
+    """The first three shards are a block, the other five another one."""
+    engine = DiskEngine(pwrite=slow_pwrite)
+    pipeline, store = make(tmp_path, shards, engine)
+    apart = Apart(numbers, alone)
+
+    def look(shard: Shard, arrays: Sequence[torch.Tensor]) -> None:
+        assert all(torch.equal(array, torch.full_like(array, 2)) for array in arrays), shard
+
+    with store:
+        pipeline.run(each(iter(range(len(shards)))), lambda shard, arrays: None, new=True)
+        for _ in range(2):
+            apart.seen.clear()
+            pipeline.run(each(iter(range(len(shards)))), apart.work, elsewhere=apart)
+            assert ", ".join(apart.seen) == order
+        pipeline.run(each(iter(range(len(shards)))), look, write=False)
+        pipeline.close()
+        engine.close()
+
+
 def test_a_write_that_fails_is_told_and_the_buffers_come_back(tmp_path: Path, shards: tuple[Shard, ...]) -> None:
     fails: list[bool] = []
 

@@ -3,6 +3,7 @@ one thing takes much longer than all others."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from penstock.scheduler.curves import Curve
 from penstock.scheduler.hardware import Drive, Hardware, Link, Processor
 from penstock.scheduler.schedule import TaskGraph
 from penstock.scheduler.stepload import BlockUse, Home, LoadedBlock, StepLoad, StepPrediction, UpdateWork
-from penstock.scheduler.trainstep import predict, update_s
+from penstock.scheduler.trainstep import predict
+from penstock.scheduler.updatework import update_s
 
 ELEMENTS = 1_000_000
 """Of a block."""
@@ -88,6 +90,13 @@ def load(
     )
 
 
+def with_device(asked: StepLoad, part: float) -> StepLoad:
+    """The same, with so much of each block updated by the device."""
+    return replace(
+        asked, blocks={n: replace(b, elements_there=round(part * b.elements)) for n, b in asked.blocks.items()}
+    )
+
+
 def parts(asked: StepLoad, cost: CostModel) -> tuple[float, float, float, float]:
     """Forward, backward with what a gradient takes to be put by, update with its checks, and the norm."""
     passes = asked.accumulate
@@ -96,7 +105,10 @@ def parts(asked: StepLoad, cost: CostModel) -> tuple[float, float, float, float]
     trained = asked.trained()
     put = sum((passes * b.gradient_nbytes + (2 * passes - 1) * b.kept_nbytes) / 1e10 for b in trained)
     backward = passes * (again + sum(use.backward_s for use in asked.uses)) + put
-    update = sum(update_s(asked, cost, b.elements, checked_nbytes=b.states_moved_nbytes) for b in trained)
+    update = sum(
+        update_s(asked.update, cost, b.elements, arrays=asked.arrays, checked_nbytes=b.states_moved_nbytes)
+        for b in trained
+    )
     norm = sum(b.norm_nbytes for b in trained) / 1e10 if asked.updates == "step" else 0.0
     return forward, backward, update, norm
 
@@ -240,3 +252,39 @@ def test_a_rate_may_depend_on_the_lanes_at_work() -> None:
     graph.add("write", "write", 1.0, shared="drive", nbytes=1.0)
     # together each has a quarter of a second per second: the write ends at 4, the read has 1 left
     assert graph.simulate().end == (5.0, 4.0)
+
+
+@pytest.mark.parametrize("states_in_memory", [True, False])
+def test_shards_that_the_device_updates_cross_the_link_and_leave_the_cpu(states_in_memory: bool) -> None:
+    """The CPU's part is half of what it was; what crosses is arrays and gradients there, arrays and weights back."""
+    cost = CostModel(hardware=machine(link=1e12))
+    asked = load(home="host", states_in_memory=states_in_memory, separate=True, slots=4)
+    alone = predict(asked, cost)
+    half = predict(with_device(asked, 0.5), cost)
+    crosses = 14 * ELEMENTS * 20 / 2
+    assert half.traffic.to_device - alone.traffic.to_device == pytest.approx(crosses)
+    assert half.traffic.from_device - alone.traffic.from_device == pytest.approx(crosses)
+    assert half.traffic.read == pytest.approx(alone.traffic.read)
+    assert half.traffic.written == pytest.approx(alone.traffic.written)
+    kernel = 20 / 2 * update_s(asked.update, cost, ELEMENTS, arrays=asked.arrays)
+    assert alone.busy_s["CPU"] - half.busy_s["CPU"] == pytest.approx(kernel)
+    assert half.busy_s["GPU"] > alone.busy_s["GPU"]
+
+
+def test_a_step_that_the_update_bounds_is_shorter_where_the_device_takes_half_of_it() -> None:
+    cost = CostModel(hardware=machine(link=1e12))
+    asked = load(forward=1e-4, home="host", states_in_memory=True, separate=True, slots=4)
+    alone = predict(asked, cost).seconds
+    assert predict(with_device(asked, 0.5), cost).seconds < 0.6 * alone
+
+
+def test_weights_on_the_device_with_a_home_in_memory_move_nothing_over_the_drive() -> None:
+    cost = CostModel(hardware=machine(link=1e12))
+    asked = load(home="device", states_in_memory=True, separate=True)
+    blocks = {number: replace(each, homed=True, written_nbytes=0) for number, each in asked.blocks.items()}
+    homed = replace(asked, blocks=blocks)
+    assert homed.held_nbytes("host") == homed.held_nbytes("device") == asked.held_nbytes("device")
+    assert predict(asked, cost).traffic.weights_written == pytest.approx(2 * ELEMENTS * 20)
+    found = predict(homed, cost)
+    assert found.traffic.read == found.traffic.written == 0
+    assert found.traffic.to_device == pytest.approx(2 * ELEMENTS * 20)

@@ -1,0 +1,170 @@
+"""Everything that trains one model, put together around a store, in the room that was decided on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...kernels.optimizer import Optimizer
+from ...kernels.scratch import Scratch
+from ...memory.arena import AnyArena
+from ...memory.scratch import Scratch as ScratchFolder
+from ...memory.store import BlockStore
+from ..build import Machinery
+from ..launch import scratch_files
+from .adapterweights import AdapterWeights
+from .blockchanges import BlockChanges
+from .departures import Departures
+from .deviceupdates import DeviceUpdates
+from .gradientroom import GradientPool, GradientRoom
+from .gradients import Gradients
+from .intake import GradientIntake
+from .pipeline import ShardPipeline
+from .room import POOL
+from .roomplan import TrainingRoom
+from .run import Settings
+from .shards import Shard, blocks_of
+from .spill import GradientSpill
+from .trained import Trained
+from .training import Training
+from .updater import Updater
+from .weights import TrainedWeights, Weights
+
+
+def assemble(
+    machinery: Machinery,
+    trained: Sequence[Trained],
+    shards: Sequence[Shard],
+    store: BlockStore,
+    kernel: Optimizer[Any],
+    scratches: Sequence[ScratchFolder],
+    settings: Settings,
+    room: TrainingRoom,
+    *,
+    arrays: int,
+    counts: Sequence[int] = (),
+) -> Training:
+    """Put it together.
+
+    Args:
+        machinery: What runs the model.
+        trained: What is trained.
+        shards: Of these.
+        store: Where masters and states lie.
+        kernel: The optimizer's mathematics.
+        scratches: Folders for what is moved in a step; none where nothing is.
+        settings: Of the run.
+        room: What stays in host memory.
+        arrays: Of each shard.
+        counts: How many updates each parameter has had.
+    """
+    names = [each.name for each in trained]
+    spill = None
+    if room.spilled:
+        paths = scratch_files(scratches, "gradients.bin")
+        spill = GradientSpill(
+            names, room.spilled, shards, itemsizes=room.itemsizes, engine=machinery.engine, paths=paths
+        )
+    pipeline = ShardPipeline(
+        store=store,
+        engine=machinery.engine,
+        shards=shards,
+        arrays=arrays,
+        kept=room.resident,
+        beside_nbytes=0 if spill is None else max(spill.beside_nbytes(shard) for shard in shards),
+        make_arena=lambda nbytes, tier: machinery.device.host_arena(nbytes, tier=tier),
+    )
+    weights: Weights
+    if machinery.trains:
+        weights = TrainedWeights(machinery, scratch_files(scratches, "weights.bin"), pipeline.watch)
+    else:
+        weights = AdapterWeights(trained)
+    intake = _intake(machinery, trained, shards, settings, room, spill)
+    _count(machinery, pipeline, intake)
+    gradients = Gradients(trained, intake, most=settings.accumulate)
+    changes = BlockChanges(
+        executor=machinery.executor,
+        shards=shards,
+        names=names,
+        weights=weights,
+        kernel=kernel,
+        landed=intake.wait,
+        spill=spill,
+        device=_device_updates(machinery, kernel, shards, room, arrays=arrays),
+        on_device=room.on_device,
+    )
+    return Training(
+        machinery=machinery,
+        trained=trained,
+        gradients=gradients,
+        shards=shards,
+        pipeline=pipeline,
+        weights=weights,
+        updater=Updater(
+            executor=machinery.executor, shards=shards, pipeline=pipeline, changes=changes, used=intake.release
+        ),
+        behind=room.behind,
+        counts=counts,
+    )
+
+
+def _intake(
+    machinery: Machinery,
+    trained: Sequence[Trained],
+    shards: Sequence[Shard],
+    settings: Settings,
+    room: TrainingRoom,
+    spill: GradientSpill | None,
+) -> GradientIntake:
+    device = machinery.device
+    early, wide = settings.updates == "backward", settings.accumulate > 1
+    kept = pool = departures = None
+    if device.separate or not early or wide:  # else they are gone with their updates, from where autograd put them
+        kept = GradientRoom(trained, device, wide=wide, elsewhere=room.spilled)
+    if device.separate:
+        departures = _departures(machinery, trained, settings, room)
+        if early and room.spilled:
+            blocks = blocks_of(shards, len(trained))
+            pool = GradientPool(trained, device, passing=room.spilled, blocks=blocks, wide=wide, slots=POOL)
+    return GradientIntake(
+        trained, Scratch.of(), most=settings.accumulate, room=kept, spill=spill, pool=pool, departures=departures
+    )
+
+
+def _departures(machinery: Machinery, trained: Sequence[Trained], settings: Settings, room: TrainingRoom) -> Departures:
+    """How gradients leave a device apart: through a ring where they are added up, or go to disk as they come."""
+    wide, later = settings.accumulate > 1, settings.updates == "step"
+    passing = [each.parameter.nbytes for i, each in enumerate(trained) if wide or (later and i in room.spilled)]
+
+    def moved() -> int:
+        statistics = machinery.engine.statistics()
+        return statistics.read_nbytes + statistics.written_nbytes
+
+    return Departures(
+        machinery.device,
+        ring_nbytes=min(2 * max(passing, default=0), sum(passing)),
+        names=[each.name for each in trained],
+        moved=moved,
+    )
+
+
+def _device_updates(
+    machinery: Machinery, kernel: Optimizer[Any], shards: Sequence[Shard], room: TrainingRoom, *, arrays: int
+) -> DeviceUpdates | None:
+    """What updates shards on a device apart; None where it updates none."""
+    if not room.on_device:
+        return None
+    elements = max(shard.elements for shard in shards if shard.id in room.on_device)
+    made = DeviceUpdates(machinery.device, kernel, elements=elements, arrays=arrays)
+    machinery.count(made.arena)
+    return made
+
+
+def _count(machinery: Machinery, pipeline: ShardPipeline, intake: GradientIntake) -> None:
+    """Have the arenas counted that the ledger has booked. What all else passes through is small."""
+    if not machinery.trains:
+        return
+    arenas: list[AnyArena] = [*pipeline.arenas]
+    arenas += [each.arena for each in (intake.room, intake.pool) if each is not None]
+    for arena in arenas:
+        machinery.count(arena)
