@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from zoo.finetune import write_checkpoint, write_rows
@@ -23,6 +24,7 @@ from penstock.runtime.training.foreseen import Adapters, TrainingWork
 from penstock.runtime.training.shards import ELEMENTS
 from penstock.scheduler.datasheet import parse_hardware
 from penstock.scheduler.hardware import Hardware
+from penstock.scheduler.plan import Links
 
 MIB = 2**20
 MACHINE: dict[str, Any] = {
@@ -110,6 +112,61 @@ def test_what_prepare_decides_is_foreseen(checkpoint: Path, tmp_path: Path, more
         assert found.recompute == (not plan.resident)
         assert found.wear == optimizer.training.wear()
         assert found.disk_nbytes == stats(tmp_path / "run" / "states").file_nbytes
+    finally:
+        penstock.close(model)
+
+
+def beside_a_device(links: Links) -> Hardware:
+    """The same machine with a device apart, an emulated one, and with a plan's rates, which blocks are cut by."""
+    gpu = {"name": "a GPU", "memory_gb": 4, "bandwidth_gb_per_s": 200, "tflops": {"float32": 5}, "launch_us": 1}
+    drive = {**MACHINE["drives"][0], "read_gb_per_s": (links.disk_read or 2e9) / 1e9}
+    link = {"h2d_gb_per_s": (links.h2d or 2e10) / 1e9}
+    made = {**MACHINE, "drives": [drive], "gpu": gpu, "link": link}
+    return msgspec.structs.replace(parse_hardware(json.dumps(made), where="paper"), emulated=True)
+
+
+@pytest.mark.parametrize(
+    ("there", "more", "options"),
+    [
+        (64 * MIB, 0, {}),
+        (64 * MIB, MIB, {}),
+        (64 * MIB, 64 * MIB, {"updates": "backward"}),
+        (MIB // 4, MIB // 4, {}),
+        (MIB // 4, MIB, {"accumulate": 2}),
+        (MIB // 4, MIB, {"updates": "backward"}),
+        (MIB // 4, 64 * MIB, {"accumulate": 2, "updates": "backward"}),
+    ],
+)
+def test_what_prepare_decides_beside_a_device_apart_is_foreseen(
+    checkpoint: Path, tmp_path: Path, there: int, more: int, options: dict[str, Any]
+) -> None:
+    choice = penstock.AdamW()
+
+    def ask(memory: dict[str, int]) -> Any:
+        return penstock.prepare(
+            checkpoint, optimizer=choice, disk=tmp_path / "run", max_memory=memory, device="emulated", **options
+        )
+
+    memory = {"device": 1, "host": 1024 * MIB}
+    for tier, beyond in (("device", there), ("host", more)):
+        with pytest.raises(DoesNotFitError) as raised:
+            ask({**memory, tier: 1})
+        assert raised.value.tier == tier
+        memory[tier] = (raised.value.needed_nbytes or 0) + beyond
+    model, optimizer = ask(memory)
+    try:
+        plan, back = model.penstock.plan, model.penstock.machinery.back
+        work = TrainingWork(choice=choice, batch=2, context=64, **options)
+        training = TrainingForesight(Foresight(checkpoint), adapters=None)
+        found = training.forecast(beside_a_device(plan.links), work, room=Room(**memory))
+        assert [(b.home, b.nbytes) for b in found.plan.blocks] == [(b.home, b.nbytes) for b in plan.blocks]
+        assert {b.id for b in found.load.blocks.values() if b.in_memory} == set(back.permanent)
+        assert (found.plan.slots, found.plan.host_slots) == (plan.slots, plan.host_slots)
+        assert found.plan.device_nbytes == pytest.approx(plan.device_nbytes, abs=4096 * (plan.slots + 1))
+        assert found.plan.host_nbytes == pytest.approx(plan.host_nbytes, abs=4096 * (plan.host_slots + 1))
+        where = [[note for note in each.notes if not note.startswith("updates on")] for each in (found.plan, plan)]
+        assert where[0] == where[1]
+        assert found.wear == optimizer.training.wear()
     finally:
         penstock.close(model)
 

@@ -60,7 +60,7 @@ def test_the_bits_of_the_resident_run(
 ) -> None:  # fmt: skip
     if where == "half":
         half = UpdateShares(in_memory=0.5, on_disk=0.5, why="half of it")
-        monkeypatch.setattr(training, "choose", lambda *_, **__: half)
+        monkeypatch.setattr(training, "update_shares", lambda *_, **__: half)
         where = "auto"
     usual = departing.Departures.__init__.__kwdefaults__
     monkeypatch.setattr(departing.Departures.__init__, "__kwdefaults__", {**usual, "held_nbytes": 1 << 14})  # all wait

@@ -213,6 +213,23 @@ def test_a_device_apart_updates_on_the_cpu(folder: Path, training: TrainingFores
     assert found.prediction.traffic.from_device == 2 * found.trained
 
 
+def test_a_fast_link_has_the_device_update_some(folder: Path, training: TrainingForesight) -> None:
+    """All weights stay on the device, with homes in host memory, and so do all states: nothing moves over the drive."""
+    asked = {**MACHINE, "gpu": {**GPU["gpu"], "memory_gb": 8.0}, "link": {"h2d_gb_per_s": 200}}
+    hardware = parse_hardware(json.dumps(asked), where="fast")
+    found = training.forecast(hardware, WORK, room=Room(device=1024 * MIB, host=1024 * MIB))
+    there = sum(block.elements_there for block in found.load.trained())
+    assert 0 < there < found.trained
+    assert found.room.states_over_link_nbytes == pytest.approx(12 * there, rel=0.01)
+    assert any("on the device, the rest on the CPU meanwhile" in note for note in found.plan.notes)
+    traffic = found.prediction.traffic
+    assert traffic.read == traffic.written == 0
+    assert traffic.from_device == pytest.approx(2 * found.trained + 14 * there, rel=0.01)
+    assert traffic.to_device == pytest.approx(2 * found.trained + 14 * there, rel=0.1)  # small tensors not the first
+    less = training.forecast(hardware, WORK, room=Room(device=700 * MIB, host=1024 * MIB))
+    assert not less.room.on_device
+
+
 def test_a_drive_that_is_too_small_is_refused(folder: Path, training: TrainingForesight) -> None:
     small = {**MACHINE, "drives": [{**MACHINE["drives"][0], "capacity_tb": 0.0001}]}
     with pytest.raises(DoesNotFitError, match="twice, and scratch files"):
