@@ -21,6 +21,7 @@ from typing import Final, Literal
 from .cost import CostModel
 from .ringorder import Arrival, arrivals
 from .schedule import Slots
+from .stepgradients import StepGradients
 from .steplanes import StepLanes
 from .stepload import LoadedBlock, StepLoad, StepPrediction, Traffic
 from .updatework import checks_s, update_s, update_there_s
@@ -32,10 +33,6 @@ PASSES: Final = 6
 the update has mostly been done."""
 MOST_SHARDS: Final = 1500
 """Of a step. Where there are more, several are simulated as one."""
-GRADIENT_SLOTS: Final = 4
-"""Buffers that gradients on their way to disk pass through, a piece of a shard each."""
-NORM_OPERATIONS: Final = 2
-"""On each gradient: it is made fp32, and its norm taken."""
 Way = Literal["forward", "again", "backward"]
 
 
@@ -76,7 +73,6 @@ class _Run:
         self._host_ring = Slots(max(load.host_slots, 2))
         self._buffers = Slots(load.buffers)
         self._behind = Slots(load.behind)
-        self._spilling = Slots(GRADIENT_SLOTS)
         self._place = 0
         """Of the next use, over all steps."""
         self._ended: list[int] = []
@@ -89,8 +85,6 @@ class _Run:
         """By block: the task after which its new weights are there."""
         self._stale: set[int] = set()
         """Blocks that stay on the device and have changed in host memory or on disk."""
-        self._arrived: dict[int, int] = {}
-        """By block: the task with which its gradient is there."""
         self._landed: dict[int, int] = {}
         """By block: the last write of its states. None of them is read before."""
         self._written: list[int] = []
@@ -106,6 +100,7 @@ class _Run:
             (self._in_vain if each.in_vain else self._coming).setdefault(each.use, []).append(each)
         elements = sum(block.elements for block in load.trained())
         self._unit = load.shard_elements * max(1, ceil(elements / load.shard_elements / MOST_SHARDS))
+        self._left = StepGradients(load, cost, self._lanes, unit=self._unit)
 
     def predict(self) -> StepPrediction:
         load, lanes = self._load, self._lanes
@@ -233,60 +228,27 @@ class _Run:
             self._gradient(self._load.blocks[number], first=first, last=last)
 
     def _gradient(self, block: LoadedBlock, *, first: bool, last: bool) -> None:
-        """A block's gradients leave: the processor waits until they are where they are kept."""
+        """A block's gradients leave, and begin its update where backward does that."""
         if not block.elements:
             return
-        early = last and self._load.updates == "backward"
-        lanes, after = self._lanes, self._computed
-        if self._load.separate:
-            lanes.moved("from_device", block.gradient_nbytes)
-            after = lanes.copy(block.gradient_nbytes, [after], back=True)
-        before = [after]
-        if block.spilled_nbytes and not first:
-            lanes.moved("gradients_read", block.spilled_read_nbytes)
-            before = [lanes.read("read gradients", block.spilled_read_nbytes, [after, self._arrived[block.id]])]
-        moved: float = block.gradient_nbytes + (1 if first else 2) * block.kept_nbytes
-        if last and not early:  # of those that leave the norm is taken here
-            moved += block.norm_nbytes * block.spilled_nbytes / block.kept_nbytes
-        # the last of a sum goes into the update, where that begins at once, and not to disk
-        put = self._put(block, moved, 0 if early else block.spilled_read_nbytes, before)
-        self._gate.append(put)
-        if early and block.id != self._load.small:
-            submitted = self._graph.add("submit", after=[put, *self._behind.take()])
+        left = self._left.leave(block, self._computed, first=first, last=last)
+        self._computed = left.computed
+        self._gate += left.waits
+        if last and self._load.updates == "backward" and block.id != self._load.small:
+            submitted = self._graph.add("submit", after=[left.computed, *left.waits, *self._behind.take()])
             self._gate.append(submitted)
-            self._update(block, submitted)
+            self._update(block, self._graph.add("there", after=[submitted, left.there]))
             self._behind.use(self._updated[block.id])
-
-    def _put(self, block: LoadedBlock, moved: float, written: float, before: Sequence[int]) -> int:
-        """Gradients are added up, and written through a ring of buffers as far as they go to disk: the last task of the
-        processor."""
-        lanes, put = self._lanes, -1
-        pieces = max(1, ceil(block.elements / self._unit)) if written else 1
-        seconds = lanes.memory_s(moved / pieces, max(block.tensors / pieces, 1))
-        for _ in range(pieces):
-            free = self._spilling.take() if written else ()
-            put = lanes.cores("put", "gradients", seconds, [*before, *free])
-            before = [put]
-            self._arrived[block.id] = put
-            if written:
-                lanes.moved("gradients_written", written / pieces)
-                self._arrived[block.id] = lanes.write("write gradients", written / pieces, [put])
-                self._spilling.use(self._arrived[block.id])
-        return put
 
     def _end_of_step(self) -> int:
         """`step()`: the last task before it returns."""
-        load, lanes = self._load, self._lanes
+        load = self._load
         early = load.updates == "backward"
         after = [self._computed, *self._gate]
-        if not early:  # the norm is that of all gradients, in fp32, and what was changed before is there
-            kept = [(b, 1 - b.spilled_nbytes / b.kept_nbytes) for b in load.trained()]
-            norm = sum(share * block.norm_nbytes for block, share in kept)
-            seconds = lanes.memory_s(norm, NORM_OPERATIONS * sum(share * block.tensors for block, share in kept))
-            after += [self._arrived[b.id] for b in load.trained() if b.spilled_nbytes and b.id in self._arrived]
-            after = [lanes.cores("norm", "gradients", seconds, [*after, *self._written])]
+        if not early:  # what was changed before is there
+            after += self._written
             self._written = []
-        begun = self._graph.add("step", after=after)
+        begun = self._graph.add("step", after=self._left.settle(after))
         small = load.blocks.get(load.small)
         gate = [begun]
         if small is not None and small.elements:
@@ -313,7 +275,7 @@ class _Run:
             if states or spilled:
                 lanes.moved("states_read", states)
                 lanes.moved("gradients_read", spilled)
-                after = [*there, *([self._arrived[block.id]] if spilled else [])]
+                after = [*there, *([self._left.arrived[block.id]] if spilled else [])]
                 after += [self._landed[block.id]] if block.id in self._landed else []
                 there.append(lanes.read("read states", states + spilled, after))
             if unit.there:

@@ -18,6 +18,7 @@ from ...scheduler.operations import Operation
 from ...scheduler.program import Enter, Leave, Program
 from ...scheduler.stepload import BlockUse, Home, LoadedBlock, StepLoad, Updates, UpdateWork
 from ..layout import Draft, Layout
+from .departures import HELD_NBYTES
 from .early import BEHIND
 from .optimizers import OptimizerChoice
 from .pipeline import BUFFERS
@@ -79,6 +80,7 @@ def load_of(
         shard_elements=ELEMENTS,
         buffers=BUFFERS,
         behind=BEHIND,
+        held_nbytes=HELD_NBYTES,
         small=SMALL,
     )
 
@@ -109,9 +111,7 @@ def _blocks(
             written_nbytes=changed if changes and not (home == "host" or homed) else 0,
             homed=homed,
             elements=sum(trained[index].elements for index in members),
-            elements_there=sum(
-                piece.elements for shard in own if shard.id in room.on_device for piece in shard.pieces
-            ),
+            elements_there=sum(piece.elements for shard in own if shard.id in room.on_device for piece in shard.pieces),
             tensors=max(len(members), 1),
             states_nbytes=sum(states.values()),
             states_moved_nbytes=sum(nbytes for shard, nbytes in states.items() if shard not in room.resident),
