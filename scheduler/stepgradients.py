@@ -100,7 +100,7 @@ class StepGradients:
         """What the device waits for before it computes into memory of gradients, of which so many more are copied."""
         self._held.append((copy, nbytes))
         found = []
-        while len(self._held) > 1 and sum(each for _, each in self._held) > self._load.held_nbytes:
+        while len(self._held) > 1 and sum(each for _, each in self._held) > self._load.leaving_nbytes:
             found.append(self._held.popleft()[0])
         return found
 

@@ -108,7 +108,7 @@ class StepLoad:
     """Shards under way at a time."""
     behind: int
     """Blocks that wait for their update before backward waits for that, where updates begin in backward."""
-    held_nbytes: int
+    leaving_nbytes: int
     """Of gradients on a device apart that may wait for their copies, before backward waits for one."""
     small: int = 0
     """The block of small tensors, which is updated before all others, while the step waits."""

@@ -80,7 +80,7 @@ def load_of(
         shard_elements=ELEMENTS,
         buffers=BUFFERS,
         behind=BEHIND,
-        held_nbytes=HELD_NBYTES,
+        leaving_nbytes=HELD_NBYTES,
         small=SMALL,
     )
 

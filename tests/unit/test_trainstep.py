@@ -85,7 +85,7 @@ def load(
             "shard_elements": 2**20,
             "buffers": 4,
             "behind": 3,
-            "held_nbytes": 2**26,
+            "leaving_nbytes": 2**26,
             **more,
         }
     )
@@ -305,8 +305,8 @@ def test_backward_waits_for_a_slow_link_where_many_gradients_are_held() -> None:
     """They leave in 40 ms each; two of them may wait for that."""
     cost = CostModel(hardware=machine(link=5e7))
     asked = load(home="host", states_in_memory=True, separate=True, slots=30)
-    held = predict(replace(asked, held_nbytes=4 * ELEMENTS), cost)
-    free = predict(replace(asked, held_nbytes=2**40), cost)
+    held = predict(replace(asked, leaving_nbytes=4 * ELEMENTS), cost)
+    free = predict(replace(asked, leaving_nbytes=2**40), cost)
     assert held.backward_s == pytest.approx(0.021 + 18 * 0.04, rel=0.01)
     assert free.backward_s == pytest.approx(20 * 0.021, rel=0.01)
     assert free.seconds == pytest.approx(held.seconds, rel=0.02)  # `step()` waits for all of them
