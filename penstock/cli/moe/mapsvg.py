@@ -1,0 +1,50 @@
+"""Which contender is best where: one field per recipe, a map per weight of words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from ...scheduler.experts.contest import Cell
+
+_WIDTH: Final = 440
+_LEFT, _TOP, _FIELD, _HIGH, _GAP = 70, 34, 86, 58, 4
+
+
+def maps(cells: Sequence[Cell], colours: Mapping[str, str]) -> str:
+    """The maps, side by side."""
+    return "".join(
+        _map([cell for cell in cells if cell.recipe.token == token], token, colours)
+        for token in sorted({cell.recipe.token for cell in cells})
+    )
+
+
+def _map(cells: Sequence[Cell], token: float, colours: Mapping[str, str]) -> str:
+    across = sorted({cell.recipe.zipf for cell in cells})
+    up = sorted({cell.recipe.context for cell in cells}, reverse=True)
+    height = _TOP + len(up) * (_HIGH + _GAP) + 44
+    parts = [f'<text x="{_LEFT}" y="18">words: token {token:g}</text>']
+    for cell in cells:
+        x = _LEFT + across.index(cell.recipe.zipf) * (_FIELD + _GAP)
+        y = _TOP + up.index(cell.recipe.context) * (_HIGH + _GAP)
+        name = cell.best.name
+        others = sorted(cell.behind(each) for each in cell.results if each != cell.best)
+        lead = f"next: +{100 * others[0]:.1f}%" if others else ""
+        told = "; ".join(f"{each.name} {1e3 * cell.decode_s(each):.3f} ms" for each in cell.results)
+        parts.append(
+            f'<g><title>{escape(told)}</title><rect x="{x}" y="{y}" width="{_FIELD}" height="{_HIGH}" rx="4" '
+            f'fill="{colours[name]}"/><text class="on" x="{x + _FIELD / 2}" y="{y + 26}" text-anchor="middle">'
+            f'{escape(name.split(",")[0])}</text><text class="on small" x="{x + _FIELD / 2}" y="{y + 43}" '
+            f'text-anchor="middle">{lead}</text></g>'
+        )
+    for number, zipf in enumerate(across):
+        x = _LEFT + number * (_FIELD + _GAP) + _FIELD / 2
+        parts.append(f'<text x="{x}" y="{height - 26}" text-anchor="middle">{zipf:g}</text>')
+    for number, context in enumerate(up):
+        y = _TOP + number * (_HIGH + _GAP) + _HIGH / 2 + 4
+        parts.append(f'<text x="{_LEFT - 8}" y="{y}" text-anchor="end">{context:g}</text>')
+    parts.append(f'<text x="{_LEFT}" y="{height - 8}">skew: zipf →</text>')
+    parts.append(f'<text x="4" y="{_TOP - 4}">↑ drift:</text><text x="4" y="{_TOP + 10}">context</text>')
+    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img">{"".join(parts)}</svg>'
