@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...memory.errors import UsageError
+from .events import Event
 from .policies.policy import Policy
 from .shape import Routing
 from .trace import IntArray
@@ -20,12 +21,19 @@ MINIMUM: Final = 1.0
 """Of an equal share of the slots, what each layer keeps for itself. From the sweep of docs/moe.md."""
 
 
-Admission = Literal["always", "better", "proven"]
-"""When a miss comes in. always: whatever it replaces. better: if it is worth more than that. proven: if it was worth
-more even before the use at hand, so that what is used for the first time in long passes by."""
-ADMISSIONS: Final[tuple[Admission, ...]] = ("always", "better", "proven")
-ADMISSION: Final[Admission] = "proven"
+Admission = Literal["always", "better", "proven", "adaptive"]
+"""When a miss comes in.
+
+always: whatever it replaces. better: if it is worth more than that. proven: if it was worth more even before the use at
+hand, so that what is used for the first time in long passes by. adaptive: always; but a layer that has hit nothing for
+some time changes to proven, and back if that hits nothing either. Experts that take turns, more of them than there are
+slots, defeat every rule that always admits; those that are kept then are hit once a turn.
+"""
+ADMISSIONS: Final[tuple[Admission, ...]] = ("always", "better", "proven", "adaptive")
+ADMISSION: Final[Admission] = "adaptive"
 """From the sweep of docs/moe.md."""
+PATIENCE: Final = 8
+"""Events of a layer without a hit after which `adaptive` changes; doubles each time, as turns may be long."""
 
 
 class Origin(IntEnum):
@@ -35,9 +43,7 @@ class Origin(IntEnum):
     """A layer needed it, and it was brought for that."""
     FILLED = 2
     """A layer needed it and another processor computed it; it was brought after that, over a link that was idle."""
-    PREFETCHED = 3
-    """The next layer was expected to need it."""
-    WARMED = 4
+    WARMED = 3
     """A prompt used it most, and there was room."""
 
 
@@ -94,6 +100,10 @@ class ExpertCache:
         """[layers, experts] What is there. Not to be changed by whoever reads it."""
         self.origins: npt.NDArray[np.uint8] = np.zeros((routing.layers, routing.experts), np.uint8)
         """[layers, experts] Why what is there was brought; 0 for what is not."""
+        self._barren: IntArray = np.zeros(routing.layers, np.int64)
+        """Events without a hit, by layer, since the last hit or change."""
+        self._patience: IntArray = np.full(routing.layers, PATIENCE, np.int64)
+        self._proven: npt.NDArray[np.bool_] = np.full(routing.layers, setting.admission == "proven")
         self._admitted = self._evicted = self._bypassed = 0
 
     def statistics(self) -> CacheStatistics:
@@ -101,6 +111,20 @@ class ExpertCache:
         return CacheStatistics(
             held=int(self._counts.sum()), admitted=self._admitted, evicted=self._evicted, bypassed=self._bypassed
         )
+
+    def seen(self, event: Event) -> None:
+        """A layer is about to run: called once per event, before anything is admitted for it."""
+        layer = event.layer
+        if self._setting.admission != "adaptive" or event.phase == "prefill" or self._counts[layer] == 0:
+            return
+        if self.held[layer, event.experts].any():
+            self._barren[layer] = 0
+            return
+        self._barren[layer] += 1
+        if self._barren[layer] >= self._patience[layer]:
+            self._proven[layer] = not self._proven[layer]
+            self._barren[layer] = 0
+            self._patience[layer] *= 2
 
     def admit(
         self, layer: int, wanted: Iterable[int], *, needed: IntArray, origin: Origin = Origin.MISSED
@@ -117,8 +141,8 @@ class ExpertCache:
             Those that got a slot, each with the (layer, expert) that it replaces, or None where a slot was free.
         """
         values = self._policy.values
-        worth = self._policy.earlier if self._setting.admission == "proven" else values[layer]
-        always = self._setting.admission == "always"
+        worth = self._policy.earlier if self._proven[layer] else values[layer]
+        always = self._setting.admission != "better" and not self._proven[layer]
         ranked = sorted(wanted, key=lambda expert: -worth[expert])
         taken: list[tuple[int, tuple[int, int] | None]] = []
         victims: list[int] | None = None

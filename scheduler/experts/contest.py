@@ -63,8 +63,8 @@ def compete(
         )
 
 
-ZIPFS: Final = (0.0, 0.3, 0.6, 1.2)
-CONTEXTS: Final = (0.0, 0.5, 1.0, 2.0)
+ZIPFS: Final = (0.0, 0.6, 1.2)
+CONTEXTS: Final = (0.0, 0.7, 2.0)
 TOKENS: Final = (0.25, 1.0)
 """Parameters of recipes over which a map is drawn: what skew, drift and words contribute to a gate's logits."""
 

@@ -96,7 +96,7 @@ class LayerScheduler:
         found = [self._run(tasks, start) for start in _starts(tasks, self.costs)]
         found.sort(key=lambda each: each[1].seconds)
         left = self._tries
-        descended = []
+        descended: list[_Found] = []
         for here in found[:DESCENTS]:
             here, left = self._descend(tasks, here, left)
             descended += self._reordered(tasks, here)

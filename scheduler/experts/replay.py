@@ -29,7 +29,6 @@ from .trace import IntArray
 _CAUSES: Final[dict[int, HitCause]] = {
     Origin.MISSED: "kept",
     Origin.FILLED: "filled",
-    Origin.PREFETCHED: "kept",  # of a use before this one
     Origin.WARMED: "warmed",
 }
 
@@ -113,12 +112,14 @@ class _Replay:
             self._host = ExpertCache(routing, replace(setting.cache, capacity=setting.host), policy)
         self._used = np.zeros((routing.layers, routing.experts), np.bool_)
         self._was_held = np.zeros_like(self._used)
-        self._layers = routing.layers
         self._prefetched: tuple[Prefetched, ...] = ()
 
     def step(self, event: Event) -> None:
         """One layer."""
         self._policy.seen(event)
+        for cache in (self.cache, self._host):
+            if cache is not None:
+                cache.seen(event)
         account = self.accounts[event.phase]
         if event.layer == 0:
             account.tokens += event.tokens

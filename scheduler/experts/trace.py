@@ -89,7 +89,7 @@ class Trace:
 
     def phase(self, step: int) -> Phase:
         """What a step is."""
-        return PHASES[self.phases[step]]
+        return PHASES[int(self.phases[step])]
 
     def between(self, first: int, last: int) -> Trace:
         """The steps from `first` to before `last`."""
@@ -169,7 +169,9 @@ def _joined(parts: list[Any], empty: tuple[int, ...], dtype: Any, *, axis: int) 
 def _check(trace: Trace) -> None:
     routing, width = trace.header.routing, trace.header.width
     steps, tokens = trace.steps, trace.tokens
-    shapes = [("experts", trace.experts, (routing.layers, tokens, width))]
+    shapes: list[tuple[str, npt.NDArray[Any], tuple[int, ...]]] = [
+        ("experts", trace.experts, (routing.layers, tokens, width))
+    ]
     if trace.scores is not None:
         shapes.append(("scores", trace.scores, (routing.layers, tokens, width)))
     if trace.guesses is not None:

@@ -26,6 +26,7 @@ from penstock.scheduler.experts.policies.static import Static
 from penstock.scheduler.experts.shape import Routing
 
 ROUTING = Routing(layers=2, experts=16, top_k=2)
+ROUTING_OF_RECIPES = recipe().routing
 
 
 def ranked(found: Policy, layer: int) -> list[int]:
@@ -171,6 +172,7 @@ def run(cache: ExpertCache, found: Policy, events: list[Event]) -> int:
     hits = 0
     for each in events:
         found.seen(each)
+        cache.seen(each)
         missed = [int(e) for e in each.experts if not cache.held[each.layer, e]]
         hits += len(each.experts) - len(missed)
         cache.admit(each.layer, missed, needed=each.experts)
@@ -196,6 +198,7 @@ def test_whatever_happens_a_cache_keeps_its_promises(
     for each in events:
         before = cache.held.copy()
         ranking.seen(each)
+        cache.seen(each)
         missed = [int(e) for e in each.experts if not before[each.layer, e]]
         taken = cache.admit(each.layer, missed, needed=each.experts)
         assert np.all(cache.held[each.layer, each.experts] >= before[each.layer, each.experts]), "still needed"
@@ -278,14 +281,28 @@ def test_a_cache_smaller_than_a_token_degrades_and_does_not_starve() -> None:
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-@pytest.mark.parametrize("capacity", [1, 2, 3, 5, 8, 13])
-def test_no_capacity_gets_nothing_from_a_cycle_that_defeats_recency(name: str, capacity: int) -> None:
-    """Each layer's tokens take turns over more experts than it has slots."""
-    choices = [[[(2 * t) % 12, (2 * t + 1) % 12] for _ in range(3)] for t in range(60)]
-    trace = plain_trace(choices)
+@pytest.mark.parametrize("admission", ["proven", "adaptive"])
+@pytest.mark.parametrize(("capacity", "turn"), [(1, 4), (2, 12), (3, 6), (5, 12), (8, 6), (13, 12), (20, 24)])
+def test_no_capacity_gets_nothing_from_turns_that_defeat_recency(
+    name: str, admission: Admission, capacity: int, turn: int
+) -> None:
+    """The tokens of each layer take turns over more experts than it has slots."""
+    choices = [[[(2 * t) % turn, (2 * t + 1) % turn] for _ in range(3)] for t in range(100)]
+    trace = plain_trace(choices, experts=24)
     found = policy(name, trace.header.routing)
-    cache = ExpertCache(trace.header.routing, CacheSetting(capacity=capacity, admission="proven"), found)
+    cache = ExpertCache(trace.header.routing, CacheSetting(capacity=capacity, admission=admission), found)
     assert run(cache, found, events_of(trace)) > 0
+
+
+def test_adaptive_is_always_as_long_as_that_hits() -> None:
+    events = events_of(generate_trace(recipe(prompt=0, generate=200)))
+
+    def hits(admission: Admission) -> int:
+        found = policy("mrs", ROUTING_OF_RECIPES)
+        setting = CacheSetting(capacity=24, admission=admission)
+        return run(ExpertCache(ROUTING_OF_RECIPES, setting, found), found, events)
+
+    assert hits("adaptive") == hits("always") != hits("proven")
 
 
 def test_settings_that_cannot_be_are_refused() -> None:

@@ -188,7 +188,7 @@ def test_more_room_takes_less_time() -> None:
 def test_contenders_compete_on_the_same_events() -> None:
     trace = generate_trace(recipe())
     routing = trace.header.routing
-    asked = [Contender(policy="lru", admission=rule) for rule in ("proven", "better", "always")]
+    asked = [Contender(policy="lru", admission=rule) for rule in ("adaptive", "better", "always")]
     asked.append(Contender(policy="mrs", minimum=0.0))
     found = dict(compete(routing, events_of(trace), asked, 12, scheduler=LayerScheduler(machine_costs())))
     assert [each.name for each in found] == ["lru", "lru, admits better", "lru, admits always", "mrs, minimum 0"]
@@ -197,7 +197,7 @@ def test_contenders_compete_on_the_same_events() -> None:
 
 
 def test_a_map_has_a_cell_per_recipe_and_its_best_is_the_fastest() -> None:
-    recipes = list(recipes_around(recipe(requests=1, generate=10)))[::11]
+    recipes = list(recipes_around(recipe(requests=1, generate=10)))[::7]
     asked = [Contender(policy=name) for name in ("lru", "lfu")]
     cells = list(compete_over(recipes, asked, 0.25, LayerScheduler(machine_costs())))
     assert [cell.recipe for cell in cells] == recipes

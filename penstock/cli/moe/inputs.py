@@ -49,7 +49,7 @@ Admit = Annotated[
     typer.Option(
         metavar="RULE",
         help="When a miss comes in. always; better: worth more than what it replaces; proven: even without the use at "
-        "hand. Default: proven.",
+        "hand; adaptive: always, or proven in layers where that hits nothing. Default: adaptive.",
         rich_help_panel=_CACHE,
     ),
 ]

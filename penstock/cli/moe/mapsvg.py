@@ -40,11 +40,11 @@ def _map(cells: Sequence[Cell], token: float, colours: Mapping[str, str]) -> str
             f'text-anchor="middle">{lead}</text></g>'
         )
     for number, zipf in enumerate(across):
-        x = _LEFT + number * (_FIELD + _GAP) + _FIELD / 2
-        parts.append(f'<text x="{x}" y="{height - 26}" text-anchor="middle">{zipf:g}</text>')
+        middle = _LEFT + number * (_FIELD + _GAP) + _FIELD / 2
+        parts.append(f'<text x="{middle}" y="{height - 26}" text-anchor="middle">{zipf:g}</text>')
     for number, context in enumerate(up):
-        y = _TOP + number * (_HIGH + _GAP) + _HIGH / 2 + 4
-        parts.append(f'<text x="{_LEFT - 8}" y="{y}" text-anchor="end">{context:g}</text>')
+        low = _TOP + number * (_HIGH + _GAP) + _HIGH / 2 + 4
+        parts.append(f'<text x="{_LEFT - 8}" y="{low}" text-anchor="end">{context:g}</text>')
     parts.append(f'<text x="{_LEFT}" y="{height - 8}">skew: zipf →</text>')
     parts.append(f'<text x="4" y="{_TOP - 4}">↑ drift:</text><text x="4" y="{_TOP + 10}">context</text>')
     return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img">{"".join(parts)}</svg>'

@@ -60,7 +60,7 @@ def report(
     draw_map: Annotated[
         bool,
         typer.Option(
-            "--map/--no-map", help="Also run all policies on generated routing of 32 kinds, and map the best."
+            "--map/--no-map", help="Also run all policies on generated routing of 18 kinds, and map the best."
         ),
     ] = True,
     force: Force = False,
@@ -103,7 +103,7 @@ def report(
         title=f"{file.name}: caches of experts", source=trace.header.source, place=place, routing=routing, rows=rows,
         cells=cells, contenders=contenders, notes=prefetching(rows),
     )  # fmt: skip
-    nbytes = write_whole(path, lambda target: target.write(html.encode()), force=force)
+    nbytes = write_whole(path, lambda target: target.writelines([html.encode()]), force=force)
     output.notes.print(f"{format_size(nbytes)} of HTML", markup=False)
     output.data.print(str(path), markup=False, soft_wrap=True)
     if show and not webbrowser.open(path.resolve().as_uri()):

@@ -9,8 +9,8 @@ from ..shape import Routing
 from ..trace import FloatArray
 from .decaying import DecayingCounts
 
-HALF_LIFE: Final = 64.0
-"""Tokens. Between 32 and 128 the sweep of docs/moe.md hardly tells a difference."""
+HALF_LIFE: Final = 32.0
+"""Tokens."""
 
 
 class DecayedLfu:

@@ -10,8 +10,8 @@ from ..events import Event
 from ..shape import Routing
 from ..trace import FloatArray
 
-ALPHA: Final = 0.5
-"""What HybriMoE's released code takes."""
+ALPHA: Final = 0.3
+"""HybriMoE's released code takes 0.5."""
 
 
 class Mrs:

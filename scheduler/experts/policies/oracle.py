@@ -15,7 +15,8 @@ from ..trace import FloatArray, Phase
 class Oracle:
     """Values are −(the number of the event that uses an expert next), −∞ where none does.
 
-    In a cache with bypass and one pool for all layers it makes Belady's decisions.
+    In a cache of one pool that admits what is `better` it decides as Belady's MIN does, but for experts that the
+    running layer needs: MIN may give those up at once.
 
     Args:
         routing: The model's.

@@ -10,7 +10,7 @@ from ..events import Event
 from ..shape import Routing
 from ..trace import FloatArray, IntArray
 
-LEARNING: Final = 512
+LEARNING: Final = 256
 """Tokens."""
 
 
