@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import msgspec
@@ -60,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (default: 4)")
     parser.add_argument("--requests", type=int, default=2, help="sequences of 64 + 96 tokens (default: 2)")
+    parser.add_argument(
+        "--capacities", type=float, nargs="+", default=CAPACITIES, metavar="SHARE", help="of all experts"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="seeds per recipe (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every place as JSON")
@@ -67,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     routing = Routing(layers=arguments.layers, experts=64, top_k=4)
     base = Recipe(routing=routing, expert=EXPERT, requests=arguments.requests, prompt=64, generate=96)
-    places = sweep(base, arguments.seeds, arguments.jobs)
+    places = sweep(base, arguments.seeds, arguments.capacities, arguments.jobs)
     text = markdown(places)
     print(text)
     if arguments.json is not None:
@@ -85,24 +89,24 @@ def contenders() -> list[Contender]:
     return [each for each in dict.fromkeys((*rules, *pools)) if (each.policy, each.admission) != ("lru", "better")]
 
 
-def sweep(base: Recipe, seeds: int, jobs: int) -> list[Place]:
+def sweep(base: Recipe, seeds: int, capacities: Sequence[float], jobs: int) -> list[Place]:
     """Every place."""
     recipes = [msgspec.structs.replace(each, seed=seed) for each in recipes_around(base) for seed in range(seeds)]
     found: list[Place] = []
     with ProcessPoolExecutor(max_workers=jobs) as pool:
-        for number, places in enumerate(pool.map(places_of, recipes), start=1):
+        for number, places in enumerate(pool.map(places_of, recipes, repeat(capacities)), start=1):
             print(f"recipe {number} of {len(recipes)}", end="\r", file=sys.stderr, flush=True)
             found += places
     return found
 
 
-def places_of(recipe: Recipe) -> list[Place]:
+def places_of(recipe: Recipe, capacities: Sequence[float]) -> list[Place]:
     """Those of one recipe."""
     events, total = events_of(generate_trace(recipe)), recipe.routing.total
     found = []
     for machine, host in MACHINES:
         scheduler = LayerScheduler(expert_costs(CostModel(hardware=load(machine)), EXPERT))
-        for capacity in CAPACITIES:
+        for capacity in capacities:
             results = dict(
                 compete(
                     recipe.routing,
@@ -128,12 +132,12 @@ def places_of(recipe: Recipe) -> list[Place]:
 def markdown(places: Sequence[Place]) -> str:
     """Contenders by how far they are behind the best on average, the nearest first."""
     machines = list(dict.fromkeys(place.machine for place in places))
-    heading = ["policy", "admits", "minimum", "behind the best", "worst place", *machines, "hits at 25 %"]
+    heading = ["policy", "admits", "minimum", "behind the best", "worst place", *machines, "hits"]
     rows = []
     for each in contenders():
         behind = np.array([place.behind(each) for place in places])
         by_machine = [np.mean([p.behind(each) for p in places if p.machine == machine]) for machine in machines]
-        hits = np.mean([place.hits[each] for place in places if place.capacity == 0.25])
+        hits = np.mean([place.hits[each] for place in places])
         rows.append((float(behind.mean()), each, float(behind.max()), by_machine, float(hits)))
     rows.sort(key=lambda row: row[0])
     lines = [f"| {' | '.join(heading)} |", f"| {' | '.join('---' for _ in heading)} |"]

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from moe_traces import plain_trace
+from moe_traces import plain_trace, recipe
 
 from penstock.cli import main
 from penstock.scheduler.experts.tracefile import encode_trace, read_trace
@@ -144,7 +144,34 @@ def test_report_maps_the_best_policy(trace: Path, tmp_path: Path, monkeypatch: p
     page = parsed(out)
     assert page.tags.count("rect") == 4
     assert "words: token 0.25" in page.text
-    assert "next: +" in page.text
+    assert "next: +" in page.text or "all alike" in page.text
+
+
+def test_where_policies_do_not_differ_the_map_names_none() -> None:
+    from penstock.cli.moe.mapsvg import maps
+    from penstock.scheduler.experts.account import Account
+    from penstock.scheduler.experts.cache import CacheStatistics
+    from penstock.scheduler.experts.contest import Cell, Contender
+    from penstock.scheduler.experts.replay import ReplayResult
+
+    def cell(*seconds: float) -> Cell:
+        results = {}
+        for name, each in zip(("lru", "mrs"), seconds, strict=True):
+            decode = Account(tokens=1, seconds=each).result(1)
+            results[Contender(policy=name)] = ReplayResult(
+                prefill=decode,
+                decode=decode,
+                cache=CacheStatistics(held=0, admitted=0, evicted=0, bypassed=0),
+                prefetching=None,
+            )
+        return Cell(recipe=recipe(), results=results)
+
+    colours = {"lru": "#111111", "mrs": "#222222"}
+    same, other = maps([cell(1.0, 1.0)], colours), maps([cell(1.1, 1.0)], colours)
+    assert "all alike" in same
+    assert "#111111" not in same
+    assert "next: +10.0%" in other
+    assert "#222222" in other
 
 
 def test_names_in_a_trace_reach_the_page_as_text_only(tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from ...scheduler.experts.contest import Cell
 
 _WIDTH: Final = 440
+_ALIKE: Final = 0.001
+"""Of the best one's seconds: below that a difference is none."""
+_PLAIN: Final = "#76808f"
 _LEFT, _TOP, _FIELD, _HIGH, _GAP = 70, 34, 86, 58, 4
 
 
@@ -29,15 +32,17 @@ def _map(cells: Sequence[Cell], token: float, colours: Mapping[str, str]) -> str
     for cell in cells:
         x = _LEFT + across.index(cell.recipe.zipf) * (_FIELD + _GAP)
         y = _TOP + up.index(cell.recipe.context) * (_HIGH + _GAP)
-        name = cell.best.name
         others = sorted(cell.behind(each) for each in cell.results if each != cell.best)
-        lead = f"next: +{100 * others[0]:.1f}%" if others else ""
+        alike = bool(others) and others[-1] < _ALIKE
+        name = "all alike" if alike else cell.best.name
+        lead = f"next: +{100 * others[0]:.1f}%" if others and not alike else ""
         told = "; ".join(f"{each.name} {1e3 * cell.decode_s(each):.3f} ms" for each in cell.results)
+        colour, centre = _PLAIN if alike else colours[name], x + _FIELD / 2
         parts.append(
-            f'<g><title>{escape(told)}</title><rect x="{x}" y="{y}" width="{_FIELD}" height="{_HIGH}" rx="4" '
-            f'fill="{colours[name]}"/><text class="on" x="{x + _FIELD / 2}" y="{y + 26}" text-anchor="middle">'
-            f'{escape(name.split(",")[0])}</text><text class="on small" x="{x + _FIELD / 2}" y="{y + 43}" '
-            f'text-anchor="middle">{lead}</text></g>'
+            f"<g><title>{escape(told)}</title>"
+            f'<rect x="{x}" y="{y}" width="{_FIELD}" height="{_HIGH}" rx="4" fill="{colour}"/>'
+            f'<text class="on" x="{centre}" y="{y + 26}" text-anchor="middle">{escape(name.split(",")[0])}</text>'
+            f'<text class="on small" x="{centre}" y="{y + 43}" text-anchor="middle">{lead}</text></g>'
         )
     for number, zipf in enumerate(across):
         middle = _LEFT + number * (_FIELD + _GAP) + _FIELD / 2
