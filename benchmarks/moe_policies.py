@@ -2,12 +2,12 @@
 
     python -m benchmarks.moe_policies
     python -m benchmarks.moe_policies --layers 8 --json result.json
-    python -m benchmarks.moe_policies --into docs/moe.md
+    python -m benchmarks.moe_policies --capacities 0.25 --into docs/moe.md
 
 Routing is generated (18 recipes, each with `--seeds` seeds), seconds are simulated with machines' data sheets. A
 contender is a policy, a rule of admission and a minimum per layer. Its figure at a place (recipe, capacity, machine) is
-how much longer than the best contender there it takes per generated token; the one with the least mean of that is the
-default."""
+how much longer than the best contender there it takes per generated token; defaults are chosen by the mean of that.
+"""
 
 import argparse
 import json

@@ -20,8 +20,8 @@ POLICIES: Final[dict[str, Callable[[Routing], Policy]]] = {
 }
 """Those that need no future. The oracle does, and is made where the future is known."""
 
-DEFAULT: Final = DecayedLfu.name
-"""The best over the sweep of docs/moe.md."""
+DEFAULT: Final = Mrs.name
+"""The best on average over the sweep of docs/moe.md; without scores it ranks by uses."""
 
 
 def policy(name: str, routing: Routing) -> Policy:
