@@ -10,7 +10,7 @@ been compared often enough and the gains do not make up for the costs, prefetchi
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -108,7 +108,7 @@ class Prefetcher:
         tasks = list(expected)
         now_s = self._scheduler.plan(tasks).seconds if tasks else 0.0
         while len(chosen) < self._most:
-            found = self._best(tasks, now_s, idle)
+            found = self._best(tasks, {each.expert for each in chosen}, now_s, idle)
             if found is None:
                 break
             number, mover, now_s = found
@@ -155,14 +155,19 @@ class Prefetcher:
         self._tried = self._tried_used = 0
         self._tried_s = 0.0
 
-    def _best(self, tasks: Sequence[ExpertTask], now_s: float, idle: IdleTime) -> tuple[int, Mover, float] | None:
-        """The task whose move gains most, how it is moved, and what the layer takes then."""
+    def _best(
+        self, tasks: Sequence[ExpertTask], moved_already: Set[int], now_s: float, idle: IdleTime
+    ) -> tuple[int, Mover, float] | None:
+        """The task whose move gains most, how it is moved, and what the layer takes then.
+
+        Each expert moves by one tier: what is read now is not there to be copied yet.
+        """
         best: tuple[float, int, Mover, float] | None = None
         tried = set()
         for number, task in enumerate(tasks):
             mover = _mover(task, separate=self._scheduler.costs.separate)
             kind = (task.rows, task.on_host, mover)
-            if mover is None or kind in tried or not idle.has_room(mover):
+            if mover is None or kind in tried or task.expert in moved_already or not idle.has_room(mover):
                 continue
             tried.add(kind)  # those that are alike gain the same
             moved = [*tasks[:number], _moved(task, mover), *tasks[number + 1 :]]

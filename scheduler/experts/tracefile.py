@@ -112,7 +112,7 @@ class TraceWriter:
             with suppress(OSError):
                 os.ftruncate(self._fd, self._end)
             raise DiskError(
-                f"cannot write {self._path}: {error.strerror}. Steps are lost from {self._steps} on."
+                f"cannot write {self._path}: {error.strerror}. Steps from {self._steps} on wait: make room for them"
             ) from error
         self._end += len(data)
         self._steps += len(self._waiting)
@@ -211,6 +211,8 @@ def _payload(data: bytes, offset: int) -> tuple[_Payload | None, int]:
     begin = offset + _PREFIX.size
     body = memoryview(data)[begin : begin + stored]
     if len(body) < stored:
+        if MAGIC in bytes(body):
+            raise TraceError(f"the segment at byte {offset} claims {stored} bytes, and others follow: it is damaged")
         return None, 0
     if zlib.crc32(body, zlib.crc32(data[offset : offset + _CHECKED])) != checksum:
         raise TraceError(f"the segment at byte {offset} is damaged: its checksum does not agree")

@@ -201,6 +201,7 @@ def test_names_in_a_trace_reach_the_page_as_text_only(tmp_path: Path) -> None:
         (("--capacity", "lots"), "write for example 25%, 2GiB"),
         (("--capacity", "1KiB"), "1KiB holds no expert: one takes"),
         (("--minimum", "2"), "--minimum"),
+        (("--host", "25%,50%"), "--host '25%,50%' names 2 sizes: it takes one"),
         (("--admit", "never"), "--admit 'never' is not known: use always, better, proven, adaptive"),
         (("--hardware", "nosuch"), "is no file and no machine known here: use"),
     ],

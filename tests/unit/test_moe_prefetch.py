@@ -68,6 +68,17 @@ def test_what_is_on_disk_comes_into_host_memory() -> None:
     assert chosen == (Prefetched(expert=1, mover="disk", cost_s=0.0),)
 
 
+def test_what_is_being_read_is_not_copied_before_it_is_there() -> None:
+    scheduler = LayerScheduler(costs(**SLOW_CPU))
+    chosen = Prefetcher(scheduler, most=8).choose(
+        [task(1, 300, host=False), task(2, 300, host=False)],
+        IdleTime(costs=scheduler.costs, end_s=1e3, cpu_until_s=0, free_s={"link": 0, "disk": 0}),
+    )
+    assert chosen
+    assert len({each.expert for each in chosen}) == len(chosen)
+    assert {each.mover for each in chosen} == {"disk"}
+
+
 def test_what_the_cpu_loses_meanwhile_counts() -> None:
     def left(speed: float) -> IdleTime:
         cost = costs(**SLOW_CPU, sharing=Sharing(compute_while_copying=speed))

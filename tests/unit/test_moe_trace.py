@@ -116,6 +116,18 @@ def test_an_end_that_is_cut_off_is_told_and_the_rest_is_read(tmp_path: Path) -> 
         read_trace(path)
 
 
+def test_a_length_that_reaches_over_segments_behind_it_is_no_end(tmp_path: Path) -> None:
+    trace = generate_trace(recipe())
+    path = written(tmp_path / "a.moe", trace, segment_nbytes=1)
+    data = bytearray(path.read_bytes())
+    second = data.index(MAGIC, 1)
+    data[second + 14] |= 0x01  # 64 KiB more
+    assert len(data) < 1 << 16
+    path.write_bytes(data)
+    with pytest.raises(TraceError, match=rf"the segment at byte {second} claims .* and others follow"):
+        read_trace(path)
+
+
 def test_damage_anywhere_is_found(tmp_path: Path) -> None:
     trace = generate_trace(recipe(generate=3))
     path = written(tmp_path / "a.moe", trace, segment_nbytes=400)

@@ -210,7 +210,9 @@ def host_of(text: str, place: Place, routing: Routing) -> int:
     Raises:
         UsageError: the rest would have to be on disk, and there is no drive; or there is no host beside a device.
     """
-    (found,) = parse_capacities(text, routing, place.expert.nbytes, "--host")[:1]
+    found, *more = parse_capacities(text, routing, place.expert.nbytes, "--host")
+    if more:
+        raise UsageError(f"--host {text!r} names {1 + len(more)} sizes: it takes one; --capacity takes several")
     if found < routing.total and not place.separate:
         raise UsageError(f"{place.machine} has no device: --capacity is what its memory holds; leave --host out")
     return found
