@@ -169,14 +169,11 @@ def test_keys_and_values_go_no_further_than_their_room() -> None:
     assert alternation(machine(), blocks(8)).best(rows=1, lanes=2, most_keys=0.0).keys == 0.0
 
 
-@pytest.mark.parametrize("layers", [49, 93, 98, 103])
-def test_layers_whose_shares_do_not_quite_sum_to_one_are_all_of_them(layers: int) -> None:
-    assert sum([1 / layers] * layers) != 1.0
-    found = alternation(machine(), blocks(layers, keys=1 / layers))
-    everything = found.of(1.0, rows=1, lanes=2)
-    assert everything.keys == pytest.approx(1.0)
-    tried = [found.of(step / STEPS, rows=1, lanes=2) for step in range(1, STEPS + 1)]
-    assert found.best(rows=1, lanes=2).seconds == min(split.seconds for split in tried)
+@pytest.mark.parametrize("layers", [9, 18, 36, 48])
+def test_shares_that_sum_to_a_little_more_than_one_are_all_and_no_more(layers: int) -> None:
+    assert sum([1 / layers] * layers) > 1.0
+    slow = alternation(machine(), blocks(layers, keys=1 / layers), link_rate=GB / 10)
+    assert slow.best(rows=1, lanes=2).cpu_share == 1.0  # the link would bind whatever is copied
 
 
 def test_an_emulated_device_has_no_cores_of_its_own() -> None:

@@ -119,6 +119,8 @@ def test_what_fails_is_told_until_it_is_forgotten(device: EmulatedDevice) -> Non
             leaving.through(1, gradient(1), lambda _: done.append(1))
         with pytest.raises(DiskError, match="full"):
             leaving.settle()
+        with pytest.raises(DiskError, match="full"):
+            leaving.wait(1)  # nobody takes what was given up for what is there
         assert not done
         leaving.forget()
         leaving.through(1, gradient(1), lambda _: done.append(1))
