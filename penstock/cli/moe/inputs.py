@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ...scheduler.experts.layerscheduler import LayerScheduler
     from ...scheduler.experts.shape import ExpertShape, Routing
     from ...scheduler.experts.trace import Trace
+    from .lab import Asked
 
 _MACHINE: Final = "Where it would run"
 _CACHE: Final = "The cache"
@@ -216,6 +217,35 @@ def host_of(text: str, place: Place, routing: Routing) -> int:
     if found < routing.total and not place.separate:
         raise UsageError(f"{place.machine} has no device: --capacity is what its memory holds; leave --host out")
     return found
+
+
+def asked_of(
+    routing: Routing,
+    contenders: Sequence[Contender],
+    place: Place,
+    *,
+    capacities: str,
+    host: str,
+    prefetch: int,
+    between_ms: float,
+) -> Asked:
+    """What is to be replayed, from the options of the verbs.
+
+    Raises:
+        UsageError: an option has no meaning, or experts would have to be on a drive that is not there.
+    """
+    from .lab import Asked
+
+    asked = Asked(
+        routing=routing,
+        contenders=contenders,
+        capacities=parse_capacities(capacities, routing, place.expert.nbytes),
+        host=host_of(host, place, routing),
+        prefetch=prefetch,
+        between_s=between_ms / 1e3,
+    )
+    check_drives(place, routing, asked.capacities, asked.host)
+    return asked
 
 
 def percent(count: int, routing: Routing) -> str:

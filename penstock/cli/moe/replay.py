@@ -15,10 +15,8 @@ from .inputs import (
     Minimum,
     Policies,
     Prefetch,
-    check_drives,
+    asked_of,
     contenders_of,
-    host_of,
-    parse_capacities,
     place_of,
     read,
 )
@@ -48,22 +46,16 @@ def replay(
         penstock moe replay made.moe --policy lru,decayed-lfu --hardware rtx3060-12gb --host 50% --prefetch 2
     """
     from ...scheduler.experts.events import events_of
-    from .lab import Asked, document, prefetching, run, table
+    from .lab import document, prefetching, run, table
 
     output = Output()
     contenders = contenders_of(policies, admit, minimum)
     trace = read(file, output)
     place = place_of(hardware, trace, output)
     routing = trace.header.routing
-    asked = Asked(
-        routing=routing,
-        contenders=contenders,
-        capacities=parse_capacities(capacities, routing, place.expert.nbytes),
-        host=host_of(host, place, routing),
-        prefetch=prefetch,
-        between_s=between / 1e3,
+    asked = asked_of(
+        routing, contenders, place, capacities=capacities, host=host, prefetch=prefetch, between_ms=between
     )
-    check_drives(place, routing, asked.capacities, asked.host)
     with output.busy("replaying"):
         rows = list(run(asked, events_of(trace), place))
     if as_json:

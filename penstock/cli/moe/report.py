@@ -23,10 +23,8 @@ from .inputs import (
     Place,
     Policies,
     Prefetch,
-    check_drives,
+    asked_of,
     contenders_of,
-    host_of,
-    parse_capacities,
     place_of,
     read,
 )
@@ -74,7 +72,7 @@ def report(
     from rich.progress import Progress
 
     from ...scheduler.experts.events import events_of
-    from .lab import Asked, prefetching, run, steps
+    from .lab import prefetching, run, steps
     from .page import page
 
     output = Output()
@@ -84,15 +82,9 @@ def report(
     trace = read(file, output)
     place = place_of(hardware, trace, output)
     routing = trace.header.routing
-    asked = Asked(
-        routing=routing,
-        contenders=contenders,
-        capacities=parse_capacities(capacities, routing, place.expert.nbytes),
-        host=host_of(host, place, routing),
-        prefetch=prefetch,
-        between_s=between / 1e3,
+    asked = asked_of(
+        routing, contenders, place, capacities=capacities, host=host, prefetch=prefetch, between_ms=between
     )
-    check_drives(place, routing, asked.capacities, asked.host)
     cells: list[Cell] = []
     with Progress(console=output.notes, transient=True, disable=not output.notes.is_terminal) as progress:
         events = events_of(trace)
