@@ -33,8 +33,9 @@ types: $(STAMP)
 	"$$checkout/$(BIN)/mypy" --strict --config-file "$$checkout/pyproject.toml" --cache-dir "$$checkout/.mypy_cache" \
 		-p penstock
 
+# Tests of one file share what they make, and stay in one process.
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses=4 --dist loadfile
 
 demo: $(STAMP)
 	$(BIN)/penstock demo

@@ -103,3 +103,7 @@ class CorruptBlockError(StoreDamagedError):
         """Where the block starts in the file, in bytes."""
         self.expected_checksum = expected_checksum
         self.found_checksum = found_checksum
+
+
+class TraceError(PenstockError):
+    """A file is no routing trace, is damaged, says what cannot be, or is of a version newer than this penstock."""

@@ -270,6 +270,10 @@ def _streamed(
     wanted = wanted_of(asked.max_memory)
     settings = replace(settings, device_is_named=wanted.device is not None)
     opened = open_device(asked.device)
+    if asked.where == "device" and (beside is not None or not opened.separate):
+        opened.close()
+        why = "the CPU computes everything here" if not opened.separate else "adapters are few, and stay on the host"
+        raise UsageError(f'update_on="device" has no device to update on: {why}; leave it out, or say "auto"')
     if opened.separate and beside is None:
         settings = replace(settings, shares=_shares(opened, asked.where, choice, wanted.device))
     trains = partial(

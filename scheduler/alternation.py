@@ -22,6 +22,8 @@ from .processors import GAIN, Candidate, Traffic, at_rows, crossing_s, held_up_s
 
 STEPS: Final = 16
 """Shares of the parts that are tried, evenly spaced."""
+ROUNDING: Final = 1e-9
+"""Of a sum of shares that are all of something."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +133,7 @@ class Alternation:
         """
         one = self.of(0.0, rows=rows, lanes=lanes)
         tried = [self.of(step / STEPS, rows=rows, lanes=lanes) for step in range(1, STEPS + 1)]
-        able = [split for split in tried if split.keys <= most_keys and self._chosen(split.cpu_share, rows)]
+        able = [split for split in tried if split.keys <= most_keys + ROUNDING and self._chosen(split.cpu_share, rows)]
         two = min(able, key=lambda split: split.seconds, default=one)
         return two if two.seconds <= (1 - GAIN) * one.seconds else one
 

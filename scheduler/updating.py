@@ -113,7 +113,7 @@ def choose(
     kept = times(cost, work, arrays=arrays, itemsize=itemsize, shard_elements=shard_elements, checked=False)
     read = times(cost, work, arrays=arrays, itemsize=itemsize, shard_elements=shard_elements, checked=True)
     shares = UpdateShares(in_memory=kept.best(), on_disk=read.best())
-    return UpdateShares(in_memory=shares.in_memory, on_disk=shares.on_disk, why=_reason(shares, kept))
+    return UpdateShares(in_memory=shares.in_memory, on_disk=shares.on_disk, why=_reason(shares, kept, read))
 
 
 def check_where(where: str) -> None:
@@ -151,12 +151,12 @@ def times(
     )
 
 
-def _reason(shares: UpdateShares, kept: UpdateTimes) -> str:
+def _reason(shares: UpdateShares, kept: UpdateTimes, read: UpdateTimes) -> str:
     if not shares.any:
         return "updates on the CPU, which is not slower than the link to the device"
-    part = f"{shares.in_memory:.0%}" if shares.in_memory else f"{shares.on_disk:.0%}"
+    part, each = (shares.in_memory, kept) if shares.in_memory else (shares.on_disk, read)
+    which = "" if shares.in_memory else " of those whose states are on disk"
     return (
-        f"updates: {part} on the device, the rest on the CPU meanwhile; by this machine's calibration "
-        f"{1e9 * kept.at(shares.in_memory):.2g} s per billion parameters, and {1e9 * kept.at(0.0):.2g} s on the CPU "
-        "alone"
+        f"updates: {part:.0%}{which} on the device, the rest on the CPU meanwhile; by this machine's calibration "
+        f"{1e9 * each.at(part):.2g} s per billion parameters, and {1e9 * each.at(0.0):.2g} s on the CPU alone"
     )

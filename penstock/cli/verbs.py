@@ -15,6 +15,7 @@ from .calibrate import calibrate
 from .demo import demo
 from .doctor import doctor
 from .finetune import finetune
+from .moe.verbs import moe
 from .plan import plan
 from .prof.verbs import prof
 from .run import run
@@ -30,6 +31,7 @@ VERBS: Final[dict[str, Callable[..., int | None]]] = {
 }
 
 GROUPS: Final[dict[str, Callable[[], typer.Typer]]] = {
+    "moe": moe,
     "prof": prof,
     "store": store,
 }

@@ -26,7 +26,7 @@ FIRST: Final = 2
 RAREST: Final = 64
 EVENT_NS: Final = 100_000
 """What it costs to look at one thing in a step that is looked at whole: a module, its backward, a saved tensor. The
-operations between them take longer as well."""
+operations between them take longer as well: 75 ms of 610 for some 670 things, in the training of docs/benchmarks.md."""
 STEP_SHARE: Final = 0.02
 """Of the time of the steps, at most; but for the first ones, and one in `RAREST`."""
 FIRST_STEPS: Final = 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from ...kernels.optimizer import Optimizer
@@ -57,55 +58,65 @@ def assemble(
         room: What stays in host memory.
         arrays: Of each shard.
         counts: How many updates each parameter has had.
+
+    Raises:
+        DoesNotFitError: a tier has less than was planned. What was made until then is given back.
     """
-    names = [each.name for each in trained]
-    spill = None
-    if room.spilled:
-        paths = scratch_files(scratches, "gradients.bin")
-        spill = GradientSpill(
-            names, room.spilled, shards, itemsizes=room.itemsizes, engine=machinery.engine, paths=paths
+    with ExitStack() as made:
+        names = [each.name for each in trained]
+        spill = None
+        if room.spilled:
+            paths = scratch_files(scratches, "gradients.bin")
+            spill = GradientSpill(
+                names, room.spilled, shards, itemsizes=room.itemsizes, engine=machinery.engine, paths=paths
+            )
+            made.callback(spill.close)
+        pipeline = ShardPipeline(
+            store=store,
+            engine=machinery.engine,
+            shards=shards,
+            arrays=arrays,
+            kept=room.resident,
+            beside_nbytes=0 if spill is None else max(spill.beside_nbytes(shard) for shard in shards),
+            make_arena=lambda nbytes, tier: machinery.device.host_arena(nbytes, tier=tier),
         )
-    pipeline = ShardPipeline(
-        store=store,
-        engine=machinery.engine,
-        shards=shards,
-        arrays=arrays,
-        kept=room.resident,
-        beside_nbytes=0 if spill is None else max(spill.beside_nbytes(shard) for shard in shards),
-        make_arena=lambda nbytes, tier: machinery.device.host_arena(nbytes, tier=tier),
-    )
-    weights: Weights
-    if machinery.trains:
-        weights = TrainedWeights(machinery, scratch_files(scratches, "weights.bin"), pipeline.watch)
-    else:
-        weights = AdapterWeights(trained)
-    intake = _intake(machinery, trained, shards, settings, room, spill)
-    _count(machinery, pipeline, intake)
-    gradients = Gradients(trained, intake, most=settings.accumulate)
-    changes = BlockChanges(
-        executor=machinery.executor,
-        shards=shards,
-        names=names,
-        weights=weights,
-        kernel=kernel,
-        landed=intake.wait,
-        spill=spill,
-        device=_device_updates(machinery, kernel, shards, room, arrays=arrays),
-        on_device=room.on_device,
-    )
-    return Training(
-        machinery=machinery,
-        trained=trained,
-        gradients=gradients,
-        shards=shards,
-        pipeline=pipeline,
-        weights=weights,
-        updater=Updater(
-            executor=machinery.executor, shards=shards, pipeline=pipeline, changes=changes, used=intake.release
-        ),
-        behind=room.behind,
-        counts=counts,
-    )
+        made.callback(pipeline.close)
+        weights: Weights
+        if machinery.trains:
+            weights = TrainedWeights(machinery, scratch_files(scratches, "weights.bin"), pipeline.watch)
+        else:
+            weights = AdapterWeights(trained)
+        made.callback(weights.close)
+        intake = _intake(machinery, trained, shards, settings, room, spill, made)
+        _count(machinery, pipeline, intake)
+        gradients = Gradients(trained, intake, most=settings.accumulate)
+        made.callback(gradients.close)
+        changes = BlockChanges(
+            executor=machinery.executor,
+            shards=shards,
+            names=names,
+            weights=weights,
+            kernel=kernel,
+            landed=intake.wait,
+            spill=spill,
+            device=_device_updates(machinery, kernel, shards, room, arrays=arrays),
+            on_device=room.on_device,
+        )
+        training = Training(
+            machinery=machinery,
+            trained=trained,
+            gradients=gradients,
+            shards=shards,
+            pipeline=pipeline,
+            weights=weights,
+            updater=Updater(
+                executor=machinery.executor, shards=shards, pipeline=pipeline, changes=changes, used=intake.release
+            ),
+            behind=room.behind,
+            counts=counts,
+        )
+        made.pop_all()
+        return training
 
 
 def _intake(
@@ -115,17 +126,21 @@ def _intake(
     settings: Settings,
     room: TrainingRoom,
     spill: GradientSpill | None,
+    made: ExitStack,
 ) -> GradientIntake:
+    """What takes gradients in; `made` gives back what there is of it, where the rest cannot be had."""
     device = machinery.device
     early, wide = settings.updates == "backward", settings.accumulate > 1
     kept = pool = departures = None
     if device.separate or not early or wide:  # else they are gone with their updates, from where autograd put them
         kept = GradientRoom(trained, device, wide=wide, elsewhere=room.spilled)
+        made.callback(kept.close)
     if device.separate:
-        departures = _departures(machinery, trained, settings, room)
         if early and room.spilled:
             blocks = blocks_of(shards, len(trained))
             pool = GradientPool(trained, device, passing=room.spilled, blocks=blocks, wide=wide, slots=POOL)
+            made.callback(pool.close)
+        departures = _departures(machinery, trained, settings, room)  # last, for it has a thread
     return GradientIntake(
         trained, Scratch.of(), most=settings.accumulate, room=kept, spill=spill, pool=pool, departures=departures
     )

@@ -84,8 +84,10 @@ class BlockChanges:
         device: DeviceUpdates | None = None,
         on_device: Collection[int] = (),
     ) -> None:
+        self.on_used: Callable[[int], None] = lambda _: None
+        """Called for each block whose gradients have been used, before anybody can have its weights and make others."""
         self.on_done: Callable[[int], None] = lambda _: None
-        """Called for each block that has its new weights: its gradients have been used, too."""
+        """Called for each block that has its new weights."""
         self.on_device = frozenset(on_device)
         self._executor = executor
         self._names = names
@@ -212,6 +214,7 @@ class BlockChanges:
             return
         self._weights.end(job.block)
         job.views = None
+        self.on_used(job.block)
         if job.block != SMALL:
             self._executor.readmit(job.block)
         self.on_done(job.block)

@@ -84,6 +84,12 @@ class ByteRing:
             return 0 if nbytes <= oldest else None
         return end if end + nbytes <= oldest else None
 
+    def take_back(self) -> None:
+        """The latest piece is not used."""
+        with self._changed:
+            self._taken.pop()
+            self._changed.notify_all()
+
     def give_back(self) -> None:
         """The oldest piece is free."""
         with self._changed:
@@ -149,8 +155,13 @@ class Departures:
         self._raise_error()
         assert self.arena is not None
         start = self._room(index, round_up(flat.nbytes, PAGE))
-        values = torch.frombuffer(self.arena.view(start, flat.nbytes), dtype=flat.dtype)
-        self._hand_over(index, self._copy(flat, values), lambda: work(values), ringed=True)
+        try:
+            values = torch.frombuffer(self.arena.view(start, flat.nbytes), dtype=flat.dtype)
+            event = self._copy(flat, values)
+        except BaseException:
+            self._ring.take_back()
+            raise
+        self._hand_over(index, event, lambda: work(values), ringed=True)
 
     def then(self, index: int, work: Callable[[], None]) -> None:
         """Have something done with one that was sent, once it is there. Raises as `send` does."""
@@ -198,6 +209,7 @@ class Departures:
         """
         arrival = self._latest.get(index)
         if arrival is None:
+            self._raise_error()  # it may have been one of those that are given up
             return
         if not arrival.done():
             self._watch.wait(

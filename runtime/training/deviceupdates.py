@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 
 from ...kernels.optimizer import Clip, Optimizer
-from ...kernels.scratch import SUBCHUNK, Scratch
+from ...kernels.scratch import GRAIN, SUBCHUNK, Scratch
 from ...memory.arena import round_up
 from ..devices.base import Device, Lane
 
@@ -54,7 +54,7 @@ class DeviceUpdates:
         self._array_nbytes = round_up(4 * elements)
         self.arena = device.device_arena(LANES * (arrays + 2) * self._array_nbytes)
         place = device.torch_device
-        size = SUBCHUNK if place.type == "cpu" else max(SUBCHUNK, elements)  # a device has no cache to stay in
+        size = SUBCHUNK if place.type == "cpu" else _at_once(elements)  # a device has no cache to stay in
         scratches = [Scratch.of(size, None if place.type == "cpu" else place) for _ in range(LANES)]
         self._lanes: list[Lane] = [device.lane() for _ in range(LANES)]
         self._free = deque(
@@ -65,7 +65,7 @@ class DeviceUpdates:
     @staticmethod
     def needed_nbytes(elements: int, arrays: int) -> int:
         """Of device memory, at most."""
-        return LANES * ((arrays + 2) * round_up(4 * elements) + 12 * max(SUBCHUNK, elements))
+        return LANES * ((arrays + 2) * round_up(4 * elements) + 12 * _at_once(elements))
 
     def _rows(self, number: int, rows: int) -> list[torch.Tensor]:
         """Room for arrays, gradients and weights, as bytes: an element of each begins at four times its number."""
@@ -130,6 +130,11 @@ class DeviceUpdates:
             lane.close()
         self._free.clear()
         self.arena.close()
+
+
+def _at_once(elements: int) -> int:
+    """Elements of a scratch for shards of so many."""
+    return round_up(max(SUBCHUNK, elements), GRAIN)
 
 
 def _update(

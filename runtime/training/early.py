@@ -255,17 +255,18 @@ class EarlySteps:
 
     @contextmanager
     def _midway(self) -> Iterator[None]:
-        """Bringing gradients to disk: where that fails after something has been updated, the model cannot go on."""
+        """Bringing gradients in: where that fails after something has been updated, the model cannot go on."""
         try:
             yield
-        except (DiskError, StallError) as error:
-            if self._step is None or self.lost is not None:
+        except Exception as error:
+            if self._step is None or self.lost is not None or isinstance(error, UsageError):
                 raise  # nothing has been updated with any of them, or it has been said
             if isinstance(error, StallError):
                 self._lose(error)
                 raise
+            kind = DiskError if isinstance(error, DiskError) else PenstockError
             raise self._lose(
-                DiskError(
+                kind(
                     f"{error}. Parts of the model have been updated with other gradients of this backward already: go "
                     "on from the last commit with penstock.resume"
                 )

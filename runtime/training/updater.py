@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -39,7 +39,8 @@ class Updater:
         shards: All there are.
         pipeline: Reads and writes shards.
         changes: Changes them.
-        used: Called for each block that has been changed: its gradients have been used.
+        used: Called for each block that has been changed, before anybody can have its weights: its gradients have been
+            used.
     """
 
     def __init__(
@@ -54,13 +55,13 @@ class Updater:
         self._executor = executor
         self._pipeline = pipeline
         self._changes = changes
-        self._used = used
+        changes.on_used = used
         changes.on_done = self._done
         self._shards: dict[int, list[Shard]] = {}
         for shard in shards:
             self._shards.setdefault(shard.block, []).append(shard)
         self._queue: deque[Job | _Cut] = deque()
-        self._unfinished: set[int] = set()
+        self._unfinished: Counter[int] = Counter()
         """Blocks."""
         self._changed = threading.Condition()
         self._busy = False
@@ -95,7 +96,7 @@ class Updater:
             if block != SMALL:
                 self._executor.core.withdraw(block)
             with self._changed:
-                self._unfinished.add(block)
+                self._unfinished[block] += 1
                 self._busy = True
                 self._queue.insert(self._first_place() if urgent else len(self._queue), job)
                 self._changed.notify_all()
@@ -265,7 +266,6 @@ class Updater:
 
     def _done(self, block: int) -> None:
         """A block has its new weights."""
-        self._used(block)
-        with self._changed:
-            self._unfinished.discard(block)
+        with self._changed:  # it may have been submitted again, once its weights could be had
+            self._unfinished -= Counter([block])
             self._changed.notify_all()

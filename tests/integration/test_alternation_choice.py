@@ -108,6 +108,6 @@ def test_a_named_host_budget_bounds_keys_and_values(folder: Path, resident: Any)
             share = run.statistics().schedule.cpu_share
             keys = alternation.of(share, rows=2, lanes=2).keys
             tokens = sorted(batch.kv_tokens for batch in run.statistics().schedule.batches)[-2:]
-            assert keys * 1280 * sum(tokens) <= left
+            assert keys * 1280 * sum(tokens) <= left + 1e-3  # a share is a sum that is rounded
             shares.append(share)
         assert shares[0] <= shares[1] < shares[2]

@@ -229,6 +229,15 @@ def test_where_updates_are_made_is_said(tmp_path: Path) -> None:
     for where, words in (("auto", "penstock calibrate"), ("device", "on the device, as asked for")):
         with prepared_on(tmp_path / where, PLENTY, update_on=where) as (model, _):
             assert words in " ".join(str(penstock.explain(model)).split())
+    with pytest.raises(penstock.UsageError, match='update_on="device" has no device to update on: the CPU'):
+        penstock.prepare(
+            make(),
+            optimizer=penstock.AdamW(),
+            disk=tmp_path / "no",
+            device="cpu",
+            update_on="device",
+            max_memory={"host": PLENTY},
+        )
     with pytest.raises(penstock.UsageError, match="update_on is 'gpu': use auto, cpu, device"):
         penstock.prepare(make(), optimizer=penstock.AdamW(), disk=tmp_path / "no", update_on="gpu")  # type: ignore[arg-type]
 

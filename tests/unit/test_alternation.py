@@ -169,6 +169,13 @@ def test_keys_and_values_go_no_further_than_their_room() -> None:
     assert alternation(machine(), blocks(8)).best(rows=1, lanes=2, most_keys=0.0).keys == 0.0
 
 
+@pytest.mark.parametrize("layers", [9, 18, 36, 48])
+def test_shares_that_sum_to_a_little_more_than_one_are_all_and_no_more(layers: int) -> None:
+    assert sum([1 / layers] * layers) > 1.0
+    slow = alternation(machine(), blocks(layers, keys=1 / layers), link_rate=GB / 10)
+    assert slow.best(rows=1, lanes=2).cpu_share == 1.0  # the link would bind whatever is copied
+
+
 def test_an_emulated_device_has_no_cores_of_its_own() -> None:
     """Two lanes that compute at once take the sum; only copies are saved."""
     real = machine(cpu=900 * GB, link=30 * GB)

@@ -27,7 +27,8 @@ class Event:
 @given(
     drift=st.floats(-1e-4, 1e-4),
     errors=st.lists(st.integers(-5000, 5000), min_size=2, max_size=20),
-    instants=st.lists(st.integers(1000, 19 * SECOND), min_size=1, max_size=50),
+    # The first meeting is over by then: what was launched before it keeps the time of its launch.
+    instants=st.lists(st.integers(5000, 19 * SECOND), min_size=1, max_size=50),
 )
 def test_times_are_near_and_never_run_backwards(drift: float, errors: list[int], instants: list[int]) -> None:
     alignment = Alignment()

@@ -119,11 +119,33 @@ def test_what_fails_is_told_until_it_is_forgotten(device: EmulatedDevice) -> Non
             leaving.through(1, gradient(1), lambda _: done.append(1))
         with pytest.raises(DiskError, match="full"):
             leaving.settle()
+        with pytest.raises(DiskError, match="full"):
+            leaving.wait(1)  # nobody takes what was given up for what is there
         assert not done
         leaving.forget()
         leaving.through(1, gradient(1), lambda _: done.append(1))
         leaving.settle()
         assert done == [1]
+    finally:
+        leaving.close()
+
+
+def test_a_copy_that_cannot_begin_leaves_its_place_to_the_next_one(
+    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaving = Departures(device, ring_nbytes=2 * 2 * PAGE, watch_s=0.05, stall_s=2.0)
+    found: list[torch.Tensor] = []
+    try:
+        for number in range(8):
+            if number % 2:
+                with monkeypatch.context() as broken:
+                    broken.setattr(device, "send", lambda *_: 1 / 0)
+                    with pytest.raises(ZeroDivisionError):
+                        leaving.through(number, gradient(number), found.append)
+                continue
+            leaving.through(number, gradient(number), lambda values: found.append(values.clone()))
+        leaving.settle()
+        assert [int(torch.equal(values, gradient(2 * place))) for place, values in enumerate(found)] == [1] * 4
     finally:
         leaving.close()
 
