@@ -10,14 +10,12 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from typing import Final
 
 import torch
 from transformers import PreTrainedModel
 
 from ..memory.errors import DoesNotFitError, UsageError
-from ..memory.layout import ITEMSIZE, FileSpan, TensorSource
 from ..scheduler.alternation import Split
 from ..scheduler.cost import CostModel
 from ..scheduler.hardware import Hardware
@@ -29,9 +27,9 @@ from ..scheduler.simulator import Prediction, simulate
 from ..scheduler.sizes import Workload
 from .backing import CheckpointBacking
 from .deciding import Decisions, alternation_of, told
-from .dtypes import stored_dtype
 from .feeding import with_context
 from .headroom import headroom_nbytes, kv_nbytes
+from .imaginedfile import imagined_file
 from .layout import Budgets, Layout
 from .planned import make_plan
 from .planning import Planner
@@ -143,14 +141,9 @@ class Foresight:
 
     @cached_property
     def backing(self) -> CheckpointBacking:
-        """As if all parameters lay in one file, one after another."""
-        sources, at = {}, 0
-        for name, parameter in self.model.named_parameters():
-            dtype = stored_dtype(parameter.dtype)
-            nbytes = prod(parameter.shape) * ITEMSIZE[dtype]
-            span = FileSpan(path=os.path.join(self.name, "model.safetensors"), offset=at, nbytes=nbytes)
-            sources[name] = TensorSource(shape=tuple(parameter.shape), dtype=dtype, spans=(span,))
-            at += -(-nbytes // 64) * 64
+        """As if the checkpoint were one file, which need not be there."""
+        file = imagined_file(self.model, os.path.join(self.name, "model.safetensors"))
+        sources = {name: file[name] for name, _ in self.model.named_parameters()}
         dtypes = {name: source.dtype for name, source in sources.items()}
         return CheckpointBacking(sources, dtypes, {name: source.shape for name, source in sources.items()})
 
