@@ -37,6 +37,10 @@ _APART: Final[Mapping[str, str]] = {
     "--lora": "--rank",
 }
 """Options with which others have no meaning."""
+_WHICH: Final[Mapping[tuple[str, str], str]] = {
+    ("--throughput", "--batch"): "the first chooses the batch, leave --batch out",
+}
+"""What to do about two of them, where it is known which one to leave out."""
 _TRAINING: Final = "--context --accumulate --clip --updates --recompute --lora --rank"
 _NEEDS: Final[Mapping[str, tuple[str, str]]] = {
     **dict.fromkeys(_TRAINING.split(), ("--train --sizes", "is about training: add --train adamw, or for its sizes "
@@ -201,7 +205,7 @@ class PlanRequest:
     """One `penstock plan`.
 
     Raises:
-        UsageError: an option has no meaning, or none beside another one.
+        UsageError: an option has no meaning, or none beside another one; or no system has the name.
     """
 
     checkpoint: str | None
@@ -229,6 +233,10 @@ class PlanRequest:
             **self.answer.given(),
             **self.where.given(),
         }
+        if self.system != SYSTEM:
+            from ..scheduler.systems import system  # all their schedules, which nobody else needs
+
+            system(self.system)  # a name that is misspelt comes before what has no meaning beside it
         refuse_together(given)
         if (self.checkpoint is not None) and (self.model is not None):
             raise UsageError("CKPT and --model exclude each other: leave one of them out")
@@ -266,7 +274,8 @@ def refuse_together(given: Mapping[str, bool]) -> None:
     for option, others in _APART.items():
         clash = [other for other in others.split() if other in there]
         if option in there and clash:
-            raise UsageError(f"{option} and {clash[0]} exclude each other: leave one of them out")
+            remedy = _WHICH.get((option, clash[0]), "leave one of them out")
+            raise UsageError(f"{option} and {clash[0]} exclude each other: {remedy}")
     for option, (others, words) in _NEEDS.items():
         if option in there and not there.intersection(others.split()):
             raise UsageError(f"{option} {words}")
