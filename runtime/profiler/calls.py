@@ -34,6 +34,8 @@ from .turns import EVERY_COLD_NS, EVERY_SHARE, StepTurns, Turns
 
 _CALL: Final = nn.Module._call_impl.__code__
 """What calls hooks: it is on the stack once for every module under way."""
+OWN_THREADS: Final = frozenset(("penstock-sampler", "penstock-profile-writer"))
+"""The profiler's own threads: they call no modules."""
 _OF_GLOBAL_HOOKS: Final = r"Using `torch\.compile\(module\)` when there are global hooks"
 
 
@@ -247,7 +249,7 @@ class ModuleWatch:
         """Let the layers of a root that is about to run carry hooks, or none."""
         by_steps = self._steps is not None and torch.is_grad_enabled()
         wanted = self._steps.looking if self._steps is not None and by_steps else stack.turns.next()
-        if not wanted and self._lanes <= 1:
+        if not wanted and _is_alone():
             self._find(False)  # it would look at every module, and who is called within a root is none; see `_after`
         for known in stack.layers:
             layer = known()
@@ -387,6 +389,12 @@ class ModuleWatch:
         stack = self._local.stack
         while stack and sum(call.module == stack[-1].module for call in stack) > there[stack[-1].module]:
             stack.pop()
+
+
+def _is_alone() -> bool:
+    """Whether no other thread can call a module: there are none but those of the profiler."""
+    own = threading.get_ident()
+    return all(thread.ident == own or thread.name in OWN_THREADS for thread in threading.enumerate())
 
 
 def _is_not_run() -> bool:
