@@ -17,7 +17,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
@@ -405,18 +405,3 @@ def _is_not_run() -> bool:
 def is_bare(module: nn.Module) -> bool:
     """Whether a module holds no tensor and no other module."""
     return not (module._parameters or module._buffers or module._modules)
-
-
-def tensors_in(value: Any, nesting: int = 8) -> Iterator[torch.Tensor]:
-    """The tensors of a call's arguments or result, also inside tuples, lists and dicts.
-
-    Other collections are not looked into: reading them may be work, or change them. Neither are long ones of numbers.
-    """
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, tuple | list | dict) and nesting:
-        for item in value.values() if isinstance(value, dict) else value:
-            if isinstance(item, torch.Tensor):
-                yield item
-            elif isinstance(item, tuple | list | dict):
-                yield from tensors_in(item, nesting - 1)
