@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from .calls import ModuleWatch, tensors_in
+from .calls import ModuleWatch
 from .clocks import Clock
 from .guard import harmless
 from .recorder import Recorder
 from .schema import NONE, Phase
 from .spans import Spanned
+from .storages import tensors_in
 
 
 class _Span:

@@ -17,7 +17,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
@@ -34,6 +34,8 @@ from .turns import EVERY_COLD_NS, EVERY_SHARE, StepTurns, Turns
 
 _CALL: Final = nn.Module._call_impl.__code__
 """What calls hooks: it is on the stack once for every module under way."""
+OWN_THREADS: Final = frozenset(("penstock-sampler", "penstock-profile-writer"))
+"""The profiler's own threads: they call no modules."""
 _OF_GLOBAL_HOOKS: Final = r"Using `torch\.compile\(module\)` when there are global hooks"
 
 
@@ -247,7 +249,7 @@ class ModuleWatch:
         """Let the layers of a root that is about to run carry hooks, or none."""
         by_steps = self._steps is not None and torch.is_grad_enabled()
         wanted = self._steps.looking if self._steps is not None and by_steps else stack.turns.next()
-        if not wanted and self._lanes <= 1:
+        if not wanted and _is_alone():
             self._find(False)  # it would look at every module, and who is called within a root is none; see `_after`
         for known in stack.layers:
             layer = known()
@@ -389,6 +391,12 @@ class ModuleWatch:
             stack.pop()
 
 
+def _is_alone() -> bool:
+    """Whether no other thread can call a module: there are none but those of the profiler."""
+    own = threading.get_ident()
+    return all(thread.ident == own or thread.name in OWN_THREADS for thread in threading.enumerate())
+
+
 def _is_not_run() -> bool:
     """Whether what is called is only looked at, to be compiled: sizes are no numbers then."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
@@ -397,18 +405,3 @@ def _is_not_run() -> bool:
 def is_bare(module: nn.Module) -> bool:
     """Whether a module holds no tensor and no other module."""
     return not (module._parameters or module._buffers or module._modules)
-
-
-def tensors_in(value: Any, nesting: int = 8) -> Iterator[torch.Tensor]:
-    """The tensors of a call's arguments or result, also inside tuples, lists and dicts.
-
-    Other collections are not looked into: reading them may be work, or change them. Neither are long ones of numbers.
-    """
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, tuple | list | dict) and nesting:
-        for item in value.values() if isinstance(value, dict) else value:
-            if isinstance(item, torch.Tensor):
-                yield item
-            elif isinstance(item, tuple | list | dict):
-                yield from tensors_in(item, nesting - 1)

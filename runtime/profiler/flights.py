@@ -15,11 +15,10 @@ from typing import Any, Final
 
 import torch
 
-from .calls import tensors_in
 from .guard import harmless
 from .recorder import Recorder
 from .schema import Category, Tier
-from .storages import storage_key, tier_of
+from .storages import storage_key, tensors_in, tier_of
 from .turns import FIRST_STEPS, StepTurns
 
 LEAST_NBYTES: Final = 1 << 16

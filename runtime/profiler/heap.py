@@ -104,6 +104,7 @@ class HostMemory:
     Args:
         share: Looks may take one part in so many of the time.
         known: Bytes that have a name now.
+        looked: Told of how many bytes are free, whenever that was looked at.
         clock: Nanoseconds since some instant.
         spent: Nanoseconds that a thread has worked. Waiting for Python's lock takes nothing from anybody.
     """
@@ -114,12 +115,14 @@ class HostMemory:
         *,
         share: int = SHARE["light"],
         known: Callable[[], int] = lambda: 0,
+        looked: Callable[[int], None] = lambda freed: None,
         clock: Callable[[], int] = time.monotonic_ns,
         spent: Callable[[], int] = time.thread_time_ns,
     ) -> None:
         self._heap = heap
         self._share = share
         self._known = known
+        self._looked = looked
         self._clock, self._thread = clock, spent
         self._began = clock()
         self._spent = 0
@@ -136,6 +139,7 @@ class HostMemory:
         began, known = self._thread(), self._known()
         try:
             resident, self._freed = self._heap.look()
+            self._looked(self._freed)
         except OSError:
             return found
         finally:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .intervals import Ints
-from .occupancy import live, live_at, records_of, system
+from .occupancy import in_use, live, live_at, records_of, system
 from .profile import Columns, Profile
 from .schema import NONE, Category, Memory, Tier
 from .summary import Leak, MemoryRow
@@ -117,9 +117,32 @@ def _unrecorded(profile: Profile, tier: Tier, rows: Ints, ends: Ints) -> Leak | 
         return None
     slope = Slope.of(rows, readings - live_at(*live(records_of(profile, tier)), ends[rows]))
     growth = slope.median * (int(rows[-1]) - int(rows[0]))
-    if slope.low <= 0 or growth < max(_LEAST_GROWTH_NBYTES, _LEAST_GROWTH * float(np.median(readings))):
+    least = max(_LEAST_GROWTH_NBYTES, _LEAST_GROWTH * float(np.median(readings)))
+    if slope.low <= 0 or growth < least or _is_kept(profile, tier, gauges, ends, least):
         return None
     return Leak(tier=tier.name, nbytes_per_step=slope.median, steps=len(ends))
+
+
+def _is_kept(profile: Profile, tier: Tier, gauges: Columns, ends: Ints, least: float) -> bool:
+    """Whether it is the allocator that keeps more and more, as it does until a heap is as full of holes as it gets.
+
+    That is so where the readings of which is known how much was kept are enough, and what they have in use grows less
+    than `least` in as many steps. A leak grows by its bytes whether a step is looked at or not.
+    """
+    at, used = in_use(profile, tier, gauges)
+    inside = (at > ends[0]) & (at <= ends[-1])
+    at, used = at[inside], used[inside]
+    if len(at) < _LEAST_READINGS:
+        return False
+    rows: Ints = np.unique(np.linspace(0, len(at) - 1, min(len(at), _POINTS)).astype(np.int64))
+    steps = np.searchsorted(ends, at[rows])
+    unknown = used[rows] - live_at(*live(records_of(profile, tier)), at[rows])
+    first, second = np.triu_indices(len(rows), k=1)
+    apart = steps[second] > steps[first]
+    if not apart.any():
+        return False
+    slopes = (unknown[second] - unknown[first])[apart] / (steps[second] - steps[first])[apart]
+    return float(np.median(slopes)) * len(ends) < least
 
 
 def _growing_module(profile: Profile, memory: Columns, rows: Ints, ends: Ints) -> str:

@@ -46,9 +46,12 @@ class _Wrapping:
         return self._base + now
 
 
-def host_meters(level: str, known: Callable[[], int]) -> list[tuple[Meter, Reader]]:
-    """Memory of this process and of its control group; `known` tells the bytes that have a name now."""
-    memory = HostMemory(Heap.find(), share=SHARE[level], known=known)
+def host_meters(level: str, known: Callable[[], int], looked: Callable[[int], None]) -> list[tuple[Meter, Reader]]:
+    """Memory of this process and of its control group.
+
+    `known` tells the bytes that have a name now; `looked` is told how many are free, whenever that was looked at.
+    """
+    memory = HostMemory(Heap.find(), share=SHARE[level], known=known, looked=looked)
     found: list[tuple[Meter, Reader]] = [
         (Meter.HOST_RSS, memory.resident),
         (Meter.HOST_FREED, memory.freed),  # of the reading before it
@@ -73,9 +76,9 @@ def _cgroup_usage() -> Callable[[], int] | None:
     return None
 
 
-def all_meters(level: str, known: Callable[[], int]) -> list[tuple[Meter, Reader]]:
+def all_meters(level: str, known: Callable[[], int], looked: Callable[[int], None]) -> list[tuple[Meter, Reader]]:
     """What can be read of the host here. Meters of a device come when the program has begun to use one."""
-    found = host_meters(level, known)
+    found = host_meters(level, known, looked)
     energy = cpu_energy()
     if energy is not None:
         found.append((Meter.ENERGY_CPU, energy))

@@ -62,6 +62,13 @@ def system(profile: Profile, tier: Tier) -> Columns | None:
     return None
 
 
+def in_use(profile: Profile, tier: Tier, gauges: Columns) -> tuple[Ints, Ints]:
+    """Instants of these readings of `system` of which is known what the allocator kept, and the bytes in use then."""
+    kept = _kept(profile, tier, gauges, gauges.at)
+    told = kept >= 0
+    return gauges.at[told], gauges.value[told] - kept[told]
+
+
 def live(memory: Columns) -> tuple[Ints, Ints]:
     """Instants, each once, and the bytes that were live from then on, of records in the order of time."""
     total = np.cumsum(memory.nbytes)

@@ -30,6 +30,7 @@ from .guard import harmless
 from .heap import Heap, HostMemory
 from .imports import ImportWatch
 from .kernels import KernelWatch
+from .mathbuffers import watch_math_buffers
 from .meters import all_meters
 from .metrics import summarise
 from .passes import PassWatch
@@ -129,7 +130,7 @@ class Profiler:
             interval_s = INTERVAL_S[self.level]
             kernels = KernelWatch(recorder, self._used)
             also = (self._tell_device, clock.poll, kernels.poll, tensors.look_again, self._spend)
-            meters = all_meters(self.level, lambda: recorder.live[Tier.HOST])
+            meters = all_meters(self.level, recorder.named_on_host, watch_math_buffers(recorder))
             self._sampler = Sampler(recorder, meters, also=also, interval_s=interval_s)
             self._tell_device()  # where the program uses one already, its meters are read from the start
             entered.enter_context(self._sampler)

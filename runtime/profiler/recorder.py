@@ -124,6 +124,10 @@ class Recorder:
         at = self.clock() if at < 0 else at
         self.add(Memory(at=at, tier=tier, category=category, nbytes=nbytes, module=module, storage=storage))
 
+    def named_on_host(self) -> int:
+        """Bytes of the host that are accounted for now."""
+        return self.live[Tier.HOST]
+
     def mark(self, kind: MarkKind, text: str = "", *, block: int = NONE, module: int = NONE) -> None:
         """Something happened."""
         number = self.string(text) if text else NONE

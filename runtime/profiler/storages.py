@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -47,3 +48,18 @@ def address(tensor: torch.Tensor) -> int:
         return tensor.data_ptr()
     except (NotImplementedError, RuntimeError):
         return 0
+
+
+def tensors_in(value: Any, nesting: int = 8) -> Iterator[torch.Tensor]:
+    """The tensors of a call's arguments or result, also inside tuples, lists and dicts.
+
+    Other collections are not looked into: reading them may be work, or change them. Neither are long ones of numbers.
+    """
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict) and nesting:
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, torch.Tensor):
+                yield item
+            elif isinstance(item, tuple | list | dict):
+                yield from tensors_in(item, nesting - 1)

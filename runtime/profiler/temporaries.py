@@ -12,10 +12,10 @@ from typing import Any, Final
 import torch
 from torch.utils import _python_dispatch
 
-from .calls import tensors_in
 from .flights import Flights
 from .recorder import Recorder
 from .schema import Category
+from .storages import tensors_in
 
 _dispatch: Final[Any] = _python_dispatch  # torch leaves some of it untyped
 

@@ -16,12 +16,12 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .calls import ModuleWatch, is_bare, tensors_in
+from .calls import ModuleWatch, is_bare
 from .gradients import Whole, WholeGradients
 from .guard import harmless
 from .recorder import Recorder
 from .schema import NONE, Category, Storage, Tier
-from .storages import address, parts_of, storage_key, tier_of
+from .storages import address, parts_of, storage_key, tensors_in, tier_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

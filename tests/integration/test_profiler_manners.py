@@ -10,6 +10,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import torch
 from torch import nn
 
 from penstock.memory.errors import UsageError
+from penstock.runtime.profiler import profiler as profiler_module
 from penstock.runtime.profiler import sampling
 from penstock.runtime.profiler.environment import start_if_asked
 from penstock.runtime.profiler.profile import Profile
 from penstock.runtime.profiler.profiler import Profiler
 from penstock.runtime.profiler.schema import Category, Compute, Mark, MarkKind, Memory, Phase, Step
 from penstock.runtime.profiler.tensors import TensorWatch
+from penstock.runtime.profiler.turns import FIRST_STEPS, StepTurns
 
 
 class Net(nn.Module):
@@ -285,6 +288,35 @@ def test_threads_do_not_disturb_each_other(full: Profiler) -> None:
     roots = [path for _, _, depth, path in spans(profile, Phase.FORWARD) if depth == 0]
     assert len(roots) == 80
     assert sorted(path for _, _, depth, path in spans(profile, Phase.BACKWARD) if depth == 0) == sorted(roots)
+
+
+def test_a_root_is_found_while_another_thread_is_in_a_step_that_is_not_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In such a step of a program with one thread, nobody is looked for within a root."""
+    monkeypatch.setattr(profiler_module, "StepTurns", partial(StepTurns, share=0.0))
+    inside, found = threading.Event(), threading.Event()
+
+    def wait(module: nn.Module, args: object) -> None:
+        inside.set()
+        assert found.wait(60)
+
+    def call_another() -> None:
+        assert inside.wait(60)
+        second(torch.randn(4, 16))
+        found.set()
+
+    with Profiler(tmp_path / "run.prof", level="full") as profiler:
+        first, second = Net(), Net()
+        for _ in range(FIRST_STEPS + 1):
+            first(torch.randn(4, 16))
+        first.layers[1].register_forward_pre_hook(wait)
+        thread = threading.Thread(target=call_another)
+        thread.start()
+        first(torch.randn(4, 16))
+        thread.join()
+    roots = [path for _, _, depth, path in spans(profiler.profile(), Phase.FORWARD) if depth == 0]
+    assert len(roots) == FIRST_STEPS + 1 + 2
 
 
 def test_losses_and_several_optimizers_are_one_step(full: Profiler) -> None:

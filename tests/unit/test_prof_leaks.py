@@ -88,6 +88,21 @@ def test_what_only_the_system_sees_counts_where_it_is_much() -> None:
     assert summarise(run(40, *gauges(wandering))).leaks == ()
 
 
+def test_what_the_allocator_keeps_more_and_more_of_is_no_leak() -> None:
+    growing = [100 * MIB + step * MIB for step in range(40)]
+
+    def kept(levels: list[int]) -> list[Record]:
+        return [Gauge(at=10 * step + 10, meter=Meter.HOST_FREED, value=level) for step, level in enumerate(levels)]
+
+    assert summarise(run(40, *gauges(growing), *kept([step * MIB for step in range(40)]))).leaks == ()
+    (leak,) = summarise(run(40, *gauges(growing), *kept([5 * MIB] * 40))).leaks
+    assert leak.nbytes_per_step == MIB  # it keeps no more than it did
+    half = kept([step * MIB // 2 for step in range(40)])
+    assert [leak.tier for leak in summarise(run(40, *gauges(growing), *half)).leaks] == ["HOST"]
+    few = [gauge for gauge in kept([step * MIB for step in range(40)]) if gauge.at % 70 == 0]
+    assert len(summarise(run(40, *gauges(growing), *few)).leaks) == 1  # too few to tell
+
+
 def test_what_the_system_sees_of_a_cache_is_no_leak() -> None:
     cache = [memory(10 * step + 5, MIB, Category.KV) for step in range(40)]
     assert summarise(run(40, *cache, *gauges([100 * MIB + step * MIB for step in range(40)]))).leaks == ()
