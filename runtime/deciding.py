@@ -16,7 +16,7 @@ from ..scheduler.operations import Operation
 from ..scheduler.plan import Plan
 from ..scheduler.processors import GAIN, Candidate, Traffic, choose, cpu_s, device_s
 from .layout import Draft, Layout
-from .placing import REQUEST, TokenWork
+from .placing import CROSSINGS, REQUEST, TokenWork, layers_of
 from .units import Units
 
 
@@ -125,12 +125,18 @@ def _traffic(layout: Layout) -> Traffic:
 def _candidates(layout: Layout, work: TokenWork) -> Iterator[Candidate]:
     if layout.back is None:
         return
+    layers = layers_of(layout.blocks)
+    there = {b.id for b in layout.blocks if b.id in layout.back.resident and b.id not in layout.front.resident}
+    whole = Counter(layers[block] for block in there if block in layers)
+    for layer, count in Counter(layers.values()).items():
+        if whole[layer] < count:
+            whole[layer] = 1  # what is left of it goes to the CPU and back for each block
     for block in layout.blocks:
-        if block.id in layout.back.resident and block.id not in layout.front.resident:
-            yield _candidate(block, work.dtype)
+        if block.id in there:
+            yield _candidate(block, work.dtype, together=whole[layers[block.id]] if block.id in layers else 1)
 
 
-def _candidate(block: Draft, dtype: str) -> Candidate:
+def _candidate(block: Draft, dtype: str, *, together: int = 1) -> Candidate:
     nbytes = block.image.data_nbytes
     return Candidate(
         block=block.id,
@@ -138,6 +144,7 @@ def _candidate(block: Draft, dtype: str) -> Candidate:
         nbytes=nbytes,
         request_nbytes=min(REQUEST, nbytes),
         row_nbytes=_row_nbytes(block),
+        crossings=CROSSINGS / together,
     )
 
 

@@ -1,15 +1,18 @@
-"""From drafts of blocks to homes on three tiers, by what a token costs on the machine: see scheduler/placement.py."""
+"""From drafts of blocks to homes on three tiers, by what a token costs on the machine: see scheduler/placement/."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ..scheduler.cost import CostModel
 from ..scheduler.operations import Operation
-from ..scheduler.placement import BlockClass, Mode, Problem, Rates, Rings, Use, place
+from ..scheduler.placement.place import place
+from ..scheduler.placement.problem import BlockClass, Mode, Problem, Rates, Rings, Use
+from ..scheduler.processors import GAIN
 from ..scheduler.residency import MAX_SLOTS, Residency
 
 if TYPE_CHECKING:
@@ -19,7 +22,9 @@ REQUEST: Final = 4 * 2**20
 SLOT_SIZES: Final = 5
 """Sizes of slots that are tried: the largest blocks, and so many smaller ones."""
 CROSSINGS: Final = 2
-"""Waits for the link when the CPU computes a block: its inputs come, its results go."""
+"""Hand-overs when the CPU computes a part of the model: its inputs come, its results go."""
+_LAYER: Final = re.compile(r".*?\.\d+(?=\.|$)|\d+(?=\.|$)")
+"""Of the path of a module, what ends with its first number: that of a layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +68,8 @@ def place_on_tiers(
         disk_rate: Bytes per second of reading the files that the blocks are in.
         passing_nbytes: Of what else comes to the device through the host's ring.
     """
-    classes = _classes(blocks, work, worth)
+    layers = layers_of(blocks)
+    classes = _classes(blocks, work, worth, layers)
     hardware = work.costs.hardware
     problem = Problem(
         classes=tuple(classes),
@@ -75,6 +81,9 @@ def place_on_tiers(
             dram=work.costs.memory_rate("cpu"),
         ),
         overlapped=work.lanes > 1,
+        layers=layers,
+        hand_over_s=work.lanes * _hand_over_s(work),
+        copying=hardware.sharing.compute_while_copying,
     )
     found = place(problem, _rings(classes, min_slots, depth_nbytes, device_nbytes, host_nbytes, passing_nbytes))
     if found is None:
@@ -98,7 +107,10 @@ def place_on_tiers(
     return front, back, found.seconds
 
 
-def _classes(blocks: Sequence[Draft], work: TokenWork, worth: Mapping[int, float]) -> list[BlockClass]:
+def _classes(
+    blocks: Sequence[Draft], work: TokenWork, worth: Mapping[int, float], layers: Mapping[int, int]
+) -> list[BlockClass]:
+    together = Counter(layers.values())
     alike: dict[tuple[int, int, int, int, float], list[int]] = defaultdict(list)
     for block in blocks:
         times = worth.get(block.id, 1.0)
@@ -111,29 +123,46 @@ def _classes(blocks: Sequence[Draft], work: TokenWork, worth: Mapping[int, float
             host_nbytes=host,
             read_nbytes=read,
             copied_nbytes=data,
-            uses=(_use(work, data, times),),
+            uses=(_use(work, data, times, together[layers[ids[0]]] if ids[0] in layers else 1),),
         )
         for (front, host, read, data, times), ids in alike.items()
     ]
 
 
-def _use(work: TokenWork, nbytes: int, times: float) -> Use:
+def layers_of(blocks: Iterable[Draft]) -> dict[int, int]:
+    """By block of a layer, a number for the layer: its blocks go to the CPU together."""
+    found: dict[str, int] = {}
+    return {
+        block.id: found.setdefault(layer.group(), len(found))
+        for block in blocks
+        if (layer := _LAYER.match(block.name)) is not None
+    }
+
+
+def _hand_over_s(work: TokenWork) -> float:
+    """Seconds of going to the CPU and back, apart from computing there."""
+    if work.exact:
+        return 0.0
+    link = work.costs.hardware.link
+    return CROSSINGS * (work.costs.lending_s + (link.latency_s if link is not None else 0.0))
+
+
+def _use(work: TokenWork, nbytes: int, times: float, together: int = 1) -> Use:
     """What a block of weights takes per token on either processor, for all lanes; where the CPU pays for a call of one,
-    mode cpu computes there."""
+    mode cpu computes there. So many blocks go to it `together`."""
     costs = work.costs
     product = Operation(kind="linear", nbytes=nbytes, rows=work.rows, dtype=work.dtype)
-    device_s = costs.compute_s((product,), "gpu")
-    link = costs.hardware.link
-    crossing_s = CROSSINGS * link.latency_s if link is not None else 0.0
-    cpu_s = costs.compute_s((product,), "cpu") / costs.hardware.sharing.compute_while_copying + crossing_s
-    pays = cpu_s <= 0.95 * (device_s + costs.copy_s(nbytes, REQUEST))
+    device_s, cpu_s = costs.compute_s((product,), "gpu"), costs.compute_s((product,), "cpu")
+    beside_s = cpu_s / costs.hardware.sharing.compute_while_copying + _hand_over_s(work) / together
+    pays = beside_s <= (1 - GAIN) * (device_s + costs.copy_s(nbytes, REQUEST))
     calls = times * work.lanes
     return Use(device_s=calls * device_s, cpu_s=calls * cpu_s, on_cpu=pays and not work.exact, times=times)
 
 
 def cpu_pays(blocks: Sequence[Draft], work: TokenWork) -> bool:
     """Whether the CPU would compute some of these blocks, if they stayed on the host."""
-    return any(_use(work, nbytes, 1.0).on_cpu for nbytes in {block.image.data_nbytes for block in blocks})
+    layers = layers_of(blocks)
+    return any(use.on_cpu for each in _classes(blocks, work, {}, layers) for use in each.uses)
 
 
 def _rings(

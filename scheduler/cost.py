@@ -74,7 +74,12 @@ class CostModel:
     @property
     def hand_over_s(self) -> float:
         """The same where one of them changes processors: with the Python that carries arguments and lends weights."""
-        return self.switch_s + LENDING * self._python_s
+        return self.switch_s + self.lending_s
+
+    @property
+    def lending_s(self) -> float:
+        """Seconds of that Python, on one side of a hand-over."""
+        return LENDING * self._python_s
 
     @property
     def _python_s(self) -> float:

@@ -103,9 +103,10 @@ def saves(candidate: Candidate, costs: CostModel, rows: int, traffic: Traffic) -
 
 
 def cpu_s(candidate: Candidate, costs: CostModel, rows: int, traffic: Traffic) -> float:
-    """Seconds that a call of so many rows takes on the CPU, what it holds up of other copies and reads, and what
-    activations take to get there and back, included."""
-    return held_up_s(candidate, costs, rows, traffic) + crossing_s(candidate, costs, rows)
+    """Seconds that a call of so many rows takes on the CPU, what it holds up of other copies and reads, what
+    activations take to get there and back, and the Python that hands over, included."""
+    python_s = candidate.crossings * costs.lending_s
+    return held_up_s(candidate, costs, rows, traffic) + crossing_s(candidate, costs, rows) + python_s
 
 
 def held_up_s(candidate: Candidate, costs: CostModel, rows: int, traffic: Traffic) -> float:

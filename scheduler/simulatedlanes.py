@@ -58,12 +58,14 @@ class Alone:
 
     Args:
         computed: An event after all that the device has been asked for.
+        lending_s: What the Python of handing over to the CPU takes, and again on the way back.
     """
 
-    def __init__(self, core: Core, granted: Granted, computed: Callable[[], Event]) -> None:
+    def __init__(self, core: Core, granted: Granted, computed: Callable[[], Event], lending_s: float) -> None:
         self._core = core
         self._granted = granted
         self._computed = computed
+        self._lending_s = lending_s
 
     async def begin(self) -> None:
         """The executor is told."""
@@ -85,11 +87,16 @@ class Alone:
         """Whatever can be."""
         return True
 
-    def away(self, part: Hashable, blocks: Sequence[int]) -> AbstractAsyncContextManager[None]:
+    @asynccontextmanager
+    async def away(self, part: Hashable, blocks: Sequence[int]) -> AsyncIterator[None]:
         """Nobody else goes on meanwhile."""
-        return nullcontext()
+        await asyncio.sleep(self._lending_s)
+        yield
+        await asyncio.sleep(self._lending_s)
 
-    inside = away
+    def inside(self, part: Hashable, blocks: Sequence[int]) -> AbstractAsyncContextManager[None]:
+        """There are no others."""
+        return nullcontext()
 
 
 class Lanes:

@@ -148,7 +148,8 @@ class _Simulation:
 
     async def _alone(self, programs: Sequence[Program], until_steady: bool) -> None:
         stage = self._stage
-        caller = Caller(stage, self._setting, self._core, Alone(self._core, stage.granted, stage.computed))
+        alone = Alone(self._core, stage.granted, stage.computed, self._cost.lending_s)
+        caller = Caller(stage, self._setting, self._core, alone)
         for program in programs:
             start = self._loop.nanoseconds()
             await caller.call(program)

@@ -16,7 +16,7 @@ from penstock.scheduler.cost import CostModel
 from penstock.scheduler.curves import Curve
 from penstock.scheduler.hardware import Link
 from penstock.scheduler.microbatches import Footprint, Job, Machine, schedule
-from penstock.scheduler.processors import ALWAYS, GAIN, Candidate, Traffic, at_rows, cpu_s
+from penstock.scheduler.processors import ALWAYS, GAIN, Candidate, Traffic, at_rows, crossing_s, held_up_s
 
 NBYTES = 400e6
 FOOTPRINT = Footprint(
@@ -82,7 +82,8 @@ def test_the_best_of_all_shares_within_their_bounds(
         disk_s=disk_s,
         link_rate=link * GB,
     )
-    part_s = cpu_s(layer(NBYTES), costs, rows, Traffic(copying=True, reading=disk_s > 0)) + costs.hand_over_s
+    computing = held_up_s(layer(NBYTES), costs, rows, Traffic(copying=True, reading=disk_s > 0))
+    part_s = computing + crossing_s(layer(NBYTES), costs, rows) + costs.hand_over_s
     block_s = device_s(costs, [layer(NBYTES)], rows)
 
     def bounds(share: float) -> tuple[float, float]:

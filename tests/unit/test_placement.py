@@ -7,18 +7,10 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.scheduler.placement import (
-    HEURISTICS,
-    MODES,
-    BlockClass,
-    Counts,
-    Problem,
-    Rates,
-    Rings,
-    Use,
-    place,
-    spread,
-)
+from penstock.scheduler.placement.arrangement import spread
+from penstock.scheduler.placement.place import place
+from penstock.scheduler.placement.problem import MODES, BlockClass, Counts, Problem, Rates, Rings, Use
+from penstock.scheduler.placement.rules import HEURISTICS
 
 sizes = st.integers(1, 20)
 uses = st.builds(

@@ -11,7 +11,7 @@ from penstock.runtime.placing import TokenWork, place_on_tiers
 from penstock.scheduler.cost import CostModel
 from penstock.scheduler.curves import Curve
 from penstock.scheduler.hardware import Hardware, Link, Processor
-from penstock.scheduler.placement import UNHIDDEN
+from penstock.scheduler.placement.problem import UNHIDDEN
 
 NBYTES = 10**6
 MS = 1e-3
@@ -42,7 +42,9 @@ def seconds(*, lanes: int, exact: bool = False) -> float:
         )
     )
     image = SimpleNamespace(nbytes=NBYTES, read_nbytes=NBYTES, data_nbytes=NBYTES)
-    blocks: list[Any] = [SimpleNamespace(id=number, front_nbytes=NBYTES, image=image) for number in range(8)]
+    blocks: list[Any] = [
+        SimpleNamespace(id=number, name=f"layers.{number}", front_nbytes=NBYTES, image=image) for number in range(8)
+    ]
     found = place_on_tiers(
         blocks,
         work=TokenWork(costs=costs, rows=1, dtype="float32", exact=exact, lanes=lanes),

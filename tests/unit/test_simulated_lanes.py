@@ -176,5 +176,6 @@ def test_what_is_chosen_is_never_slower_and_takes_about_what_was_said(
     if chosen:
         assert two <= split.seconds * 1.3
     copied = layers - len(chosen)
-    if copied > 3:  # two of them stay in the ring from sweep to sweep, and are not copied again
-        assert two >= split.seconds * 0.9 * (copied - 2) / copied
+    if copied > 3:  # as many of them as the ring has slots may stay there from sweep to sweep
+        changes_s = lanes * copied * switch  # where one runs ahead of another by a block, they change less often
+        assert two >= (split.seconds - changes_s) * 0.9 * (copied - 3) / copied

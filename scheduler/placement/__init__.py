@@ -1,0 +1,1 @@
+"""Which blocks live where, and which processor computes them."""
