@@ -110,12 +110,14 @@ def place_on_tiers(
 def _classes(
     blocks: Sequence[Draft], work: TokenWork, worth: Mapping[int, float], layers: Mapping[int, int]
 ) -> list[BlockClass]:
+    """Blocks that take the same of everything, and go to the CPU with as many others: pieces of an output matrix may be
+    as large as matrices of layers, and go alone."""
     together = Counter(layers.values())
-    alike: dict[tuple[int, int, int, int, float], list[int]] = defaultdict(list)
+    alike: dict[tuple[int, int, int, int, float, int], list[int]] = defaultdict(list)
     for block in blocks:
         times = worth.get(block.id, 1.0)
-        key = block.front_nbytes, block.image.nbytes, block.image.read_nbytes, block.image.data_nbytes, times
-        alike[key].append(block.id)
+        size = block.front_nbytes, block.image.nbytes, block.image.read_nbytes, block.image.data_nbytes
+        alike[*size, times, together[layers[block.id]] if block.id in layers else 0].append(block.id)
     return [
         BlockClass(
             blocks=tuple(ids),
@@ -123,9 +125,9 @@ def _classes(
             host_nbytes=host,
             read_nbytes=read,
             copied_nbytes=data,
-            uses=(_use(work, data, times, together[layers[ids[0]]] if ids[0] in layers else 1),),
+            uses=(_use(work, data, times, max(others, 1)),),
         )
-        for (front, host, read, data, times), ids in alike.items()
+        for (front, host, read, data, times, others), ids in alike.items()
     ]
 
 
