@@ -66,6 +66,10 @@ class Choice:
             if held is not None:
                 if held.ready:  # it arrived between the consumer's look and now
                     self._grant(wish, held)
+                elif held.error is not None:  # a guest that failed while nobody waited for it
+                    self.wishes.remove(wish)
+                    wish.granted.set_exception(held.error)
+                    self._front.drop(held.block)
                 continue
             victim = None
             if wish.block not in self._front.permanent and not self._front.free:
