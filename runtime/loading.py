@@ -108,6 +108,7 @@ def load(
             work=None if decisions is None else decisions.of(model),
             changing=changing,
             beside_nbytes=kv,
+            experts=changing is None,
         )
         layout = planner.best() if plan is None else planner.as_planned(plan)
         if decisions is not None and processors is None and plan is None:

@@ -21,11 +21,13 @@ from ..scheduler.plan import Plan
 from ..scheduler.residency import Residency, Sized, choose_residency, smallest_budget
 from ..scheduler.sharing import spread
 from .backing import Backing, Portion
+from .experts.layers import find_expert_layers
+from .experts.placed import ExpertCutter, PlacedExperts
 from .layout import Budgets, Changing, Draft, Layout
 from .partition import cut, embedding_only, limits, streamable, table_candidates
 from .phases import ONCE, once_per_answer
 from .placing import TokenWork, cpu_pays, place_on_tiers
-from .replanning import check_fits, check_rings, check_same, check_tables, residencies
+from .replanning import check_experts, check_fits, check_rings, check_same, check_tables, residencies
 
 DEPTH = 96 * 2**20
 """Bytes of ring, besides the block in use, that keep a drive busy: 8 requests of 4 MiB under way, the rest ready."""
@@ -49,6 +51,12 @@ class _Cut:
     staging_nbytes: int
     own_nbytes: int
     once: frozenset[str]
+    experts: PlacedExperts | None
+
+    @property
+    def others(self) -> list[Draft]:
+        """All blocks but those of experts."""
+        return self.blocks if self.experts is None else self.blocks[: self.experts.first]
 
     @property
     def counts(self) -> Counter[int]:
@@ -82,6 +90,7 @@ class Planner:
         work: TokenWork | None = None,
         changing: Changing | None = None,
         beside_nbytes: int = 0,
+        experts: bool = False,
     ) -> None:
         """Make one.
 
@@ -90,6 +99,7 @@ class Planner:
             changing: It is to be trained, and that takes so much. No product is served by rows then: its gradient
                 would have no place to go.
             beside_nbytes: Host memory to leave where the CPU computes blocks: for their keys and values.
+            experts: Whether experts may be blocks of their own, which is tried where there is one tier.
         """
         self._beside_nbytes = beside_nbytes
         self.module = module
@@ -104,6 +114,8 @@ class Planner:
         self.sizes = {
             name: parameter.numel() * ITEMSIZE[backing.dtype(name)] for name, parameter in self.parameters.items()
         }
+        found = find_expert_layers(module, self.sizes) if experts and budgets.device is None else None
+        self._experts = None if found is None else ExpertCutter(found, backing)
         self._once = once_per_answer(module)
         self._needs: dict[str, list[int]] = {"device": [], "host": []}
         """By tier: the smallest budgets of cuts that did not fit."""
@@ -139,10 +151,12 @@ class Planner:
         whole = self._try(max(total // 8, 1) if fixed is None else fixed, set())
         if whole is not None and whole.resident:
             return whole
-        tried = limits(self.module, self.sizes) if fixed is None else ()
-        found = [layout for limit in tried if (layout := self._try_limit(limit)) is not None]
-        if whole is not None:
-            found.append(whole)
+        found = self._with_experts(max(total // 8, 1))
+        if not found:
+            tried = limits(self.module, self.sizes) if fixed is None else ()
+            found = [layout for limit in tried if (layout := self._try_limit(limit)) is not None]
+            if whole is not None:
+                found.append(whole)
         if not found:
             raise self._does_not_fit()
         by_time = any(layout.token_s is not None for layout in found)  # which no weighing of bytes can be compared with
@@ -151,7 +165,20 @@ class Planner:
             key=lambda layout: (not layout.resident, by_time and layout.token_s is None, self._seconds(layout)),
         )
 
-    def _try_limit(self, limit: int) -> Layout | None:
+    def _with_experts(self, limit: int) -> list[Layout]:
+        """Layouts in which experts are blocks of their own: none where that cannot be, or does not fit."""
+        if self._experts is None:
+            return []
+        tried = [self._try_limit(each, experts=True) for each in limits(self.module, self._rest)]
+        return [layout for layout in (*tried, self._try(limit, set(), experts=True)) if layout is not None]
+
+    @property
+    def _rest(self) -> dict[str, int]:
+        """Bytes of the parameters that experts are not cut from."""
+        names = frozenset() if self._experts is None else self._experts.names
+        return {name: nbytes for name, nbytes in self.sizes.items() if name not in names}
+
+    def _try_limit(self, limit: int, *, experts: bool = False) -> Layout | None:
         lookups = embedding_only(self.module)
         tables = {
             name
@@ -161,7 +188,7 @@ class Planner:
             and len(self.parameters[name].shape) == 2
             and self.parameters[name].shape[0] > 1
         }
-        return self._try(limit, tables)
+        return self._try(limit, tables, experts=experts)
 
     def _table_candidates(self, lookups: set[str]) -> set[str]:
         """None where weights are trained. Where they are frozen, what is looked up: no gradient goes through it."""
@@ -169,10 +196,10 @@ class Planner:
             return table_candidates(self.module)
         return lookups if self._changing.frozen else set()
 
-    def _try(self, limit: int, tables: set[str]) -> Layout | None:
+    def _try(self, limit: int, tables: set[str], *, experts: bool = False) -> Layout | None:
         if self._changing is not None:
             limit = min(limit, self._changing.block_nbytes)
-        made = self._cut(limit, tables)
+        made = self._cut(limit, tables, experts=experts)
         parts = SHALLOWER if self.work is None else SHALLOWER[:1]  # placing tries shallower rings itself
         placed = [self._place(made, DEPTH // part) for part in parts]
         return min((layout for layout in placed if layout is not None), key=self._seconds, default=None)
@@ -191,26 +218,46 @@ class Planner:
             if name in self.sizes and name not in lookups and self.parameters[name].dim() == 2
         }
         check_tables(plan, self.parameters, rows)
-        made = self._cut(plan.limit_nbytes, set(plan.tables))
+        made = self._cut(plan.limit_nbytes, set(plan.tables), experts=self._asks_for_experts(plan))
         check_same(plan, made.blocks)
+        check_experts(plan, made.experts)
         small = made.blocks[0]
         front, back = residencies(plan, made.blocks, separate=self.budgets.device is not None)
         if small.id not in front.resident:
             raise UsageError("the plan has block 0 streamed: it holds the small tensors, which always stay")
-        front, back = check_rings(made.blocks, front, back, min_slots=made.min_slots)
+        front, back = check_rings(made.others, front, back, min_slots=made.min_slots)
         layout = self._layout(made, front, back)
+        if made.experts is not None:
+            given = replace(made.experts, capacity=plan.expert_slots, passing=plan.expert_passing)
+            layout = replace(layout, experts=given)
         check_fits(layout, self.budgets)
         return replace(layout, on_cpu={b.id: b.cpu_rows_below for b in plan.blocks if b.cpu_rows_below})
 
-    def _cut(self, limit: int, tables: set[str]) -> _Cut:
-        partition = cut(self.module, self.sizes, limit=limit, tables=tables, apart=self._once)
+    def _asks_for_experts(self, plan: Plan) -> bool:
+        """Whether a plan has experts as blocks of their own.
+
+        Raises:
+            UsageError: it has, and this model or this device has not, or none of them could pass through.
+        """
+        if plan.expert_blocks and not plan.expert_passing:
+            raise UsageError("the plan has expert_passing of 0: at least one expert must be able to pass through")
+        if plan.expert_passing and self._experts is None:
+            raise UsageError(
+                "the plan has experts as blocks of their own, which this model has not, or not on this device: make a "
+                "plan for this model and device"
+            )
+        return plan.expert_passing > 0
+
+    def _cut(self, limit: int, tables: set[str], *, experts: bool = False) -> _Cut:
+        sizes = self._rest if experts else self.sizes
+        partition = cut(self.module, sizes, limit=limit, tables=tables, apart=self._once)
         blocks: list[Draft] = [self._draft(0, "small tensors", [Portion(name=n) for n in partition.small.names])]
         home: dict[str, int] = {}
         for group in partition.groups:
             block = self._draft(len(blocks), group.anchor or "model", [Portion(name=n) for n in group.names])
             home.update(dict.fromkeys(group.names, block.id))
             blocks.append(block)
-        if not tables:
+        if not tables and not experts:
             separate = self.budgets.device is not None
             own = self._own_device if separate else self._own(self._staging(blocks, {}))
             self._all_nbytes = min(self._all_nbytes, sum(block.front_nbytes for block in blocks) + own)
@@ -223,6 +270,10 @@ class Planner:
                 blocks.append(self._draft(len(blocks), f"{name}[{rows[0]}:{rows[1]}]", [Portion(name=name, rows=rows)]))
             pieces[name] = tuple(ids)
         leases, expected = self._uses(partition.uses, home, pieces)
+        placed = None
+        if experts and self._experts is not None:
+            more, placed = self._experts.blocks(len(blocks))
+            blocks += more
         staging = self._staging(blocks, pieces)
         return _Cut(
             limit_nbytes=limit,
@@ -234,6 +285,7 @@ class Planner:
             staging_nbytes=staging,
             own_nbytes=self._own(staging),
             once=self._once,
+            experts=placed,
         )
 
     def _draft(self, number: int, name: str, portions: list[Portion]) -> Draft:
@@ -280,6 +332,8 @@ class Planner:
         return deepest
 
     def _place(self, made: _Cut, depth: int) -> Layout | None:
+        if made.experts is not None:
+            return self._place_experts(made, made.experts, depth)
         blocks, small = made.blocks, made.blocks[0]
         placed = self._placed(made, depth)
         if placed is not None:
@@ -306,8 +360,22 @@ class Planner:
             kept = _with_homes(kept, passing, room)
         return None if kept is None else self._layout(made, found, kept)
 
+    def _place_experts(self, made: _Cut, experts: PlacedExperts, depth: int) -> Layout | None:
+        """What every token uses first: a byte of it that stays saves a byte per token, one of an expert's less. Experts
+        have what is left, and some slots to pass through in any case."""
+        small, room = made.others[0], self.budgets.host - made.own_nbytes
+        for passing in experts.choices(room, DEPTH):
+            kept = passing * experts.each_nbytes
+            found = self._front(
+                made.others[1:], small, room - kept, made.min_slots, made.own_nbytes + kept, made.worth, depth
+            )
+            if found is not None:
+                given = experts.given(room=room - found.nbytes, passing=passing)
+                return replace(self._layout(made, found, None), experts=given)
+        return None
+
     def _layout(self, made: _Cut, front: Residency, back: Residency | None) -> Layout:
-        for block in made.blocks:
+        for block in made.others:
             assert block.id in front.resident or block.front_nbytes <= front.slot_nbytes, f"{block.name} fits no slot"
             passes = back is not None and block.id not in back.resident
             assert not passes or (back is not None and block.image.nbytes <= back.slot_nbytes), (
