@@ -21,7 +21,7 @@ class Grouped:
     """Tokens of one call, sorted by expert.
 
     Args:
-        hidden: [T, H] Tokens.
+        hidden: [T, H] Tokens, at least one.
         chosen: [T, K] Their experts.
         weights: [T, K] How much each counts.
         experts: E, of the layer.
@@ -81,7 +81,5 @@ class Grouped:
                         out = state.new_empty(len(state), weight.shape[1 if module.is_transposed else 0])
                     rows = self._rows[expert]
                     torch.mm(state[rows], weight if module.is_transposed else weight.t(), out=out[rows])
-        if out is None:  # no tokens
-            name = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")[part]
-            out = state.new_empty(0, getattr(module, name).shape[2 if module.is_transposed else 1])
+        assert out is not None, "there is nothing to compute without tokens"
         return out

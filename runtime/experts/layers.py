@@ -43,7 +43,9 @@ class ExpertLayers:
         return frozenset(name for layer in self.layers for name in layer.parts)
 
 
-def find_expert_layers(module: nn.Module, sizes: Mapping[str, int]) -> ExpertLayers | None:
+def find_expert_layers(
+    module: nn.Module, sizes: Mapping[str, int], *, any_implementation: bool = False
+) -> ExpertLayers | None:
     """The expert layers of a model, or None: it has none, or none that can be cut.
 
     Those can be cut that transformers computes with `grouped_mm`, whose experts are all of one size, and of which it is
@@ -52,13 +54,14 @@ def find_expert_layers(module: nn.Module, sizes: Mapping[str, int]) -> ExpertLay
     Args:
         module: The model.
         sizes: Bytes of each parameter that is streamed, by its first qualified name.
+        any_implementation: Those too that transformers computes otherwise: they cannot be cut, but recorded.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     owners = Counter(id(p) for child in module.modules() for p in child._parameters.values() if p is not None)
     layers, kinds = [], set()
     modules = dict(module.named_modules())
     for path, child in modules.items():
-        parts = _parts(child)
+        parts = _parts(child, any_implementation)
         if parts is None:
             continue
         top_k = _top_k(child, modules[path.rpartition(".")[0]])
@@ -77,12 +80,12 @@ def find_expert_layers(module: nn.Module, sizes: Mapping[str, int]) -> ExpertLay
     return ExpertLayers(routing=routing, layers=tuple(layers))
 
 
-def _parts(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter] | None:
-    """The parameters of a module of a class that transformers' decorator of experts knows, if it uses `grouped_mm`."""
+def _parts(module: nn.Module, any_implementation: bool) -> tuple[nn.Parameter, nn.Parameter] | None:
+    """The parameters of a module of a class that transformers' decorator of experts knows."""
     marks = module.__dict__
     if not all(name in marks for name in ("config", "has_gate", "has_bias", "is_transposed")):
         return None
-    if getattr(marks["config"], "_experts_implementation", None) != REPLACED:
+    if not any_implementation and getattr(marks["config"], "_experts_implementation", None) != REPLACED:
         return None
     first = module._parameters.get("gate_up_proj" if marks["has_gate"] else "up_proj")
     second = module._parameters.get("down_proj")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
@@ -19,12 +18,12 @@ from ...scheduler.experts.cache import CacheSetting
 from ...scheduler.experts.events import event_of
 from ...scheduler.experts.policies import DEFAULT, policy
 from ...scheduler.experts.pool import ExpertPool, LayerPass, PoolStatistics
-from ...scheduler.experts.trace import Phase
 from ..binding import contiguous_stride, view_of
 from ..devices.base import Device
 from ..dtypes import torch_dtype
 from .grouped import Grouped
 from .placed import PlacedExperts
+from .routers import RouterTap, candidates
 from .steps import StepOf, step_of
 
 if TYPE_CHECKING:
@@ -33,21 +32,6 @@ if TYPE_CHECKING:
 IMPLEMENTATION: Final = "penstock"
 """Our name in transformers' registry of experts functions."""
 _MARK: Final = "_penstock_experts"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Routed:
-    """What a router has decided for one layer of one step."""
-
-    step: int
-    layer: int
-    phase: Phase
-    sequences: int | None
-    """Sequences that the step is of, whose tokens follow each other; None where it is not known."""
-    chosen: torch.Tensor
-    """[T, K] Experts by token."""
-    weights: torch.Tensor
-    """[T, K] How much each counts."""
 
 
 class ExpertRunner:
@@ -83,8 +67,7 @@ class ExpertRunner:
         self._turn = threading.Lock()
         self._calls = threading.local()
         self._steps = 0
-        self.listener: Callable[[Routed], None] | None = None
-        """Told of each layer when its router has decided, in the thread that runs it."""
+        self._tap: RouterTap | None = None
 
     def statistics(self) -> PoolStatistics:
         """What the cache of experts did so far."""
@@ -93,6 +76,7 @@ class ExpertRunner:
     def install(self, module: nn.Module) -> None:
         """Have transformers call this for the layers whose experts are blocks."""
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+        self._tap = RouterTap(module, self._placed.layers, self._placed.routing.experts)
         for number, layer in enumerate(self._placed.layers):
             child: Any = module.get_submodule(layer.path)
             child.__dict__[_MARK] = (self, number)
@@ -111,37 +95,29 @@ class ExpertRunner:
         tokens = Grouped(hidden, chosen, weights, routing.experts)
         step: StepOf = getattr(self._calls, "step", None) or StepOf(number=self._steps, sequences=None)
         phase = step.phase(len(hidden), routing)
-        if self.listener is not None:
-            self.listener(
-                Routed(
-                    step=step.number,
-                    layer=number,
-                    phase=phase,
-                    sequences=step.sequences,
-                    chosen=chosen,
-                    weights=weights,
-                )
-            )
         if not len(hidden):
             return torch.zeros_like(hidden)
-        ids, scores = chosen.cpu().numpy(), weights.detach().float().cpu().numpy()
+        near, scores = self._scores(number, chosen, weights)
         event = event_of(
             step=step.number,
             layer=number,
             phase=phase,
             experts=routing.experts,
-            chosen=ids,
-            candidates=ids,
-            scores=np.abs(scores),
+            chosen=chosen.cpu().numpy(),
+            candidates=near.cpu().numpy(),
+            scores=scores.cpu().numpy(),
         )
         with self._turn, self.pool.layer(event) as run:
+            return tokens.compute(module, run.order, partial(self._weight, run))
 
-            @contextmanager
-            def lend(part: int, expert: int) -> Iterator[torch.Tensor]:
-                with self._weight(run, part, expert) as weight:
-                    yield weight
-
-            return tokens.compute(module, run.order, lend)
+    def _scores(self, number: int, chosen: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, W] Experts that the router gave a score, and the scores: of those that it chose alone, if no more is
+        known."""
+        logits = None if self._tap is None else self._tap.take(number, len(chosen))
+        if logits is None:
+            return chosen, weights.detach().float().abs()
+        routing = self._placed.routing
+        return candidates(chosen, logits, min(2 * routing.top_k, routing.experts))
 
     @contextmanager
     def _weight(self, run: LayerPass, part: int, expert: int) -> Iterator[torch.Tensor]:
@@ -156,7 +132,9 @@ class ExpertRunner:
             yield view[0]
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Let go of the memory, and of the routers."""
+        if self._tap is not None:
+            self._tap.close()
         self._memory = torch.empty(0)
 
 

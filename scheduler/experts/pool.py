@@ -127,7 +127,7 @@ class ExpertPool:
         there = [expert for expert, kept in zip(event.experts.tolist(), held, strict=True) if kept]
         ranked = sorted(zip(event.rows.tolist(), event.experts.tolist(), held, strict=True), key=lambda each: -each[0])
         missed = [expert for _, expert, kept in ranked if not kept]  # what has most to be done with it first
-        admitted, victims = self._admit(event, missed)
+        admitted, victims = self._admit(event, sorted(missed))
         account.reads += len(missed)
         self._open = run = LayerPass(self, event.layer, there, missed, admitted)
         run.advance(self._forget(victims))

@@ -188,11 +188,10 @@ def test_it_reads_exactly_what_the_cache_by_itself_would_miss(
             missed = [expert for expert in each.experts.tolist() if not cache.held[layer, expert]]
             ranks.seen(each)
             cache.seen(each)
-            by_rows = sorted(missed, key=lambda expert: -experts.count(expert))
             if step in prompts:
-                cache.fill_free(layer, by_rows)
+                cache.fill_free(layer, missed)
             else:
-                cache.admit(layer, by_rows, needed=each.experts)
+                cache.admit(layer, missed, needed=each.experts)
             shelves.reads.clear()
             compute(pool, each)
             wanted = {part * ROUTING.total + layer * ROUTING.experts + e for part in range(PARTS) for e in missed}
