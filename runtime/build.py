@@ -122,6 +122,7 @@ class Machinery:
             inflight_nbytes=max(2 * THREADS * CHUNK, 2 * max(nbytes.values())),
             poison=debug_enabled(),
             on_cpu=sorted(on_cpu),
+            unordered=0 if layout.experts is None else len(layout.blocks) - layout.experts.first,
         )
         self.executor = Executor(core, self.mover)
         made.callback(self.executor.close)

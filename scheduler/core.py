@@ -43,6 +43,7 @@ class Core:
         clock: Nanoseconds, monotonic.
         on_cpu: Blocks that stay in `back` and are computed there at times. They are brought although no order of the
             device's may ever name them.
+        unordered: How many of the blocks come by `bring` only.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Core:
         inflight_nbytes: int,
         poison: bool = False,
         on_cpu: Iterable[int] = (),
+        unordered: int = 0,
     ) -> None:
         self.front, self.back = front, back
         self.lock = threading.Lock()
@@ -71,6 +73,7 @@ class Core:
             nbytes=nbytes,
             inflight_nbytes=inflight_nbytes,
             on_cpu=on_cpu,
+            ordered=len(nbytes) - unordered,
             grant=self._grant,
         )
         self._mover = mover

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from ...scheduler.experts.shape import MOST_EXPERTS, Routing
+from ...scheduler.experts.shape import MOST_EXPERTS, ExpertShape, Routing
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,14 @@ def find_expert_layers(
     ((experts, top_k, *_),) = kinds
     routing = Routing(layers=len(layers), experts=experts, top_k=top_k)
     return ExpertLayers(routing=routing, layers=tuple(layers))
+
+
+def shape_of(model: nn.Module, layer: ExpertLayer) -> ExpertShape:
+    """Sizes of an expert of a layer."""
+    module: Any = model.get_submodule(layer.path)
+    down = module.down_proj
+    hidden, ffn = (down.shape[2], down.shape[1]) if module.is_transposed else (down.shape[1], down.shape[2])
+    return ExpertShape(hidden=hidden, ffn=ffn, gated=module.has_gate, dtype=str(down.dtype).removeprefix("torch."))
 
 
 def _parts(module: nn.Module, any_implementation: bool) -> tuple[nn.Parameter, nn.Parameter] | None:

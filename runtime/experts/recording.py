@@ -13,10 +13,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ...memory.errors import UsageError
-from ...scheduler.experts.shape import ExpertShape
 from ...scheduler.experts.trace import IntArray, Step, TraceHeader
 from ...scheduler.experts.tracefile import TraceWriter
-from .layers import ExpertLayers, find_expert_layers
+from .layers import find_expert_layers, shape_of
 from .routers import RouterTap, candidates
 from .steps import StepOf, step_of
 
@@ -56,7 +55,7 @@ class RoutingRecorder:
             source=source,
             scored=True,
             guessed=scored,
-            expert=_shape_of(model, found),
+            expert=shape_of(model, found.layers[0]),
             paths=tuple(layer.path for layer in found.layers),
         )
         self._hooks: list[RemovableHandle] = []
@@ -160,12 +159,3 @@ class RoutingRecorder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _shape_of(model: nn.Module, found: ExpertLayers) -> ExpertShape:
-    """Sizes of an expert."""
-    layer = found.layers[0]
-    module: Any = model.get_submodule(layer.path)
-    down = module.down_proj
-    hidden, ffn = (down.shape[2], down.shape[1]) if module.is_transposed else (down.shape[1], down.shape[2])
-    return ExpertShape(hidden=hidden, ffn=ffn, gated=module.has_gate, dtype=str(down.dtype).removeprefix("torch."))

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from ...memory.arena import AnyArena
 from ...scheduler.executor import Executor
+from ...scheduler.experts.ahead import LookAhead
 from ...scheduler.experts.cache import CacheSetting
+from ...scheduler.experts.costs import ExpertCosts
 from ...scheduler.experts.events import event_of
+from ...scheduler.experts.layerscheduler import LayerScheduler
 from ...scheduler.experts.policies import DEFAULT, policy
 from ...scheduler.experts.pool import ExpertPool, LayerPass, PoolStatistics
+from ...scheduler.experts.trace import Ids
 from ..binding import contiguous_stride, view_of
 from ..devices.base import Device
 from ..dtypes import torch_dtype
@@ -68,10 +75,22 @@ class ExpertRunner:
         self._calls = threading.local()
         self._steps = 0
         self._tap: RouterTap | None = None
+        self._ahead: LookAhead | None = None
+        self._streams_others = layout.front.slots > 0
 
     def statistics(self) -> PoolStatistics:
         """What the cache of experts did so far."""
-        return self.pool.statistics()
+        found = self.pool.statistics()
+        return found if self._ahead is None else replace(found, prefetching=self._ahead.statistics())
+
+    def look_ahead(self, costs: ExpertCosts) -> None:
+        """Bring experts before their layer asks, where that gains time by these costs of one tier.
+
+        Not where other blocks are streamed, as the drive is never idle then, nor where there is no room beside what
+        passes.
+        """
+        if not self._streams_others and self.pool.spare > 0 and costs.read_s > 0:
+            self._ahead = LookAhead(self.pool, LayerScheduler(costs), clock=time.monotonic)
 
     def install(self, module: nn.Module) -> None:
         """Have transformers call this for the layers whose experts are blocks."""
@@ -98,6 +117,7 @@ class ExpertRunner:
         if not len(hidden):
             return torch.zeros_like(hidden)
         near, scores = self._scores(number, chosen, weights)
+        guesses = self._guesses(number, hidden) if phase == "decode" else None
         event = event_of(
             step=step.number,
             layer=number,
@@ -106,9 +126,23 @@ class ExpertRunner:
             chosen=chosen.cpu().numpy(),
             candidates=near.cpu().numpy(),
             scores=scores.cpu().numpy(),
+            guesses=guesses,
         )
         with self._turn, self.pool.layer(event) as run:
-            return tokens.compute(module, run.order, partial(self._weight, run))
+            if self._ahead is not None:
+                self._ahead.begun(event, run.there)
+            result = tokens.compute(module, run.order, partial(self._weight, run))
+            if self._ahead is not None:
+                self._ahead.ended(event)
+        return result
+
+    def _guesses(self, number: int, hidden: torch.Tensor) -> Ids | None:
+        """[T, K] What the router of the next layer says of this layer's tokens, if somebody wants to know it."""
+        routing, tap = self._placed.routing, self._tap
+        if self._ahead is None or tap is None or number + 1 == routing.layers:
+            return None
+        logits = tap.ask(number + 1, hidden)
+        return None if logits is None else logits.topk(routing.top_k, dim=-1).indices.cpu().numpy().astype(np.uint16)
 
     def _scores(self, number: int, chosen: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, W] Experts that the router gave a score, and the scores: of those that it chose alone, if no more is

@@ -22,6 +22,7 @@ from .account import Account, Causes, PhaseResult
 from .cache import CacheSetting, CacheStatistics, ExpertCache, Origin
 from .events import Event
 from .policies.policy import Policy
+from .prefetch import PrefetchStatistics
 from .shape import Routing
 from .trace import IntArray, Phase
 
@@ -53,6 +54,8 @@ class PoolStatistics:
     """Experts that the cache can hold."""
     passing: int
     """Experts that can be on their way through at a time, besides."""
+    prefetching: PrefetchStatistics | None = None
+    """None where nothing is brought ahead."""
 
     def of(self, phase: Phase) -> PhaseResult:
         """The figures of one phase."""
@@ -98,7 +101,9 @@ class ExpertPool:
         self._accounts = {"prefill": Account(), "decode": Account()}
         self._nbytes = expert_nbytes
         self._open: LayerPass | None = None
-        """A layer that did not come to its end."""
+        """The layer that runs, or one that did not come to its end."""
+        self._ahead: tuple[int, list[int]] = (-1, [])
+        """Experts that were brought before their layer asked, and the layer."""
 
     @property
     def parts(self) -> int:
@@ -121,15 +126,17 @@ class ExpertPool:
         self._recover()
         self._policy.seen(event)
         self.cache.seen(event)
-        held = self.cache.held[event.layer, event.experts].tolist()
+        ahead = self._claim(event)
+        needed = event.experts.tolist()
+        held = [expert for expert in needed if self.cache.held[event.layer, expert]]
+        near = {*held, *ahead}
         account = self._accounts[event.phase]
-        self._causes.count(account, event, self.cache, held)
-        there = [expert for expert, kept in zip(event.experts.tolist(), held, strict=True) if kept]
-        ranked = sorted(zip(event.rows.tolist(), event.experts.tolist(), held, strict=True), key=lambda each: -each[0])
-        missed = [expert for _, expert, kept in ranked if not kept]  # what has most to be done with it first
-        admitted, victims = self._admit(event, sorted(missed))
+        self._causes.count(account, event, self.cache, (expert in near for expert in needed))
+        ranked = sorted(zip(event.rows.tolist(), needed, strict=True), key=lambda each: -each[0])
+        missed = [expert for _, expert in ranked if expert not in near]  # what has most to be done with it first
+        admitted, victims = self._admit(event, sorted([*missed, *ahead]))
         account.reads += len(missed)
-        self._open = run = LayerPass(self, event.layer, there, missed, admitted)
+        self._open = run = LayerPass(self, event.layer, held, ahead, missed, admitted)
         run.advance(self._forget(victims))
         yield run
         self._open = None
@@ -142,12 +149,51 @@ class ExpertPool:
         taken = self.cache.admit(event.layer, missed, needed=event.experts)
         return {expert for expert, _ in taken}, [victim for _, victim in taken if victim is not None]
 
+    def _claim(self, event: Event) -> list[int]:
+        """Those of the experts brought ahead that the event needs; the others are forgotten."""
+        layer, ahead = self._ahead
+        self._ahead = (-1, [])
+        needed = set(event.experts.tolist()) if layer == event.layer else set()
+        gone = [expert for expert in ahead if expert not in needed]
+        for expert in gone:
+            for part in range(self.parts):
+                self._is_there(self.block(part, layer, expert))  # what is still on its way cannot be forgotten
+        self.bring((), self._forget([(layer, expert) for expert in gone]))
+        return [expert for expert in ahead if expert in needed]
+
+    @property
+    def spare(self) -> int:
+        """Experts that may be brought ahead: one must be able to pass through beside them when their layer runs."""
+        return self._passing - 1
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Bring experts before their layer asks: behind all that the layer that runs needs, as far as there is room.
+
+        Called while a layer runs, at most once. Returns those that are brought.
+        """
+        assert self._open is not None, "no layer runs"
+        assert not self._ahead[1], "what was brought ahead has not been asked for yet"
+        if not self._open.all_asked_for:
+            return []
+        taken: list[int] = []
+        places: list[tuple[int, Slot]] = []
+        for expert in experts[: self.spare]:
+            if self.cache.held[layer, expert] or not all(self._free):
+                continue
+            placed = [self.place(part, layer, expert) for part in range(self.parts)]
+            places += [each for each in placed if each is not None]
+            taken.append(expert)
+        self._ahead = layer, taken
+        self._accounts["decode"].reads += len(taken)
+        self.bring(places, ())
+        return taken
+
     def _recover(self) -> None:
         """Forget what a layer that failed has left half done."""
         run = self._open
         if run is None:
             return
-        for expert in run.missed:
+        for expert in run.brought:
             blocks = [self.block(part, run.layer, expert) for part in range(self.parts)]
             sound = [self._is_there(block) for block in blocks]
             kept = bool(self.cache.held[run.layer, expert])
@@ -224,23 +270,38 @@ class LayerPass:
     Args:
         pool: Whose it is.
         layer: Its number.
-        there: Experts that need not be read.
-        missed: Those that must, in the order in which they are.
+        there: Experts that the cache has.
+        ahead: Those that were brought before the layer asked.
+        missed: Those that must be read, in the order in which they are.
         admitted: Those of them that stay.
     """
 
     def __init__(
-        self, pool: ExpertPool, layer: int, there: Sequence[int], missed: Sequence[int], admitted: set[int]
+        self,
+        pool: ExpertPool,
+        layer: int,
+        there: Sequence[int],
+        ahead: Sequence[int],
+        missed: Sequence[int],
+        admitted: set[int],
     ) -> None:
         self._pool = pool
         self.layer = layer
         # Those that stay have slots at once, so that many reads are under way; the others wait for each other.
-        self.missed = sorted(missed, key=lambda expert: expert not in admitted)
-        self.order = (*there, *self.missed)
+        read = sorted(missed, key=lambda expert: expert not in admitted)
+        self.there = tuple(there)
+        """Experts that the cache had."""
+        self.brought = (*ahead, *read)
+        """Experts that it had not."""
+        self.order = (*there, *self.brought)
         """Experts in the order in which they are to be computed, the same in every part."""
-        self._admitted = admitted
-        self._passing = set(missed) - admitted
-        self._to_read = [deque(self.missed) for _ in range(pool.parts)]
+        self._passing = set(self.brought) - admitted
+        self._to_read = [deque(read) for _ in range(pool.parts)]
+
+    @property
+    def all_asked_for(self) -> bool:
+        """Whether everything that the layer needs is there or on its way."""
+        return not any(self._to_read)
 
     def advance(self, gone: Sequence[int] = ()) -> None:
         """Have as much brought as there are slots for; `gone` are blocks whose slots have been freed."""

@@ -17,9 +17,12 @@ from zoo.decoders import LLAMA, greedy, logits, token_ids
 
 import penstock
 from penstock.runtime.experts.runner import IMPLEMENTATION
+from penstock.scheduler.experts.costs import ExpertCosts
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("every_core")]
 
+SLOW_DRIVE = ExpertCosts(cpu_s=lambda rows: 1e-6 * rows, device_s=None, read_s=1e-4)
+"""On which reading an expert takes much of a layer's time, and less than what lies between two layers here."""
 MOE: dict[str, Any] = {**LLAMA, "num_hidden_layers": 3}
 LATENT: dict[str, Any] = {
     **MOE,
@@ -292,3 +295,23 @@ def test_a_plan_for_another_kind_of_model_is_refused(shelf: Shelf) -> None:
         wrong = dataclasses.replace(plan, **changed)
         with pytest.raises(penstock.UsageError, match=words):
             penstock.load(shelf.checkpoint("qwen3-moe"), plan=wrong, max_memory={"host": 2**24}, device="cpu")
+
+
+@pytest.mark.parametrize("part", [0.4, 0.8])
+def test_what_is_brought_ahead_changes_no_bit(part: float, shelf: Shelf) -> None:
+    with loaded(shelf.checkpoint("qwen3-moe"), part) as model:
+        model.penstock.machinery.session.experts.look_ahead(SLOW_DRIVE)
+        for _ in range(3):
+            assert differences(shelf.answers("qwen3-moe"), run(model)) == []
+        counted = model.penstock.statistics().experts
+        assert counted.prefetching.asked > 0
+        # with few slots, those that an expert could be brought into are all in use while a layer computes
+        assert (counted.prefetching.used > 0) is (part > 0.5)
+        assert counted.decode.hits["prefetched"] == counted.prefetching.used
+
+
+def test_nothing_is_brought_ahead_while_the_rest_is_streamed(shelf: Shelf) -> None:
+    with loaded(shelf.checkpoint("qwen3-moe"), 0.0) as model:
+        model.penstock.machinery.session.experts.look_ahead(SLOW_DRIVE)
+        run(model)
+        assert model.penstock.statistics().experts.prefetching is None

@@ -184,7 +184,7 @@ def test_the_verb_records_and_others_read_it(
     out, notes = capsys.readouterr()
     assert out == f"{path}\n"
     assert "9 steps, 14 tokens" in notes
-    assert "its own cache had" in notes
+    assert "experts that were there when they were asked for" in notes
     trace = read_trace(path)
     assert trace.requests.tolist() == [0] * 9 + [1] * 5
     assert trace.header.source.endswith("2 prompts, 7 tokens")

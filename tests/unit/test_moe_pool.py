@@ -89,10 +89,12 @@ def event(layer: int, experts: Sequence[int], *, step: int = 0, prefill: bool = 
     return event_of(step=step, layer=layer, phase=phase, experts=ROUTING.experts, chosen=chosen)  # type: ignore[arg-type]
 
 
-def compute(pool: ExpertPool, each: Event) -> tuple[int, ...]:
-    """Run a layer, and say in which order."""
+def compute(pool: ExpertPool, each: Event, ahead: Sequence[int] = ()) -> tuple[int, ...]:
+    """Run a layer, and say in which order; `ahead` are experts to be brought for the next one."""
     with pool.layer(each) as run:
         assert sorted(run.order) == each.experts.tolist()
+        if ahead:
+            pool.prefetch(each.layer + 1, ahead)
         for part in range(PARTS):
             for expert in run.order:
                 with run.lent(part, expert, lambda: None) as lease:
@@ -159,6 +161,50 @@ def test_a_layer_that_was_left_half_way_keeps_what_had_arrived() -> None:
     assert shelves.reads == []
 
 
+def test_what_was_brought_ahead_is_used_or_forgotten() -> None:
+    pool, shelves = make(0, 3)
+    compute(pool, event(0, [4]), ahead=[1, 5, 2])
+    assert shelves.reads == [4, 22, 7, 25, 11, 29]  # two of them: one expert must be able to pass beside them
+    shelves.reads.clear()
+    assert compute(pool, event(1, [0, 1])) == (1, 0)
+    assert shelves.reads == [6, 24]
+    assert not shelves.lying
+    done = pool.statistics().decode
+    assert (done.hits["prefetched"], done.read_nbytes) == (1, 400)
+
+
+def test_what_was_brought_ahead_may_stay() -> None:
+    pool, shelves = make(6, 2)
+    compute(pool, event(0, [4]), ahead=[1])
+    compute(pool, event(1, [1]))
+    shelves.reads.clear()
+    compute(pool, event(1, [1], step=1))
+    assert shelves.reads == []
+
+
+def test_nothing_is_brought_ahead_that_is_there_or_has_no_room() -> None:
+    pool, _ = make(6, 2)
+    compute(pool, event(1, [2]))
+    with pool.layer(event(0, [4])):
+        assert pool.prefetch(1, [2]) == []
+    lone, _ = make(6, 1)
+    with lone.layer(event(0, [4])):
+        assert lone.prefetch(1, [2]) == []
+
+
+def test_what_was_brought_ahead_and_failed_is_read_again() -> None:
+    pool, shelves = make(0, 2)
+    compute(pool, event(0, [4]), ahead=[1])
+    shelves.fails.add(7)
+    with pytest.raises(DiskError):
+        compute(pool, event(1, [1]))
+    assert compute(pool, event(1, [1], step=1)) == (1,)
+    compute(pool, event(0, [4], step=2), ahead=[3])
+    shelves.fails.add(9)
+    compute(pool, event(1, [1], step=2))  # nobody needs what failed
+    assert not shelves.lying
+
+
 @given(
     capacity=st.integers(0, ROUTING.total),
     passing=st.integers(1, 3),
@@ -167,6 +213,7 @@ def test_a_layer_that_was_left_half_way_keeps_what_had_arrived() -> None:
     admission=st.sampled_from(ADMISSIONS),
     steps=st.lists(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=8), min_size=3, max_size=3), max_size=8),
     prompts=st.sets(st.integers(0, 7)),
+    guesses=st.lists(st.sets(st.integers(0, 5), max_size=4), min_size=24, max_size=24),
 )
 def test_it_reads_exactly_what_the_cache_by_itself_would_miss(
     capacity: int,
@@ -176,12 +223,14 @@ def test_it_reads_exactly_what_the_cache_by_itself_would_miss(
     admission: str,
     steps: list[list[list[int]]],
     prompts: set[int],
+    guesses: list[set[int]],
 ) -> None:
     """`Shelves` checks contents; here the cache alone, without slots or reads, is the reference."""
     pool, shelves = make(capacity, passing, name=name, minimum=minimum, admission=admission)
     setting = CacheSetting(capacity=capacity, minimum=minimum, admission=admission)  # type: ignore[arg-type]
     ranks = policy(name, ROUTING)
     cache = ExpertCache(ROUTING, setting, ranks)
+    ahead: set[int] = set()
     for step, layers in enumerate(steps):
         for layer, experts in enumerate(layers):
             each = event(layer, experts, step=step, prefill=step in prompts)
@@ -193,9 +242,15 @@ def test_it_reads_exactly_what_the_cache_by_itself_would_miss(
             else:
                 cache.admit(layer, missed, needed=each.experts)
             shelves.reads.clear()
-            compute(pool, each)
+            guessed = sorted(guesses[3 * step + layer]) if layer + 1 < ROUTING.layers else []
+            compute(pool, each, guessed)
             wanted = {part * ROUTING.total + layer * ROUTING.experts + e for part in range(PARTS) for e in missed}
-            assert sorted(shelves.reads) == sorted(wanted)
+            early = set(shelves.reads) - wanted
+            assert len(shelves.reads) == len(set(shelves.reads))
+            assert wanted - set(shelves.reads) <= ahead
+            assert all((block % ROUTING.total) // ROUTING.experts == layer + 1 for block in early)
+            assert len(early) <= PARTS * min(passing - 1, len(guessed))
             assert np.array_equal(pool.cache.held, cache.held)
-            assert len(shelves.lying) == PARTS * int(cache.held.sum())
+            assert len(shelves.lying) == PARTS * int(cache.held.sum()) + len(early)
+            ahead = early
     assert pool.statistics().cache.held <= capacity

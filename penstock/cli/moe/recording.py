@@ -13,7 +13,7 @@ from ...api import close, explain, load
 from ...runtime.experts.recording import RoutingRecorder
 from ...runtime.pretrained import locate
 from ...sizes import format_size
-from ..generation import check_continues
+from ..generation import check_continues, tell_experts
 from ..output import Output
 from ..request import Request
 from ..text import encode, find_tokenizer
@@ -81,10 +81,4 @@ def _tell(model: Any, recorder: RoutingRecorder, out: Path, output: Output) -> N
         output.notes.print(
             f"{recorder.left_out} calls are left out: not all layers of experts ran in them", style="yellow"
         )
-    experts = model.penstock.statistics().experts
-    if experts is not None:
-        output.notes.print(
-            f"of what this run asked for, its own cache had {experts.decode.hit_rate:.1%} while decoding, "
-            f"{experts.prefill.hit_rate:.1%} in prompts",
-            markup=False,
-        )
+    tell_experts(model.penstock, output)
