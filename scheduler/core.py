@@ -171,7 +171,8 @@ class Core:
             assert held.leases >= 0, f"block {held.block} released twice"
             if event is not None:
                 held.slot.guard = event
-            idle = held.leases == 0 and not held.permanent
+            # a slot of somebody else's is nothing to decide about
+            idle = held.leases == 0 and not held.permanent and not held.guest
             self._retire(held.block)
         if idle:
             self.wake()
