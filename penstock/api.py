@@ -123,7 +123,7 @@ def load_for_lanes(
         cache=link_cache(),
         decisions=None if given is not None else decided,
         plan=given,
-        costs=None if decided is None else decided.costs,
+        costs=_costs(opened) if decided is None else decided.costs,
     )
     handle: Any = model.penstock
     handle.exact = exact
@@ -147,6 +147,14 @@ def _as_planned(wanted: Wanted, plan: Plan, exact: bool) -> Wanted:
     host = wanted.host if wanted.host is not None else plan.host_budget_nbytes
     device = wanted.device if wanted.device is not None else plan.device_budget_nbytes
     return Wanted(host=host, device=device, disk=wanted.disk)
+
+
+def _costs(device: Device) -> CostModel | None:
+    """What a calibration says of a machine whose device and host are one tier; None where there is none that holds."""
+    if device.separate:
+        return None
+    trusted = calibration_cache().read(device).trusted
+    return None if trusted is None else CostModel(hardware=trusted.hardware)
 
 
 def _decisions(device: Device, *, rows: int, exact: bool, lanes: int) -> Decisions | None:

@@ -29,6 +29,7 @@ from ..scheduler.timeline import Timeline
 from .backing import Backing, ModuleBacking, Portion
 from .binding import Binding, Bound, placeholder
 from .devices.base import Device
+from .experts.runner import ExpertRunner
 from .guess import guess_of
 from .layout import Changing, Draft, Layout
 from .mover import BlockMover
@@ -121,6 +122,7 @@ class Machinery:
             inflight_nbytes=max(2 * THREADS * CHUNK, 2 * max(nbytes.values())),
             poison=debug_enabled(),
             on_cpu=sorted(on_cpu),
+            unordered=0 if layout.experts is None else len(layout.blocks) - layout.experts.first,
         )
         self.executor = Executor(core, self.mover)
         made.callback(self.executor.close)
@@ -135,6 +137,8 @@ class Machinery:
             # Frozen weights want no gradient in memory either: nothing is to be computed as if they did.
             pretrained=not isinstance(backing, ModuleBacking) and (self.changing is None or self.trains),
         )
+        if layout.experts is not None:
+            self.session.experts = ExpertRunner(layout, self.front_arena, device, self.executor)
         if on_cpu:
             self.session.on_cpu = OnCpu(self.session, self.units, self.host)
 
@@ -151,6 +155,8 @@ class Machinery:
                 self.session.wrap(child, key, self.layout.leases.get(path, ()), opaque=opaque)
         if self.session.on_cpu is not None:
             self.session.on_cpu.install(module, keys)
+        if self.session.experts is not None:
+            self.session.experts.install(module)
 
     def _concerns(self, path: str, child: nn.Module) -> bool:
         """Whether the module itself leases a block or owns a table."""
@@ -226,7 +232,7 @@ def _ancestors(paths: Iterable[str]) -> set[str]:
 
 
 def _arenas(device: Device, layout: Layout, made: ExitStack) -> tuple[HostArena, AnyArena]:
-    host = device.host_arena((layout.back or layout.front).nbytes)
+    host = device.host_arena((layout.back or layout.front).nbytes + layout.expert_nbytes)
     made.callback(host.close)
     if layout.back is None:
         return host, host
@@ -373,6 +379,8 @@ def _write_table(machinery: Machinery, name: str, span: FileSpan) -> None:
 def _bindings(machinery: Machinery, backing: Backing) -> dict[int, Binding]:
     bindings = {}
     for block in machinery.layout.blocks:
+        if machinery.layout.is_expert(block):
+            continue  # lent to products, and to no parameter
         places = (block.device_image or block.image).places
         tensors = []
         for portion in block.portions:
@@ -410,6 +418,19 @@ def _tables(machinery: Machinery, backing: Backing) -> dict[int, Table]:
         return None
 
     tables = {}
+    experts = machinery.layout.experts
+    for name in () if experts is None else (name for layer in experts.layers for name in layer.parts):
+        parameter = machinery.parameters[name]
+        tables[id(parameter)] = Table(  # whoever asks for the parameter itself has it gathered
+            name=name,
+            parameter=parameter,
+            source=backing.source(name),
+            dtype=backing.dtype(name),
+            skew=backing.skew(Portion(name=name)),
+            pieces=[],
+            resident_rows=rows_of,
+            engine=machinery.engine,
+        )
     for name, blocks in machinery.layout.tables.items():
         parameter = machinery.parameters[name]
         tables[id(parameter)] = Table(

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..memory.image import STAGING, device_image
 from .backing import Backing, Portion
+from .experts.placed import ExpertCutter, PlacedExperts
 from .layout import Draft
 from .partition import cut, embedding_only
 from .phases import ONCE, once_per_answer
@@ -33,6 +34,13 @@ class Cut:
     """Of the buffers that reads bounce through."""
     once: frozenset[str]
     """Modules that run once per answer."""
+    experts: PlacedExperts | None = None
+    """The last blocks, where experts are blocks of their own."""
+
+    @property
+    def others(self) -> list[Draft]:
+        """All blocks but those of experts."""
+        return self.blocks if self.experts is None else self.blocks[: self.experts.first]
 
     @property
     def counts(self) -> Counter[int]:
@@ -62,6 +70,7 @@ class Cutter:
         sizes: Their bytes.
         separate: Whether a device apart computes, which blocks lie on in another way.
         keep_skew: Whether they keep their alignment there.
+        experts: Cuts experts, where they may be blocks of their own.
     """
 
     def __init__(
@@ -73,7 +82,9 @@ class Cutter:
         *,
         separate: bool,
         keep_skew: bool,
+        experts: ExpertCutter | None = None,
     ) -> None:
+        self._experts = experts
         self._module = module
         self._backing = backing
         self._parameters = parameters
@@ -82,14 +93,17 @@ class Cutter:
         self._keep_skew = keep_skew
         self._once = once_per_answer(module)
 
-    def cut(self, limit: int, tables: set[str]) -> Cut:
+    def cut(self, limit: int, tables: set[str], *, experts: bool = False) -> Cut:
         """Cut by a limit.
 
         Args:
             limit: Bytes that blocks are no larger than, but for parameters that are.
             tables: Parameters that are served by rows.
+            experts: Whether experts are blocks of their own, one or two each, whatever the limit.
         """
-        partition = cut(self._module, self._sizes, limit=limit, tables=tables, apart=self._once)
+        names = self._experts.names if experts and self._experts is not None else frozenset()
+        sizes = {name: nbytes for name, nbytes in self._sizes.items() if name not in names}
+        partition = cut(self._module, sizes, limit=limit, tables=tables, apart=self._once)
         blocks: list[Draft] = [self._draft(0, "small tensors", [Portion(name=n) for n in partition.small.names])]
         home: dict[str, int] = {}
         for group in partition.groups:
@@ -105,6 +119,10 @@ class Cutter:
                 blocks.append(self._draft(len(blocks), f"{name}[{rows[0]}:{rows[1]}]", [Portion(name=name, rows=rows)]))
             pieces[name] = tuple(ids)
         leases, expected = self._uses(partition.uses, home, pieces)
+        placed = None
+        if experts and self._experts is not None:
+            more, placed = self._experts.blocks(len(blocks))
+            blocks += more
         return Cut(
             limit_nbytes=limit,
             blocks=blocks,
@@ -114,6 +132,7 @@ class Cutter:
             min_slots=self._nesting(leases) + 1,
             staging_nbytes=self._staging(blocks, pieces),
             once=self._once,
+            experts=placed,
         )
 
     def _draft(self, number: int, name: str, portions: list[Portion]) -> Draft:

@@ -48,6 +48,8 @@ def plan_renderable(plan: Plan) -> RenderableType:
     for home, memory, moved in rows:
         table.add_row(home, str(plan.blocks_at(home)), gib(plan.home_nbytes(home)), memory, moved)
     lines = [Text(f"ring of {plan.slots} slots of {gib(plan.slot_nbytes)}; " + _tables(plan))]
+    if plan.expert_passing:
+        lines.append(Text(_experts(plan)))
     if plan.on_cpu():
         lines.append(Text(_on_cpu(plan)))
         lines.append(Text("many prompts at once: as much of that as pays, while the device goes on with other prompts"))
@@ -62,6 +64,14 @@ def plan_renderable(plan: Plan) -> RenderableType:
 
 def _tables(plan: Plan) -> str:
     return f"read by rows: {', '.join(plan.tables)}" if plan.tables else "no tables read by rows"
+
+
+def _experts(plan: Plan) -> str:
+    """How many experts are near at a time."""
+    return (
+        f"experts of {gib(plan.expert_nbytes)}: {plan.expert_slots} are kept at a time, and {plan.expert_passing} can "
+        "be on their way through"
+    )
 
 
 def _on_cpu(plan: Plan) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 from ..memory.arena import ArenaStatistics
 from ..memory.disk import DiskStatistics
 from ..memory.errors import ClosedError, UsageError
+from ..scheduler.experts.pool import PoolStatistics
 from ..scheduler.plan import Plan
 from ..scheduler.tally import ExecutorStatistics
 from ..scheduler.timeline import Timeline
@@ -48,6 +49,8 @@ class Statistics:
     arenas: tuple[ArenaStatistics, ...]
     disk: DiskStatistics | None
     executor: ExecutorStatistics | None
+    experts: PoolStatistics | None = None
+    """Of experts that are blocks of their own; None where there are none."""
 
 
 class Handle:
@@ -121,6 +124,7 @@ class Handle:
             arenas=tuple(arenas.values()),
             disk=disk,
             executor=executor,
+            experts=None if machinery.session.experts is None else machinery.session.experts.statistics(),
         )
 
     @contextmanager

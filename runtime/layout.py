@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ..memory.image import DeviceImage, Image
 from ..scheduler.residency import Residency
 from .backing import Portion
+from .experts.placed import PlacedExperts
 from .phases import ONCE
 
 
@@ -105,13 +106,16 @@ class Layout:
     """What parameters were cut by: blocks are no larger, but for parameters that are."""
     token_s: float | None = None
     """What a token takes where blocks were placed by that; None where bytes were what counted."""
+    experts: PlacedExperts | None = None
+    """Experts that are blocks of their own, the last of `blocks`; None where those of a layer are streamed together, as
+    all else is."""
     on_cpu: Mapping[int, int] = field(default_factory=dict)
     """Of blocks that stay in the host tier of a separate device: calls of fewer rows than this are computed there."""
 
     @property
     def resident(self) -> bool:
         """Whether nothing is ever streamed."""
-        return not self.front.slots and not self.tables
+        return not self.front.slots and not self.tables and self.experts is None
 
     def streamed(self) -> list[Draft]:
         """Blocks that do not stay on the tier that computes."""
@@ -124,8 +128,13 @@ class Layout:
 
     @property
     def disk_nbytes(self) -> int:
-        """Bytes read from disk per sweep in which each module is called once."""
-        return sum(self.uses.get(block.id, 1) * block.image.read_nbytes for block in self.on_disk())
+        """Bytes read from disk per sweep in which each module is called once, for one token, as far as experts go."""
+        experts = 0 if self.experts is None else round(self.experts.read_per_token)
+        return experts + sum(
+            self.uses.get(block.id, 1) * block.image.read_nbytes
+            for block in self.on_disk()
+            if not self.is_expert(block)
+        )
 
     @property
     def link_nbytes(self) -> int:
@@ -134,14 +143,25 @@ class Layout:
             return 0
         return sum(self.uses.get(block.id, 1) * block.image.data_nbytes for block in self.streamed())
 
+    def is_expert(self, block: Draft) -> bool:
+        """Whether a block is an expert's."""
+        return self.experts is not None and block.id >= self.experts.first
+
     def per_token(self, block: Draft) -> float:
-        """How often a block is used per token."""
+        """How often a block is used per token; of an expert how often it is read."""
+        if self.experts is not None and (used := self.experts.uses_of(block.id)) is not None:
+            return used
         return self.uses.get(block.id, 1) * (ONCE if block.id in self.seldom else 1.0)
 
     @property
     def host_nbytes(self) -> int:
         """Bytes of host memory that it takes."""
-        return self.own_host_nbytes + (self.back or self.front).nbytes
+        return self.own_host_nbytes + (self.back or self.front).nbytes + self.expert_nbytes
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of the slots that experts have."""
+        return 0 if self.experts is None else self.experts.nbytes
 
     @property
     def device_nbytes(self) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from ..memory.disk import DiskEngine
 from ..memory.layout import ITEMSIZE, TensorSource
 from ..scheduler.cost import CostModel
+from ..scheduler.experts.costs import expert_costs
 from ..scheduler.plan import Links, Plan
 from .backing import CheckpointBacking
 from .beside import Beside, renamed, trained_in
@@ -21,6 +22,7 @@ from .binding import placeholder
 from .deciding import Decisions
 from .devices.base import Device
 from .dtypes import stored_dtype
+from .experts.layers import shape_of
 from .handle import Handle
 from .headroom import headroom_nbytes, kv_nbytes
 from .launch import launch
@@ -108,6 +110,7 @@ def load(
             work=None if decisions is None else decisions.of(model),
             changing=changing,
             beside_nbytes=kv,
+            experts=changing is None,
         )
         layout = planner.best() if plan is None else planner.as_planned(plan)
         if decisions is not None and processors is None and plan is None:
@@ -147,6 +150,9 @@ def load(
         handle: Handle = model.penstock  # type: ignore[assignment]
         if handle.machinery is not None:
             handle.machinery.costs = costs
+            experts = handle.machinery.session.experts
+            if experts is not None and layout.experts is not None and costs is not None:
+                experts.look_ahead(expert_costs(costs, shape_of(model, layout.experts.layers[0])))
             handle.machinery.host_left_nbytes = left
         if layout.resident and changing is None:
             _as_pretrained(model)

@@ -57,11 +57,16 @@ def make_plan(
         host_slots=layout.back.slots if layout.back else 0,
         host_slot_nbytes=layout.back.slot_nbytes if layout.back else 0,
         limit_nbytes=layout.limit_nbytes,
+        expert_slots=0 if layout.experts is None else layout.experts.capacity,
+        expert_passing=0 if layout.experts is None else layout.experts.passing,
+        expert_nbytes=0 if layout.experts is None else layout.experts.each_nbytes,
+        expert_blocks=0 if layout.experts is None else len(layout.blocks) - layout.experts.first,
+        expert_read_nbytes=0 if layout.experts is None else round(layout.experts.read_per_token),
         disk_nbytes_per_sweep=layout.disk_nbytes,
         link_nbytes_per_sweep=layout.link_nbytes - _not_copied(layout),
         links=links,
         depth=max(layout.front.slots - 1, 0),
-        notes=(*notes, *_seldom(layout), *_processors(layout, exact, exact_cost_s)),
+        notes=(*notes, *_seldom(layout), *_experts(layout), *_processors(layout, exact, exact_cost_s)),
     )
 
 
@@ -80,6 +85,19 @@ def _processors(layout: Layout, exact: bool, cost_s: float | None) -> tuple[str,
             f"processor{more}",
         )
     return (f"exact=True keeps one processor{more}",) if exact and cost_s else ()
+
+
+def _experts(layout: Layout) -> tuple[str, ...]:
+    """A note on what experts have to do with bytes per sweep."""
+    experts = layout.experts
+    if experts is None:
+        return ()
+    return (
+        f"{experts.routing.total} experts, {experts.routing.layers * experts.routing.top_k} of them per token: "
+        f"{experts.capacity} are kept, others are read when a router asks for them. A sweep is counted as one token of "
+        f"{experts.read_per_token / 2**20:.0f} MiB of experts, as if all were used alike: with preferences it is less, "
+        "with more tokens more",
+    )
 
 
 def _seldom(layout: Layout) -> tuple[str, ...]:

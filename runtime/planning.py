@@ -20,10 +20,12 @@ from ..scheduler.residency import Residency, Sized, choose_residency, smallest_b
 from ..scheduler.sharing import spread
 from .backing import Backing
 from .cutting import Cut, Cutter
+from .experts.layers import find_expert_layers
+from .experts.placed import ExpertCutter, PlacedExperts
 from .layout import Budgets, Changing, Draft, Layout
 from .partition import embedding_only, limits, streamable, table_candidates
 from .placing import TokenWork, cpu_pays, place_on_tiers
-from .replanning import check_fits, check_rings, check_same, check_tables, residencies
+from .replanning import check_experts, check_fits, check_rings, check_same, check_tables, residencies
 
 DEPTH = 96 * 2**20
 """Bytes of ring, besides the block in use, that keep a drive busy: 8 requests of 4 MiB under way, the rest ready."""
@@ -48,6 +50,7 @@ class Planner:
         work: TokenWork | None = None,
         changing: Changing | None = None,
         beside_nbytes: int = 0,
+        experts: bool = False,
     ) -> None:
         """Make one.
 
@@ -56,6 +59,7 @@ class Planner:
             changing: It is to be trained, and that takes so much. No product is served by rows then: its gradient
                 would have no place to go.
             beside_nbytes: Host memory to leave where the CPU computes blocks: for their keys and values.
+            experts: Whether experts may be blocks of their own, which is tried where there is one tier.
         """
         self._beside_nbytes = beside_nbytes
         self.module = module
@@ -69,8 +73,16 @@ class Planner:
         self.sizes = {
             name: parameter.numel() * ITEMSIZE[backing.dtype(name)] for name, parameter in self.parameters.items()
         }
+        found = find_expert_layers(module, self.sizes) if experts and budgets.device is None else None
+        self._experts = None if found is None else ExpertCutter(found, backing)
         self._cutter = Cutter(
-            module, backing, self.parameters, self.sizes, separate=budgets.device is not None, keep_skew=keep_skew
+            module,
+            backing,
+            self.parameters,
+            self.sizes,
+            separate=budgets.device is not None,
+            keep_skew=keep_skew,
+            experts=self._experts,
         )
         self._needs: dict[str, list[int]] = {"device": [], "host": []}
         """By tier: the smallest budgets of cuts that did not fit."""
@@ -106,10 +118,12 @@ class Planner:
         whole = self._try(max(total // 8, 1) if fixed is None else fixed, set())
         if whole is not None and whole.resident:
             return whole
-        tried = limits(self.module, self.sizes) if fixed is None else ()
-        found = [layout for limit in tried if (layout := self._try_limit(limit)) is not None]
-        if whole is not None:
-            found.append(whole)
+        found = self._with_experts(max(total // 8, 1))
+        if not found:
+            tried = limits(self.module, self.sizes) if fixed is None else ()
+            found = [layout for limit in tried if (layout := self._try_limit(limit)) is not None]
+            if whole is not None:
+                found.append(whole)
         if not found:
             raise self._does_not_fit()
         by_time = any(layout.token_s is not None for layout in found)  # which no weighing of bytes can be compared with
@@ -118,7 +132,15 @@ class Planner:
             key=lambda layout: (not layout.resident, by_time and layout.token_s is None, self._seconds(layout)),
         )
 
-    def _try_limit(self, limit: int) -> Layout | None:
+    def _with_experts(self, limit: int) -> list[Layout]:
+        """Layouts in which experts are blocks of their own: none where that cannot be, or does not fit."""
+        if self._experts is None:
+            return []
+        rest = {name: nbytes for name, nbytes in self.sizes.items() if name not in self._experts.names}
+        tried = [self._try_limit(each, experts=True) for each in limits(self.module, rest)]
+        return [layout for layout in (*tried, self._try(limit, set(), experts=True)) if layout is not None]
+
+    def _try_limit(self, limit: int, *, experts: bool = False) -> Layout | None:
         lookups = embedding_only(self.module)
         tables = {
             name
@@ -128,7 +150,7 @@ class Planner:
             and len(self.parameters[name].shape) == 2
             and self.parameters[name].shape[0] > 1
         }
-        return self._try(limit, tables)
+        return self._try(limit, tables, experts=experts)
 
     def _table_candidates(self, lookups: set[str]) -> set[str]:
         """None where weights are trained. Where they are frozen, what is looked up: no gradient goes through it."""
@@ -136,10 +158,10 @@ class Planner:
             return table_candidates(self.module)
         return lookups if self._changing.frozen else set()
 
-    def _try(self, limit: int, tables: set[str]) -> Layout | None:
+    def _try(self, limit: int, tables: set[str], *, experts: bool = False) -> Layout | None:
         if self._changing is not None:
             limit = min(limit, self._changing.block_nbytes)
-        made = self._cut(limit, tables)
+        made = self._cut(limit, tables, experts=experts)
         parts = SHALLOWER if self.work is None else SHALLOWER[:1]  # placing tries shallower rings itself
         placed = [self._place(made, DEPTH // part) for part in parts]
         return min((layout for layout in placed if layout is not None), key=self._seconds, default=None)
@@ -158,25 +180,46 @@ class Planner:
             if name in self.sizes and name not in lookups and self.parameters[name].dim() == 2
         }
         check_tables(plan, self.parameters, rows)
-        made = self._cut(plan.limit_nbytes, set(plan.tables))
+        made = self._cut(plan.limit_nbytes, set(plan.tables), experts=self._asks_for_experts(plan))
         check_same(plan, made.blocks)
+        check_experts(plan, made.experts)
         small = made.blocks[0]
         front, back = residencies(plan, made.blocks, separate=self.budgets.device is not None)
         if small.id not in front.resident:
             raise UsageError("the plan has block 0 streamed: it holds the small tensors, which always stay")
-        front, back = check_rings(made.blocks, front, back, min_slots=made.min_slots)
+        front, back = check_rings(made.others, front, back, min_slots=made.min_slots)
         layout = self._layout(made, front, back)
+        if made.experts is not None:
+            given = replace(made.experts, capacity=plan.expert_slots, passing=plan.expert_passing)
+            layout = replace(layout, experts=given)
         check_fits(layout, self.budgets)
         return replace(layout, on_cpu={b.id: b.cpu_rows_below for b in plan.blocks if b.cpu_rows_below})
 
-    def _cut(self, limit: int, tables: set[str]) -> Cut:
-        made = self._cutter.cut(limit, tables)
-        if not tables:
+    def _asks_for_experts(self, plan: Plan) -> bool:
+        """Whether a plan has experts as blocks of their own.
+
+        Raises:
+            UsageError: it has, and this model or this device has not, or none of them could pass through.
+        """
+        if plan.expert_blocks and not plan.expert_passing:
+            raise UsageError("the plan has expert_passing of 0: at least one expert must be able to pass through")
+        if plan.expert_passing and self._experts is None:
+            raise UsageError(
+                "the plan has experts as blocks of their own, which this model has not, or not on this device: make a "
+                "plan for this model and device"
+            )
+        return plan.expert_passing > 0
+
+    def _cut(self, limit: int, tables: set[str], *, experts: bool = False) -> Cut:
+        made = self._cutter.cut(limit, tables, experts=experts)
+        if not tables and not experts:
             own = self._own_device if self.budgets.device is not None else self._own(made.staging_nbytes)
             self._all_nbytes = min(self._all_nbytes, sum(block.front_nbytes for block in made.blocks) + own)
         return made
 
     def _place(self, made: Cut, depth: int) -> Layout | None:
+        if made.experts is not None:
+            return self._place_experts(made, made.experts, depth)
         blocks, small = made.blocks, made.blocks[0]
         placed = self._placed(made, depth)
         if placed is not None:
@@ -203,8 +246,21 @@ class Planner:
             kept = _with_homes(kept, passing, room)
         return None if kept is None else self._layout(made, found, kept)
 
+    def _place_experts(self, made: Cut, experts: PlacedExperts, depth: int) -> Layout | None:
+        """What every token uses first: a byte of it that stays saves a byte per token, one of an expert's less. Experts
+        have what is left, and some slots to pass through in any case."""
+        small, own = made.others[0], self._own(made.staging_nbytes)
+        room = self.budgets.host - own
+        for passing in experts.choices(room, DEPTH):
+            kept = passing * experts.each_nbytes
+            found = self._front(made.others[1:], small, room - kept, made.min_slots, own + kept, made.worth, depth)
+            if found is not None:
+                given = experts.given(room=room - found.nbytes, passing=passing)
+                return replace(self._layout(made, found, None), experts=given)
+        return None
+
     def _layout(self, made: Cut, front: Residency, back: Residency | None) -> Layout:
-        for block in made.blocks:
+        for block in made.others:
             assert block.id in front.resident or block.front_nbytes <= front.slot_nbytes, f"{block.name} fits no slot"
             passes = back is not None and block.id not in back.resident
             assert not passes or (back is not None and block.image.nbytes <= back.slot_nbytes), (

@@ -11,6 +11,7 @@ from torch import nn
 from ..memory.errors import DoesNotFitError, UsageError
 from ..scheduler.plan import Home, Plan
 from ..scheduler.residency import Residency
+from .experts.placed import PlacedExperts
 from .layout import Budgets, Draft, Layout
 
 MOST_PIECES: Final = 4096
@@ -67,6 +68,28 @@ def check_same(plan: Plan, blocks: Sequence[Draft]) -> None:
                 f"block {planned.id} of the plan is {planned.name} of {planned.nbytes} bytes, and of this model "
                 f"{block.name} of {block.image.data_nbytes}: it is a plan for another model, or another dtype"
             )
+
+
+def check_experts(plan: Plan, experts: PlacedExperts | None) -> None:
+    """Refuse a plan that has experts where they cannot be.
+
+    Raises:
+        UsageError: one is to stay, or more are to be kept than there are.
+    """
+    if experts is None:
+        return
+    for block in plan.blocks[experts.first :]:
+        if block.home != "disk":
+            raise UsageError(
+                f"block {block.id} ({block.name}) is to live on the {block.home}, and is an expert: which of those are "
+                "kept is decided while the model runs. Give it the home disk, and change expert_slots"
+            )
+    total = experts.routing.total
+    if plan.expert_slots > total or plan.expert_passing > total:
+        raise UsageError(
+            f"the plan has expert_slots of {plan.expert_slots} and expert_passing of {plan.expert_passing}: this model "
+            f"has {total} experts"
+        )
 
 
 def residencies(plan: Plan, blocks: Sequence[Draft], *, separate: bool) -> tuple[Residency, Residency | None]:

@@ -26,6 +26,7 @@ from ..scheduler.mover import Event
 from .binding import Binding
 from .calls import Frame, RootCall
 from .devices.base import Device
+from .experts.runner import ExpertRunner
 from .intercept import absent_class, is_linear, rows_wanted
 from .oncpu import OnCpu
 from .operands import copy_in_place_of, folded, storage_address, swap, unfolded
@@ -85,6 +86,7 @@ class Session:
         self.returned = threading.Condition(self.bind_lock)
         """Told when the CPU gives weights back."""
         self.on_cpu: OnCpu | None = None  # set where parts of the model are computed from host memory
+        self.experts: ExpertRunner | None = None  # set where experts are blocks of their own
         self.pid = os.getpid()
         self.closed = False
 
@@ -103,6 +105,8 @@ class Session:
             if elsewhere is not None and elsewhere.inside():
                 return inner(*args, **kwargs)
             root = key if elsewhere is None or self.running_here() else elsewhere.root(key, args, kwargs)
+            if self.experts is not None and not self.running_here():
+                self.experts.begin_call(args, kwargs)
             frame = self._enter(root, blocks)
             failed = True
             try:
@@ -411,6 +415,8 @@ class Session:
             self.closed = True
             if self.on_cpu is not None:
                 self.on_cpu.close()
+            if self.experts is not None:
+                self.experts.close()
             for binding in self.bindings.values():
                 binding.restore()
                 for bound in binding.tensors:

@@ -1,4 +1,5 @@
-"""Large two-dimensional parameters that are served by rows: embedding tables and output projections.
+"""Large parameters that are served by rows: embedding tables and output projections, and, where they are asked for as a
+whole, experts.
 
 A lookup reads the rows it uses; a product takes the table piece by piece. Neither needs a slot of the table's size.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import nn
@@ -54,10 +56,10 @@ class Table:
     @property
     def row_nbytes(self) -> int:
         """Bytes of one row as the model computes with it."""
-        return self.parameter.shape[1] * ITEMSIZE[self.dtype]
+        return prod(self.parameter.shape[1:]) * ITEMSIZE[self.dtype]
 
     def lookup(self, ids: torch.Tensor, *, wrap: bool = False) -> torch.Tensor:
-        """Rows `ids` [...] → [..., columns]. Each distinct row is read once; with `wrap`, −1 is the last one.
+        """Rows `ids` [...] → [..., *row]. Each distinct row is read once; with `wrap`, −1 is the last one.
 
         Raises:
             IndexError: a row that the table does not have.
@@ -66,11 +68,11 @@ class Table:
         ids = torch.where(ids < 0, ids + self.parameter.shape[0], ids) if wrap else ids
         rows, inverse = torch.unique(ids.reshape(-1), return_inverse=True)
         wanted = rows.cpu()
-        count, columns = self.parameter.shape
+        count, *row = self.parameter.shape
         if len(wanted) and (int(wanted[0]) < 0 or int(wanted[-1]) >= count):
             wrong = int(wanted[0] if wanted[0] < 0 else wanted[-1])
             raise IndexError(f"{self.name} has {count} rows; asked for row {wrong}")
-        found = torch.empty(len(wanted), columns, dtype=self.parameter.dtype)
+        found = torch.empty(len(wanted), *row, dtype=self.parameter.dtype)
         missing = torch.ones(len(wanted), dtype=torch.bool)
         for piece in self.pieces:
             here = (wanted >= piece.start) & (wanted < piece.stop)
@@ -79,7 +81,7 @@ class Table:
                 found[here] = held.index_select(0, (wanted[here] - piece.start).to(held.device)).cpu()
                 missing &= ~here
         self._read(wanted, missing, found)
-        return found.to(self.parameter.device).index_select(0, inverse).view(*ids.shape, columns)
+        return found.to(self.parameter.device).index_select(0, inverse).view(*ids.shape, *row)
 
     def _read(self, wanted: torch.Tensor, missing: torch.Tensor, found: torch.Tensor) -> None:
         """Read the rows not in memory, straight into the result."""

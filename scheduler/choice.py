@@ -26,6 +26,7 @@ class Choice:
         nbytes: Size of each block, for the in-flight limit.
         inflight_nbytes: Prefetches under way are kept below this, so that a demand does not queue behind them.
         on_cpu: Blocks that stay in `back` and are brought although no order of the device's may ever name them.
+        ordered: How many of the blocks orders can name.
         grant: Called for a wish whose block is there.
     """
 
@@ -38,12 +39,14 @@ class Choice:
         nbytes: Mapping[int, int],
         inflight_nbytes: int,
         on_cpu: Iterable[int],
+        ordered: int,
         grant: Callable[[Wish, Residence], None],
     ) -> None:
         self._front, self._back = front, back
         self._orders = orders
         self._nbytes = nbytes
         self._inflight_limit = inflight_nbytes
+        self._horizon_blocks = min(ordered + 1, HORIZON)
         self._unasked = deque(on_cpu)
         """Those of `on_cpu` that nobody has asked for yet."""
         self._grant = grant
@@ -66,6 +69,10 @@ class Choice:
             if held is not None:
                 if held.ready:  # it arrived between the consumer's look and now
                     self._grant(wish, held)
+                elif held.error is not None:  # a guest that failed while nobody waited for it
+                    self.wishes.remove(wish)
+                    wish.granted.set_exception(held.error)
+                    self._front.drop(held.block)
                 continue
             victim = None
             if wish.block not in self._front.permanent and not self._front.free:
@@ -126,7 +133,7 @@ class Choice:
         return next(each for each in self._upcoming() if each in (block, other)) == block
 
     def _horizon(self) -> int:
-        return min(len(self._nbytes) + 1, HORIZON)
+        return self._horizon_blocks
 
     def _serve_host_wishes(self, back: Tier) -> list[Residence]:
         """Places for blocks that are waited for where they stay."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Hashable, Iterable
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
 
+from ..memory.arena import Slot
 from ..memory.errors import ClosedError
 from .choice import Choice
 from .exchange import exchanges
@@ -42,6 +43,7 @@ class Core:
         clock: Nanoseconds, monotonic.
         on_cpu: Blocks that stay in `back` and are computed there at times. They are brought although no order of the
             device's may ever name them.
+        unordered: How many of the blocks come by `bring` only.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Core:
         inflight_nbytes: int,
         poison: bool = False,
         on_cpu: Iterable[int] = (),
+        unordered: int = 0,
     ) -> None:
         self.front, self.back = front, back
         self.lock = threading.Lock()
@@ -70,6 +73,7 @@ class Core:
             nbytes=nbytes,
             inflight_nbytes=inflight_nbytes,
             on_cpu=on_cpu,
+            ordered=len(nbytes) - unordered,
             grant=self._grant,
         )
         self._mover = mover
@@ -85,6 +89,8 @@ class Core:
         self._loop_thread = 0
         self._pump_scheduled = False
         self._broken: Exception | None = None
+        self._guests: list[Residence] = []
+        """What is to be brought into slots of somebody else's."""
         self._placed = asyncio.Event()
         """Set, and replaced, whenever a block gets a slot in `back`."""
 
@@ -165,9 +171,34 @@ class Core:
             assert held.leases >= 0, f"block {held.block} released twice"
             if event is not None:
                 held.slot.guard = event
-            idle = held.leases == 0 and not held.permanent
+            # a slot of somebody else's is nothing to decide about
+            idle = held.leases == 0 and not held.permanent and not held.guest
             self._retire(held.block)
         if idle:
+            self.wake()
+
+    def bring(self, places: Sequence[tuple[int, Slot]], gone: Iterable[int] = ()) -> None:
+        """Bring blocks into slots of the caller's own, ahead of what is prefetched, and forget others that lie in such.
+
+        For blocks that no order foretells (experts). They are leased like all others, without being observed, and stay
+        until the caller has them forgotten. One that could not be brought raises for who asks for it, and is gone then.
+
+        Args:
+            places: Blocks, each with its slot, in the order in which they are wanted. A slot may be that of a block in
+                `gone`.
+            gone: Blocks that nobody leases and nothing brings; those that are not there any more are passed over.
+
+        Raises:
+            PenstockError: the executor was closed.
+        """
+        with self.lock:
+            if self._broken is not None:
+                raise self._broken
+            for block in gone:
+                if block in self.front.holding:
+                    self.front.drop(block)
+            self._guests += [self.front.take_in(block, slot) for block, slot in places]
+        if places:
             self.wake()
 
     def withdraw(self, block: int) -> Future[None]:
@@ -299,7 +330,8 @@ class Core:
         starts: list[Callable[[], Coroutine[Any, Any, None]]] = []
         with self.lock:
             now = self._clock()
-            for held in self._choice.for_front():
+            guests, self._guests = self._guests, []
+            for held in (*guests, *self._choice.for_front()):
                 held.issued_ns = now
                 starts.append(lambda held=held: self._copy(held) if self.back else self._read(self.front, held))  # type: ignore[misc]
             if self.back is not None:
@@ -410,9 +442,9 @@ class Core:
                 else:
                     self._choice.wishes.remove(wish)
                     wish.granted.set_exception(error)
-            if error is not None and not waiting and (unseen or not here):
+            if error is not None and not waiting and (unseen or not here) and not held.guest:
                 self._choice.failed[held.block] = error
-            if error is not None and not held.pins:
+            if error is not None and not held.pins and (waiting or not held.guest):  # a guest tells who asks for it
                 tier.drop(held.block)
             self._retire(held.block)
         self.wake()

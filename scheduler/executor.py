@@ -10,11 +10,12 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Final, TypeVar
 
+from ..memory.arena import Slot
 from ..memory.errors import ClosedError, ForkError, StallError
 from .core import Core
 from .lease import Lease, Wish
@@ -121,6 +122,11 @@ class Executor:
                     f"gave up waiting for block {block}: no byte moved for {quiet_s:.0f} s ({report}); is the drive "
                     f"still there? If it is only slow, nothing is lost: run again"
                 )
+
+    def bring(self, places: Sequence[tuple[int, Slot]], gone: Sequence[int] = ()) -> None:
+        """Bring blocks into slots of the caller's own, and forget others there. See `Core.bring`."""
+        self._check_process()
+        self.core.bring(places, gone)
 
     def release(self, lease: Lease, event: Event = None) -> None:
         """Give a lease back; the slot may be refilled after `event`."""

@@ -65,6 +65,16 @@ class Plan:
     links: Links
     limit_nbytes: int = 0
     """What the parameters were cut by into blocks: another limit gives other blocks."""
+    expert_slots: int = 0
+    """Experts that are kept at a time, where they are blocks of their own: which ones is decided while it runs."""
+    expert_passing: int = 0
+    """Experts that can be on their way through at a time, besides; 0 where they are no blocks of their own."""
+    expert_nbytes: int = 0
+    """Memory that one expert takes."""
+    expert_blocks: int = 0
+    """How many of the blocks, the last ones, are those of experts."""
+    expert_read_nbytes: int = 0
+    """Of the bytes read per sweep those of experts, for one token, if all experts were used alike."""
     depth: int
     """Blocks that can be on their way or ready ahead of the one in use."""
     notes: tuple[str, ...] = ()
@@ -73,6 +83,11 @@ class Plan:
         """The plan of calls of many rows: what the CPU computes for few of them is copied, too, or a part of it."""
         more = sum(block.nbytes for block in self.blocks if block.cpu_rows_below > 1)
         return replace(self, link_nbytes_per_sweep=self.link_nbytes_per_sweep + int(part * more))
+
+    @property
+    def first_expert(self) -> int:
+        """The first block of an expert; behind the last block where there is none."""
+        return len(self.blocks) - self.expert_blocks
 
     @property
     def terms(self) -> dict[str, float]:
@@ -110,7 +125,7 @@ class Plan:
         if self.resident:
             return None
         if self.disk_nbytes_per_sweep:
-            missing = self.home_nbytes("disk")
+            missing = self.home_nbytes("disk") - self.expert_slots * self.expert_nbytes
             return f"{missing / 2**20:.0f} MiB more host memory would end all reading from disk"
         missing = sum(block.nbytes for block in self.blocks if block.home != "device")
         ends = "would end all copying" if self.link_nbytes_per_sweep else "would leave nothing to the CPU"

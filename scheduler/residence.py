@@ -16,6 +16,8 @@ class Residence:
     block: int
     slot: Slot
     permanent: bool
+    guest: bool = False
+    """Whether somebody else gave it its slot, and decides when it goes."""
     urgent: bool = False
     ready: bool = False
     leases: int = 0
@@ -128,6 +130,14 @@ class Tier:
             self._ring[block] = held
         return held
 
+    def take_in(self, block: int, slot: Slot) -> Residence:
+        """Give `block` a slot of somebody else's, who also decides when it goes."""
+        assert block not in self.holding, f"block {block} is in {self.name} already"
+        slot.stamp = -1
+        held = Residence(block=block, slot=slot, permanent=False, guest=True, urgent=True)
+        self.holding[block] = self.arriving[block] = held
+        return held
+
     def settle(self, held: Residence, error: Exception | None) -> None:
         """A block of this tier has arrived, or will not."""
         if self.arriving.get(held.block) is held:
@@ -151,7 +161,7 @@ class Tier:
         assert block not in self.arriving, f"block {block} dropped from {self.name} while it is being filled"
         held.slot.stamp = -1
         self.wasted += held.ready and not held.used
-        if not held.permanent:
+        if not held.permanent and not held.guest:
             del self._ring[block]
             self.free.append(held.slot)
         if block in self.permanent:

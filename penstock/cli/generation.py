@@ -49,6 +49,7 @@ def carry_out(request: Request, output: Output) -> None:
         pace = measure(watch, handle.plan, handle.timeline.records())
         for line in render(pace, handle.plan):
             output.notes.print(line)
+        tell_experts(handle, output)
         if request.as_json:
             output.write_json(_document(handle, pace, len(prompt), ids, decode(tokenizer, ids)))
     finally:
@@ -105,6 +106,17 @@ def _generate(
     return relay.ids
 
 
+def tell_experts(handle: Handle, output: Output) -> None:
+    """How often experts were there, where they are blocks of their own."""
+    experts = handle.statistics().experts
+    if experts is not None:
+        output.notes.print(
+            f"experts that were there when they were asked for: {experts.decode.hit_rate:.1%} of {experts.decode.uses} "
+            f"while decoding, {experts.prefill.hit_rate:.1%} of {experts.prefill.uses} in prompts",
+            markup=False,
+        )
+
+
 def _document(handle: Handle, pace: Pace, prompt_tokens: int, ids: list[int], text: str | None) -> dict[str, object]:
     return {
         "text": text,
@@ -134,6 +146,9 @@ def plan_summary(plan: Plan) -> dict[str, object]:
         "slot_nbytes": plan.slot_nbytes,
         "disk_nbytes_per_sweep": plan.disk_nbytes_per_sweep,
         "link_nbytes_per_sweep": plan.link_nbytes_per_sweep,
+        "expert_slots": plan.expert_slots,
+        "expert_passing": plan.expert_passing,
+        "expert_nbytes": plan.expert_nbytes,
         "links_nbytes_per_s": plan.links,
         "terms_s": plan.terms,
         "notes": plan.notes,

@@ -80,7 +80,7 @@ def measure(watch: Stopwatch, plan: Plan, records: Iterable[Record]) -> Pace:
     )
     if plan.resident:
         return pace
-    swept = plan if sweeps == 1 else _used(plan, [record for record in records if record.start_ns >= first])
+    swept = _swept(plan, [record for record in records if record.start_ns >= first], sweeps)
     bound = swept.bound_s(max(each - waited, 0.0))
     return dataclasses.replace(
         pace,
@@ -104,6 +104,18 @@ def render(pace: Pace, plan: Plan) -> list[Text]:
         if pace.distance < 0.97:
             lines.append(Text("less than 1: the link was faster now than when it was measured"))
     return lines
+
+
+def _swept(plan: Plan, records: list[Record], sweeps: int) -> Plan:
+    """The plan of one of the sweeps that these records are of."""
+    experts = plan.first_expert
+    others = dataclasses.replace(
+        plan, blocks=plan.blocks[:experts], disk_nbytes_per_sweep=plan.disk_nbytes_per_sweep - plan.expert_read_nbytes
+    )
+    used = others if sweeps == 1 else _used(others, records)
+    # Which experts are read is what the routing and the cache made of it: those that were, each once, are the bound.
+    read = sum(record.nbytes for record in records if record.kind == "read" and record.block >= experts)
+    return dataclasses.replace(used, disk_nbytes_per_sweep=used.disk_nbytes_per_sweep + read // sweeps)
 
 
 def _used(plan: Plan, records: list[Record]) -> Plan:

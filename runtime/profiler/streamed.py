@@ -74,6 +74,10 @@ class StreamedModel:
         for path, numbers in layout.expected.items():
             for number in numbers:
                 leased.setdefault(number, set()).add(nearest.get(path, NONE))
+        experts = layout.experts
+        for part in () if experts is None else experts.blocks:
+            for layer, numbers in zip(experts.layers, part.tolist(), strict=True):  # type: ignore[union-attr]
+                leased.update({number: {nearest.get(layer.path, NONE)} for number in numbers})
         rows = {}
         for block in layout.blocks:
             home = Tier.DISK
@@ -109,6 +113,7 @@ class StreamedModel:
         ):
             if residency is not None:
                 self._arenas.append((tier, residency.slots * residency.slot_nbytes))
+        self._arenas.append((Tier.HOST, layout.expert_nbytes))
         self._arenas.append((Tier.HOST, DiskEngine.own_nbytes(layout.staging_nbytes)))
         if machinery.device.separate and machinery.device.torch_device.type == "cpu":
             self._arenas.append((Tier.HOST, layout.front.nbytes))  # an emulated device's memory is the host's

@@ -1,11 +1,17 @@
-"""What a replay counts: hits and misses by cause, bytes, and seconds, of prompts and of decoding apart."""
+"""What a replay or a run counts: hits and misses by cause, bytes, and seconds, of prompts and of decoding apart."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
+
+import numpy as np
+
+from .cache import ExpertCache, Origin
+from .events import Event
+from .shape import Routing
 
 HitCause = Literal["kept", "filled", "prefetched", "warmed"]
 MissCause = Literal["first", "evicted", "passed by"]
@@ -15,6 +21,11 @@ since a prompt used it."""
 MISS_CAUSES: Final[tuple[MissCause, ...]] = ("first", "evicted", "passed by")
 """first: it was never used before. evicted: it has been in the cache. passed by: it was used, and never admitted
 since."""
+_CAUSES: Final[dict[int, HitCause]] = {
+    Origin.MISSED: "kept",
+    Origin.FILLED: "filled",
+    Origin.WARMED: "warmed",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,3 +84,41 @@ class Account:
             copied_nbytes=self.copies * expert_nbytes,
             computed_by_cpu=self.computed_by_cpu,
         )
+
+
+class Causes:
+    """Counts uses by why their expert is there, or is not."""
+
+    def __init__(self, routing: Routing) -> None:
+        self._used = np.zeros((routing.layers, routing.experts), np.bool_)
+        self._was_held = np.zeros_like(self._used)
+
+    def count(self, account: Account, event: Event, cache: ExpertCache, near: Iterable[bool]) -> None:
+        """Count an event, before anything is admitted for it.
+
+        Args:
+            account: Of the event's phase.
+            event: One layer in one step.
+            cache: Of the tier that computes.
+            near: By expert of the event, whether it is in that tier: in the cache, or apart from it.
+        """
+        layer = event.layer
+        account.tokens += event.tokens if layer == 0 else 0
+        account.uses += len(event.experts)
+        for expert, there in zip(event.experts.tolist(), near, strict=True):
+            origin = int(cache.origins[layer, expert])
+            if origin:
+                account.hits[_CAUSES[origin]] += 1
+            elif there:
+                account.hits["prefetched"] += 1
+            elif not self._used[layer, expert]:
+                account.misses["first"] += 1
+            elif self._was_held[layer, expert]:
+                account.misses["evicted"] += 1
+            else:
+                account.misses["passed by"] += 1
+
+    def passed(self, event: Event, cache: ExpertCache) -> None:
+        """The same event is over."""
+        self._used[event.layer, event.experts] = True
+        self._was_held[event.layer] |= cache.held[event.layer]

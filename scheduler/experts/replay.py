@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 import numpy as np
 
 from ...memory.errors import UsageError
-from .account import Account, HitCause, PhaseResult
+from .account import Account, Causes, PhaseResult
 from .cache import CacheSetting, CacheStatistics, ExpertCache, Origin
 from .events import Event
 from .idle import IdleTime
@@ -25,12 +24,6 @@ from .prefetch import Prefetched, Prefetcher, PrefetchStatistics
 from .shape import Routing
 from .timelines import ExpertTask
 from .trace import IntArray
-
-_CAUSES: Final[dict[int, HitCause]] = {
-    Origin.MISSED: "kept",
-    Origin.FILLED: "filled",
-    Origin.WARMED: "warmed",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,8 +103,7 @@ class _Replay:
         self._host: ExpertCache | None = None
         if self._separate and setting.host is not None and setting.host < routing.total:
             self._host = ExpertCache(routing, replace(setting.cache, capacity=setting.host), policy)
-        self._used = np.zeros((routing.layers, routing.experts), np.bool_)
-        self._was_held = np.zeros_like(self._used)
+        self._causes = Causes(routing)
         self._prefetched: tuple[Prefetched, ...] = ()
 
     def step(self, event: Event) -> None:
@@ -121,12 +113,11 @@ class _Replay:
             if cache is not None:
                 cache.seen(event)
         account = self.accounts[event.phase]
-        if event.layer == 0:
-            account.tokens += event.tokens
         tasks = self._tasks(event.layer, event.experts, event.rows)
         ahead, self._prefetched = self._prefetched, ()
         here = _with(tasks, ahead)
-        self._count(account, event, here)
+        near = {task.expert: task.on_device if self._separate else task.on_host for task in here}
+        self._causes.count(account, event, self.cache, (near[expert] for expert in event.experts.tolist()))
         if self._scheduler is None:
             missed = [task.expert for task in here if not task.on_device]
             account.copies += len(missed)
@@ -141,8 +132,7 @@ class _Replay:
             account.computed_by_cpu += len(plan.computed_by_cpu)
             self._move(event, plan, ahead)
             self._use_idle_time(account, event, plan)
-        self._used[event.layer, event.experts] = True
-        self._was_held[event.layer] |= self.cache.held[event.layer]
+        self._causes.passed(event, self.cache)
 
     def _tasks(self, layer: int, experts: IntArray, rows: IntArray) -> list[ExpertTask]:
         """Experts, and where they are without prefetching."""
@@ -157,22 +147,6 @@ class _Replay:
             ExpertTask(expert=expert, rows=count, on_device=device, on_host=host)
             for expert, count, device, host in zip(*columns, strict=True)
         ]
-
-    def _count(self, account: Account, event: Event, here: Sequence[ExpertTask]) -> None:
-        layer = event.layer
-        account.uses += len(here)
-        for task in here:
-            origin = int(self.cache.origins[layer, task.expert])
-            if origin:
-                account.hits[_CAUSES[origin]] += 1
-            elif task.on_device if self._separate else task.on_host:
-                account.hits["prefetched"] += 1
-            elif not self._used[layer, task.expert]:
-                account.misses["first"] += 1
-            elif self._was_held[layer, task.expert]:
-                account.misses["evicted"] += 1
-            else:
-                account.misses["passed by"] += 1
 
     def _move(self, event: Event, plan: LayerPlan, ahead: Sequence[Prefetched]) -> None:
         """Keep what the layer has brought."""

@@ -14,6 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -204,6 +205,17 @@ def test_pace_against_the_disk() -> None:
     assert "bound 2.000 s/token by the disk at 1.50 GiB/s; achieved/bound 1.25" in text
     emulated = dataclasses.replace(PLAN, emulated=True)
     assert "(emulated)" in "\n".join(line.plain for line in render(pace, emulated))
+
+
+def test_pace_counts_the_experts_that_were_read() -> None:
+    """Of blocks 2 and 3, which are experts, the plan expects 1 GiB per token; two tokens read 3 GiB of them."""
+    plan = dataclasses.replace(
+        PLAN, expert_blocks=2, expert_passing=1, disk_nbytes_per_sweep=2 * GIB, expert_read_nbytes=GIB
+    )
+    records = [msgspec.structs.replace(each, nbytes=GIB) for each in (*reads(1, 2, at_s=5), *reads(1, 2, 3, at_s=5.5))]
+    pace = measure(watch(4, 6.5, 9, waited_s=4), plan, records)
+    assert pace.bound_s_per_token == (1 + 1.5) / 1.5
+    assert pace.bound_by == "disk"
 
 
 def test_pace_counts_only_what_later_sweeps_use() -> None:

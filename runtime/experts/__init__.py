@@ -1,0 +1,1 @@
+"""Experts of a mixture as blocks of their own: found, given slots, and computed as transformers computes them."""

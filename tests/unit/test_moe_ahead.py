@@ -1,0 +1,86 @@
+"""Experts brought ahead of their layer: only where the simulation gains by it, and never what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from test_moe_pool import ROUTING, Shelves, make
+
+from penstock.scheduler.experts.ahead import LookAhead
+from penstock.scheduler.experts.costs import ExpertCosts
+from penstock.scheduler.experts.events import Event, event_of
+from penstock.scheduler.experts.layerscheduler import LayerScheduler
+from penstock.scheduler.experts.pool import ExpertPool
+
+READ_S, COMPUTE_S = 2.0, 1.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def event(layer: int, experts: Sequence[int], guesses: Sequence[int] | None) -> Event:
+    chosen = np.array([list(experts)])
+    guessed = None if guesses is None else np.array([list(guesses)])
+    return event_of(step=0, layer=layer, phase="decode", experts=ROUTING.experts, chosen=chosen, guesses=guessed)
+
+
+def run(pool: ExpertPool, ahead: LookAhead, each: Event) -> None:
+    with pool.layer(each) as layer:
+        ahead.begun(each, layer.there)
+        for part in range(pool.parts):
+            for expert in layer.order:
+                with layer.lent(part, expert, lambda: None):
+                    pass
+        ahead.ended(each)
+
+
+def made(between_s: float) -> tuple[ExpertPool, Shelves, LookAhead, Clock]:
+    """A pool of two slots beside the cache's none, on a machine where reading takes twice as long as computing."""
+    pool, shelves = make(0, 3)
+    clock = Clock()
+    costs = ExpertCosts(cpu_s=lambda rows: COMPUTE_S * rows, device_s=None, read_s=READ_S)
+    ahead = LookAhead(pool, LayerScheduler(costs), clock=clock)
+    for layer in (0, 1):  # from which it knows what lies between layers
+        run(pool, ahead, event(layer, [0], None))
+        clock.now_s += between_s
+    shelves.reads.clear()
+    return pool, shelves, ahead, clock
+
+
+def test_the_next_layers_experts_are_read_while_the_drive_would_rest() -> None:
+    pool, shelves, ahead, _ = made(between_s=10.0)
+    run(pool, ahead, event(0, [1], [2, 4]))
+    blocks = [1, 1 + 18, 6 + 2, 6 + 2 + 18, 6 + 4, 6 + 4 + 18]
+    assert shelves.reads == blocks
+    shelves.reads.clear()
+    run(pool, ahead, event(1, [2, 3], None))
+    assert shelves.reads == [6 + 3, 6 + 3 + 18]
+    found = ahead.statistics()
+    assert (found.asked, found.prefetched, found.used) == (1, 2, 1)
+    assert found.gained_s > 0
+
+
+def test_nothing_is_read_where_there_is_no_time() -> None:
+    pool, shelves, ahead, _ = made(between_s=0.1)
+    run(pool, ahead, event(0, [1], [2, 4]))
+    assert shelves.reads == [1, 1 + 18]
+    assert (ahead.statistics().asked, ahead.statistics().prefetched) == (1, 0)
+
+
+def test_it_stops_when_routers_guess_wrong() -> None:
+    pool, shelves, ahead, _ = made(between_s=10.0)
+    for _ in range(40):
+        run(pool, ahead, event(0, [1], [2, 4]))
+        run(pool, ahead, event(1, [0, 5], None))  # never what was guessed
+    found = ahead.statistics()
+    assert found.used == 0
+    assert found.prefetched < 40
+    shelves.reads.clear()
+    run(pool, ahead, event(0, [1], [2, 4]))
+    assert shelves.reads == [1, 1 + 18]
