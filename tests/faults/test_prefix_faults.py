@@ -197,7 +197,9 @@ def test_a_segment_under_another_name_is_none(tmp_path: Path) -> None:
     (folder / "notes.kv").write_text("not ours")
     with PrefixStore(folder) as store:
         assert store.statistics().segments == 1
+        assert store.statistics().used_nbytes == used_of(folder)
         assert get(store, prompt(1)) == 1
+    assert not (folder / ("ab" * 16 + ".kv")).exists()
     assert (folder / "notes.kv").exists()
     assert path.exists()
 

@@ -16,6 +16,7 @@ from penstock.memory.errors import UsageError
 from penstock.scheduler.kv.arraykeys import ArrayKeys
 from penstock.scheduler.kv.policies import POLICIES, policies, policy
 from penstock.scheduler.kv.policies.codebook import assign, fit_codebook
+from penstock.scheduler.kv.policies.growing import BlockFacts
 from penstock.scheduler.kv.policies.keeping import best
 from penstock.scheduler.kv.policies.policy import (
     FloatArray,
@@ -205,6 +206,26 @@ def test_budgets_that_hold_nothing_are_refused() -> None:
 @given(scores=st.lists(st.integers(0, 5), max_size=30), count=st.integers(0, 35))
 def test_the_best_are_the_largest_and_of_equal_ones_the_first(scores: list[int], count: int) -> None:
     assert best(np.array(scores, np.float32), count).tolist() == top(dict(enumerate(map(float, scores))), count)
+
+
+@given(pieces=st.lists(st.integers(0, 21), min_size=1, max_size=8), cut=st.integers(0, 100), more=st.integers(0, 20))
+def test_facts_of_blocks_are_those_of_their_keys(pieces: list[int], cut: int, more: int) -> None:
+    """However keys come, and after a crop, which reads again no more than the block that is not full any more."""
+    total = sum(pieces)
+    keys = np.abs(some_keys(total + more)) + 1
+    facts = BlockFacts(HEADS, 8, lambda block: block.sum(axis=1), HEADS.dim)
+    at = 0
+    for count in pieces:
+        facts.append(keys[:, at : at + count])
+        at += count
+    stored = ArrayKeys(HEADS, keys)
+    facts.crop(cut, stored)
+    left = min(cut, total)
+    assert stored.read_nbytes <= HEADS.kv_heads * (left % 8) * HEADS.key_nbytes
+    facts.append(keys[:, left : left + more])
+    full = (left + more) // 8
+    expected = keys[:, : full * 8].reshape(HEADS.kv_heads, full, 8, HEADS.dim).sum(axis=2)
+    assert np.allclose(facts.values, expected, rtol=1e-5)
 
 
 # --- each by its own rule

@@ -345,3 +345,51 @@ def test_groups_are_worth_a_request_and_two_of_them_fit() -> None:
         cut_groups([], context_tokens=1, room_nbytes=1)
     with pytest.raises(UsageError, match="at least a token"):
         KvShape(groups=shape().groups, block_tokens=0)
+
+
+def test_a_copy_that_is_pinned_on_its_way_out_stays() -> None:
+    table = BlockTable(shape(groups=1), tiers(2, 2), [0])
+    table.append(0, SIZE)
+    table.settle(0)
+    (move,) = table.tiers.make_room(0, 2, Cyclic(table).farness)
+    assert table.tiers.pin(0, 0) == move.source_slot
+    table.tiers.finish(move)
+    assert (table.tiers.slot(0, 0), table.tiers.slot(0, 1)) == (move.source_slot, move.target_slot)
+    table.tiers.unpin(0, 0)
+    assert table.tiers.make_room(0, 2, Cyclic(table).farness) == ()  # it is clean now
+    assert table.tiers.slot(0, 0) is None
+
+
+def test_a_copy_in_a_faster_tier_does_not_make_one_clean() -> None:
+    """Else the faster one would have to be written again."""
+    table = BlockTable(shape(groups=1), tiers(2, 1, 1), [0])
+    table.append(0, SIZE)
+    table.settle(0)
+    table.tiers.finish(table.tiers.copy(0, 1))
+    (move,) = table.tiers.make_room(1, 1, Cyclic(table).farness)
+    assert (move.source, move.target, move.leaves) == (1, 2, True)
+
+
+def test_a_copy_that_is_being_made_is_not_made_twice() -> None:
+    table = BlockTable(shape(groups=1), tiers(2, 1, 2), [0])
+    table.append(0, SIZE)
+    table.settle(0)
+    table.tiers.finish(table.tiers.copy(0, 1))
+    on_its_way = table.tiers.copy(0, 2)
+    assert on_its_way.source == 0
+    with pytest.raises(DoesNotFitError):
+        table.tiers.make_room(1, 1, Cyclic(table).farness)
+    table.tiers.finish(on_its_way)
+    assert table.tiers.make_room(1, 1, Cyclic(table).farness) == ()  # dropped
+
+
+def test_what_is_read_stays_after_its_last_row_is_gone() -> None:
+    table = BlockTable(shape(groups=1), tiers(2), [0])
+    table.append(0, SIZE)
+    table.settle(0)
+    slot = table.tiers.pin(0, 0)
+    table.clear()
+    assert not table.has(0)
+    assert (table.tiers.free(0), table.tiers.slot(0, 0)) == (1, slot)
+    table.tiers.unpin(0, 0)
+    assert (table.tiers.free(0), table.tiers.blocks()) == (2, ())
