@@ -26,6 +26,7 @@ from .memory.errors import (
 
 if TYPE_CHECKING:
     from .api import close, explain, generate_many, load, offload, save_plan
+    from .prefixes import PrefixStore
     from .runtime.profiler.profiler import Profiler
     from .runtime.training.early import NonFiniteGradientError
     from .runtime.training.optimizers import SGD, AdamW, Lion
@@ -36,6 +37,7 @@ _LAZY = {
     "AdamW": "runtime.training.optimizers",
     "Lion": "runtime.training.optimizers",
     "NonFiniteGradientError": "runtime.training.early",
+    "PrefixStore": "prefixes",
     "Profiler": "runtime.profiler.profiler",
     "close": "api",
     "explain": "api",
@@ -59,6 +61,7 @@ __all__ = [
     "Lion",
     "NonFiniteGradientError",
     "PenstockError",
+    "PrefixStore",
     "ProfileError",
     "Profiler",
     "ReadOnlyWeightError",

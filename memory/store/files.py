@@ -55,6 +55,12 @@ class StoreFiles(Protocol):
     def unlink(self, path: str) -> None:
         """Take a name away."""
 
+    def set_time(self, path: str, seconds: int) -> None:
+        """Set the time at which a file was changed, to a number that need not be a time."""
+
+    def names(self, folder: str) -> list[str]:
+        """What is in a folder."""
+
 
 class SystemFiles:
     """The operating system's own."""
@@ -114,6 +120,14 @@ class SystemFiles:
     def unlink(self, path: str) -> None:
         """See `StoreFiles`."""
         os.unlink(path)
+
+    def set_time(self, path: str, seconds: int) -> None:
+        """See `StoreFiles`."""
+        os.utime(path, (seconds, seconds), follow_symlinks=False)
+
+    def names(self, folder: str) -> list[str]:
+        """See `StoreFiles`."""
+        return os.listdir(folder)
 
 
 def write_all(files: StoreFiles, fd: int, path: str, data: memoryview, offset: int) -> None:

@@ -9,20 +9,26 @@ from ...sizes import format_size
 from ..options import Json
 from ..output import Output
 from ..prof.plain import plain
-from .inputs import Drives, Run, store_folders
+from .inputs import Drives, Kept, refuse_drives, store_folders
+from .prefixes import is_prefixes, show_stats
 
 if TYPE_CHECKING:
     from ...memory.store import StoreStats
 
 
-def stats(run: Run, drives: Drives = None, as_json: Json = False) -> None:
+def stats(run: Kept, drives: Drives = None, as_json: Json = False) -> None:
     """Tell what a run keeps on disk: its last commit, what it trains, bytes taken and bytes written so far.
 
-    Reads no block and takes no lock: the run may be going on meanwhile. With --json sizes are in bytes.
+    Of a prefix store: how much of how many prompts is in it, and how much there may be. Reads no block and takes no
+    lock: the run may be going on meanwhile. With --json sizes are in bytes.
     """
     from ...memory.store import stats as store_stats
 
     output = Output()
+    if is_prefixes(run):
+        refuse_drives(run, drives)
+        show_stats(run, output, as_json=as_json)
+        return
     found = store_stats(store_folders(run, drives))
     training = _training(found)
     if as_json:

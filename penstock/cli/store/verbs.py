@@ -24,9 +24,9 @@ STORE_VERBS: Final[dict[str, Callable[..., int | None]]] = {
 
 
 def store() -> typer.Typer:
-    """The group of verbs that look after what a training run keeps on disk."""
+    """The group of verbs that look after what runs and prompts keep on disk."""
     app = typer.Typer(
-        help="Look after what a training run keeps on disk: check, measure, shrink and export it.",
+        help="Look after what training runs and prefix stores keep on disk: check, measure, shrink and export it.",
         no_args_is_help=True,
         rich_markup_mode="markdown",
     )

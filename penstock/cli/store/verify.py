@@ -9,7 +9,8 @@ from ...sizes import format_size
 from ..options import Json
 from ..output import Output
 from ..prof.plain import plain
-from .inputs import Drives, Run, store_folders
+from .inputs import Drives, Kept, refuse_drives, store_folders
+from .prefixes import is_prefixes, show_verify
 
 if TYPE_CHECKING:
     from ...memory.store import VerifyReport
@@ -18,14 +19,18 @@ BAD: Final = 1
 """Exit code where a block is not what was committed."""
 
 
-def verify(run: Run, drives: Drives = None, as_json: Json = False) -> int | None:
+def verify(run: Kept, drives: Drives = None, as_json: Json = False) -> int | None:
     """Read every block of the last commit and compare its checksum: exit code 0 if all are good, 1 if not.
 
-    Names each block that is bad. Changes nothing and takes no lock: the run may be going on meanwhile.
+    Of a prefix store, all blocks. Names each block that is bad. Changes nothing and takes no lock: the run may be going
+    on meanwhile.
     """
     from ...memory.store import verify as verify_store
 
     output = Output()
+    if is_prefixes(run):
+        refuse_drives(run, drives)
+        return show_verify(run, output, as_json=as_json)
     with output.busy(f"reading {run}"):
         report = verify_store(store_folders(run, drives))
     if as_json:

@@ -1,0 +1,137 @@
+"""The segments of a folder as one process knows them: found, used, given up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from ..errors import DiskError, PenstockError
+from ..store.files import StoreFiles
+from ..store.folder import remove, sync_folder
+from .folder import OVERHEAD_NBYTES, read_segment, segment_names
+from .index import Index, Place
+from .reading import ReadFailure
+
+logger = logging.getLogger(__name__)
+
+_MOST_TICKS: Final = 2**30
+"""Later ones are counted anew by the next who writes: some filesystems end at 2^31 seconds. In a folder that was copied
+the times of the copying are the ticks, and beyond it."""
+
+
+class Library:
+    """An index, and the folder that it is of. Not thread-safe.
+
+    Args:
+        files: The filesystem.
+        folder: Of the store.
+        readonly: Never change anything but ticks.
+    """
+
+    def __init__(self, files: StoreFiles, folder: Path, *, readonly: bool) -> None:
+        self._files = files
+        self._folder = folder
+        self._readonly = readonly
+        self._bad: set[str] = set()
+        self.index = Index()
+        self.evicted = self.spoiled = 0
+        """Segments that were given up for room, and because they are bad."""
+        self.refresh()
+        if not readonly and self.index.tick > _MOST_TICKS:
+            self._renumber()
+
+    @property
+    def used_nbytes(self) -> int:
+        """Of all files of the store."""
+        return OVERHEAD_NBYTES + self.index.nbytes
+
+    def refresh(self) -> None:
+        """Learn of what came and went. A segment that is bad is left out, by the one who writes removed.
+
+        Raises:
+            DiskError: the folder cannot be read.
+        """
+        names = segment_names(self._files, self._folder)
+        for name in [name for name in self.index.segments if name not in names]:
+            self.index.remove(name)
+        for name in sorted(names - set(self.index.segments) - self._bad):
+            try:
+                found = read_segment(self._files, self._folder, name)
+            except FileNotFoundError:
+                continue
+            except PenstockError as error:
+                self._bad.add(name)
+                self._spoil(name, str(error), damaged=not isinstance(error, DiskError))
+            else:
+                self.index.add(found.record, found.path, found.tick)
+
+    def use(self, places: Iterable[Place]) -> None:
+        """Blocks are used now, all from the first of a sequence on."""
+        for name in self.index.use(tuple(dict.fromkeys(place.segment for place in places))):
+            with suppress(OSError):  # a folder that cannot be written to: then nobody gives anything up in it
+                self._files.set_time(str(self._folder / name), self.index.tick)
+
+    def spoil(self, place: Place, failure: ReadFailure) -> None:
+        """A block is not what was stored, or cannot be read: its segment is not to be found again."""
+        name = place.segment
+        if name not in self.index.segments:
+            return
+        if failure.gone or self._spoil(name, failure.reason, damaged=failure.damaged):
+            self.index.remove(name)
+        else:
+            self.index.hide(name)  # its file still takes room
+
+    def make_room(self, nbytes: int, capacity_nbytes: int, keep: Collection[str]) -> bool:
+        """Give up segments, those used longest ago first, until `nbytes` more fit; False where they cannot.
+
+        Raises:
+            DiskError: a file cannot be removed.
+        """
+        kept = sum(self.index.segments[name].record.nbytes for name in keep)
+        if OVERHEAD_NBYTES + kept + nbytes > capacity_nbytes:
+            return False
+        while self.used_nbytes + nbytes > capacity_nbytes:
+            name = self.index.victim(keep)
+            assert name is not None, (nbytes, capacity_nbytes)
+            self.give_up(name)
+            self.evicted += 1
+        return True
+
+    def give_up(self, name: str) -> None:
+        """Remove a segment. Whoever reads it reads on.
+
+        Raises:
+            DiskError: it stays.
+        """
+        remove(self._files, str(self._folder / name))
+        self.index.remove(name)
+
+    def sync(self) -> None:
+        """Bring the folder's names to the medium. Failing is no harm: a name that is lost is a miss."""
+        try:
+            sync_folder(self._files, str(self._folder))
+        except DiskError as error:
+            logger.warning("%s; what was stored last may be gone after a power failure", error)
+
+    def _spoil(self, name: str, reason: str, *, damaged: bool) -> bool:
+        """Whether its file was removed. One that could not be read may be good: it may be read another time."""
+        self.spoiled += 1
+        logger.warning("%s is not used: %s. What was in it is computed again.", self._folder / name, reason)
+        if self._readonly or not damaged:
+            return False
+        try:
+            remove(self._files, str(self._folder / name))
+        except DiskError as error:
+            logger.warning("%s", error)
+            return False
+        return True
+
+    def _renumber(self) -> None:
+        ordered = sorted(self.index.segments.values(), key=lambda one: (one.tick, -one.record.first))
+        for number, segment in enumerate(ordered):
+            segment.tick = self.index.tick = number + 1
+            with suppress(OSError):
+                self._files.set_time(str(self._folder / segment.record.name), segment.tick)
