@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 from ..scheduler.cost import CostModel
 from ..scheduler.operations import Operation
 from ..scheduler.placement.place import place
-from ..scheduler.placement.problem import BlockClass, Mode, Problem, Rates, Rings, Use
-from ..scheduler.processors import GAIN
+from ..scheduler.placement.problem import MODES, BlockClass, Mode, Problem, Rates, Rings, Use
+from ..scheduler.processors import Candidate, Traffic, saves
 from ..scheduler.residency import MAX_SLOTS, Residency
 
 if TYPE_CHECKING:
@@ -125,10 +125,17 @@ def _classes(
             host_nbytes=host,
             read_nbytes=read,
             copied_nbytes=data,
-            uses=(_use(work, data, times, max(others, 1)),),
+            uses=(use := _use(work, data, times, max(others, 1)),),
+            modes=_modes(work, use),
         )
         for (front, host, read, data, times, others), ids in alike.items()
     ]
+
+
+def _modes(work: TokenWork, use: Use) -> frozenset[Mode]:
+    """Those that a block may have. Of blocks that stay on the host all that pay are computed there, where lanes do not
+    share them out between the processors later: a plan that copies some of them would not be carried out."""
+    return frozenset(MODES) - {"host"} if use.on_cpu and work.lanes == 1 else frozenset(MODES)
 
 
 def layers_of(blocks: Iterable[Draft]) -> dict[int, int]:
@@ -155,8 +162,14 @@ def _use(work: TokenWork, nbytes: int, times: float, together: int = 1) -> Use:
     costs = work.costs
     product = Operation(kind="linear", nbytes=nbytes, rows=work.rows, dtype=work.dtype)
     device_s, cpu_s = costs.compute_s((product,), "gpu"), costs.compute_s((product,), "cpu")
-    beside_s = cpu_s / costs.hardware.sharing.compute_while_copying + _hand_over_s(work) / together
-    pays = beside_s <= (1 - GAIN) * (device_s + costs.copy_s(nbytes, REQUEST))
+    candidate = Candidate(  # what decides in the end, where it stays on the host: see runtime/deciding.py
+        block=0,
+        operations=(Operation(kind="linear", nbytes=nbytes, dtype=work.dtype),),
+        nbytes=nbytes,
+        request_nbytes=min(REQUEST, nbytes),
+        crossings=CROSSINGS / together,
+    )
+    pays = saves(candidate, costs, work.rows, Traffic(copying=True))
     calls = times * work.lanes
     return Use(device_s=calls * device_s, cpu_s=calls * cpu_s, on_cpu=pays and not work.exact, times=times)
 

@@ -22,7 +22,7 @@ from ..scheduler.operations import Operation
 from ..scheduler.program import Enter, Event, Leave, Program
 from ..scheduler.sizes import Workload
 from .feeding import inputs_of, loss_of, takes, token_ids
-from .rehearsal import TooLongError, mode_of, quietly
+from .rehearsal import TooLongError, grouped_product, mode_of, quietly
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class _Listener(TorchDispatchMode):
             raise TooLongError
         if func is _aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return False
-        result = func(*args, **(kwargs or {}))
+        run = grouped_product if func is _aten._grouped_mm.default else func
+        result = run(*args, **(kwargs or {}))
         if self.recording:
             found = self._operation(func, args, result)
             if found is not None:

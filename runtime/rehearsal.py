@@ -70,7 +70,7 @@ class Watch(TorchDispatchMode):
             self.asked = True  # a layer that is dropped at random, a mask that may hide nothing
             return False
         if func is torch.ops.aten._grouped_mm.default:
-            result: Any = _grouped_product(*args, **(kwargs or {}))
+            result: Any = grouped_product(*args, **(kwargs or {}))
         else:
             result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
@@ -120,7 +120,7 @@ def _copied_nbytes(operand: Tensor) -> int:
     return 0 if dense or operand.element_size() != 2 else operand.numel() * 2
 
 
-def _grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+def grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
     """The shape of torch._grouped_mm's result. Its fake one refuses all but bfloat16, which the CPU does not."""
     if a.dim() == b.dim() == 2:
         assert offs is not None

@@ -155,10 +155,11 @@ class Tier:
 
     def drop(self, block: int) -> None:
         """Forget a block and free its slot."""
-        held = self.holding.pop(block)
+        held = self.holding[block]
         assert not held.leases, f"block {block} dropped from {self.name} while leased"
         assert not held.pins, f"block {block} dropped from {self.name} while it is being copied"
         assert block not in self.arriving, f"block {block} dropped from {self.name} while it is being filled"
+        del self.holding[block]
         held.slot.stamp = -1
         self.wasted += held.ready and not held.used
         if not held.permanent and not held.guest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
@@ -38,6 +39,8 @@ from .machines import kept_machine
 from .output import Output
 from .stopsignals import OK, StopSignals
 from .training_view import document
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -161,6 +164,9 @@ def _foreseen(request: FinetuneRequest, job: Job, model: Any, output: Output) ->
             return foresee(request, job, hardware, room=room_of(model.penstock.plan))
         except PenstockError as error:
             output.notes.print(Text(f"how long steps take is not foreseen: {error}"))
+        except Exception as error:  # whatever it is, the training itself does not need it
+            logger.warning("how long steps take is not foreseen: %s: %s", type(error).__name__, error)
+            logger.debug("where foreseeing failed", exc_info=True)
     return None
 
 

@@ -197,7 +197,9 @@ class TrainingOptions:
         if self.lora is None:
             return Workload(train=chosen, batch=batch, context=context, rank=self.rank or 16)
         given = parse_lora(self.lora)
-        return Workload(train="lora", batch=batch, context=context, rank=given.r, targets=given.names)
+        return Workload(
+            train="lora", batch=batch, context=context, rank=given.r, targets=given.names, dropout=given.dropout
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

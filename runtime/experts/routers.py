@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Sequence
 from typing import Any, Final
@@ -28,6 +29,8 @@ class RouterTap:
     def __init__(self, module: nn.Module, layers: Sequence[ExpertLayer], experts: int) -> None:
         self._experts = experts
         self._routers = [_router_of(module, layer, experts) for layer in layers]
+        self._widths = [None if router is None else _width_asked(router, experts) for router in self._routers]
+        """Of what each can be asked about by itself; None where it takes more than that."""
         self._said = threading.local()
         self._hooks: list[RemovableHandle] = []
         for number, router in enumerate(self._routers):
@@ -41,8 +44,7 @@ class RouterTap:
 
     def _note(self, layer: int) -> Any:
         def hook(router: nn.Module, args: Any, output: Any) -> None:
-            if not getattr(self._said, "asked", False):
-                self._by_layer()[layer] = _logits_in(output, self._experts)
+            self._by_layer()[layer] = _logits_in(output, self._experts)
 
         return hook
 
@@ -60,14 +62,10 @@ class RouterTap:
     def ask(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """[T, E] What the router of a layer says of tokens [T, H] that are not its own; None where it cannot tell."""
         router = self._routers[layer]
-        if router is None:
+        if router is None or self._widths[layer] != hidden.shape[-1]:
             return None
-        self._said.asked = True
-        try:
-            with torch.no_grad():
-                logits = _logits_in(router(hidden), self._experts)
-        finally:
-            self._said.asked = False
+        with torch.no_grad():  # not by calling it: hooks of transformers and of users take what it says for its layer's
+            logits = _logits_in(router.forward(hidden), self._experts)
         return logits if logits is not None and len(logits) == len(hidden) else None
 
     def close(self) -> None:
@@ -104,6 +102,15 @@ def _router_of(module: nn.Module, layer: ExpertLayer, experts: int) -> nn.Module
         if len(weights) == 1:
             return neighbours[key]
     return None
+
+
+def _width_asked(router: nn.Module, experts: int) -> int | None:
+    """H of the tokens [T, H] that a router can be asked about; None where it wants to be told more than that."""
+    named = [p for p in inspect.signature(router.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    needed = [p for p in named if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    if len(needed) != 1 or needed[0].kind is needed[0].KEYWORD_ONLY:
+        return None
+    return next(p.shape[1] for p in router.parameters() if p.dim() == 2 and len(p) == experts)
 
 
 def _logits_in(output: Any, experts: int) -> torch.Tensor | None:

@@ -22,12 +22,11 @@ class StepOf:
     """How many it is of; None where it was given nothing that says so."""
 
     def phase(self, tokens: int, routing: Routing) -> Phase:
-        """What it is: a token of every sequence, or more of them.
+        """What it is: a token of every sequence, or a few as where guesses are verified, or a prompt.
 
-        Where the sequences are not known, what would use all experts of a layer if its tokens had none in common counts
-        as a prompt.
+        What would use all experts of a layer if its tokens had none in common counts as a prompt.
         """
-        most = routing.experts // routing.top_k if self.sequences is None else self.sequences
+        most = max(routing.experts // routing.top_k, self.sequences or 1)
         return "prefill" if tokens > most else "decode"
 
 

@@ -34,8 +34,10 @@ from .turns import EVERY_COLD_NS, EVERY_SHARE, StepTurns, Turns
 
 _CALL: Final = nn.Module._call_impl.__code__
 """What calls hooks: it is on the stack once for every module under way."""
-OWN_THREADS: Final = frozenset(("penstock-sampler", "penstock-profile-writer"))
-"""The profiler's own threads: they call no modules."""
+_OURS: Final = "penstock-"
+"""How names of penstock's own threads begin. They call no modules,"""
+_COMPUTING: Final = ("penstock-lane", "penstock-throughput")
+"""but for these."""
 _OF_GLOBAL_HOOKS: Final = r"Using `torch\.compile\(module\)` when there are global hooks"
 
 
@@ -392,9 +394,9 @@ class ModuleWatch:
 
 
 def _is_alone() -> bool:
-    """Whether no other thread can call a module: there are none but those of the profiler."""
-    own = threading.get_ident()
-    return all(thread.ident == own or thread.name in OWN_THREADS for thread in threading.enumerate())
+    """Whether no other thread can call a module: there are none but penstock's own."""
+    own, names = threading.get_ident(), ((thread.ident, thread.name) for thread in threading.enumerate())
+    return all(ident == own or (name.startswith(_OURS) and not name.startswith(_COMPUTING)) for ident, name in names)
 
 
 def _is_not_run() -> bool:

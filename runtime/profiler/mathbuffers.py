@@ -15,7 +15,7 @@ import torch
 
 from .pages import anonymous_nbytes, resident_nbytes
 from .recorder import Recorder
-from .schema import Category, Tier
+from .schema import MKL, Category, Tier
 
 SYMBOL: Final = "mkl_serv_mem_stat"
 """What MKL's header calls `mkl_mem_stat`: bytes that it has allocated, and in how many buffers."""
@@ -78,7 +78,7 @@ class MathBuffers:
         self._before = allocated()
         self._in_files = max(0, resident() - anonymous())
         """What the baseline has of resident pages of files."""
-        self._row = recorder.module(path="(MKL)", kind="buffers")
+        self._row = recorder.module(path=MKL, kind="buffers")
         self._grown = 0
         self._counted = 0
 

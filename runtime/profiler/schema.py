@@ -17,6 +17,8 @@ MAJOR: Final = 1
 MINOR: Final = 2
 """Grows when fields are added: readers fill what an older file lacks with -1, and pass over what they do not know."""
 NONE: Final = -1
+MKL: Final = "(MKL)"
+"""The path of the row that MKL's buffers have."""
 
 
 class Tier(IntEnum):

@@ -103,6 +103,12 @@ class TrainingForesight:
                     f"how long a step takes cannot be foreseen: {type(self._plain).__name__} loops over its tokens; "
                     "--sizes --train says what it takes of memory"
                 ) from error
+            except Exception as error:  # a model's code may do anything that a tensor without values cannot
+                text = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                name = type(self._plain).__name__
+                raise UsageError(
+                    f"how long a step takes cannot be foreseen: the forward of {name} asks for values ({text})"
+                ) from error
         return self._programs[key]
 
     def _workload(self, batch: int, context: int) -> Workload:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ...memory.arena import Slot
-from ...memory.errors import ClosedError
+from ...memory.errors import ClosedError, StallError
 from ..lease import Lease
 from ..mover import Event as DeviceEvent
 from .account import Account, Causes, PhaseResult
@@ -152,13 +152,14 @@ class ExpertPool:
     def _claim(self, event: Event) -> list[int]:
         """Those of the experts brought ahead that the event needs; the others are forgotten."""
         layer, ahead = self._ahead
-        self._ahead = (-1, [])
         needed = set(event.experts.tolist()) if layer == event.layer else set()
         gone = [expert for expert in ahead if expert not in needed]
         for expert in gone:
             for part in range(self.parts):
-                self._is_there(self.block(part, layer, expert))  # what is still on its way cannot be forgotten
-        self.bring((), self._forget([(layer, expert) for expert in gone]))
+                self._is_there(part, self.block(part, layer, expert))  # what is still on its way cannot be forgotten
+        blocks = self._forget([(layer, expert) for expert in gone])
+        self._ahead = (-1, [])  # not before: whoever is interrupted while waiting finds them next time
+        self.bring((), blocks)
         return [expert for expert in ahead if expert in needed]
 
     @property
@@ -194,8 +195,7 @@ class ExpertPool:
         if run is None:
             return
         for expert in run.brought:
-            blocks = [self.block(part, run.layer, expert) for part in range(self.parts)]
-            sound = [self._is_there(block) for block in blocks]
+            sound = [self._is_there(part, self.block(part, run.layer, expert)) for part in range(self.parts)]
             kept = bool(self.cache.held[run.layer, expert])
             if kept and all(sound):
                 continue
@@ -204,17 +204,32 @@ class ExpertPool:
             self._carrier.bring((), self._forget([(run.layer, expert)]))
         self._open = None
 
-    def _is_there(self, block: int) -> bool:
-        """Whether a block has arrived, which is waited for; what failed on its way has been told to somebody."""
+    def _is_there(self, part: int, block: int) -> bool:
+        """Whether a block has arrived, which is waited for; what failed on its way has been told to somebody.
+
+        Raises:
+            StallError: it is still on its way, and nothing moves: its slot is not free yet.
+        """
         if block not in self._lying:
             return False
         try:
-            self._carrier.release(self._carrier.acquire(block, observed=False), None)
-        except ClosedError:
+            self._carrier.release(self._acquire(part, block), None)
+        except (ClosedError, StallError):
             raise
         except Exception:
             return False
         return True
+
+    def _acquire(self, part: int, block: int) -> Lease:
+        """A lease of a block that has a slot, which it loses where it could not be read: the carrier has no such block
+        any more, and would give it a place of its own next time."""
+        try:
+            return self._carrier.acquire(block, observed=False)
+        except (ClosedError, StallError):
+            raise
+        except Exception:
+            self._free[part].append(self._lying.pop(block))
+            raise
 
     def _forget(self, experts: Sequence[tuple[int, int]]) -> list[int]:
         """Free the slots of (layer, expert); the blocks that were in them."""
@@ -257,7 +272,7 @@ class ExpertPool:
         """A lease of a part that has a slot."""
         block = self.block(part, layer, expert)
         assert block in self._lying, f"expert {expert} of layer {layer} is asked for before it has a slot"
-        return self._carrier.acquire(block, observed=False)
+        return self._acquire(part, block)
 
     def give_back(self, lease: Lease, event: DeviceEvent) -> None:
         """Give a lease back."""

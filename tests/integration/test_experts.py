@@ -6,16 +6,18 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from zoo import Entry, Outputs, differences, load_resident
 from zoo.decoders import LLAMA, greedy, logits, token_ids
 
 import penstock
+from penstock.runtime.experts.routers import RouterTap
 from penstock.runtime.experts.runner import IMPLEMENTATION
 from penstock.scheduler.experts.costs import ExpertCosts
 
@@ -315,3 +317,51 @@ def test_nothing_is_brought_ahead_while_the_rest_is_streamed(shelf: Shelf) -> No
         model.penstock.machinery.session.experts.look_ahead(SLOW_DRIVE)
         run(model)
         assert model.penstock.statistics().experts.prefetching is None
+
+
+def test_who_collects_router_logits_gets_those_of_each_layer_once(shelf: Shelf) -> None:
+    """Routers are also asked what they would say of another layer's tokens: nobody else is to hear of that."""
+    inputs = {"input_ids": token_ids(length=1), "output_router_logits": True}
+    with torch.no_grad():
+        expected = load_resident(shelf.checkpoint("mixtral"))(**inputs)
+    with loaded(shelf.checkpoint("mixtral"), 0.8) as model:
+        experts = model.penstock.machinery.session.experts
+        experts.look_ahead(SLOW_DRIVE)
+        asked = experts._tap.ask(1, torch.randn(1, 64))
+        assert asked is None or asked.shape == (1, 5)
+        with torch.no_grad():
+            found = model(**inputs)
+    assert len(found.router_logits) == len(expected.router_logits) == 3
+    for own, other in zip(found.router_logits, expected.router_logits, strict=True):
+        assert torch.equal(own, other)
+
+
+class _Strict(nn.Module):
+    """A router that wants to be told more than tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
+        return hidden @ self.weight.T + bias
+
+
+class _Plain(_Strict):
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        return hidden @ self.weight.T
+
+
+@pytest.mark.parametrize(("router", "width", "tells"), [(_Plain, 8, True), (_Plain, 6, False), (_Strict, 8, False)])
+def test_a_router_is_asked_about_tokens_that_it_can_tell_about(router: type[_Strict], width: int, tells: bool) -> None:
+    model = nn.Module()
+    model.mlp = nn.Module()
+    model.mlp.gate, model.mlp.experts = router(), nn.Module()
+    tap = RouterTap(model, [SimpleNamespace(path="mlp.experts")], 4)  # type: ignore[list-item]
+    hidden = torch.randn(3, width)
+    logits = tap.ask(0, hidden)
+    assert (logits is not None) is tells
+    if logits is not None:
+        assert torch.equal(logits, hidden @ model.mlp.gate.weight.T)
+        assert tap.take(0, 3) is None  # it was no layer of its own
+    tap.close()

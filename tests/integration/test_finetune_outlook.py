@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+import transformers
 from zoo.finetune import write_checkpoint, write_rows
 
 import penstock
@@ -261,3 +262,41 @@ def test_without_a_calibration_a_run_begins_all_the_same(
     found = capsys.readouterr()
     assert json.loads(found.out)["forecast"] is None
     assert "run `penstock calibrate` once" in found.err
+
+
+def test_a_mixture_of_experts_in_full_precision_is_foreseen(tmp_path: Path) -> None:
+    """torch's kernel on tensors without values takes bfloat16 only."""
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, vocab_size=128, dtype=torch.float32,
+    )  # fmt: skip
+    config.architectures = ["MixtralForCausalLM"]
+    config.save_pretrained(tmp_path)
+    program = TrainingForesight(Foresight(tmp_path), adapters=None).program(1, 16)
+    experts = [each for each in program.events if getattr(each, "kind", "") == "linear" and each.nbytes >= 32 * 48 * 4]
+    assert len(experts) >= 4  # two products of each layer
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_forward_that_asks_for_values_is_trained_and_not_foreseen(
+    checkpoint: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, dry: bool
+) -> None:
+    def ask(*_: object) -> None:
+        raise RuntimeError("data-dependent")
+
+    monkeypatch.setattr("penstock.runtime.training.forecast.training_program", ask)
+    options = ["--steps", "1", "--max-memory", "host=1GiB", *(["--dry-run"] if dry else [])]
+    code = main(command(checkpoint, rows, tmp_path / "run", *options))
+    told = " ".join(capfd.readouterr().err.split())
+    assert code == (2 if dry else 0)
+    assert "asks for values (RuntimeError: data-dependent)" in told
+
+
+def test_no_fault_of_foreseeing_ends_a_run(
+    checkpoint: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("penstock.cli.finetuning.foresee", fail)
+    assert main(command(checkpoint, rows, tmp_path / "run", "--steps", "1")) == 0

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.memory.arena import PAGE, AnyArena, Slot
-from penstock.memory.errors import DiskError
+from penstock.memory.errors import DiskError, StallError
 from penstock.scheduler.experts.cache import ADMISSIONS, CacheSetting, ExpertCache
 from penstock.scheduler.experts.events import Event, event_of
 from penstock.scheduler.experts.policies import POLICIES, policy
@@ -37,6 +37,8 @@ class Shelves:
     reads: list[int] = field(default_factory=list)
     leased: set[int] = field(default_factory=set)
     fails: set[int] = field(default_factory=set)
+    stalls: bool = False
+    """Whether what was brought does not arrive."""
 
     def bring(self, places: Sequence[tuple[int, Slot]], gone: Sequence[int] = ()) -> None:
         for block in gone:
@@ -51,7 +53,11 @@ class Shelves:
 
     def acquire(self, block: int, *, observed: bool) -> Lease:
         assert not observed
+        if block not in self.lying:  # an executor would have it wait for a place of the executor's own
+            pytest.fail(f"block {block} is asked for, and was not brought")
         slot = self.lying[block]
+        if self.stalls:
+            raise StallError("nothing moves")
         assert self.filled[slot.offset] == block
         if block in self.fails:
             self.fails.discard(block)
@@ -150,6 +156,29 @@ def test_a_layer_that_fails_leaves_nothing_behind(capacity: int, failing: list[i
     for step in range(1, 4):
         compute(pool, event(1, [1, 2], step=step))
     assert len(shelves.lying) == PARTS * pool.statistics().cache.held
+
+
+def test_what_does_not_arrive_keeps_its_slot_until_it_does() -> None:
+    pool, shelves = make(4, 2)
+    shelves.stalls = True
+    for _ in range(2):  # the second one would look at what the first has left
+        with pytest.raises(StallError):
+            compute(pool, event(0, [1, 2]))
+    assert len(shelves.lying) == 2 * PARTS
+    shelves.stalls = False
+    compute(pool, event(0, range(6), prefill=True))
+    assert all(len(free) + len(shelves.lying) // PARTS == 6 for free in pool._free)
+
+
+def test_what_was_brought_ahead_is_not_lost_where_waiting_for_it_is_interrupted() -> None:
+    pool, shelves = make(2, 3)
+    compute(pool, event(0, [1]), ahead=[4, 5])
+    shelves.stalls = True
+    with pytest.raises(StallError):
+        compute(pool, event(2, [0]))
+    shelves.stalls = False
+    for step in range(1, 4):
+        compute(pool, event(1, [4, 5], step=step))
 
 
 def test_a_layer_that_was_left_half_way_keeps_what_had_arrived() -> None:
