@@ -177,6 +177,11 @@ def segment_names(files: StoreFiles, folder: Path) -> set[str]:
         raise DiskError(f"cannot look into {folder}: {error.strerror}") from error
 
 
+def tick_of(status: os.stat_result) -> int:
+    """When a segment was used last: a count, kept as the time of its file's last change."""
+    return max(0, int(status.st_mtime))
+
+
 def read_segment(files: StoreFiles, folder: Path, name: str) -> FoundSegment:
     """What a segment's file says of itself.
 
@@ -192,7 +197,7 @@ def read_segment(files: StoreFiles, folder: Path, name: str) -> FoundSegment:
         return FoundSegment(
             path=path,
             record=unpack_header(header, name, status.st_size),
-            tick=max(0, int(status.st_mtime)),
+            tick=tick_of(status),
         )
     finally:
         files.close(fd)

@@ -75,6 +75,14 @@ class Index:
             found.append(place)
         return tuple(found)
 
+    def hear(self, name: str, tick: int) -> None:
+        """Somebody else used a segment."""
+        segment = self.segments[name]
+        if tick > segment.tick:
+            segment.tick = tick
+            self.tick = max(self.tick, tick)
+            self._latest = ()
+
     def use(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Segments are used now, together. Returns those whose tick changed to `tick` with it."""
         if names == self._latest:

@@ -11,7 +11,7 @@ from typing import Final
 from ..errors import DiskError, PenstockError
 from ..store.files import StoreFiles
 from ..store.folder import remove, sync_folder
-from .folder import OVERHEAD_NBYTES, read_segment, segment_names
+from .folder import OVERHEAD_NBYTES, read_segment, segment_names, tick_of
 from .index import Index, Place
 from .reading import ReadFailure
 
@@ -69,8 +69,10 @@ class Library:
                 self.index.add(found.record, found.path, found.tick)
 
     def use(self, places: Iterable[Place]) -> None:
-        """Blocks are used now, all from the first of a sequence on."""
-        for name in self.index.use(tuple(dict.fromkeys(place.segment for place in places))):
+        """Blocks are used now, all from the first of a sequence on. No file's tick is set back."""
+        names = tuple(dict.fromkeys(place.segment for place in places))
+        self._hear(names)
+        for name in self.index.use(names):
             with suppress(OSError):  # a folder that cannot be written to: then nobody gives anything up in it
                 self._files.set_time(str(self._folder / name), self.index.tick)
 
@@ -93,6 +95,8 @@ class Library:
         kept = sum(self.index.segments[name].record.nbytes for name in keep)
         if OVERHEAD_NBYTES + kept + nbytes > capacity_nbytes:
             return False
+        if self.used_nbytes + nbytes > capacity_nbytes:
+            self._hear(tuple(self.index.segments))
         while self.used_nbytes + nbytes > capacity_nbytes:
             name = self.index.victim(keep)
             assert name is not None, (nbytes, capacity_nbytes)
@@ -128,6 +132,12 @@ class Library:
             logger.warning("%s", error)
             return False
         return True
+
+    def _hear(self, names: Collection[str]) -> None:
+        """Learn how others used segments meanwhile: they write it to the files, and each has a count of its own."""
+        for name in names:
+            with suppress(OSError):  # gone, or it cannot be asked: what is known of it stands
+                self.index.hear(name, tick_of(self._files.status(str(self._folder / name))))
 
     def _renumber(self) -> None:
         ordered = sorted(self.index.segments.values(), key=lambda one: (one.tick, -one.record.first))

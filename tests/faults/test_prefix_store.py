@@ -180,6 +180,38 @@ def test_a_use_by_a_reader_counts(tmp_path: Path) -> None:
         assert [get(store, prompt(1, seed)) for seed in (1, 2, 3)] == [1, 0, 1]
 
 
+def test_a_reader_that_was_opened_long_ago_sets_nothing_back(tmp_path: Path) -> None:
+    """Its count is behind. The hottest beginning, which it uses too, is the last one to go."""
+    folder = tmp_path / "store"
+    with PrefixStore(folder, capacity(3, 3)) as writer:
+        put(writer, prompt(1, 1))
+        with PrefixStore(folder, readonly=True) as reader:
+            for _ in range(10):
+                put(writer, prompt(1, 2))
+                assert (get(writer, prompt(1, 2)), get(writer, prompt(1, 1))) == (1, 1)
+            path = folder / writer.lookup(IDENTITY, prompt(1, 1)).places[0].segment
+            before = path.stat().st_mtime
+            assert get(reader, prompt(1, 1)) == 1
+            assert path.stat().st_mtime > before
+    with PrefixStore(folder, capacity(1, 1)) as writer:
+        assert [get(writer, prompt(1, seed)) for seed in (1, 2)] == [1, 0]
+
+
+def test_a_use_by_a_reader_counts_for_one_who_writes_meanwhile(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with PrefixStore(folder, capacity(2, 2)) as writer:
+        put(writer, prompt(1, 1))
+        put(writer, prompt(1, 2))
+        with PrefixStore(folder, readonly=True) as reader:
+            assert get(reader, prompt(1, 1)) == 1
+            put(writer, prompt(1, 3))
+            assert [get(reader, prompt(1, seed)) for seed in (1, 2, 3)] == [1, 0, 1]
+            # What the one who writes uses from now on is later than what it heard of.
+            assert [get(writer, prompt(1, seed)) for seed in (1, 3)] == [1, 1]
+            put(writer, prompt(1, 4))
+            assert [get(writer, prompt(1, seed)) for seed in (1, 3, 4)] == [0, 1, 1]
+
+
 def test_one_writes_and_the_second_is_told_who(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     with PrefixStore(folder, LARGE), pytest.raises(StoreBusyError, match=rf"pid {os.getpid()}.*readonly=True"):
