@@ -177,6 +177,20 @@ def segment_names(files: StoreFiles, folder: Path) -> set[str]:
         raise DiskError(f"cannot look into {folder}: {error.strerror}") from error
 
 
+def tick_of(status: os.stat_result) -> int:
+    """When a segment was used last: a count, kept as the time of its file's last change."""
+    return max(0, int(status.st_mtime))
+
+
+def file_nbytes(files: StoreFiles, folder: Path, name: str) -> int:
+    """Length of a file; 0 for what is gone, or is none and takes no room of the store's."""
+    try:
+        status = files.status(str(folder / name))
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
 def read_segment(files: StoreFiles, folder: Path, name: str) -> FoundSegment:
     """What a segment's file says of itself.
 
@@ -192,7 +206,7 @@ def read_segment(files: StoreFiles, folder: Path, name: str) -> FoundSegment:
         return FoundSegment(
             path=path,
             record=unpack_header(header, name, status.st_size),
-            tick=max(0, int(status.st_mtime)),
+            tick=tick_of(status),
         )
     finally:
         files.close(fd)

@@ -58,6 +58,9 @@ class StoreFiles(Protocol):
     def set_time(self, path: str, seconds: int) -> None:
         """Set the time at which a file was changed, to a number that need not be a time."""
 
+    def status(self, path: str) -> os.stat_result:
+        """Size, type and time of what has a name, without opening it."""
+
     def names(self, folder: str) -> list[str]:
         """What is in a folder."""
 
@@ -124,6 +127,10 @@ class SystemFiles:
     def set_time(self, path: str, seconds: int) -> None:
         """See `StoreFiles`."""
         os.utime(path, (seconds, seconds), follow_symlinks=False)
+
+    def status(self, path: str) -> os.stat_result:
+        """See `StoreFiles`."""
+        return os.lstat(path)
 
     def names(self, folder: str) -> list[str]:
         """See `StoreFiles`."""

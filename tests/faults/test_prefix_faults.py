@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import prefix_child
@@ -32,7 +35,8 @@ from store_files import FailingFiles, HookedFiles
 
 from penstock.memory.disk import DiskEngine
 from penstock.memory.errors import PenstockError, StoreDamagedError
-from penstock.memory.prefix import KvIdentity, PrefixStore, chain, stats, verify
+from penstock.memory.files import FileTable
+from penstock.memory.prefix import KvIdentity, PrefixStore, chain, prune, stats, verify
 from penstock.memory.prefix.folder import LABEL, read_label
 from penstock.memory.prefix.segment import HEADER_NBYTES, unpack_header
 from penstock.memory.store import SystemFiles, checksum
@@ -241,6 +245,64 @@ def test_a_write_that_fails_at_any_step_is_told_and_leaves_nothing(tmp_path: Pat
     assert verify(folder).good
 
 
+class FailingClose(SystemFiles):
+    """Closes, and then fails, as a filesystem with quotas may. Some operations are interrupted."""
+
+    def __init__(self) -> None:
+        self.paths: dict[int, str] = {}
+        self.close_fails = False
+        self.interrupted = ""
+
+    def open(self, path: str, flags: int, mode: int = 0o600) -> int:
+        fd = super().open(path, flags, mode)
+        self.paths[fd] = path
+        return fd
+
+    def close(self, fd: int) -> None:
+        super().close(fd)
+        if self.close_fails and self.paths[fd].endswith(".kv.new"):
+            raise OSError(errno.EDQUOT, "injected")
+
+    def fsync(self, fd: int) -> None:
+        if self.interrupted == "fsync":
+            raise KeyboardInterrupt
+
+    def rename(self, source: str, target: str) -> None:
+        if self.interrupted == "rename":
+            raise KeyboardInterrupt
+        super().rename(source, target)
+
+
+def test_a_close_that_fails_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    files = FailingClose()
+    with PrefixStore(folder, LARGE, files=files) as store:
+        before = sorted(folder.iterdir())
+        files.close_fails = True
+        report = put(store, prompt(1))
+        assert report.stored_blocks == 0
+        assert "cannot close" in report.reason
+        assert "quota" in report.reason
+        assert sorted(folder.iterdir()) == before
+        files.close_fails = False
+        assert put(store, prompt(1)).stored_blocks == 1
+
+
+@pytest.mark.parametrize("operation", ["fsync", "rename"])
+def test_a_write_that_is_interrupted_leaves_nothing(tmp_path: Path, operation: str) -> None:
+    folder = tmp_path / "store"
+    files = FailingClose()
+    with PrefixStore(folder, LARGE, files=files) as store:
+        before = sorted(folder.iterdir())
+        files.interrupted = operation
+        with pytest.raises(KeyboardInterrupt):
+            put(store, prompt(1))
+        assert sorted(folder.iterdir()) == before
+        files.interrupted = ""
+        assert put(store, prompt(1)).stored_blocks == 1
+        assert get(store, prompt(1)) == 1
+
+
 def test_a_full_disk_at_the_beginning_is_an_error_of_opening(tmp_path: Path) -> None:
     files = FailingFiles()
     files.fail["pwrite penstock-prefixes.new"] = errno.ENOSPC
@@ -266,6 +328,122 @@ def test_a_drive_that_fails_to_read_is_a_miss_and_removes_nothing(tmp_path: Path
     assert len(segments(folder)) == 2
     with PrefixStore(folder) as store:  # it can be read again
         assert get(store, prompt(2)) == 2
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, errno.EACCES])
+def test_what_cannot_be_read_takes_room_and_goes_first(tmp_path: Path, code: int) -> None:
+    folder = tmp_path / "store"
+    with PrefixStore(folder, capacity(4, 4)) as store:
+        for seed in range(4):
+            put(store, prompt(1, seed))
+        lost = [store.lookup(IDENTITY, prompt(1, seed)).places[0].segment for seed in (2, 3)]
+    files = FailingFiles()
+    files.fail = {f"{'pread' if code == errno.EIO else 'open'} {name}": code for name in lost}
+    with PrefixStore(folder, files=files) as store:
+        assert store.statistics().used_nbytes == used_of(folder) == capacity(4, 4)
+        put(store, prompt(1, 4))
+        assert used(folder) <= store.capacity_nbytes
+        assert sum((folder / name).exists() for name in lost) == 1
+        assert [get(store, prompt(1, seed)) for seed in (0, 1, 4)] == [1, 1, 1]
+        files.fail.update({f"unlink {name}": errno.EIO for name in lost})  # then another one goes
+        put(store, prompt(1, 5))
+        assert used(folder) <= store.capacity_nbytes
+        assert [get(store, prompt(1, seed)) for seed in (0, 1, 4, 5)] == [0, 1, 1, 1]
+        assert store.statistics().used_nbytes == used_of(folder)
+
+
+def test_what_cannot_be_read_and_is_gone_takes_no_room(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with PrefixStore(folder, LARGE) as store:
+        put(store, prompt(1))
+    (path,) = segments(folder)
+    files = FailingFiles()
+    files.fail[f"pread {path.name}"] = errno.EIO
+    with PrefixStore(folder, readonly=True, files=files) as reader:
+        assert reader.statistics().used_nbytes == capacity(1, 1)
+        path.unlink()
+        assert get(reader, prompt(1)) == 0
+        assert reader.statistics().used_nbytes == capacity(0, 0)
+
+
+def test_a_reader_short_of_descriptors_looks_again(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with PrefixStore(folder, LARGE) as store:
+        put(store, prompt(1))
+    files = FailingFiles()
+    files.fail[f"open {segments(folder)[0].name}"] = errno.EMFILE
+    with PrefixStore(folder, readonly=True, files=files) as reader:
+        assert get(reader, prompt(1)) == 0
+        files.fail.clear()
+        assert get(reader, prompt(1)) == 1
+
+
+def test_pruning_counts_what_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with PrefixStore(folder, LARGE) as store:
+        put(store, prompt(1))
+    files = FailingFiles()
+    files.fail[f"pread {segments(folder)[0].name}"] = errno.EIO
+    pruned = prune(folder, files=files)
+    assert (pruned.removed_segments, pruned.freed_nbytes, pruned.used_nbytes) == (0, 0, capacity(1, 1))
+
+
+def many_segments(store: PrefixStore, blocks: int) -> list[int]:
+    tokens = prompt(blocks)
+    for number in range(blocks):
+        put(store, tokens[: (number + 1) * TOKENS], first=number)
+    return tokens
+
+
+def test_a_long_hit_has_few_files_open_at_a_time(tmp_path: Path) -> None:
+    most = 0
+
+    def count(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        nonlocal most
+        names = []
+        for number in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):  # closed meanwhile
+                names.append(os.readlink(f"/proc/self/fd/{number}"))
+        most = max(most, sum(name.endswith(".kv") for name in names))
+        return os.preadv(fd, buffers, offset)
+
+    with PrefixStore(tmp_path / "store", LARGE, make_engine=lambda: DiskEngine(pread=count)) as store:
+        tokens = many_segments(store, 50)
+        assert get(store, tokens) == 50
+    assert 0 < most <= 16
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+@pytest.mark.parametrize("good", [0, 5, 30])
+def test_a_shortage_of_this_process_is_a_short_read_and_hides_nothing(tmp_path: Path, code: int, good: int) -> None:
+    short = True
+    opened: list[str] = []
+
+    def open_file(path: str, flags: int, mode: int) -> int:
+        opened.append(path)
+        if short and len(opened) > good:
+            raise OSError(code, "injected")
+        return os.open(path, flags, mode)
+
+    with PrefixStore(
+        tmp_path / "store", LARGE, make_engine=lambda: DiskEngine(files=FileTable(open_file=open_file))
+    ) as store:
+        tokens = many_segments(store, 40)
+        assert get(store, tokens) == good
+        short = False
+        assert get(store, tokens) == 40
+        assert store.statistics().bad_segments == 0
+
+
+@pytest.mark.parametrize("bad", [0, 7, 8, 23, 39])
+def test_damage_anywhere_in_a_long_hit_ends_it_there(tmp_path: Path, bad: int) -> None:
+    with PrefixStore(tmp_path / "store", LARGE) as store:
+        tokens = many_segments(store, 40)
+        place = store.lookup(IDENTITY, tokens).places[bad]
+        flip(Path(place.span.path), place.span.offset * 8)
+        assert get(store, tokens) == bad
+        assert not Path(place.span.path).exists()
+        assert store.lookup(IDENTITY, tokens).tokens == bad * TOKENS
 
 
 def used_of(folder: Path) -> int:
