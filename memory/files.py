@@ -31,6 +31,16 @@ def disk_error(action: str, path: str, offset: int, nbytes: int, error: OSError)
     return DiskError(f"cannot {action} {nbytes} bytes at offset {offset} of {path}: {reason}; {remedy}")
 
 
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def is_shortage(error: BaseException | None) -> bool:
+    """Whether a request failed for want of descriptors or memory: it says nothing of the file."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error is not None and error.errno in _SHORTAGES
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class OpenFile:
     """One open file. `direct` turns False for good when the filesystem refuses an O_DIRECT request."""

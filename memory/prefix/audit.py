@@ -12,7 +12,7 @@ from ..layout import FileSpan
 from ..store.files import StoreFiles, SystemFiles
 from ..store.folder import NEW
 from ..store.reading import BlockReader
-from .folder import OVERHEAD_NBYTES, FoundSegment, PrefixLabel, read_label, read_segment, segment_names
+from .folder import OVERHEAD_NBYTES, FoundSegment, PrefixLabel, file_nbytes, read_label, read_segment, segment_names
 from .index import Index
 
 Folder = str | os.PathLike[str]
@@ -84,7 +84,9 @@ def stats(folder: Folder, *, files: StoreFiles | None = None) -> PrefixStats:
     return PrefixStats(
         folder=os.fspath(folder),
         capacity_nbytes=label.capacity_nbytes,
-        used_nbytes=OVERHEAD_NBYTES + index.nbytes,
+        used_nbytes=OVERHEAD_NBYTES
+        + index.nbytes
+        + sum(file_nbytes(files, Path(folder), os.path.basename(part.path)) for part in bad),
         segments=len(found),
         blocks=len(blocks),
         tokens=sum(segment.record.block_tokens * len(segment.record.blocks) for segment in found),
@@ -144,6 +146,6 @@ def _look(files: StoreFiles, folder: Path) -> tuple[PrefixLabel, list[FoundSegme
             found.append(read_segment(files, folder, name))
         except FileNotFoundError:
             continue
-        except PenstockError as error:
+        except (PenstockError, OSError) as error:
             bad.append(BadPart(path=str(folder / name), offset=0, nbytes=0, reason=str(error)))
     return label, found, bad

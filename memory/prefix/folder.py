@@ -182,6 +182,15 @@ def tick_of(status: os.stat_result) -> int:
     return max(0, int(status.st_mtime))
 
 
+def file_nbytes(files: StoreFiles, folder: Path, name: str) -> int:
+    """Length of a file; 0 for what is gone, or is none and takes no room of the store's."""
+    try:
+        status = files.status(str(folder / name))
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
 def read_segment(files: StoreFiles, folder: Path, name: str) -> FoundSegment:
     """What a segment's file says of itself.
 

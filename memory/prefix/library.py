@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import DiskError, PenstockError
+from ..files import is_shortage
 from ..store.files import StoreFiles
 from ..store.folder import remove, sync_folder
-from .folder import OVERHEAD_NBYTES, read_segment, segment_names, tick_of
+from .folder import OVERHEAD_NBYTES, file_nbytes, read_segment, segment_names, tick_of
 from .index import Index, Place
 from .reading import ReadFailure
 
@@ -35,7 +36,8 @@ class Library:
         self._files = files
         self._folder = folder
         self._readonly = readonly
-        self._bad: set[str] = set()
+        self._bad: dict[str, int] = {}
+        """Files that are left out and stay, with their lengths: they take room."""
         self.index = Index()
         self.evicted = self.spoiled = 0
         """Segments that were given up for room, and because they are bad."""
@@ -46,7 +48,7 @@ class Library:
     @property
     def used_nbytes(self) -> int:
         """Of all files of the store."""
-        return OVERHEAD_NBYTES + self.index.nbytes
+        return OVERHEAD_NBYTES + self.index.nbytes + sum(self._bad.values())
 
     def refresh(self) -> None:
         """Learn of what came and went. A segment that is bad is left out, by the one who writes removed.
@@ -57,14 +59,18 @@ class Library:
         names = segment_names(self._files, self._folder)
         for name in [name for name in self.index.segments if name not in names]:
             self.index.remove(name)
-        for name in sorted(names - set(self.index.segments) - self._bad):
+        for name in [name for name in self._bad if name not in names]:
+            del self._bad[name]
+        for name in sorted(names - set(self.index.segments) - set(self._bad)):
             try:
                 found = read_segment(self._files, self._folder, name)
             except FileNotFoundError:
                 continue
-            except PenstockError as error:
-                self._bad.add(name)
-                self._spoil(name, str(error), damaged=not isinstance(error, DiskError))
+            except (PenstockError, OSError) as error:
+                if self._readonly and is_shortage(error):
+                    continue  # of this process: the next lookup tries again
+                if not self._spoil(name, str(error), damaged=not isinstance(error, DiskError | OSError)):
+                    self._bad[name] = file_nbytes(self._files, self._folder, name)
             else:
                 self.index.add(found.record, found.path, found.tick)
 
@@ -87,19 +93,27 @@ class Library:
             self.index.hide(name)  # its file still takes room
 
     def make_room(self, nbytes: int, capacity_nbytes: int, keep: Collection[str]) -> bool:
-        """Give up segments, those used longest ago first, until `nbytes` more fit; False where they cannot.
+        """Give up segments until `nbytes` more fit; False where they cannot. Those go first that cannot be read, then
+        those that were used longest ago.
 
         Raises:
-            DiskError: a file cannot be removed.
+            DiskError: a file that can be read cannot be removed.
         """
         kept = sum(self.index.segments[name].record.nbytes for name in keep)
         if OVERHEAD_NBYTES + kept + nbytes > capacity_nbytes:
             return False
         if self.used_nbytes + nbytes > capacity_nbytes:
             self._hear(tuple(self.index.segments))
+        for bad in [bad for bad, held in self._bad.items() if held]:
+            if self.used_nbytes + nbytes <= capacity_nbytes:
+                break
+            if self._removed(bad):
+                del self._bad[bad]
+                self.evicted += 1
         while self.used_nbytes + nbytes > capacity_nbytes:
             name = self.index.victim(keep)
-            assert name is not None, (nbytes, capacity_nbytes)
+            if name is None:
+                return False
             self.give_up(name)
             self.evicted += 1
         return True
@@ -124,8 +138,10 @@ class Library:
         """Whether its file was removed. One that could not be read may be good: it may be read another time."""
         self.spoiled += 1
         logger.warning("%s is not used: %s. What was in it is computed again.", self._folder / name, reason)
-        if self._readonly or not damaged:
-            return False
+        return not self._readonly and damaged and self._removed(name)
+
+    def _removed(self, name: str) -> bool:
+        """Whether a file could be removed."""
         try:
             remove(self._files, str(self._folder / name))
         except DiskError as error:

@@ -42,9 +42,9 @@ def prune(folder: Folder, capacity_nbytes: int | None = None, *, files: StoreFil
     before = stats(folder, files=files)
     with PrefixStore(folder, capacity_nbytes, files=files) as store:
         store.remove_unreachable()
-        after = store.statistics()
+        after = stats(folder, files=files)
         return PrefixPruneReport(
-            removed_segments=before.segments + before.bad_segments - after.segments,
+            removed_segments=before.segments + before.bad_segments - after.segments - after.bad_segments,
             left_over_files=len(store.left_over),
             freed_nbytes=before.used_nbytes - after.used_nbytes,
             used_nbytes=after.used_nbytes,

@@ -32,7 +32,7 @@ from store_files import FailingFiles, HookedFiles
 
 from penstock.memory.disk import DiskEngine
 from penstock.memory.errors import PenstockError, StoreDamagedError
-from penstock.memory.prefix import KvIdentity, PrefixStore, chain, stats, verify
+from penstock.memory.prefix import KvIdentity, PrefixStore, chain, prune, stats, verify
 from penstock.memory.prefix.folder import LABEL, read_label
 from penstock.memory.prefix.segment import HEADER_NBYTES, unpack_header
 from penstock.memory.store import SystemFiles, checksum
@@ -266,6 +266,64 @@ def test_a_drive_that_fails_to_read_is_a_miss_and_removes_nothing(tmp_path: Path
     assert len(segments(folder)) == 2
     with PrefixStore(folder) as store:  # it can be read again
         assert get(store, prompt(2)) == 2
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, errno.EACCES])
+def test_what_cannot_be_read_takes_room_and_goes_first(tmp_path: Path, code: int) -> None:
+    folder = tmp_path / "store"
+    with PrefixStore(folder, capacity(4, 4)) as store:
+        for seed in range(4):
+            put(store, prompt(1, seed))
+        lost = [store.lookup(IDENTITY, prompt(1, seed)).places[0].segment for seed in (2, 3)]
+    files = FailingFiles()
+    files.fail = {f"{'pread' if code == errno.EIO else 'open'} {name}": code for name in lost}
+    with PrefixStore(folder, files=files) as store:
+        assert store.statistics().used_nbytes == used_of(folder) == capacity(4, 4)
+        put(store, prompt(1, 4))
+        assert used(folder) <= store.capacity_nbytes
+        assert sum((folder / name).exists() for name in lost) == 1
+        assert [get(store, prompt(1, seed)) for seed in (0, 1, 4)] == [1, 1, 1]
+        files.fail.update({f"unlink {name}": errno.EIO for name in lost})  # then another one goes
+        put(store, prompt(1, 5))
+        assert used(folder) <= store.capacity_nbytes
+        assert [get(store, prompt(1, seed)) for seed in (0, 1, 4, 5)] == [0, 1, 1, 1]
+        assert store.statistics().used_nbytes == used_of(folder)
+
+
+def test_what_cannot_be_read_and_is_gone_takes_no_room(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with PrefixStore(folder, LARGE) as store:
+        put(store, prompt(1))
+    (path,) = segments(folder)
+    files = FailingFiles()
+    files.fail[f"pread {path.name}"] = errno.EIO
+    with PrefixStore(folder, readonly=True, files=files) as reader:
+        assert reader.statistics().used_nbytes == capacity(1, 1)
+        path.unlink()
+        assert get(reader, prompt(1)) == 0
+        assert reader.statistics().used_nbytes == capacity(0, 0)
+
+
+def test_a_reader_short_of_descriptors_looks_again(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with PrefixStore(folder, LARGE) as store:
+        put(store, prompt(1))
+    files = FailingFiles()
+    files.fail[f"open {segments(folder)[0].name}"] = errno.EMFILE
+    with PrefixStore(folder, readonly=True, files=files) as reader:
+        assert get(reader, prompt(1)) == 0
+        files.fail.clear()
+        assert get(reader, prompt(1)) == 1
+
+
+def test_pruning_counts_what_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with PrefixStore(folder, LARGE) as store:
+        put(store, prompt(1))
+    files = FailingFiles()
+    files.fail[f"pread {segments(folder)[0].name}"] = errno.EIO
+    pruned = prune(folder, files=files)
+    assert (pruned.removed_segments, pruned.freed_nbytes, pruned.used_nbytes) == (0, 0, capacity(1, 1))
 
 
 def used_of(folder: Path) -> int:
