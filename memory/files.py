@@ -129,6 +129,13 @@ class FileTable:
                 path,
             )
 
+    def forget(self, path: str) -> None:
+        """Close a file that is read, for the one who knows that nobody reads it now; it may be opened again."""
+        with self._lock:
+            file = self._files.pop((path, False), None)
+        if file is not None:
+            os.close(file.fd)
+
     def close(self) -> None:
         """Close every file."""
         with self._lock:

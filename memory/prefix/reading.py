@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Final
 
 from ..arena import round_up
 from ..disk import DiskEngine, Transfer
 from ..errors import PenstockError, StoreDamagedError, UsageError
+from ..files import is_shortage
 from ..image import Window
 from ..store.checksum import checksum
 from .index import Place
+
+logger = logging.getLogger(__name__)
+
+_FILES: Final = 8
+"""Of a window: 256 MiB of large segments."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,18 +43,19 @@ class ReadOutcome:
     blocks: int
     """That are what was stored, from the first one on."""
     failure: ReadFailure | None
-    """Of the block after them; None where all are good."""
+    """Of the block after them; None where all are good, or where this process was short of descriptors or memory."""
 
 
 def read_blocks(places: Sequence[Place], into: Sequence[memoryview], engine: DiskEngine) -> ReadOutcome:
     """Read blocks, and compare checksums of those that are there while later ones are read.
 
-    No thread touches `into` once this returns.
+    A long hit is in many files: they are open a few at a time, two windows of them, one being read while the other is
+    checked. No thread touches `into` once this returns.
 
     Args:
         places: In order.
         into: For each a writable view of whole pages, at least as long as the block.
-        engine: Reads them. Its files stay open until it is closed.
+        engine: Reads them; for this call alone, since files are closed when they are read.
     """
     if len(places) != len(into):
         raise UsageError(f"{len(places)} blocks are to be read into {len(into)} places: give one for each")
@@ -54,25 +65,62 @@ def read_blocks(places: Sequence[Place], into: Sequence[memoryview], engine: Dis
                 f"a block of {place.span.nbytes} bytes needs {round_up(place.span.nbytes)} writable bytes to be read "
                 f"into; there are {view.nbytes}"
             )
-    started: list[Transfer] = []
+    under_way = deque[_Part]()
+    starts = _windows(places)
     try:
-        for number, (place, view) in enumerate(zip(places, into, strict=True)):
-            try:
-                started.append(engine.read([_window(place)], [], view.cast("B")))
-            except PenstockError as error:
-                found = _check(places, into, started)
-                return found if found.failure is not None else _failed(number, place, error)
-        return _check(places, into, started)
+        for start, end in pairwise([*starts, len(places)]):
+            under_way.append(part := _Part(start=start))
+            unable: ReadOutcome | None = None
+            for number in range(start, end):
+                try:
+                    part.transfers.append(engine.read([_window(places[number])], [], into[number].cast("B")))
+                except PenstockError as error:
+                    unable = _failed(number, places[number], error)
+                    break
+            while len(under_way) > 1 or (under_way and (unable is not None or end == len(places))):
+                found = _check(places, into, under_way[0])
+                if found is not None:
+                    return found
+                checked = under_way.popleft()
+                _close(engine, places, checked, under_way)
+            if unable is not None:
+                return unable
+        return ReadOutcome(blocks=len(places), failure=None)
     finally:
-        for transfer in started:
+        transfers = [transfer for part in under_way for transfer in part.transfers]
+        for transfer in transfers:
             transfer.cancel()
-        for transfer in started:
+        for transfer in transfers:
             with suppress(Exception):
                 transfer.wait()
 
 
-def _check(places: Sequence[Place], into: Sequence[memoryview], started: Sequence[Transfer]) -> ReadOutcome:
-    for number, transfer in enumerate(started):
+@dataclass(kw_only=True, slots=True)
+class _Part:
+    """Blocks of one window that are being read."""
+
+    start: int
+    transfers: list[Transfer] = field(default_factory=list)
+
+    def paths(self, places: Sequence[Place]) -> set[str]:
+        return {place.span.path for place in places[self.start : self.start + len(self.transfers)]}
+
+
+def _windows(places: Sequence[Place]) -> list[int]:
+    """Where windows start, each of blocks of at most `_FILES` files."""
+    starts: list[int] = []
+    paths: set[str] = set()
+    for number, place in enumerate(places):
+        if not starts or (place.span.path not in paths and len(paths) == _FILES):
+            starts.append(number)
+            paths = set()
+        paths.add(place.span.path)
+    return starts
+
+
+def _check(places: Sequence[Place], into: Sequence[memoryview], part: _Part) -> ReadOutcome | None:
+    """Wait for blocks; None where all are good."""
+    for number, transfer in enumerate(part.transfers, part.start):
         place = places[number]
         try:
             transfer.wait()
@@ -82,10 +130,19 @@ def _check(places: Sequence[Place], into: Sequence[memoryview], started: Sequenc
         if found != place.checksum:
             wrong = f"its checksum is {found:016x} and was {place.checksum:016x} when it was stored"
             return _failed(number, place, StoreDamagedError(wrong))
-    return ReadOutcome(blocks=len(started), failure=None)
+    return None
+
+
+def _close(engine: DiskEngine, places: Sequence[Place], checked: _Part, under_way: Iterable[_Part]) -> None:
+    needed = {path for part in under_way for path in part.paths(places)}
+    for path in checked.paths(places) - needed:
+        engine.files.forget(path)
 
 
 def _failed(number: int, place: Place, error: Exception) -> ReadOutcome:
+    if is_shortage(error):
+        logger.warning("%s", error)
+        return ReadOutcome(blocks=number, failure=None)
     return ReadOutcome(
         blocks=number,
         failure=ReadFailure(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import prefix_child
@@ -32,6 +35,7 @@ from store_files import FailingFiles, HookedFiles
 
 from penstock.memory.disk import DiskEngine
 from penstock.memory.errors import PenstockError, StoreDamagedError
+from penstock.memory.files import FileTable
 from penstock.memory.prefix import KvIdentity, PrefixStore, chain, prune, stats, verify
 from penstock.memory.prefix.folder import LABEL, read_label
 from penstock.memory.prefix.segment import HEADER_NBYTES, unpack_header
@@ -324,6 +328,64 @@ def test_pruning_counts_what_stays(tmp_path: Path) -> None:
     files.fail[f"pread {segments(folder)[0].name}"] = errno.EIO
     pruned = prune(folder, files=files)
     assert (pruned.removed_segments, pruned.freed_nbytes, pruned.used_nbytes) == (0, 0, capacity(1, 1))
+
+
+def many_segments(store: PrefixStore, blocks: int) -> list[int]:
+    tokens = prompt(blocks)
+    for number in range(blocks):
+        put(store, tokens[: (number + 1) * TOKENS], first=number)
+    return tokens
+
+
+def test_a_long_hit_has_few_files_open_at_a_time(tmp_path: Path) -> None:
+    most = 0
+
+    def count(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        nonlocal most
+        names = []
+        for number in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):  # closed meanwhile
+                names.append(os.readlink(f"/proc/self/fd/{number}"))
+        most = max(most, sum(name.endswith(".kv") for name in names))
+        return os.preadv(fd, buffers, offset)
+
+    with PrefixStore(tmp_path / "store", LARGE, make_engine=lambda: DiskEngine(pread=count)) as store:
+        tokens = many_segments(store, 50)
+        assert get(store, tokens) == 50
+    assert 0 < most <= 16
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+@pytest.mark.parametrize("good", [0, 5, 30])
+def test_a_shortage_of_this_process_is_a_short_read_and_hides_nothing(tmp_path: Path, code: int, good: int) -> None:
+    short = True
+    opened: list[str] = []
+
+    def open_file(path: str, flags: int, mode: int) -> int:
+        opened.append(path)
+        if short and len(opened) > good:
+            raise OSError(code, "injected")
+        return os.open(path, flags, mode)
+
+    with PrefixStore(
+        tmp_path / "store", LARGE, make_engine=lambda: DiskEngine(files=FileTable(open_file=open_file))
+    ) as store:
+        tokens = many_segments(store, 40)
+        assert get(store, tokens) == good
+        short = False
+        assert get(store, tokens) == 40
+        assert store.statistics().bad_segments == 0
+
+
+@pytest.mark.parametrize("bad", [0, 7, 8, 23, 39])
+def test_damage_anywhere_in_a_long_hit_ends_it_there(tmp_path: Path, bad: int) -> None:
+    with PrefixStore(tmp_path / "store", LARGE) as store:
+        tokens = many_segments(store, 40)
+        place = store.lookup(IDENTITY, tokens).places[bad]
+        flip(Path(place.span.path), place.span.offset * 8)
+        assert get(store, tokens) == bad
+        assert not Path(place.span.path).exists()
+        assert store.lookup(IDENTITY, tokens).tokens == bad * TOKENS
 
 
 def used_of(folder: Path) -> int:
