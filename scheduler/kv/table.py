@@ -79,8 +79,8 @@ class BlockTable:
         self._next = 0
         self._open: dict[int, set[int]] = {}
         """Blocks that were written since the last `settle`, by group."""
-        self._copied_from: dict[int, list[int]] = {}
-        """Blocks that are being copied, once for each copy, by group."""
+        self._copied_from: dict[int, list[tuple[int, int]]] = {}
+        """Blocks that are being copied and the tiers that they are pinned in, once for each copy, by group."""
         self._written_nbytes = self._copied_nbytes = 0
 
     @property
@@ -147,7 +147,8 @@ class BlockTable:
                 record.sealed = True
                 self.tiers.seal(block)
                 sealed.append(block)
-        for block in self._copied_from.pop(group, ()):
+        for block, tier in self._copied_from.pop(group, ()):
+            self.tiers.unpin(block, tier)
             self._blocks[block].copies -= 1
             self._forget(block)
         return tuple(sealed)
@@ -232,6 +233,7 @@ class BlockTable:
 
     def _write(self, group: int, step: _Step) -> Write:
         blocks = self._rows[step.row].blocks[group]
+        tier = source_slot = None
         if step.fresh:
             block = self._next
             self._next += 1
@@ -241,7 +243,9 @@ class BlockTable:
                 blocks.append(block)
             else:
                 self._blocks[step.source].copies += 1
-                self._copied_from.setdefault(group, []).append(step.source)
+                tier = self.tiers.fastest(step.source)
+                source_slot = self.tiers.pin(step.source, tier)
+                self._copied_from.setdefault(group, []).append((step.source, tier))
                 blocks[step.index] = block
                 self._leave(step.source)
         else:
@@ -259,6 +263,8 @@ class BlockTable:
             tokens=step.tokens,
             position=step.position,
             copied_from=step.source if step.fresh else None,
+            source_tier=tier,
+            source_slot=source_slot,
         )
 
     def _leave(self, block: int) -> None:

@@ -19,7 +19,10 @@ class Write:
     position: int
     """Of the first token, among the positions that were appended."""
     copied_from: int | None
-    """A block whose first `start` tokens are to be copied first: it is shared, or sealed. It stays until `settle`."""
+    """A block whose first `start` tokens are to be copied first: it is shared, or sealed."""
+    source_tier: int | None
+    """Where to copy them from: the fastest copy of that block, which stays where it is until `settle`."""
+    source_slot: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

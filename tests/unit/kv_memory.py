@@ -25,10 +25,7 @@ class Memory:
         for write in writes:
             before: list[Token] = []
             if write.copied_from is not None:
-                tier = self.table.tiers.fastest(write.copied_from)
-                slot = self.table.tiers.slot(write.copied_from, tier)
-                assert slot is not None
-                before = self.slots[tier, slot][: write.start]
+                before = self.source(write)
                 assert len(before) == write.start
                 self.slots[0, write.slot] = before
             held = self.slots.setdefault((0, write.slot), [])
@@ -36,6 +33,12 @@ class Memory:
                 held.clear()
             del held[write.start :]
             held.extend(values[write.row][write.position : write.position + write.tokens])
+
+    def source(self, write: Write) -> list[Token]:
+        """What is there of what a write copies."""
+        assert write.source_tier is not None
+        assert write.source_slot is not None
+        return self.slots[write.source_tier, write.source_slot][: write.start]
 
     def finish(self, move: Move, *, failed: bool) -> None:
         if not failed:

@@ -16,6 +16,7 @@ from penstock.scheduler.kv.orders import Cyclic, Recent
 from penstock.scheduler.kv.shape import KvShape, LayerGroup, cut_groups
 from penstock.scheduler.kv.table import BlockTable
 from penstock.scheduler.kv.tiers import Tier, Tiers
+from penstock.scheduler.kv.writes import Write
 
 SIZE = 4
 PAGE = 4096
@@ -53,6 +54,7 @@ class Machine(RuleBasedStateMachine):
         self.sealed: dict[int, list[Token]] = {}
         self.count = 0
         self.dirty: set[int] = set()
+        self.copying: list[tuple[Write, list[Token]]] = []
 
     @rule(group=st.integers(0, 1), tokens=st.integers(1, 11))
     def append(self, group: int, tokens: int) -> None:
@@ -69,6 +71,7 @@ class Machine(RuleBasedStateMachine):
         free = self.tiers.free(0)
         writes = self.table.append(group, tokens)
         self.memory.write(writes, values)
+        self.copying += [(write, self.memory.source(write)) for write in writes if write.copied_from is not None]
         assert self.tiers.free(0) == free - missing
         for row, padding in enumerate(self.paddings):
             self.rows[row][group] += values[row][max(0, min(tokens, padding - self.lengths[group])) :]
@@ -85,6 +88,7 @@ class Machine(RuleBasedStateMachine):
                 self.sealed[block] = list(self.memory.slots[0, slot])
                 assert len(self.sealed[block]) == SIZE
         self.dirty.clear()
+        self.copying.clear()
 
     @precondition(lambda self: not self.dirty)
     @rule(positions=st.integers(0, 40))
@@ -117,6 +121,7 @@ class Machine(RuleBasedStateMachine):
         self.rows = [[[], []] for _ in self.rows]
         self.lengths = [0, 0]
         self.dirty.clear()
+        self.copying.clear()
 
     @rule(data=st.data(), slots=st.integers(1, 6))
     def room(self, data: st.DataObject, slots: int) -> None:
@@ -177,6 +182,15 @@ class Machine(RuleBasedStateMachine):
         for row, groups in enumerate(getattr(self, "rows", [])):
             for group in (0, 1):
                 assert self.memory.read(row, group) == groups[group]
+
+    @invariant()
+    def what_is_being_copied_stays_where_it_is(self) -> None:
+        """Layer by layer, until all of the group are copied."""
+        for write, before in getattr(self, "copying", []):
+            assert write.copied_from is not None
+            assert write.source_tier is not None
+            assert self.tiers.slot(write.copied_from, write.source_tier) == write.source_slot
+            assert self.memory.source(write) == before
 
     @invariant()
     def counts_are_exact(self) -> None:
@@ -250,6 +264,40 @@ def test_a_crop_into_a_sealed_block_goes_on_in_a_copy() -> None:
     assert table.has(1)  # until it is copied
     table.settle(0)
     assert not table.has(1)
+
+
+def test_what_is_being_copied_keeps_its_slot_until_it_is_settled() -> None:
+    """It is sealed, and clean: else it would be the first to go."""
+    table = BlockTable(shape(groups=1), tiers(3, 3), [0])
+    order = Cyclic(table)
+    table.append(0, 2 * SIZE)
+    table.settle(0)
+    table.tiers.finish(table.tiers.copy(1, 1))
+    table.crop(SIZE + 1)
+    (write,) = table.append(0, 1)
+    assert (write.copied_from, write.source_tier, write.source_slot) == (1, 0, table.tiers.slot(1, 0))
+    (move,) = table.tiers.make_room(0, 1, order.farness)
+    assert move.block == 0
+    assert table.tiers.slot(1, 0) == write.source_slot
+    table.settle(0)
+    assert table.tiers.slot(0, 0) is not None
+    assert not table.has(1)
+    assert 1 not in table.tiers.blocks()
+
+
+def test_what_is_being_copied_from_a_slower_tier_stays_there() -> None:
+    table = BlockTable(shape(groups=1), tiers(2, 3), [0])
+    order = Cyclic(table)
+    table.append(0, SIZE)
+    table.settle(0)
+    for move in table.tiers.make_room(0, 2, order.farness):
+        table.tiers.finish(move)
+    table.crop(1)
+    (write,) = table.append(0, 1)
+    assert (write.source_tier, write.source_slot) == (1, table.tiers.slot(0, 1))
+    assert table.tiers.statistics()[1].pinned_nbytes == PAGE
+    table.clear()
+    assert table.tiers.blocks() == ()
 
 
 def test_padding_takes_no_bytes_and_blocks_begin_with_the_sequence() -> None:
