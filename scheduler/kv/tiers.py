@@ -177,13 +177,13 @@ class Tiers:
 
         Those that are farthest go. What a slower tier has is dropped at once; what none has is written to the first
         slower tier with a free slot, or with one that a clean copy can give up. Copies that are on their way out
-        already count as gone.
+        already count as gone, unless somebody reads them: those stay.
 
         Raises:
             DoesNotFitError: too many are pinned or still grow, or slower tiers are full. Nothing is changed then but
                 that clean copies may be gone.
         """
-        leaving = sum(move.leaves and move.source == tier for move in self._moves)
+        leaving = sum(move.source == tier and self._gives(move) for move in self._moves)
         wanted = slots - self._slots[tier].free - leaving
         if wanted <= 0:
             return ()
@@ -254,6 +254,10 @@ class Tiers:
         )
         self._moves.add(move)
         return move
+
+    def _gives(self, move: Move) -> bool:
+        """Whether a slot of its source will be free once it is finished: nothing but the move itself reads it."""
+        return move.leaves and self._copies[move.block].pins[move.source] == 1
 
     def _may_leave(self, block: int, tier: int) -> bool:
         """A copy that is being made of it in a slower tier is waited for, rather than made twice."""

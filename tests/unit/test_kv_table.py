@@ -133,7 +133,10 @@ class Machine(RuleBasedStateMachine):
             assert self.tiers.free(tier) == free < slots
             return
         self.under_way += moves
-        leaving = sum(move.leaves and move.source == tier for move in self.under_way)
+        read = Counter((move.block, move.source) for move in self.under_way)
+        read.update((block, where) for block, where, _ in self.pinned)
+        read.update((write.copied_from, write.source_tier) for write, _ in self.copying)
+        leaving = sum(move.leaves and move.source == tier and read[move.block, tier] == 1 for move in self.under_way)
         assert self.tiers.free(tier) + leaving >= slots
 
     @rule(data=st.data())
@@ -406,6 +409,24 @@ def test_a_copy_that_is_pinned_on_its_way_out_stays() -> None:
     table.tiers.unpin(0, 0)
     assert table.tiers.make_room(0, 2, Cyclic(table).farness) == ()  # it is clean now
     assert table.tiers.slot(0, 0) is None
+
+
+def test_a_copy_that_was_pinned_on_its_way_out_is_no_room() -> None:
+    table = BlockTable(shape(groups=1), tiers(2, 3), [0])
+    order = Cyclic(table)
+    table.append(0, 2 * SIZE)
+    table.settle(0)
+    (leaving,) = table.tiers.make_room(0, 1, order.farness)
+    assert leaving.block == 1
+    assert table.tiers.make_room(0, 1, order.farness) == ()
+    table.tiers.pin(1, 0)
+    (other,) = table.tiers.make_room(0, 1, order.farness)
+    assert other.block == 0
+    with pytest.raises(DoesNotFitError):
+        table.tiers.make_room(0, 2, order.farness)
+    table.tiers.finish(leaving)
+    table.tiers.finish(other)
+    assert table.tiers.free(0) == 1
 
 
 def test_a_copy_in_a_faster_tier_does_not_make_one_clean() -> None:
