@@ -188,6 +188,22 @@ def test_alisa_forgets() -> None:
     assert 50 in made.select(some_query(), ArrayKeys(HEADS, keys)).ids[0]
 
 
+def test_alisa_takes_nothing_from_tokens_that_are_new_at_old_places() -> None:
+    """After a crop, steps that leave the window had attended to other tokens there."""
+    keys = some_keys()
+    made = policy("alisa", HEADS, SETTING, layer=5)
+    made.appended(keys)
+    for seed in range(31):
+        attend(made, keys, TOKENS, seed=seed, prompt=False)
+    made.cropped(60, ArrayKeys(HEADS, keys))
+    made.appended(keys[:, 60:])
+    steps = [attend(made, keys, TOKENS, seed=seed, prompt=False) for seed in range(100, 132)]
+    selection = made.select(some_query(), ArrayKeys(HEADS, keys))
+    for head in range(2):
+        sums = {token: float(sum(step[head][token] for step in steps)) for token in range(4, TOKENS - 28)}
+        assert selection.ids[head].tolist() == [*range(4), *top(sums, 32), *range(TOKENS - 28, TOKENS)]
+
+
 def test_sentences_are_taken_whole() -> None:
     keys, setting = some_keys(), replace(SETTING, block_tokens=16)
     ends = [9, 15, 40, 61, 70, 75, 90, 100, 130, 144, 160, 171, 180, 188, 199]

@@ -42,6 +42,7 @@ class Alisa(Base):
 
     def attended(self, seen: Seen) -> None:
         """See `Policy`."""
+        seen = _below(seen, self._sums.length)  # some may have been cropped since
         self._steps.append(seen)
         self._queries += seen.queries
         self._add(seen, 1)
@@ -53,6 +54,7 @@ class Alisa(Base):
     def cropped(self, tokens: int, keys: Keys) -> None:
         """See `Policy`."""
         self._sums.crop(tokens)
+        self._steps = deque(_below(seen, tokens) for seen in self._steps)
 
     def select(self, query: Query, keys: Keys) -> Selection:
         """See `Policy`."""
@@ -64,5 +66,14 @@ class Alisa(Base):
 
     def _add(self, seen: Seen, sign: int) -> None:
         for head, (tokens, mass) in enumerate(zip(seen.tokens, seen.mass, strict=True)):
-            there = tokens < self._sums.length  # some may have been cropped since
-            self._sums.values[head, tokens[there]] += sign * mass[there]
+            self._sums.values[head, tokens] += sign * mass
+
+
+def _below(seen: Seen, count: int) -> Seen:
+    """Without tokens from `count` on, whose numbers others have later."""
+    kept = [tokens < count for tokens in seen.tokens]
+    return replace(
+        seen,
+        tokens=tuple(tokens[there] for tokens, there in zip(seen.tokens, kept, strict=True)),
+        mass=tuple(mass[there] for mass, there in zip(seen.mass, kept, strict=True)),
+    )
