@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 def write_segment(
     files: StoreFiles, folder: str, record: SegmentRecord, blocks: Sequence[memoryview], *, tick: int
 ) -> str:
-    """Write a segment and publish it; its name is durable once the folder is synced. On failure nothing is left.
+    """Write a segment and publish it; its name is durable once the folder is synced. On failure, or when it is
+    interrupted, nothing is left.
 
     A failed fsync is not tried again: the system may have dropped the bytes and forgotten.
 
@@ -45,14 +46,20 @@ def write_segment(
     try:
         try:
             _fill(files, fd, new, record, blocks)
-        finally:
+        except BaseException:
+            with suppress(OSError):  # what failed before is told
+                files.close(fd)
+            raise
+        try:
             files.close(fd)
+        except OSError as error:  # a quota may be told as late as that
+            raise disk_error("close", new, 0, record.nbytes, error) from error
         try:
             files.set_time(new, tick)
             files.rename(new, path)
         except OSError as error:
             raise disk_error("rename", new, 0, record.nbytes, error) from error
-    except DiskError:
+    except BaseException:
         try:
             remove(files, new)
         except DiskError as error:

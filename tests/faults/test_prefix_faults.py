@@ -245,6 +245,64 @@ def test_a_write_that_fails_at_any_step_is_told_and_leaves_nothing(tmp_path: Pat
     assert verify(folder).good
 
 
+class FailingClose(SystemFiles):
+    """Closes, and then fails, as a filesystem with quotas may. Some operations are interrupted."""
+
+    def __init__(self) -> None:
+        self.paths: dict[int, str] = {}
+        self.close_fails = False
+        self.interrupted = ""
+
+    def open(self, path: str, flags: int, mode: int = 0o600) -> int:
+        fd = super().open(path, flags, mode)
+        self.paths[fd] = path
+        return fd
+
+    def close(self, fd: int) -> None:
+        super().close(fd)
+        if self.close_fails and self.paths[fd].endswith(".kv.new"):
+            raise OSError(errno.EDQUOT, "injected")
+
+    def fsync(self, fd: int) -> None:
+        if self.interrupted == "fsync":
+            raise KeyboardInterrupt
+
+    def rename(self, source: str, target: str) -> None:
+        if self.interrupted == "rename":
+            raise KeyboardInterrupt
+        super().rename(source, target)
+
+
+def test_a_close_that_fails_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    files = FailingClose()
+    with PrefixStore(folder, LARGE, files=files) as store:
+        before = sorted(folder.iterdir())
+        files.close_fails = True
+        report = put(store, prompt(1))
+        assert report.stored_blocks == 0
+        assert "cannot close" in report.reason
+        assert "quota" in report.reason
+        assert sorted(folder.iterdir()) == before
+        files.close_fails = False
+        assert put(store, prompt(1)).stored_blocks == 1
+
+
+@pytest.mark.parametrize("operation", ["fsync", "rename"])
+def test_a_write_that_is_interrupted_leaves_nothing(tmp_path: Path, operation: str) -> None:
+    folder = tmp_path / "store"
+    files = FailingClose()
+    with PrefixStore(folder, LARGE, files=files) as store:
+        before = sorted(folder.iterdir())
+        files.interrupted = operation
+        with pytest.raises(KeyboardInterrupt):
+            put(store, prompt(1))
+        assert sorted(folder.iterdir()) == before
+        files.interrupted = ""
+        assert put(store, prompt(1)).stored_blocks == 1
+        assert get(store, prompt(1)) == 1
+
+
 def test_a_full_disk_at_the_beginning_is_an_error_of_opening(tmp_path: Path) -> None:
     files = FailingFiles()
     files.fail["pwrite penstock-prefixes.new"] = errno.ENOSPC
