@@ -54,7 +54,7 @@ def chain(identity: KvIdentity, tokens: Sequence[int], *, blocks: int | None = N
         blocks: How many, at most.
 
     Raises:
-        UsageError: a token is no whole number of 64 bits.
+        UsageError: a token is no whole number of 64 bits, or a block has none.
     """
     size = identity.block_tokens
     key = identity.root()

@@ -37,6 +37,8 @@ class Index:
     def __init__(self) -> None:
         self.segments: dict[str, Segment] = {}
         self.places: dict[bytes, Place] = {}
+        self._others: dict[bytes, list[Place]] = {}
+        """Of blocks that several segments have: where else they are."""
         self.nbytes = 0
         """Of all segments' files."""
         self.tick = 0
@@ -50,7 +52,9 @@ class Index:
         self.tick = max(self.tick, tick)
         for block in record.blocks:
             span = FileSpan(path=path, offset=block.offset, nbytes=block.nbytes)
-            self.places.setdefault(block.key, Place(segment=record.name, span=span, checksum=block.checksum))
+            place = Place(segment=record.name, span=span, checksum=block.checksum)
+            if self.places.setdefault(block.key, place) is not place:
+                self._others.setdefault(block.key, []).append(place)
 
     def remove(self, name: str) -> None:
         """A segment is gone."""
@@ -59,11 +63,18 @@ class Index:
         self._latest = ()
 
     def hide(self, name: str) -> None:
-        """A segment's blocks are not to be found any more, though it is still there."""
-        record = self.segments[name].record
-        for block in record.blocks:
-            if self.places.get(block.key, _NOWHERE).segment == name:
+        """A segment's blocks are not to be found in it any more, though it is still there."""
+        for block in self.segments[name].record.blocks:
+            first = self.places.get(block.key)
+            if first is None:
+                continue
+            left = [place for place in (first, *self._others.pop(block.key, ())) if place.segment != name]
+            if left:
+                self.places[block.key] = left[0]
+            else:
                 del self.places[block.key]
+            if left[1:]:
+                self._others[block.key] = left[1:]
 
     def find(self, keys: Iterable[bytes]) -> tuple[Place, ...]:
         """Places of the first blocks of a sequence, up to the first one that is not there."""
@@ -111,6 +122,3 @@ class Index:
             else:
                 lost.append(segment.record.name)
         return lost
-
-
-_NOWHERE = Place(segment="", span=FileSpan(path="", offset=0, nbytes=0), checksum=0)

@@ -146,15 +146,14 @@ class PrefixStore:
         whole prompt again where a cache holds all of it.
 
         Raises:
-            UsageError: the tokens are no whole numbers.
+            UsageError: the tokens are no whole numbers, or a block of this identity has none.
         """
         self._require()
         with self._lock:
             if self.readonly:
                 with suppress(DiskError):  # what is gone with its folder is found out when it is read
                     self._library.refresh()
-            most = max(0, len(tokens) - 1) // identity.block_tokens
-            places = self._library.index.find(chain(identity, tokens, blocks=most))
+            places = self._library.index.find(chain(identity, tokens[:-1]))
             self._lookups += 1
             self._hits += bool(places)
             if places:

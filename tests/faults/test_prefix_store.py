@@ -7,6 +7,7 @@ import os
 import random
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ from prefix_blocks import (
 import penstock
 from penstock.memory.errors import ClosedError, ForkError, StoreBusyError, StoreError, UsageError
 from penstock.memory.prefix import KvIdentity, PrefixStore, chain, prune, stats, verify
-from penstock.memory.prefix.segment import MOST_BLOCKS
+from penstock.memory.prefix.index import Index
+from penstock.memory.prefix.segment import MOST_BLOCKS, SegmentRecord, place_blocks
 
 LARGE = 2**30
 
@@ -140,6 +142,46 @@ def test_what_follows_nothing_is_not_stored(tmp_path: Path) -> None:
             store.put(IDENTITY, prompt(1), [b"x", b"y"])
         with pytest.raises(UsageError, match="may be empty"):
             store.put(IDENTITY, prompt(1), [b""])
+
+
+def test_a_block_without_tokens_is_refused(tmp_path: Path) -> None:
+    with PrefixStore(tmp_path / "store", LARGE) as store:
+        for size in (0, -4):
+            identity = dataclasses.replace(IDENTITY, block_tokens=size)
+            for tokens in ([], prompt(2)):
+                with pytest.raises(UsageError, match="at least one token"):
+                    store.lookup(identity, tokens)
+                with pytest.raises(UsageError, match="at least one token"):
+                    store.put(identity, tokens, [b"x"])
+
+
+@pytest.mark.parametrize("lose", [Index.hide, Index.remove])
+def test_a_block_that_two_segments_have_is_found_in_the_other_one(lose: Callable[[Index, str], None]) -> None:
+    keys = list(chain(IDENTITY, prompt(6)))
+    index = Index()
+
+    def add(name: str, numbers: range) -> None:
+        blocks = place_blocks([keys[number] for number in numbers], [8] * len(numbers), [0] * len(numbers))
+        parent = keys[numbers[0] - 1] if numbers[0] else IDENTITY.root()
+        record = SegmentRecord(
+            name=name, root=IDENTITY.root(), parent=parent, first=numbers[0], block_tokens=TOKENS, blocks=blocks
+        )
+        index.add(record, name, 1)
+
+    def found() -> str:
+        return "".join(place.segment for place in index.find(keys))
+
+    for name, numbers in (("a", range(4)), ("b", range(2, 6)), ("c", range(3)), ("d", range(1, 3))):
+        add(name, numbers)
+    assert found() == "aaaabb"
+    lose(index, "d")
+    lose(index, "a")
+    assert found() == "ccbbbb"
+    lose(index, "b")
+    assert found() == "ccc"
+    lose(index, "c")
+    assert found() == ""
+    assert index.places == {}
 
 
 def test_long_prompts_become_several_segments(tmp_path: Path) -> None:
