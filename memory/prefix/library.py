@@ -104,11 +104,11 @@ class Library:
             return False
         if self.used_nbytes + nbytes > capacity_nbytes:
             self._hear(tuple(self.index.segments))
-        for name in [name for name, held in self._bad.items() if held]:
+        for bad in [bad for bad, held in self._bad.items() if held]:
             if self.used_nbytes + nbytes <= capacity_nbytes:
                 break
-            if self._removed(name):
-                del self._bad[name]
+            if self._removed(bad):
+                del self._bad[bad]
                 self.evicted += 1
         while self.used_nbytes + nbytes > capacity_nbytes:
             name = self.index.victim(keep)
