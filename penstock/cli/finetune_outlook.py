@@ -14,6 +14,7 @@ import msgspec
 from rich.text import Text
 
 from ..budget import parse_budget
+from ..memory.capacity import disk_capacity
 from ..memory.errors import DoesNotFitError
 from ..runtime.explain import Explanation
 from ..runtime.foresight import SYSTEM_NBYTES, Foresight, Room
@@ -28,7 +29,7 @@ from .finetune_progress import duration
 from .finetune_request import FinetuneRequest
 from .forecast import seconds_text
 from .generation import plan_summary
-from .machines import find_machine
+from .machines import find_machine, kept_machine
 from .output import Output
 from .plan_training import adapters_of
 from .training_view import document, wear_text
@@ -45,10 +46,13 @@ def dry_run(request: FinetuneRequest, output: Output) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="penstock-dry-run-") as folder:
         job = make_ready(request, Path(folder), None, output)
-        hardware = find_machine(None, device=request.device, disk=request.out, output=output)
+        hardware = kept_machine(request.device, disk=request.out) or find_machine(
+            None, device=request.device, disk=request.out, output=output
+        )
         budget = parse_budget(request.max_memory)
         with output.busy("foreseeing a step"):
             found = foresee(request, job, free_now(hardware), room=Room(host=budget.host, device=budget.device))
+        _check_space(request.out, found)
         plan = foreseen_plan(request, job, found)
         output.notes.print(Explanation(found.plan))
         aside = 0 if job.data.evaluation is None else job.data.evaluation.statistics.documents
@@ -61,6 +65,20 @@ def dry_run(request: FinetuneRequest, output: Output) -> int:
             "plan": plan_summary(found.plan),
         })  # fmt: skip
     return OK
+
+
+def _check_space(out: Path, found: TrainingForecast) -> None:
+    needed, there = found.disk_nbytes + found.scratch_nbytes, disk_capacity(out)
+    taken = sum(path.lstat().st_blocks * 512 for path in out.rglob("*"))  # by a run that is to go on
+    room = there.free_nbytes + taken
+    if needed > room:
+        raise DoesNotFitError(
+            f"the run needs {needed / 2**30:.2f} GiB of disk, and {there.folder} has room for {room / 2**30:.2f} GiB: "
+            "free space there, or name another folder with --out",
+            tier="disk",
+            needed_nbytes=needed,
+            available_nbytes=room,
+        )
 
 
 def foresee(request: FinetuneRequest, job: Job, hardware: Hardware, *, room: Room) -> TrainingForecast:

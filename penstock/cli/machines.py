@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from ..caches import calibration_cache
 from ..devices import open_device
 from ..hardware import load, names
@@ -42,7 +44,7 @@ def find_machine(spec: str | None, *, device: str, disk: Path | None, output: Ou
 
 
 def kept_machine(device: str, *, disk: Path) -> Hardware | None:
-    """This machine, if it has been measured with the drive of `disk`, and that still holds.
+    """This machine with no drive but that of `disk`, if it has been measured with it, and that still holds.
 
     Raises:
         UsageError: it has not got such a device.
@@ -50,9 +52,19 @@ def kept_machine(device: str, *, disk: Path) -> Hardware | None:
     opened = open_device(device)
     try:
         kept = calibration_cache().read(opened).trusted
-        return kept.hardware if kept is not None and _has_drive(kept, disk) else None
+        return None if kept is None or not _has_drive(kept, disk) else with_drive_of(kept, disk)
     finally:
         opened.close()
+
+
+def with_drive_of(kept: Calibration, folder: Path) -> Hardware:
+    """What was measured, with no drive but that of a folder: a run lies on one. With all where it is not known."""
+    drive = identify_drive(disk_capacity(folder).folder)
+    if drive is None:
+        return kept.hardware
+    pairs = zip(kept.fingerprint.drives, kept.hardware.drives, strict=True)
+    drives = tuple(measured for identity, measured in pairs if identity.device == drive.device)
+    return msgspec.structs.replace(kept.hardware, drives=drives, drives_together=1.0)
 
 
 def _has_drive(kept: Calibration, folder: Path | None) -> bool:

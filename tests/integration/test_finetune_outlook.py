@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from itertools import pairwise
@@ -16,6 +17,7 @@ from zoo.finetune import write_checkpoint, write_rows
 
 import penstock
 from penstock.cli import main
+from penstock.memory.capacity import disk_capacity
 from penstock.memory.errors import DoesNotFitError
 from penstock.memory.store import stats
 from penstock.runtime.foresight import Foresight, Room
@@ -47,7 +49,7 @@ def hardware(read: float = 0.2e9) -> Hardware:
 @pytest.fixture(autouse=True)
 def user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PENSTOCK_DEBUG")
-    for place in ("finetuning.kept_machine", "finetune_outlook.find_machine"):
+    for place in ("finetuning.kept_machine", "finetune_outlook.kept_machine", "finetune_outlook.find_machine"):
         monkeypatch.setattr(f"penstock.cli.{place}", lambda *_, **__: hardware())
 
 
@@ -300,3 +302,15 @@ def test_no_fault_of_foreseeing_ends_a_run(
 
     monkeypatch.setattr("penstock.cli.finetuning.foresee", fail)
     assert main(command(checkpoint, rows, tmp_path / "run", "--steps", "1")) == 0
+
+
+def test_a_drive_that_is_too_full_is_told_before_the_run(
+    checkpoint: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    full = disk_capacity(tmp_path)
+    monkeypatch.setattr(
+        "penstock.cli.finetune_outlook.disk_capacity", lambda _: dataclasses.replace(full, free_nbytes=MIB)
+    )
+    asked = command(checkpoint, rows, tmp_path / "run", "--steps", "1", "--max-memory", "host=1GiB", "--dry-run")
+    assert main(asked) == 3
+    assert "room for 0.00 GiB: free space there" in " ".join(capfd.readouterr().err.split())
