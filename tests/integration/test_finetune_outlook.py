@@ -212,11 +212,11 @@ def test_bytes_of_steps_are_those_foreseen(
     assert traffic.weights_read
     assert (traffic.gradients_written > 0) == (elements == 4096 and (updates == "step" or accumulate > 1))
     assert {written for _, written in steps} == {found.wear.step_nbytes} == {round(traffic.written)}
-    usual, _ = Counter(read for read, _ in steps).most_common(1)[0]  # a read that is late may spare another one
-    if updates == "step":
-        assert usual == round(traffic.read)
+    usual, _ = Counter(read for read, _ in steps).most_common(1)[0]
+    largest = max(block.read_nbytes for block in found.load.blocks.values() if block.home == "disk")
+    if updates == "step":  # a read that is late may spare another one, on a busy machine in most steps
+        assert 0 <= round(traffic.read) - usual <= largest
     else:  # which blocks are being updated when a slot becomes free, and cannot be read ahead, is a matter of time
-        largest = max(block.read_nbytes for block in found.load.blocks.values() if block.home == "disk")
         assert usual == pytest.approx(traffic.read, abs=(found.load.behind + 1) * largest)
 
 
