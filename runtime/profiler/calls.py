@@ -2,12 +2,12 @@
 
 A module that is called while none is running is a root: its `named_modules()` give the paths of all modules in it. Only
 modules that are recorded carry hooks, because a hook costs many microseconds wherever the caches are cold; the elements
-of long stacks carry them only in some of their root's calls (`Turns`). Roots are found by a global hook. Where only
-layers are recorded it is there only while modules exist that nobody knows yet: they make themselves known when they get
-parameters.
+of long stacks carry them only in some of their root's calls (`Turns`), or, while gradients are on, in some steps: a
+backward pass, and the activations it waits for, are told by the modules of its forward. Where every module is recorded,
+all those within such elements take turns with them.
 
-Where every module is recorded, those of long stacks take turns as well: call by call while gradients are off, else step
-by step, since a backward pass, and the activations it waits for, are told by the modules of its forward.
+Roots are found by a global hook. Where only layers are recorded it is there only while modules exist that nobody knows
+yet: they make themselves known when they get parameters.
 """
 
 from __future__ import annotations
@@ -100,14 +100,15 @@ class ModuleWatch:
     Args:
         every: Whether all modules are recorded, or only layers and what contains them: elements of a ModuleList,
             Sequential or ModuleDict, their parents, and roots.
-        steps: Where every module is recorded, whether this is done in the step under way.
+        steps: Whether the modules of long stacks are recorded in the step under way, while gradients are on. None: all
+            of its calls take turns.
     """
 
     def __init__(self, recorder: Recorder, clock: Clock, *, every: bool, steps: StepTurns | None = None) -> None:
         self._recorder = recorder
         self._clock = clock
         self._every = every
-        self._steps = steps if every else None
+        self._steps = steps
         self._rows: dict[int, int] = {}
         """By id of a module: its row, or -1 where it is not recorded."""
         self._alive: dict[int, weakref.ref[nn.Module]] = {}

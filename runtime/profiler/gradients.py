@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +34,8 @@ class Whole:
     nbytes: int
     tier: Tier
     storage: weakref.ref[Any]
+    away: bool = False
+    """Whether it was told to be gone when only that was looked at: whatever comes in its place will be as large."""
 
 
 class WholeGradients:
@@ -60,8 +63,24 @@ class WholeGradients:
         if not nbytes or gradient.device.type == "meta" or storage.nbytes() != nbytes:
             return False
         whole = owner.gradient
+        if whole is not None and whole.away:
+            self._come_back(whole)
         if whole is None or whole.storage() is not storage or self._counted.get(whole.key) is not whole:
             self._take(owner, storage, tier_of(gradient))
+        return True
+
+    def pass_by(self, owner: Owner, there: bool, changes: Counter[tuple[Tier, int]]) -> bool:
+        """Look at nothing but whether a parameter has a gradient: a few operations, where `hold` is many.
+
+        What comes and goes meanwhile counts as many bytes as were there when it was looked at, and `changes` is told of
+        them, by tier and row. Returns False where there is one for the first time: it has to be looked at.
+        """
+        whole = owner.gradient
+        if whole is None:
+            return not there
+        if whole.away is there and whole.owner is owner:
+            whole.away = not there
+            changes[whole.tier, owner.row] += whole.nbytes if there else -whole.nbytes
         return True
 
     def drop(self, owner: Owner) -> None:
@@ -74,6 +93,8 @@ class WholeGradients:
         key, nbytes = storage.data_ptr(), storage.nbytes()
         mine, there = owner.gradient, self._counted.get(key)
         if there is not None and there.storage() is storage:
+            if there.away:
+                self._come_back(there)
             self.drop(owner)
             owner.gradient = there  # two parameters have the same one
             return
@@ -95,7 +116,13 @@ class WholeGradients:
         if whole is not None and whole.storage is storage:
             self._give_back(whole)
 
+    def _come_back(self, whole: Whole) -> None:
+        whole.away = False
+        self._recorder.memory(whole.nbytes, whole.tier, Category.GRADIENT, module=whole.owner.row, key=whole.key)
+
     def _give_back(self, whole: Whole) -> None:
-        if self._counted.get(whole.key) is whole:
-            del self._counted[whole.key]
+        if self._counted.get(whole.key) is not whole:
+            return
+        del self._counted[whole.key]
+        if not whole.away:
             self._recorder.memory(-whole.nbytes, whole.tier, Category.GRADIENT, module=whole.owner.row)

@@ -47,7 +47,7 @@ from .streamed import StreamedModel
 from .summary import Summary
 from .temporaries import TemporaryWatch
 from .tensors import TensorWatch
-from .turns import StepTurns
+from .turns import LIGHT_EVENT_NS, LIGHT_STEP_SHARE, StepTurns
 from .writer import ProfileWriter
 
 logger = logging.getLogger(__name__)
@@ -121,11 +121,11 @@ class Profiler:
             self._used, self._device_told = UsedDevice(), False
             self._clock = clock = LateClock(time.monotonic_ns, self._device_clock, recorder.failed)
             self._hook_ns = _hook_ns()
-            turns = StepTurns()
-            if self.level == "full":
-                recorder.on_step.append(lambda: turns.begins(recorder.clock(), recorder.hooks))
-            self._watch = watch = ModuleWatch(recorder, clock, every=self.level == "full", steps=turns)
-            self._tensors = tensors = TensorWatch(recorder, watch, at_once=self.level == "full")
+            full = self.level == "full"
+            self._turns = turns = StepTurns() if full else StepTurns(event_ns=LIGHT_EVENT_NS, share=LIGHT_STEP_SHARE)
+            recorder.on_step.append(lambda: turns.begins(recorder.clock(), recorder.hooks))
+            self._watch = watch = ModuleWatch(recorder, clock, every=full, steps=turns)
+            self._tensors = tensors = TensorWatch(recorder, watch, at_once=full, turns=None if full else turns)
             entered.callback(tensors.close)
             interval_s = INTERVAL_S[self.level]
             kernels = KernelWatch(recorder, self._used)
@@ -143,7 +143,7 @@ class Profiler:
             watch.listen(backward)
             watch.listen_to_graphs(backward.module_returned)
             entered.callback(backward.close)
-            if self.level == "full":
+            if full:
                 activations = entered.enter_context(ActivationWatch(recorder, watch, tensors, turns))
                 flights = Flights(recorder, lambda key: tensors.holds(key) or activations.holds(key), turns)
                 entered.enter_context(flights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from .guard import harmless
 from .recorder import Recorder
 from .schema import NONE, Category, Storage, Tier
 from .storages import address, parts_of, storage_key, tensors_in, tier_of
+from .turns import StepTurns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,9 +70,14 @@ class TensorWatch:
     Args:
         at_once: Whether a gradient is counted as soon as backward has accumulated it, by a hook on every parameter;
             else it is when a root begins, or an optimizer.
+        turns: Which steps are looked at whole. In the others only whether gradients are there is looked at, and what
+            optimizers keep is not. None: all of them are.
     """
 
-    def __init__(self, recorder: Recorder, watch: ModuleWatch, *, at_once: bool) -> None:
+    def __init__(
+        self, recorder: Recorder, watch: ModuleWatch, *, at_once: bool, turns: StepTurns | None = None
+    ) -> None:
+        self._turns = turns
         self._at_once = at_once
         self._recorder = recorder
         self._watch = watch
@@ -270,6 +276,9 @@ class TensorWatch:
         Only for parameters that the calling thread computes with: backward exchanges gradients without Python's lock,
         and who reads one of another thread's may read what is gone.
         """
+        if self._turns is not None and not self._turns.looking:
+            self._pass_gradients_by(parameters)
+            return
         self.look_again()
         for parameter in parameters:
             number = id(parameter)
@@ -279,6 +288,18 @@ class TensorWatch:
             if known.key and known.address != address(parameter):
                 self._look_at_weight(number, known, parameter)
             self._look_at_gradient(known, parameter)
+
+    def _pass_gradients_by(self, parameters: Iterable[torch.Tensor]) -> None:
+        changes: Counter[tuple[Tier, int]] = Counter()
+        for parameter in parameters:
+            number = id(parameter)
+            known = self._parameters.get(number)
+            if known is None or number in self._elsewhere:
+                continue
+            if known.parts or not self._whole.pass_by(known, parameter.grad is not None, changes):
+                self._look_at_gradient(known, parameter)
+        for (tier, row), nbytes in changes.items():
+            self._recorder.memory(nbytes, tier, Category.GRADIENT, module=row)
 
     def _look_at_gradient(self, known: _Parameter, parameter: torch.Tensor) -> None:
         gradient = parameter.grad
@@ -343,6 +364,8 @@ class TensorWatch:
     def look_at_states(self, optimizer: torch.optim.Optimizer) -> None:
         """Account for what an optimizer keeps."""
         number = id(optimizer)
+        if self._turns is not None and not self._turns.looking and number in self._seen_states:
+            return
         addresses = [address(v) for s in optimizer.state.values() for v in tensors_in(s)]
         if self._seen_states.get(number) == addresses:
             return

@@ -29,6 +29,9 @@ EVENT_NS: Final = 100_000
 operations between them take longer as well: 75 ms of 610 for some 670 things, in the training of docs/benchmarks.md."""
 STEP_SHARE: Final = 0.02
 """Of the time of the steps, at most; but for the first ones, and one in `RAREST`."""
+LIGHT_EVENT_NS: Final = 250_000
+"""The same where only layers are recorded: each is a call, a backward, and the gradients of its weights."""
+LIGHT_STEP_SHARE: Final = 0.002
 FIRST_STEPS: Final = 3
 """Steps that are looked at whole, whatever that costs: the first ones make gradients, states and caches."""
 
