@@ -24,7 +24,7 @@ GAIN: Final = 1.2
 """How much faster fp32 must be, so that one run does not decide otherwise than the next."""
 NBYTES: Final = 64 * 2**20
 """Of weights that are multiplied with to measure: more than caches hold."""
-SECONDS: Final = 0.3
+SECONDS: Final = 1.0
 """For each of the two ways."""
 LANE_NBYTES: Final = 3 * PIECE_NBYTES
 """That each lane which multiplies in fp32 keeps."""
@@ -43,7 +43,7 @@ class Products:
 
 
 def measure_products(dtype: torch.dtype) -> Products:
-    """Measure the CPU, in a second and MEASURING_NBYTES."""
+    """Measure the CPU, in some seconds and MEASURING_NBYTES: the run that is decided by it takes minutes."""
     device = torch.device("cpu")
     timer = host_timer(device)
     plain = linear_curve(device, dtype, nbytes=NBYTES, seconds=SECONDS, timer=timer, rows=ROWS)

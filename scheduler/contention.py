@@ -12,13 +12,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from .hardware import Sharing
 
-Kind = Literal["compute", "start", "launch", "read", "copy"]
+Kind = Literal["compute", "start", "launch", "serve", "read", "copy"]
 """compute: an operation at work on the CPU. start: Python between two of them. launch: Python that gives a device with
-memory of its own something to do."""
+memory of its own something to do. serve: the executor's Python."""
+PYTHON: Final[tuple[Kind, ...]] = ("start", "launch", "serve")
+"""One thread of a process runs Python at a time."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -78,8 +80,8 @@ class Contention:
     def _speeds(self) -> list[float]:
         counts = Counter(activity.kind for activity in self._active)
         kinds = frozenset(counts)
-        python = 1 / max(counts["start"] + counts["launch"], 1)
-        share: dict[Kind, float] = {"start": python, "launch": python}
+        python = 1 / max(sum(counts[kind] for kind in PYTHON), 1)
+        share: dict[Kind, float] = dict.fromkeys(PYTHON, python)
         share["compute"] = min(1.0, self._processors / max(counts["compute"], 1))
         return [
             self._speed(each.kind, kinds) * self._paces.get(each.kind, 1.0) * share.get(each.kind, 1.0)
@@ -113,14 +115,22 @@ class Contention:
         self._plan()
 
 
-def speeds_of(sharing: Sharing) -> Callable[[Kind, frozenset[Kind]], float]:
-    """How fast each kind goes on beside the others, as measured on a machine."""
+def speeds_of(sharing: Sharing, *, crowded: bool = False) -> Callable[[Kind, frozenset[Kind]], float]:
+    """How fast each kind goes on beside the others, as measured on a machine.
+
+    Args:
+        crowded: Whether what computes takes all cores. The executor then shares one of them with a thread that all
+            others wait for at the end of each operation.
+    """
 
     def speed(kind: Kind, active: Iterable[Kind]) -> float:
         result = 1.0
         if kind == "compute":
             result *= sharing.compute_while_reading if "read" in active else 1.0
             result *= sharing.compute_while_copying if "copy" in active else 1.0
+            result *= 0.5 if crowded and "serve" in active else 1.0
+        elif kind == "serve":
+            result *= 0.5 if crowded and "compute" in active else 1.0
         elif kind == "start":
             result *= sharing.start_while_reading if "read" in active else 1.0
             result *= sharing.start_while_copying if "copy" in active else 1.0

@@ -67,6 +67,12 @@ class CostModel:
         return min(2.0, max(1.0, cores / (self.threads or cores))) if cores else 1.0
 
     @property
+    def crowded(self) -> bool:
+        """Whether what computes on the CPU takes all its cores."""
+        cores = self.hardware.cpu.cores
+        return cores > 0 and (self.threads or cores) >= cores
+
+    @property
     def switch_s(self) -> float:
         """Seconds until a micro-batch goes on that another one has left the device to: those of waking a thread."""
         return self.hardware.cpu.switch_s or SWITCH * self._python_s

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -159,6 +160,11 @@ class Executor:
     def statistics(self) -> ExecutorStatistics:
         """A frozen record of the totals."""
         return self.core.statistics()
+
+    def own_s(self) -> float:
+        """Seconds of a processor that the executor's own thread has taken so far; it must be running."""
+        assert self._thread.ident is not None, "not started"
+        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
 
     def close(self) -> None:
         """Stop: waiters get `ClosedError`, what is under way is cancelled, the thread ends. May be called twice."""

@@ -153,6 +153,9 @@ class Sharing(msgspec.Struct, frozen=True, kw_only=True):
     """The same while the link is busy."""
     copy_while_starting: float = 1.0
     """Copies to the device meanwhile."""
+    serve_s: float = 0.0
+    """Seconds of one core that the executor's Python takes for each block that it brings; 0 where it was not
+    measured."""
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True):

@@ -74,6 +74,7 @@ class SimulatedMover:
     async def read(self, block: int, slot: Slot, *, urgent: bool, on_data: Callable[[int, int], None]) -> None:
         """Fill a host slot, a chunk at a time: another block may come between two chunks."""
         total, at = self._moved[block].read_nbytes, 0
+        self._keep(self._loop.create_task(self._contention.work("serve", self._cost.hardware.sharing.serve_s)))
         if not self._disk_busy:  # else it was asked for while the drive did something else
             await asyncio.sleep(max((drive.latency_s for drive in self._cost.hardware.drives), default=0.0))
         request = max(min(request_nbytes(total, chunk_nbytes=self._chunk_nbytes), total), 1)
@@ -145,7 +146,9 @@ class SimulatedMover:
 
     def _enqueue(self, seconds: float, after: asyncio.Future[None] | None = None) -> None:
         before, self._tail = self._tail, self._loop.create_future()
-        task = self._loop.create_task(self._run_copy(seconds, before, after, self._tail))
+        self._keep(self._loop.create_task(self._run_copy(seconds, before, after, self._tail)))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

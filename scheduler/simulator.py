@@ -96,7 +96,9 @@ class _Simulation:
         self._setting = setting
         self._cost = cost
         self._loop = loop = VirtualLoop()
-        contention = Contention(loop, speeds_of(cost.hardware.sharing), processors=cost.processors_at_once)
+        contention = Contention(
+            loop, speeds_of(cost.hardware.sharing, crowded=cost.crowded), processors=cost.processors_at_once
+        )
         self._records: list[Record] = []
         timeline = Timeline(capacity=1)
         timeline.listener = self._records.append  # is told of uses, too

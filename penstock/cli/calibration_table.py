@@ -75,6 +75,8 @@ def _sharing(hardware: Hardware) -> Iterator[Text]:
         yield _single(
             "Python, reads", f"{sharing.start_while_reading:.2f} and {sharing.read_while_starting:.2f} of each rate"
         )
+        if sharing.serve_s:
+            yield _single("bringing a block", f"{sharing.serve_s * 1e6:.0f} us of a core, besides reading")
     if hardware.link is not None:
         yield _single(
             "product, copies",

@@ -31,6 +31,7 @@ from .link import measure_link
 from .others import Others, others_between, read_ticks
 from .processor import ProcessorProbe
 from .products import one_row
+from .serving import serving_cost
 from .sharing import ALONE, Beside, Load, copy_load, disk_load, share
 from .timing import device_timer
 
@@ -127,7 +128,7 @@ class Run:
         if cpu is None:
             raise CalibrationError(f"nothing could be measured on the CPU: {'; '.join(self.notes)}")
         gpu, link, copying = self._device(cpu)
-        drives, together, reading = self._drives()
+        drives, together, reading, serve_s = self._drives()
         return Hardware(
             name=name,
             cpu=cpu,
@@ -145,6 +146,7 @@ class Run:
                 read_while_starting=reading.start.load,
                 start_while_copying=copying.start.compute,
                 copy_while_starting=copying.start.load,
+                serve_s=serve_s,
             ),
             sources=("measured by `penstock calibrate`",),
             emulated=self.device.separate and self.device.torch_device.type == "cpu",
@@ -197,8 +199,9 @@ class Run:
         cpu = torch.device("cpu")
         return one_row(cpu, torch.bfloat16, nbytes=self.nbytes // 2, timer=device_timer(cpu))
 
-    def _drives(self) -> tuple[tuple[Drive, ...], float, Beside]:
-        """The drives, what is left of their rates together, and what reads and products leave each other."""
+    def _drives(self) -> tuple[tuple[Drive, ...], float, Beside, float]:
+        """The drives, what is left of their rates together, what reads and products leave each other, and what it
+        takes to bring a block."""
         engines = engine_maker(self.device.disk_throttle)
         arena = HostArena(AHEAD * PIECE, tier="measuring")
         with ExitStack() as held:
@@ -231,13 +234,19 @@ class Run:
                     "all drives at once",
                     lambda: drives_together(files, arena, engines=engines, rates=rates, seconds=self.pace.together),
                 )
-            shares = None
+            shares = serve_s = None
             if files:
                 shares = self.attempt(
                     "products while reading",
                     lambda: self._beside(disk_load(files[0], arena, engines)),
                 )
-        return tuple(drives), together or 1.0, shares or ALONE
+                serve_s = self.attempt(
+                    "bringing blocks",
+                    lambda: serving_cost(
+                        files[0], arena, engines=engines, compute=self._product(), seconds=self.pace.sharing / 2
+                    ),
+                )
+        return tuple(drives), together or 1.0, shares or ALONE, serve_s or 0.0
 
     def _different_drives(self) -> list[tuple[str | None, DriveIdentity]]:
         """One folder on each drive: as it was named, and what it is on. Nothing was made there yet."""

@@ -59,6 +59,7 @@ def test_everything_there_is(emulated: EmulatedDevice, tmp_path: Path, monkeypat
     assert min(hardware.cpu.adam, hardware.cpu.launch_s, hardware.cpu.module_call_s, hardware.disk_read) > 0
     assert hardware.cpu.rouse_s > 0
     assert 0 < hardware.cpu.switch_s < 0.1
+    assert 0 < hardware.sharing.serve_s < 0.1
     assert found.device == "emulated:h2d=8000000000,d2h=8000000000"
     assert (found.quick, found.taken_unix_s) == (True, 1e9)
     assert [drive.folder for drive in found.fingerprint.drives] == [str(tmp_path)]
@@ -78,6 +79,7 @@ def test_everything_there_is(emulated: EmulatedDevice, tmp_path: Path, monkeypat
         f"file on the drive of {tmp_path}",
         f"drive of {tmp_path}",
         "products while reading",
+        "bringing blocks",
     ]
     assert os.listdir(tmp_path) == []
     assert not [note for note in found.notes if "not measured" in note]
@@ -155,7 +157,7 @@ def test_the_arena_of_requests_is_given_back(monkeypatch: pytest.MonkeyPatch, tm
     real = HostArena.close
     monkeypatch.setattr(HostArena, "close", lambda arena: (closed.append(arena.nbytes), real(arena))[1])
     run = module.Run(device=CpuDevice(), folders=[str(tmp_path)], pace=module.QUICK, nbytes=16 * MIB)
-    drives, together, _ = run._drives()
+    drives, together, *_ = run._drives()
     assert len(drives) == 1
     assert together == 1.0
     assert 64 * MIB in closed

@@ -178,6 +178,36 @@ def test_activities_go_on_at_the_speed_that_the_others_leave_them() -> None:
     assert ends == {"compute": pytest.approx(4.0), "read": pytest.approx(4.0 + 3.0)}
 
 
+@pytest.mark.parametrize(
+    ("crowded", "ends"), [(True, {"serve": 0.6, "compute": 1.3}), (False, {"serve": 0.3, "compute": 1.0})]
+)
+def test_what_computes_with_all_cores_waits_for_the_executor(crowded: bool, ends: dict[str, float]) -> None:
+    """The two share one core, and threads wait for the last of them: what the executor takes is added."""
+    loop = VirtualLoop()
+    found = {}
+
+    async def do(contention: Contention, kind: str, seconds: float) -> None:
+        await contention.work(kind, seconds)  # type: ignore[arg-type]
+        found[kind] = loop.time()
+
+    async def both() -> None:
+        contention = Contention(loop, speeds_of(Sharing(), crowded=crowded))
+        await asyncio.gather(do(contention, "compute", 1.0), do(contention, "serve", 0.3))
+
+    run_virtually(loop, both())
+    assert found == {kind: pytest.approx(at) for kind, at in ends.items()}
+
+
+@pytest.mark.parametrize(("cores", "threads", "seconds"), [(2, 0, 0.3), (2, 2, 0.3), (4, 2, 0.2), (0, 0, 0.2)])
+def test_each_block_that_comes_costs_the_executors_python(cores: int, threads: int, seconds: float) -> None:
+    """Ten blocks of which the drive brings one in 5 ms, computed in 20 ms each, 10 ms of the executor for each."""
+    paper = machine(disk=2000 * MIB, sharing=Sharing(serve_s=0.01))
+    hardware = msgspec.structs.replace(paper, cpu=msgspec.structs.replace(paper.cpu, cores=cores))
+    plain = setting(10, 10 * MIB, ring=3)
+    found = simulate(plain, [program(10, 20 * MIB)] * 4, CostModel(hardware=hardware, threads=threads))
+    assert found.turns[-1].seconds == pytest.approx(seconds, rel=0.02)
+
+
 def test_what_waits_for_itself_is_an_error_at_once() -> None:
     async def never() -> None:
         await asyncio.Event().wait()
