@@ -113,6 +113,27 @@ class BlockTable:
             for at, block in enumerate(self._rows[row].blocks[group])
         )
 
+    def last(self, row: int, group: int) -> Part | None:
+        """The last block of a row, if the row has only a part of it."""
+        padding, size = self._rows[row].padding, self.shape.block_tokens
+        at, tokens = divmod(self._own(row, self._positions[group]), size)
+        if not tokens:
+            return None
+        return Part(block=self._rows[row].blocks[group][at], position=padding + at * size, tokens=tokens)
+
+    def pad(self, row: int, padding: int) -> None:
+        """More of a row's beginning turns out to be padding: a prompt in pieces tells so as they come.
+
+        Raises:
+            UsageError: the row has tokens there already.
+        """
+        record = self._rows[row]
+        if any(record.blocks) or padding < record.padding:
+            raise UsageError(
+                f"row {row} has tokens after {record.padding} positions of padding; these cannot become {padding} now"
+            )
+        record.padding = padding
+
     def missing(self, group: int, tokens: int) -> int:
         """Slots of the fastest tier that appending so many positions to every row takes."""
         return sum(step.fresh for step in self._steps(group, tokens))

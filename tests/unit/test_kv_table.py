@@ -462,3 +462,31 @@ def test_what_is_read_stays_after_its_last_row_is_gone() -> None:
     assert (table.tiers.free(0), table.tiers.slot(0, 0)) == (1, slot)
     table.tiers.unpin(0, 0)
     assert (table.tiers.free(0), table.tiers.blocks()) == (2, ())
+
+
+def test_the_last_block_of_a_row_is_told_while_the_row_has_a_part_of_it() -> None:
+    table = BlockTable(shape(1), tiers(8), [0, 3])
+    assert [table.last(row, 0) for row in (0, 1)] == [None, None]
+    table.append(0, 6)
+    table.settle(0)
+    assert [table.last(row, 0) for row in (0, 1)] == [table.parts(0, 0)[-1], table.parts(1, 0)[-1]]
+    table.append(0, 2)
+    table.settle(0)
+    assert table.last(0, 0) is None
+    table.crop(5)
+    assert table.last(0, 0) == table.parts(0, 0)[-1]
+
+
+def test_padding_may_become_known_in_pieces_but_not_after_tokens() -> None:
+    table = BlockTable(shape(1), tiers(8), [3, 0])
+    table.append(0, 3)
+    table.settle(0)
+    table.pad(0, 5)
+    assert table.padding(0) == 5
+    with pytest.raises(UsageError, match="row 1 has tokens after 0 positions"):
+        table.pad(1, 2)
+    with pytest.raises(UsageError, match="row 0 has tokens after 5"):
+        table.pad(0, 4)
+    table.append(0, 3)
+    table.settle(0)
+    assert [part.tokens for part in table.parts(0, 0)] == [1]
