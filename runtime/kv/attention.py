@@ -1,0 +1,200 @@
+"""Exact attention over all tiers: partial results of what lies where it lies, merged by their log-sum-exp in fp32.
+
+What was there before this call is seen by all of its queries, so blocks need no mask unless a model brings one of its
+own; what is new is at hand as tensors. Blocks are attended to in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from ...kernels.attention_merge import Merging, merge
+from ...kernels.attention_partial import partial
+from .spread import Span
+
+FEW_ROWS: Final = 32
+"""Queries of a head, up to which each block is a part of its own. With more, blocks are put together first: their copy
+costs less than merging so many results."""
+QUERIES: Final = 512
+"""Of new tokens that attend to each other at once: a mask is as large as the square of it."""
+
+Blocks = tuple[torch.Tensor, torch.Tensor, tuple[Span, ...]]
+"""Keys and values [blocks, kv_heads, tokens, dim], and whose they are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What a layer asks in one call. S positions are there before it, Q come with it."""
+
+    query: torch.Tensor
+    """[rows, heads, Q, dim]."""
+    keys: torch.Tensor
+    """New ones: [rows, kv_heads, Q, dim]."""
+    values: torch.Tensor
+    scale: float
+    mask: torch.Tensor | None = None
+    """[rows or 1, heads or 1, Q, S + Q], bool or added to scores; None where all see what is before them."""
+    cap: float | None = None
+    """Soft limit of the scores (Gemma 2)."""
+    sinks: torch.Tensor | None = None
+    """[heads]: the score of a key without a value, which takes a part of the attention (gpt-oss)."""
+    paddings: tuple[int, ...] = ()
+    """Of each row, in positions."""
+    before: int = 0
+    """S."""
+
+    @property
+    def group(self) -> int:
+        """Query heads per key-value head."""
+        return self.query.shape[1] // self.keys.shape[1]
+
+
+def attend(asked: Asked, blocks: Iterator[Blocks]) -> torch.Tensor:
+    """Attention to what is in blocks and to what is new: [rows, Q, heads, value dim], in the queries' dtype."""
+    rows, heads, count, dim = asked.query.shape
+    kv_heads = heads // asked.group
+    query = asked.query.reshape(rows, kv_heads, asked.group * count, dim).cpu()
+    merging = Merging.of((*query.shape[:3], asked.values.shape[3]), query.device)
+    for keys, values, spans in blocks:
+        for span in spans:
+            part = slice(span.first, span.first + span.count)
+            _attend_span(merging, asked, query, keys[part], values[part], span)
+    for start, stop, out, lse in _new(asked):
+        _add_new(merging, asked, start, stop, out.cpu(), lse.cpu())
+    if asked.sinks is not None:
+        sinks = asked.sinks.detach().float().cpu().view(1, kv_heads, asked.group, 1).expand(-1, -1, -1, count)
+        _take_for_sinks(merging, sinks.reshape(1, kv_heads, -1))
+    out = merging.out.view(rows, kv_heads, asked.group, count, -1).permute(0, 3, 1, 2, 4)
+    return out.reshape(rows, count, heads, -1).to(device=asked.query.device, dtype=asked.query.dtype)
+
+
+def _attend_span(
+    merging: Merging, asked: Asked, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span
+) -> None:
+    if span.alike:
+        _attend_alike(merging, asked, query, keys, values, span.rows[0], span.positions)
+    elif asked.mask is None and span.rows.shape[1] * query.shape[2] <= FEW_ROWS:
+        _attend_each(merging, asked, query, keys, values, span)
+    else:
+        for rows in torch.unique(span.rows, dim=0):
+            these = (span.rows == rows).all(dim=1).nonzero()[:, 0]
+            _attend_alike(merging, asked, query, keys[these], values[these], rows, span.positions[these])
+
+
+def _attend_alike(
+    merging: Merging,
+    asked: Asked,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """Blocks that are parts of the same rows, whose queries are rows of one product then."""
+    blocks, heads, tokens, _ = keys.shape
+    those = query[rows]
+    together = those.transpose(0, 1).reshape(1, heads, -1, those.shape[3])
+    if asked.mask is None and together.shape[2] <= FEW_ROWS:
+        wide = together.expand(blocks, -1, -1, -1)
+        out, lse = merge(*partial(wide, keys, values, scale=asked.scale, cap=asked.cap))
+    else:
+        mask = None if asked.mask is None else _mask_of(asked, rows, positions, tokens)
+        joined = [part.transpose(0, 1).reshape(1, heads, blocks * tokens, -1) for part in (keys, values)]
+        outs, lses = partial(together, joined[0], joined[1], scale=asked.scale, mask=mask, cap=asked.cap)
+        out, lse = outs[0], lses[0]
+    out = out.view(heads, len(rows), -1, out.shape[-1]).transpose(0, 1)
+    merging.add(out, lse.view(heads, len(rows), -1).transpose(0, 1), rows)
+
+
+def _attend_each(
+    merging: Merging, asked: Asked, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span
+) -> None:
+    """Blocks of different rows, each with the queries of its own."""
+    blocks, users = span.rows.shape
+    heads, count, dim = query.shape[1:]
+    those = query[span.rows].transpose(1, 2).reshape(blocks, heads, users * count, dim)
+    out, lse = partial(those, keys, values, scale=asked.scale, cap=asked.cap)
+    out = out.view(blocks, heads, users, count, -1).transpose(1, 2)
+    lse = lse.view(blocks, heads, users, count).transpose(1, 2)
+    for row in torch.unique(span.rows):
+        mine = span.rows == row
+        merged, log = merge(out[mine], lse[mine])
+        merging.add(merged[None], log[None], row[None])
+
+
+def _mask_of(asked: Asked, rows: torch.Tensor, positions: torch.Tensor, tokens: int) -> torch.Tensor:
+    """What these rows see of these blocks: [1, kv_heads or 1, rows of the product, tokens of all blocks]."""
+    assert asked.mask is not None
+    parts = []
+    for at, row in enumerate(rows.tolist()):
+        mask = asked.mask[row if asked.mask.shape[0] > 1 else 0]
+        seen = (positions[:, at, None] + torch.arange(tokens)).flatten()
+        parts.append(_by_group(mask[:, :, seen.to(mask.device)].cpu(), asked))
+    return torch.cat(parts, dim=1)[None]
+
+
+def _by_group(mask: torch.Tensor, asked: Asked) -> torch.Tensor:
+    """[heads or 1, Q, tokens] → [kv_heads or 1, group · Q, tokens]."""
+    heads, count, tokens = mask.shape
+    if heads == 1:
+        return mask.expand(asked.group, count, tokens).reshape(1, asked.group * count, tokens)
+    return mask.reshape(-1, asked.group * count, tokens)
+
+
+def _new(asked: Asked) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """New tokens among themselves, so many queries at once: those from start to stop, their results by head."""
+    count, group = asked.query.shape[2], asked.group
+    keys = asked.keys.repeat_interleave(group, dim=1) if group > 1 and count > 1 else asked.keys
+    values = asked.values.repeat_interleave(group, dim=1) if group > 1 and count > 1 else asked.values
+    for start in range(0, count, QUERIES):
+        stop = min(start + QUERIES, count)
+        query = asked.query[:, :, start:stop]
+        if count == 1 and group > 1:
+            query = query.reshape(query.shape[0], -1, group, query.shape[3])
+        mask = _new_mask(asked, start, stop)
+        if mask is not None and count == 1 and group > 1:
+            mask = mask.expand(-1, asked.query.shape[1], -1, -1).reshape(mask.shape[0], -1, group, stop)
+        out, lse = partial(query, keys[:, :, :stop], values[:, :, :stop], scale=asked.scale, mask=mask, cap=asked.cap)
+        yield start, stop, out, lse
+
+
+def _new_mask(asked: Asked, start: int, stop: int) -> torch.Tensor | None:
+    before, device = asked.before, asked.query.device
+    if asked.mask is not None:
+        return asked.mask[:, :, start:stop, before : before + stop].to(device)
+    padded = [max(0, padding - before) for padding in asked.paddings]
+    if stop == 1 and not any(padded):
+        return None
+    queries = torch.arange(start, stop, device=device)[:, None]
+    tokens = torch.arange(stop, device=device)
+    mask = (tokens <= queries)[None]
+    if any(padded):
+        mask = mask & (tokens >= torch.tensor(padded, device=device)[:, None, None])
+    return mask[:, None]
+
+
+def _add_new(merging: Merging, asked: Asked, start: int, stop: int, out: torch.Tensor, lse: torch.Tensor) -> None:
+    rows, kv_heads, _, dim = merging.out.shape
+    count = asked.query.shape[2]
+    shape = (rows, kv_heads, asked.group, stop - start)
+    out, lse = out.reshape(*shape, dim), lse.reshape(shape)
+    if stop - start == count:
+        merging.add(out.view(rows, kv_heads, -1, dim), lse.view(rows, kv_heads, -1))
+        return
+    whole = (rows, kv_heads, asked.group, count)
+    some = Merging(
+        merging.out.view(*whole, dim)[:, :, :, start:stop].contiguous(),
+        merging.lse.view(whole)[:, :, :, start:stop].contiguous(),
+    )
+    some.add(out, lse)
+    merging.out.view(*whole, dim)[:, :, :, start:stop] = some.out
+    merging.lse.view(whole)[:, :, :, start:stop] = some.lse
+
+
+def _take_for_sinks(merging: Merging, sinks: torch.Tensor) -> None:
+    """A sink's share of the attention goes to nothing: what was seen keeps the rest."""
+    merging.out *= (merging.lse - torch.logaddexp(merging.lse, sinks)).exp()[..., None]

@@ -1,0 +1,82 @@
+"""Where the whole blocks of a layer are, and whose they are: worked out when one comes or goes, not at each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Final
+
+from ...scheduler.kv.table import BlockTable
+from .spread import Span, Use, spans
+
+HOST: Final = 0
+DISK: Final = 1
+"""Numbers of the tiers of a cache."""
+PIECE_NBYTES: Final = 8 * 2**20
+"""Of blocks in host memory that are attended to at once, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """Blocks in slots that follow each other."""
+
+    first: int
+    """Slot."""
+    blocks: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+
+class Placement:
+    """The whole blocks of all rows, at this moment. Beginnings of blocks are told by `BlockTable.last`."""
+
+    def __init__(self, table: BlockTable) -> None:
+        self.uses: dict[int, list[Use]] = {}
+        """Of each block."""
+        self._table = table
+        for row in range(table.rows):
+            for part in table.parts(row, 0):
+                if part.tokens == table.shape.block_tokens:
+                    self.uses.setdefault(part.block, []).append(Use(row=row, position=part.position))
+        self._in_host = self._slots(HOST)
+        self.on_disk = self._slots(DISK)
+        """Slots and blocks of what only the disk has."""
+        self._disk: tuple[Piece, ...] | None = None
+
+    @cached_property
+    def host(self) -> tuple[Piece, ...]:
+        """What is attended to in host memory."""
+        return self.pieces(self._in_host, max(1, PIECE_NBYTES // self._table.tiers.slot_nbytes))
+
+    def disk(self, most: int) -> tuple[Piece, ...]:
+        """What only the disk has, cut into runs of at most so many; always as many."""
+        if self._disk is None:
+            self._disk = self.pieces(self.on_disk, most)
+        return self._disk
+
+    def pieces(self, slots: dict[int, int], most: int) -> tuple[Piece, ...]:
+        """Slots and their blocks, cut into runs of at most so many."""
+        order = sorted(slots)
+        breaks = [at for at, (one, two) in enumerate(pairwise(order), 1) if two != one + 1]
+        made = []
+        for start, stop in pairwise([0, *breaks, len(order)]):
+            for at in range(start, stop, most):
+                run = order[at : min(at + most, stop)]
+                made.append(self.piece(run[0], tuple(slots[slot] for slot in run)))
+        return tuple(made)
+
+    def piece(self, first: int, blocks: tuple[int, ...]) -> Piece:
+        """Blocks in slots that follow each other; those that are nobody's have no uses."""
+        uses: list[Sequence[Use]] = [self.uses.get(block, ()) for block in blocks]
+        return Piece(first=first, blocks=blocks, spans=spans(uses))
+
+    def _slots(self, tier: int) -> dict[int, int]:
+        tiers = self._table.tiers
+        slots = {}
+        for block in self.uses:
+            if tiers.fastest(block) == tier:
+                slot = tiers.slot(block, tier)
+                assert slot is not None, block
+                slots[slot] = block
+        return slots

@@ -1,0 +1,41 @@
+"""The disk tier of one layer: a file of slots, written once each, read in runs of slots that follow each other."""
+
+from __future__ import annotations
+
+from ...memory.disk import DiskEngine, Transfer
+from ...memory.image import Window
+
+
+class SpillFile:
+    """Slots of one layer in a file of a scratch folder.
+
+    Args:
+        engine: Reads and writes.
+        path: Made when the first slot is written.
+        slot_nbytes: Whole pages.
+    """
+
+    def __init__(self, engine: DiskEngine, path: str, slot_nbytes: int) -> None:
+        self.path = path
+        self._engine = engine
+        self._slot_nbytes = slot_nbytes
+
+    def write(self, slot: int, data: memoryview) -> Transfer:
+        """Write a slot. What is read from `data` must not change until it is done."""
+        return self._engine.write(self.path, slot * self._slot_nbytes, data)
+
+    def read(self, first: int, count: int, into: memoryview, *, urgent: bool = False) -> Transfer:
+        """Read slots that follow each other to the beginning of `into`."""
+        nbytes = count * self._slot_nbytes
+        window = Window(
+            path=self.path,
+            file_offset=first * self._slot_nbytes,
+            nbytes=nbytes,
+            needed_nbytes=nbytes,
+            offset=0,
+            data_offset=0,
+            final_offset=0,
+            data_nbytes=nbytes,
+            skew=0,
+        )
+        return self._engine.read((window,), (), into, urgent=urgent)

@@ -1,0 +1,302 @@
+"""All layers of one cache that are kept in tiers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from ...memory.errors import PenstockError, UsageError
+from ...scheduler.kv.moves import TierStatistics
+from .attention import Blocks
+from .layout import BlockLayout
+from .memory import KvBudget, KvMemory
+from .placement import DISK, HOST, Piece
+from .reading import ReadAhead
+from .spread import Span
+from .store import LayerStore
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvStatistics:
+    """What a cache holds at this moment, and what it has moved, in bytes. Those of tiers are whole slots."""
+
+    tokens: int
+    """Positions of each row, padding counted."""
+    rows: int
+    kv_nbytes: int
+    """Keys and values of all tokens, as if nothing were shared."""
+    host_nbytes: int
+    """Of blocks in host memory."""
+    disk_nbytes: int
+    """Of blocks on disk, those that host memory has too among them."""
+    host_budget_nbytes: int
+    arena_nbytes: int
+    """Of the one allocation that all blocks and reads go to."""
+    read_nbytes: int
+    """From disk."""
+    written_nbytes: int
+    """To disk."""
+    appended_nbytes: int
+    """Keys and values of tokens that were added."""
+    copied_nbytes: int
+    """Beginnings of blocks that were copied, because rows parted."""
+
+
+class KvTiers:
+    """Keys and values of the layers of one cache. Memory is taken with the first token.
+
+    Args:
+        budget: Of all layers together.
+        layers: How many there are.
+        folder: For files; None for the default one.
+        block_tokens: Of a block.
+    """
+
+    def __init__(self, budget: KvBudget, *, layers: int, folder: str | None, block_tokens: int) -> None:
+        if block_tokens < 1:
+            raise UsageError(f"a block holds a token at least; block_tokens is {block_tokens}")
+        self.budget = budget
+        self.block_tokens = block_tokens
+        self.paddings: tuple[int, ...] | None = None
+        """Of each row, as far as masks have told; None before."""
+        self._layers = layers
+        self._folder = folder
+        self._memory: KvMemory | None = None
+        self._reading: ReadAhead | None = None
+        self._stores: list[LayerStore | None] = [None] * layers
+        self._broken = False
+
+    def store(self, number: int) -> LayerStore | None:
+        """What a layer has; None before its first token."""
+        return self._stores[number]
+
+    def require_in_step(self, number: int, new: int) -> None:
+        """See that a layer that gets `new` tokens has as many then as the one before it.
+
+        Raises:
+            PenstockError: it has not.
+        """
+        before, store = self._stores[number - 1] if number else None, self._stores[number]
+        mine = (0 if store is None else store.tokens) + new
+        if self._broken or (before is not None and mine != before.tokens):
+            raise PenstockError(
+                "a call was interrupted by an error, and the cache has only a part of its tokens: reset it "
+                "(cache.reset()), and begin again"
+            )
+
+    @contextmanager
+    def in_whole(self) -> Iterator[None]:
+        """What is done here is done in whole, or the cache has to be reset."""
+        try:
+            yield
+        except BaseException:
+            self._broken = True
+            raise
+
+    def append(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add tokens to a layer: [rows, kv_heads, tokens, dim].
+
+        Raises:
+            UsageError: they do not fit what the layer has: other heads, rows or dtypes.
+            DoesNotFitError: budgets have no room.
+            DiskError: what had to leave for them could not be written.
+        """
+        store = self._stores[number] or self._make(number, keys, values)
+        layout = store.layout
+        known = (store.rows, layout.heads, layout.key_dim, layout.value_dim, layout.dtype)
+        given = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+        if known != given:
+            raise UsageError(
+                f"layer {number} has keys and values of (rows, heads, dims, dtype) {known} and was given {given}: "
+                "reset the cache, or make a new one for another batch"
+            )
+        store.append(keys.detach().cpu(), values.detach().cpu())
+
+    def blocks(self, number: int) -> Iterator[Blocks]:
+        """All that a layer has: the rest is being read while what is in host memory is attended to.
+
+        Raises:
+            DiskError: it could not be read.
+        """
+        store = self._stores[number]
+        if store is None:
+            return
+        store.collect()  # here and not later: a block that changes its place meanwhile would be missed
+        yield from self._beginnings(store)  # first: one that is on disk takes a buffer
+        reads = self._reads(store)
+        for piece in store.placement().host:
+            part = slice(piece.first, piece.first + len(piece.blocks))
+            yield store.keys[part], store.values[part], piece.spans
+        for piece, slots in reads:
+            yield store.layout.keys(slots), store.layout.values(slots), piece.spans
+
+    def whole(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, put together: [rows, kv_heads, positions, dim]; 0 where padding is."""
+        store = self._stores[number]
+        assert store is not None, number
+        layout = store.layout
+        shape = (store.rows, layout.heads, store.tokens)
+        keys = torch.zeros(*shape, layout.key_dim, dtype=layout.dtype)
+        values = torch.zeros(*shape, layout.value_dim, dtype=layout.dtype)
+        for some_keys, some_values, spans in self.blocks(number):
+            tokens = some_keys.shape[2]
+            for span in spans:
+                for at in range(span.count):
+                    for row, position in zip(span.rows[at].tolist(), span.positions[at].tolist(), strict=True):
+                        place = slice(position, position + tokens)
+                        keys[row, :, place] = some_keys[span.first + at]
+                        values[row, :, place] = some_values[span.first + at]
+        return keys, values
+
+    def rows(self) -> int:
+        """Sequences; 0 before the first token."""
+        return max((store.rows for store in self._stores if store is not None), default=0)
+
+    def layouts(self) -> tuple[BlockLayout, ...]:
+        """Of the blocks of each layer that has any."""
+        return tuple(store.layout for store in self._stores if store is not None)
+
+    def block_bytes(self, index: int) -> bytes:
+        """A whole block of the first row in all layers, one slot after the other.
+
+        Raises:
+            DiskError: a layer has it on disk, and it cannot be read.
+        """
+        parts = []
+        for store in self._stores:
+            if store is not None:
+                tier, slot = store.find(index)
+                slots = store.slots[slot] if tier == HOST else self._ahead(store).block(store, slot)
+                parts.append(slots.numpy().tobytes())
+        return b"".join(parts)
+
+    def crop(self, number: int, tokens: int) -> None:
+        """Forget all but so many positions of a layer."""
+        store = self._stores[number]
+        if store is not None:
+            self._forget_reads()
+            store.crop(tokens)
+
+    def reorder(self, number: int, sources: Sequence[int]) -> None:
+        """Rows of a layer go on as copies of others."""
+        store = self._stores[number]
+        if store is not None:
+            self._forget_reads()
+            store.reorder(sources)
+
+    def reset(self, number: int) -> None:
+        """Forget all of a layer, its shape and rows as well."""
+        store, self._stores[number] = self._stores[number], None
+        self._forget_reads()
+        if store is not None:
+            store.close()
+        if not any(self._stores):
+            self.paddings, self._broken = None, False
+
+    def paddings_of(self, number: int, rows: int) -> tuple[int, ...]:
+        """Positions at the beginning of each row that hold nothing."""
+        store = self._stores[number]
+        if store is not None:
+            return tuple(store.table.padding(row) for row in range(store.rows))
+        return self.paddings if self.paddings is not None and len(self.paddings) == rows else (0,) * rows
+
+    def pad(self, paddings: Sequence[int]) -> bool:
+        """Hear what masks say of the rows' padding; whether what is stored agrees with it."""
+        if self.paddings is None or all(store is None for store in self._stores):
+            self.paddings = tuple(paddings)
+            return True
+        stores = [store for store in self._stores if store is not None]
+        rows = stores[0].rows
+        if len(paddings) != rows:
+            return False
+        for row, padding in enumerate(paddings):
+            for store in stores:
+                if padding > store.table.padding(row) and store.tokens <= store.table.padding(row):
+                    store.table.pad(row, padding)
+        self.paddings = tuple(stores[0].table.padding(row) for row in range(rows))
+        return self.paddings == tuple(paddings)
+
+    def statistics(self) -> KvStatistics:
+        """A frozen record."""
+        stores = [store for store in self._stores if store is not None]
+        both = [(store, *store.statistics()) for store in stores]
+
+        def used(tier: int) -> int:
+            return sum(_of(tiers, tier) for _, _, tiers in both)
+
+        return KvStatistics(
+            tokens=max((store.tokens for store in stores), default=0),
+            rows=max((store.rows for store in stores), default=0),
+            kv_nbytes=sum(table.tokens * store.layout.token_nbytes for store, table, _ in both),
+            host_nbytes=used(HOST),
+            disk_nbytes=used(DISK),
+            host_budget_nbytes=self.budget.host,
+            arena_nbytes=self._memory.arena.nbytes if self._memory is not None else 0,
+            read_nbytes=self._reading.read_nbytes if self._reading is not None else 0,
+            written_nbytes=sum(store.written_nbytes for store in stores),
+            appended_nbytes=sum(table.written_nbytes for _, table, _ in both),
+            copied_nbytes=sum(table.copied_nbytes for _, table, _ in both),
+        )
+
+    def close(self) -> None:
+        """Stop reads and writes, remove the files, give all memory back. More than once does no harm."""
+        memory, self._memory, self._reading = self._memory, None, None
+        self._stores = [None] * self._layers
+        if memory is not None:
+            memory.close()
+
+    def _make(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> LayerStore:
+        if keys.dtype != values.dtype:
+            raise UsageError(f"keys are {keys.dtype} and values {values.dtype}: they are kept in blocks of one dtype")
+        if self._memory is None:
+            self._memory = KvMemory(
+                self.budget, layers=self._layers, folder=self._folder, owner=f"keys and values {id(self):x}"
+            )
+        layout = BlockLayout(
+            layer=number,
+            heads=keys.shape[1],
+            key_dim=keys.shape[3],
+            value_dim=values.shape[3],
+            dtype=keys.dtype,
+            block_tokens=self.block_tokens,
+        )
+        rows = keys.shape[0]
+        paddings = self.paddings_of(number, rows)
+        store = self._stores[number] = LayerStore(number, layout, self._memory, paddings)
+        if self.paddings is None:
+            self.paddings = paddings
+        return store
+
+    def _reads(self, store: LayerStore) -> Iterator[tuple[Piece, torch.Tensor]]:
+        if not store.placement().on_disk:
+            return iter(())
+        stores = [one for one in self._stores if one is not None]
+        return self._ahead(store).blocks(stores, stores.index(store))
+
+    def _ahead(self, store: LayerStore) -> ReadAhead:
+        if self._reading is None:
+            assert self._memory is not None
+            self._reading = ReadAhead(self._memory, store.layout.slot_nbytes)
+        return self._reading
+
+    def _beginnings(self, store: LayerStore) -> Iterator[Blocks]:
+        for part in store.beginnings():
+            if part.tier == HOST:
+                keys, values = store.keys[part.slot, None], store.values[part.slot, None]
+            else:
+                slots = self._ahead(store).block(store, part.slot)
+                keys, values = store.layout.keys(slots), store.layout.values(slots)
+            rows, positions = torch.tensor([[part.row]]), torch.tensor([[part.position]])
+            span = Span(first=0, rows=rows, positions=positions, alike=True)
+            yield keys[:, :, : part.tokens], values[:, :, : part.tokens], (span,)
+
+    def _forget_reads(self) -> None:
+        if self._reading is not None:
+            self._reading.forget()
+
+
+def _of(tiers: tuple[TierStatistics, ...], tier: int) -> int:
+    return tiers[tier].used_nbytes if tier < len(tiers) else 0
