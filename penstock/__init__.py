@@ -26,6 +26,7 @@ from .memory.errors import (
 
 if TYPE_CHECKING:
     from .api import close, explain, generate_many, load, offload, save_plan
+    from .kvcache import TieredCache
     from .prefixes import PrefixStore
     from .runtime.profiler.profiler import Profiler
     from .runtime.training.early import NonFiniteGradientError
@@ -39,6 +40,7 @@ _LAZY = {
     "NonFiniteGradientError": "runtime.training.early",
     "PrefixStore": "prefixes",
     "Profiler": "runtime.profiler.profiler",
+    "TieredCache": "kvcache",
     "close": "api",
     "explain": "api",
     "generate_many": "api",
@@ -68,6 +70,7 @@ __all__ = [
     "ScratchBusyError",
     "StallError",
     "StoreError",
+    "TieredCache",
     "UsageError",
     "close",
     "explain",

@@ -1,0 +1,70 @@
+"""`penstock.TieredCache`: keys and values in tiers, for `past_key_values=`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .arguments import MaxMemory
+from .budget import parse_budget
+from .memory.errors import UsageError
+from .runtime.kv.cache import TieredCache as _TieredCache
+from .runtime.kv.cache import TieredEncoderDecoderCache
+from .runtime.kv.memory import KvBudget
+from .scheduler.kv.shape import TOKENS
+
+
+class TieredCache(_TieredCache):
+    """Keys and values of a context that exceeds memory: in host memory as far as it is allowed, the rest on disk.
+
+        cache = penstock.TieredCache(model.config, max_memory={"host": "2GiB", "disk": "20GiB"})
+        model.generate(**inputs, past_key_values=cache)
+
+    For any decoder, streamed or resident, and for encoder–decoders. Attention is computed where keys and values lie,
+    and what is on disk is read ahead; results equal those of transformers' own cache to rounding. Layers with a sliding
+    window, and states, stay in memory as transformers has them. The model's config is switched to an attention that
+    passes on to the former one all calls that are not of such a cache.
+
+    Args:
+        config: `model.config`, the object itself.
+        max_memory: Of all keys and values in tiers: "host=2GiB,disk=20GiB", or a dict. What is left out is half of what
+            is free. The host's bound holds for blocks and for reads together.
+        block_tokens: Of a block. What is on disk is read in runs of blocks.
+        disk: A folder to put a private one (mode 0700) in; None for the user's cache.
+
+    Raises:
+        UsageError: a tier or a size without meaning, or a model whose layers keep nothing that grows.
+        DoesNotFitError: raised with the first tokens, where memory has no room for a block of each sequence.
+    """
+
+    def __new__(cls, config: Any, *args: Any, **kwargs: Any) -> Any:
+        """A cache of the kind that the model takes."""
+        if config.is_encoder_decoder:
+            return TieredEncoderDecoderCache(config, **_settings(*args, **kwargs))
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        max_memory: MaxMemory = "auto",
+        block_tokens: int = TOKENS,
+        disk: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__(config, **_settings(max_memory=max_memory, block_tokens=block_tokens, disk=disk))
+
+
+def _settings(
+    *, max_memory: MaxMemory = "auto", block_tokens: int = TOKENS, disk: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
+    budget = parse_budget(max_memory)
+    if budget.device is not None:
+        raise UsageError(
+            "keys and values are kept in host memory and on disk; attention to them is the CPU's. Leave device= out"
+        )
+    folder = None if disk is None else os.fspath(disk)
+    return {
+        "budget": KvBudget.of(budget.host, budget.disk, folder),
+        "folder": folder,
+        "block_tokens": block_tokens,
+    }

@@ -1,0 +1,148 @@
+"""`penstock.TieredCache`: a cache of transformers whose keys and values lie in host memory and on disk."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+
+from ...memory.errors import UsageError
+from ...scheduler.kv.shape import TOKENS
+from .interface import known_configs, masks_for, switch
+from .layer import TieredLayer, Way
+from .memory import KvBudget
+from .tiers import KvStatistics, KvTiers
+
+logger = logging.getLogger(__name__)
+
+
+class TieredCache(DynamicCache):
+    """Keys and values of a decoder in blocks.
+
+    Layers with a sliding window, and states of linear attention, are as `DynamicCache` has them.
+
+    Args:
+        config: Of the model: the object that it has.
+        budget: Bytes of each tier.
+        folder: For files; None for the default one.
+        block_tokens: Of a block.
+
+    Raises:
+        UsageError: no layer of the model can be kept in tiers.
+    """
+
+    def __init__(self, config: Any, budget: KvBudget, *, folder: str | None = None, block_tokens: int = TOKENS) -> None:
+        super().__init__(config=config)
+        own = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
+        plain = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        if not plain:
+            raise UsageError(
+                f"no layer of {config.model_type} keeps keys and values that grow with its context: nothing is there "
+                "to put in tiers; use transformers' own cache"
+            )
+        self.tiers = KvTiers(budget, layers=len(plain), folder=folder, block_tokens=block_tokens)
+        self._switched = switch(own)
+        self._known = known_configs().of(own)
+        self._told = False
+        learned = weakref.WeakMethod(self._learn)
+        self._tiered = [
+            TieredLayer(self.tiers, number, known=self._known.get(number, False), learned=_call(learned))
+            for number in range(len(plain))
+        ]
+        for index, layer in zip(plain, self._tiered, strict=True):
+            self.layers[index] = layer
+        self._finalizer = weakref.finalize(self, self.tiers.close)
+
+    @property
+    def all_in_tiers(self) -> bool:
+        """Whether no layer keeps anything elsewhere."""
+        return len(self._tiered) == len(self.layers)
+
+    @property
+    def attends_in_blocks(self) -> bool:
+        """Whether every layer in tiers is known to be attended to in blocks, so that none needs a mask."""
+        return all(layer.way is Way.BLOCKS for layer in self._tiered)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of a layer's keys with so many queries more."""
+        if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], TieredLayer):
+            masks_for(self)
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        return length, offset
+
+    def hear_padding(self, mask: torch.Tensor | None, rows: int, length: int) -> bool:
+        """Hear of a mask [rows, length]; whether it hides just the padding at the beginning of rows.
+
+        Raises:
+            UsageError: it shows what was padding before, of which nothing was kept.
+        """
+        if mask is None:
+            mask = torch.ones(rows, length, dtype=torch.bool)
+        if mask.dim() != 2 or mask.shape[1] != length:
+            return False
+        shown = mask.bool()
+        leading = (shown.cumsum(dim=1) == 0).sum(dim=1)
+        before = self.tiers.paddings
+        if before is not None and len(before) == rows and self.get_seq_length():
+            stored = min(length, self.get_seq_length())
+            if any(start < min(padding, stored) for start, padding in zip(leading.tolist(), before, strict=True)):
+                raise UsageError(
+                    f"the mask shows positions that were padding when they came ({list(before)} of each row), of which "
+                    "the cache keeps nothing: pass the attention_mask of the whole sequence, earlier calls included"
+                )
+        if not bool((shown.sum(dim=1) == length - leading).all()):
+            return False
+        return self.tiers.pad(leading.tolist())
+
+    def statistics(self) -> KvStatistics:
+        """A frozen record of what is where, and of what was read and written."""
+        return self.tiers.statistics()
+
+    def close(self) -> None:
+        """Stop reads and writes, remove the files, give all memory back. More than once does no harm."""
+        self._finalizer()
+
+    def _learn(self, number: int, passes: bool) -> None:
+        self._known[number] = passes
+        if not passes and not self._told:
+            self._told = True
+            logger.warning(
+                "keys and values of layer %d (and perhaps of others) are put together for each call: %s. Results are "
+                "right, and memory for one layer of the whole context is needed besides.",
+                number,
+                "this model does more with them than to attend to them"
+                if self._switched
+                else "the attention that the model was loaded with cannot be replaced; load it with "
+                'attn_implementation="sdpa"',
+            )
+
+
+class TieredEncoderDecoderCache(EncoderDecoderCache):
+    """The same for an encoder–decoder: its own keys and values in tiers, those of the encoder's output in memory."""
+
+    def __init__(self, config: Any, budget: KvBudget, *, folder: str | None = None, block_tokens: int = TOKENS) -> None:
+        own = TieredCache(config, budget, folder=folder, block_tokens=block_tokens)
+        super().__init__(own, DynamicCache(config=config.get_text_config(decoder=True)))
+        self._own = own
+
+    def statistics(self) -> KvStatistics:
+        """See `TieredCache`."""
+        return self._own.statistics()
+
+    def close(self) -> None:
+        """See `TieredCache`."""
+        self._own.close()
+
+
+def _call(method: weakref.WeakMethod[Any]) -> Any:
+    """A method of what may be gone: layers must not keep their cache alive."""
+
+    def call(number: int, passes: bool) -> None:
+        alive = method()
+        if alive is not None:
+            alive(number, passes)
+
+    return call
