@@ -13,6 +13,9 @@ from ..memory.errors import UsageError
 from ..runtime.handle import Handle
 from ..runtime.pretrained import locate
 from ..scheduler.plan import Home, Plan
+from .kv_cache import chunks, make_cache, planned_context
+from .kv_cache import render as render_kv
+from .kv_option import check_context
 from .output import Output
 from .pace import Pace, Stopwatch, measure, render
 from .progress import first_sweep
@@ -28,31 +31,41 @@ def carry_out(request: Request, output: Output) -> None:
         folder = locate(request.checkpoint, trust_remote_code=request.trust_remote_code)
         tokenizer = find_tokenizer(folder, trust_remote_code=request.trust_remote_code)
         prompt = encode(request.prompt, tokenizer, request.checkpoint)
+        context = check_context(request.context, len(prompt) + request.max_new_tokens)
         model = load(
             folder,
             max_memory=request.max_memory,
             device=request.device,
             dtype=request.dtype,
             disk=request.disk,
-            context=len(prompt) + request.max_new_tokens,
+            context=planned_context(folder, request.kv, context, trust_remote_code=request.trust_remote_code),
             batch=1,
             exact=request.exact,
             plan=request.plan,
             trust_remote_code=request.trust_remote_code,
         )
+    cache = None
     try:
         handle: Handle = model.penstock
         watch.loaded(lambda: handle.statistics().waited_s)
         check_continues(model, prompt, request.max_new_tokens)
         output.notes.print(explain(model))
-        ids = _generate(model, prompt, request, None if request.as_json else writer_for(tokenizer), watch, output)
+        cache = None if request.kv is None else make_cache(model, request.kv, request.disk)
+        writer = None if request.as_json else writer_for(tokenizer)
+        ids = _generate(model, prompt, request, writer, cache, watch, output)
+        kv = None if cache is None else cache.statistics()
         pace = measure(watch, handle.plan, handle.timeline.records())
         for line in render(pace, handle.plan):
             output.notes.print(line)
         tell_experts(handle, output)
+        if kv is not None:
+            output.notes.print(render_kv(kv), markup=False)
         if request.as_json:
-            output.write_json(_document(handle, pace, len(prompt), ids, decode(tokenizer, ids)))
+            document = _document(handle, pace, len(prompt), ids, decode(tokenizer, ids))
+            output.write_json(document if kv is None else document | {"kv": kv})
     finally:
+        if cache is not None:
+            cache.close()
         close(model)
 
 
@@ -79,7 +92,13 @@ def check_continues(model: Any, prompt: list[int], max_new_tokens: int) -> None:
 
 
 def _generate(
-    model: Any, prompt: list[int], request: Request, writer: Any | None, watch: Stopwatch, output: Output
+    model: Any,
+    prompt: list[int],
+    request: Request,
+    writer: Any | None,
+    cache: Any | None,
+    watch: Stopwatch,
+    output: Output,
 ) -> list[int]:
     handle: Handle = model.penstock
     if request.sampling.seed is not None:
@@ -101,6 +120,7 @@ def _generate(
             num_beams=1,
             num_return_sequences=1,
             streamer=relay,
+            **({} if cache is None else {"past_key_values": cache} | chunks(len(prompt), model)),
             **request.sampling.options(),
         )
     return relay.ids

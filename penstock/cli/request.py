@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..budget import parse_budget
 from ..memory.errors import UsageError
+from .kv_option import KvOption
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +65,10 @@ class Request:
     plan: Path | None = None
     """Of a run; None to make one."""
     exact: bool = False
+    context: int | None = None
+    """Tokens to leave room for; None for those of the run."""
+    kv: KvOption | None = None
+    """Budgets of keys and values; None to have them in memory."""
 
     def __post_init__(self) -> None:
         parse_budget(self.max_memory)  # raises before the slow imports rather than after

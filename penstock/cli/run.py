@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..memory.errors import UsageError
+from .kv_option import Context, Kv, read_kv
 from .options import MACHINE, Disk, Dtype, MaxMemory, TrustRemoteCode
 from .output import Output
 from .prompts import ManyRequest, digest, read_prompts
@@ -82,6 +83,8 @@ def run(
     dtype: Dtype = "auto",
     plan: _Plan = None,
     exact: _Exact = False,
+    context: Context = None,
+    kv: Kv = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: _AsJson = False,
 ) -> None:
@@ -110,14 +113,18 @@ def run(
         others = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompt-ids": prompt_ids}
         if given := [name for name, value in others.items() if value is not None]:
             raise UsageError(f"--prompts and {given[0]} exclude each other: give one of them")
-        if plan is not None or exact:
-            raise UsageError("--plan and --exact are about one prompt: many are planned and cut by themselves")
+        if plan is not None or exact or context is not None or kv is not None:
+            raise UsageError(
+                "--plan, --exact, --context and --kv are about one prompt: many are planned and cut by themselves"
+            )
         _run_many(ManyRequest(file=prompts, output=results, resume=resume, force=force, chat=chat, **common))
         return
     if results is not None or resume or force:
         raise UsageError("--output, --resume and --force are about results of many prompts: give those by --prompts")
+    if exact and kv is not None:
+        raise UsageError("--exact forbids what is equal to rounding only, as attention over tiers is: leave out --kv")
     asked = read_prompt(text=prompt, file=prompt_file, ids=prompt_ids, chat=chat)
-    request = Request(prompt=asked, plan=plan, exact=exact, **common)
+    request = Request(prompt=asked, plan=plan, exact=exact, context=context, kv=read_kv(kv), **common)
     output = Output()
     with output.busy("starting"):
         from .generation import carry_out  # torch and transformers take seconds

@@ -12,6 +12,7 @@ from typing import Final
 import typer
 
 from .calibrate import calibrate
+from .chat import chat
 from .demo import demo
 from .doctor import doctor
 from .finetune import finetune
@@ -24,6 +25,7 @@ from .store.verbs import store
 VERBS: Final[dict[str, Callable[..., int | None]]] = {
     "demo": demo,
     "run": run,
+    "chat": chat,
     "plan": plan,
     "finetune": finetune,
     "calibrate": calibrate,

@@ -1,0 +1,120 @@
+"""`penstock chat`: talk with a checkpoint that may be larger than memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..memory.errors import UsageError
+from ..sizes import parse_size
+from .kv_option import PANEL, Kv, KvOption, read_kv
+from .options import MACHINE, Disk, Dtype, MaxMemory, TrustRemoteCode
+from .output import Output
+from .request import Sampling
+
+_CHOICE = "Choice of tokens"
+_DEFAULT_CONTEXT = 4096
+
+_Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Folder of a safetensors checkpoint, or a Hub id.")]
+_System = Annotated[str | None, typer.Option(help="A first message that says how to answer.")]
+_MaxNewTokens = Annotated[int, typer.Option(min=1, help="Of a reply, at most.", metavar="N")]
+_Temperature = Annotated[
+    float | None, typer.Option(min=0, help="Sample at this temperature. Default: greedy.", rich_help_panel=_CHOICE)
+]
+_TopP = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Sample from this share of the probability.", rich_help_panel=_CHOICE)
+]
+_TopK = Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.", rich_help_panel=_CHOICE)]
+_Seed = Annotated[int | None, typer.Option(help="Make sampling repeatable.", rich_help_panel=_CHOICE)]
+_Context = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Tokens of the whole conversation, at most.", rich_help_panel=PANEL)
+]
+_Store = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a prefix store. Default: one in the user's cache.", rich_help_panel=PANEL),
+]
+_Capacity = Annotated[
+    str | None,
+    typer.Option("--store-capacity", metavar="SIZE", help="Of that store. Default: 4GiB for a new one.",
+                 rich_help_panel=PANEL),
+]  # fmt: skip
+_NoStore = Annotated[bool, typer.Option("--no-store", help="Keep nothing of it on disk.", rich_help_panel=PANEL)]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or emulated:h2d=1GiB/s.", rich_help_panel=MACHINE)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatRequest:
+    """One `penstock chat`."""
+
+    checkpoint: str
+    system: str | None
+    max_new_tokens: int
+    sampling: Sampling
+    context: int
+    kv: KvOption | None
+    """Budgets of keys and values; None for host memory alone, as much as the context takes."""
+    store: Path | None
+    """Folder of the prefix store; None for the default one."""
+    capacity_nbytes: int | None
+    use_store: bool
+    max_memory: str
+    device: str
+    disk: Path | None
+    dtype: str
+    trust_remote_code: bool
+
+
+def chat(
+    checkpoint: _Checkpoint,
+    system: _System = None,
+    max_new_tokens: _MaxNewTokens = 512,
+    temperature: _Temperature = None,
+    top_p: _TopP = None,
+    top_k: _TopK = None,
+    seed: _Seed = None,
+    context: _Context = _DEFAULT_CONTEXT,
+    kv: Kv = None,
+    store: _Store = None,
+    store_capacity: _Capacity = None,
+    no_store: _NoStore = False,
+    max_memory: MaxMemory = "auto",
+    device: _Device = "auto",
+    disk: Disk = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk with a checkpoint that may be larger than memory.
+
+    Replies, and nothing else, go to stdout as they come. Each line of stdin is a message; an empty end (Ctrl-D) ends
+    the conversation. Ctrl-C stops a reply, and what was said of it stays; between replies it ends the conversation.
+
+    What was computed of a conversation is kept for the next message, and in a prefix store for the next conversation
+    that begins like it. `penstock store stats` and `prune` know that store.
+
+    Example: penstock chat ./llama --system "Answer in one sentence."
+    """
+    if no_store and (store is not None or store_capacity is not None):
+        raise UsageError("--no-store keeps nothing: leave out --store and --store-capacity, or --no-store")
+    request = ChatRequest(
+        checkpoint=checkpoint,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+        context=context,
+        kv=read_kv(kv),
+        store=store,
+        capacity_nbytes=None if store_capacity is None else parse_size(store_capacity),
+        use_store=not no_store,
+        max_memory=max_memory,
+        device=device,
+        disk=disk,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    output = Output()
+    with output.busy("starting"):
+        from .conversation import carry_out  # torch and transformers take seconds
+    carry_out(request, output)

@@ -1,0 +1,147 @@
+"""`penstock run --kv` and `penstock chat`: keys and values in tiers, and conversations that are kept."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TextStreamer
+
+from penstock.cli import main
+
+KV = "host=2MiB,disk=64MiB"
+PROMPT = ",".join(str(1 + at % 90) for at in range(400))
+TEMPLATE = """{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from penstock.demo.checkpoint import DemoShape, write
+
+    folder = tmp_path_factory.mktemp("demo")
+    write(folder, DemoShape(hidden_size=64))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PENSTOCK_DEBUG")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(folder: Path, *options: str) -> int:
+    return main(["run", str(folder), "--device", "cpu", "--max-memory", "host=2MiB", "--json", *options])
+
+
+@pytest.fixture
+def chat(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    def talk(*messages: str, options: tuple[str, ...] = ()) -> int:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{message}\n" for message in messages)))
+        common = ["--device", "cpu", "--max-memory", "host=2MiB", "--max-new-tokens", "5", "--context", "2000"]
+        return main(["chat", str(checkpoint), *common, *options])
+
+    return talk
+
+
+def test_a_run_with_keys_and_values_on_disk(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--prompt-ids", PROMPT, "--max-new-tokens", "6")
+    assert run(checkpoint, *common) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert "kv" not in expected
+    assert run(checkpoint, *common, "--kv", KV, "--context", "1000") == 0
+    out, error = capsys.readouterr()
+    document = json.loads(out)
+    assert document["ids"] == expected["ids"]
+    assert document["kv"]["tokens"] == 405
+    assert document["kv"]["read_nbytes"] > document["kv"]["written_nbytes"] > 0
+    assert document["kv"]["host_nbytes"] <= document["kv"]["host_budget_nbytes"] == 2 * 2**20
+    assert "keys and values: " in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--kv", "device=1GiB,host=1GiB"), "leave device= out"),
+        (("--kv", "disk=1GiB"), "say how much host memory"),
+        (("--kv", "host=1G"), "ambiguous"),
+        (("--kv", "host=1GiB", "--exact"), "--exact forbids"),
+        (("--context", "3"), "--context 3 is less than the 68 tokens"),
+    ],
+)
+def test_what_is_refused(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    assert run(checkpoint, "--prompt-ids", "1,2,3,4", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_too_little_memory_is_said_with_what_to_change(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(checkpoint, "--prompt-ids", "1,2,3,4", "--kv", "host=64KiB") == 3
+    assert "Raise the budget of the cache" in capsys.readouterr().err
+
+
+def test_turns_go_on_and_conversations_are_kept(chat: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    first = "word " * 80
+    assert chat(first, "and then", options=("--no-store",)) == 0
+    expected = capsys.readouterr().out
+    assert len(expected.splitlines()) >= 2
+    assert chat(first, "and then") == 0
+    out, error = capsys.readouterr()
+    assert out == expected
+    assert "were read" not in error
+    assert chat(first, "and then") == 0
+    out, error = capsys.readouterr()
+    assert out == expected
+    assert error.count("tokens were read, and are not computed again") == 1
+
+
+def test_a_small_budget_gives_the_same(chat: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    messages = ["word " * 300, "and then"]
+    assert chat(*messages, options=("--no-store",)) == 0
+    expected = capsys.readouterr().out
+    for _ in range(2):
+        assert chat(*messages, options=("--kv", KV)) == 0
+        assert capsys.readouterr().out == expected
+
+
+def test_an_interrupt_stops_a_reply_only(
+    chat: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[int] = []
+
+    class Interrupting(TextStreamer):  # type: ignore[misc]
+        def put(self, value: Any) -> None:
+            tokens.extend(value.flatten().tolist())
+            if len(tokens) == 2:
+                signal.raise_signal(signal.SIGINT)
+            super().put(value)
+
+    monkeypatch.setattr("penstock.cli.conversation.writer_for", lambda tokenizer: Interrupting(tokenizer))
+    before = signal.getsignal(signal.SIGINT)
+    assert chat("one", "two") == 0
+    assert len(tokens) in (7, 8)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_conversation_that_is_too_long_is_said(chat: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat("word " * 50, options=("--context", "10")) == 2
+    assert "--context is 10" in capsys.readouterr().err
+
+
+def test_without_a_template_there_is_no_chat(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        if file.name != "chat_template.jinja":
+            (folder / file.name).symlink_to(file)
+    assert main(["chat", str(folder)]) == 2
+    assert "has no chat template" in capsys.readouterr().err
