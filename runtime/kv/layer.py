@@ -185,8 +185,8 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget so many tokens at the end, as a number that is not positive; a positive one is how many to keep."""
-        length = self.get_seq_length()
-        keep = length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length)
+        length, wanted = self.get_seq_length(), int(tokens_to_remove)  # older transformers give a tensor
+        keep = length + wanted if wanted <= 0 else min(wanted, length)
         self._require_consumed(self)
         if keep < length:
             self._tiers.crop(self._number, max(keep, 0))
