@@ -19,6 +19,8 @@ from .spread import Span
 FEW_ROWS: Final = 32
 """Queries of a head, up to which each block is a part of its own. With more, blocks are put together first: their copy
 costs less than merging so many results."""
+PARTS_NBYTES: Final = 16 * 2**20
+"""Of results that wait to be merged: those of a layer, in decoding."""
 QUERIES: Final = 512
 """Of new tokens that attend to each other at once: a mask is as large as the square of it."""
 
@@ -59,10 +61,12 @@ def attend(asked: Asked, blocks: Iterator[Blocks]) -> torch.Tensor:
     kv_heads = heads // asked.group
     query = asked.query.reshape(rows, kv_heads, asked.group * count, dim).cpu()
     merging = Merging.of((*query.shape[:3], asked.values.shape[3]), query.device)
+    parts = _Parts(merging, query)
     for keys, values, spans in blocks:
         for span in spans:
             part = slice(span.first, span.first + span.count)
-            _attend_span(merging, asked, query, keys[part], values[part], span)
+            _attend_span(parts, asked, keys[part], values[part], span)
+    parts.merge()
     for start, stop, out, lse in _new(asked):
         _add_new(merging, asked, start, stop, out.cpu(), lse.cpu())
     if asked.sinks is not None:
@@ -72,65 +76,95 @@ def attend(asked: Asked, blocks: Iterator[Blocks]) -> torch.Tensor:
     return out.reshape(rows, count, heads, -1).to(device=asked.query.device, dtype=asked.query.dtype)
 
 
-def _attend_span(
-    merging: Merging, asked: Asked, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span
-) -> None:
-    if span.alike:
-        _attend_alike(merging, asked, query, keys, values, span.rows[0], span.positions)
-    elif asked.mask is None and span.rows.shape[1] * query.shape[2] <= FEW_ROWS:
-        _attend_each(merging, asked, query, keys, values, span)
+class _Parts:
+    """Results of blocks, merged when there are many: merging some at a time would take as long as attending to them.
+
+    Args:
+        merging: Where they go.
+        query: [rows, kv_heads, queries, dim].
+    """
+
+    def __init__(self, merging: Merging, query: torch.Tensor) -> None:
+        self.merging = merging
+        self.query = query
+        self._together: dict[tuple[int, ...], torch.Tensor] = {}
+        self._parts: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._nbytes = 0
+
+    def together(self, rows: tuple[int, ...]) -> torch.Tensor:
+        """Queries of these rows as rows of one product: [1, kv_heads, queries, dim]."""
+        if rows not in self._together:
+            those = self.query[list(rows)]
+            self._together[rows] = those.transpose(0, 1).reshape(1, those.shape[1], -1, those.shape[3])
+        return self._together[rows]
+
+    def add(self, rows: tuple[int, ...], out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Results of blocks for such queries: [blocks, kv_heads, queries, dim]."""
+        self._parts.setdefault(rows, []).append((out, lse))
+        self._nbytes += out.nbytes
+        if self._nbytes > PARTS_NBYTES:
+            self.merge()
+
+    def merge(self) -> None:
+        """Merge all that came."""
+        for rows, parts in self._parts.items():
+            out, lse = merge(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
+            out = out.view(out.shape[0], len(rows), -1, out.shape[-1]).transpose(0, 1)
+            lse = lse.view(out.shape[1], len(rows), -1).transpose(0, 1)
+            self.merging.add(out, lse, torch.tensor(rows))
+        self._parts.clear()
+        self._nbytes = 0
+
+
+def _attend_span(parts: _Parts, asked: Asked, keys: torch.Tensor, values: torch.Tensor, span: Span) -> None:
+    if span.alike is not None:
+        _attend_alike(parts, asked, keys, values, span.alike, span.positions)
+    elif asked.mask is None and span.rows.shape[1] * parts.query.shape[2] <= FEW_ROWS:
+        _attend_each(parts, asked, keys, values, span)
     else:
         for rows in torch.unique(span.rows, dim=0):
             these = (span.rows == rows).all(dim=1).nonzero()[:, 0]
-            _attend_alike(merging, asked, query, keys[these], values[these], rows, span.positions[these])
+            _attend_alike(parts, asked, keys[these], values[these], tuple(rows.tolist()), span.positions[these])
 
 
 def _attend_alike(
-    merging: Merging,
+    parts: _Parts,
     asked: Asked,
-    query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    rows: torch.Tensor,
+    rows: tuple[int, ...],
     positions: torch.Tensor,
 ) -> None:
     """Blocks that are parts of the same rows, whose queries are rows of one product then."""
     blocks, heads, tokens, _ = keys.shape
-    those = query[rows]
-    together = those.transpose(0, 1).reshape(1, heads, -1, those.shape[3])
+    together = parts.together(rows)
     if asked.mask is None and together.shape[2] <= FEW_ROWS:
         wide = together.expand(blocks, -1, -1, -1)
-        out, lse = merge(*partial(wide, keys, values, scale=asked.scale, cap=asked.cap))
-    else:
-        mask = None if asked.mask is None else _mask_of(asked, rows, positions, tokens)
-        joined = [part.transpose(0, 1).reshape(1, heads, blocks * tokens, -1) for part in (keys, values)]
-        outs, lses = partial(together, joined[0], joined[1], scale=asked.scale, mask=mask, cap=asked.cap)
-        out, lse = outs[0], lses[0]
-    out = out.view(heads, len(rows), -1, out.shape[-1]).transpose(0, 1)
-    merging.add(out, lse.view(heads, len(rows), -1).transpose(0, 1), rows)
+        parts.add(rows, *partial(wide, keys, values, scale=asked.scale, cap=asked.cap))
+        return
+    mask = None if asked.mask is None else _mask_of(asked, rows, positions, tokens)
+    joined = [part.transpose(0, 1).reshape(1, heads, blocks * tokens, -1) for part in (keys, values)]
+    parts.add(rows, *partial(together, joined[0], joined[1], scale=asked.scale, mask=mask, cap=asked.cap))
 
 
-def _attend_each(
-    merging: Merging, asked: Asked, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span
-) -> None:
+def _attend_each(parts: _Parts, asked: Asked, keys: torch.Tensor, values: torch.Tensor, span: Span) -> None:
     """Blocks of different rows, each with the queries of its own."""
     blocks, users = span.rows.shape
-    heads, count, dim = query.shape[1:]
-    those = query[span.rows].transpose(1, 2).reshape(blocks, heads, users * count, dim)
+    heads, count, dim = parts.query.shape[1:]
+    those = parts.query[span.rows].transpose(1, 2).reshape(blocks, heads, users * count, dim)
     out, lse = partial(those, keys, values, scale=asked.scale, cap=asked.cap)
     out = out.view(blocks, heads, users, count, -1).transpose(1, 2)
     lse = lse.view(blocks, heads, users, count).transpose(1, 2)
-    for row in torch.unique(span.rows):
+    for row in torch.unique(span.rows).tolist():
         mine = span.rows == row
-        merged, log = merge(out[mine], lse[mine])
-        merging.add(merged[None], log[None], row[None])
+        parts.add((row,), out[mine], lse[mine])
 
 
-def _mask_of(asked: Asked, rows: torch.Tensor, positions: torch.Tensor, tokens: int) -> torch.Tensor:
+def _mask_of(asked: Asked, rows: tuple[int, ...], positions: torch.Tensor, tokens: int) -> torch.Tensor:
     """What these rows see of these blocks: [1, kv_heads or 1, rows of the product, tokens of all blocks]."""
     assert asked.mask is not None
     parts = []
-    for at, row in enumerate(rows.tolist()):
+    for at, row in enumerate(rows):
         mask = asked.mask[row if asked.mask.shape[0] > 1 else 0]
         seen = (positions[:, at, None] + torch.arange(tokens)).flatten()
         parts.append(_by_group(mask[:, :, seen.to(mask.device)].cpu(), asked))

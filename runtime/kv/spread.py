@@ -27,8 +27,8 @@ class Span:
     """[blocks, rows of each]."""
     positions: torch.Tensor
     """Likewise."""
-    alike: bool
-    """Whether all of them are parts of the same rows."""
+    alike: tuple[int, ...] | None
+    """The rows, where all of them are parts of the same ones."""
 
     @property
     def count(self) -> int:
@@ -53,5 +53,6 @@ def _spans(uses: Sequence[Sequence[Use]]) -> Iterator[Span]:
         if uses[start]:
             rows = torch.tensor([[use.row for use in block] for block in uses[start:at]])
             positions = torch.tensor([[use.position for use in block] for block in uses[start:at]])
-            yield Span(first=start, rows=rows, positions=positions, alike=bool((rows == rows[0]).all()))
+            alike = tuple(rows[0].tolist()) if bool((rows == rows[0]).all()) else None
+            yield Span(first=start, rows=rows, positions=positions, alike=alike)
         start = at

@@ -290,7 +290,7 @@ class KvTiers:
                 slots = self._ahead(store).block(store, part.slot)
                 keys, values = store.layout.keys(slots), store.layout.values(slots)
             rows, positions = torch.tensor([[part.row]]), torch.tensor([[part.position]])
-            span = Span(first=0, rows=rows, positions=positions, alike=True)
+            span = Span(first=0, rows=rows, positions=positions, alike=(part.row,))
             yield keys[:, :, : part.tokens], values[:, :, : part.tokens], (span,)
 
     def _forget_reads(self) -> None:

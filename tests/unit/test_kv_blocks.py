@@ -212,6 +212,6 @@ def test_spans_are_of_blocks_with_as_many_rows() -> None:
     uses = [[Use(row=0, position=0)], [Use(row=0, position=8)], [], [Use(row=1, position=0), Use(row=2, position=0)]]
     made = spans(uses)
     assert [(span.first, span.count, span.rows.tolist(), span.alike) for span in made] == [
-        (0, 2, [[0], [0]], True),
-        (3, 1, [[1, 2]], True),
+        (0, 2, [[0], [0]], (0,)),
+        (3, 1, [[1, 2]], (1, 2)),
     ]
