@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import Any, Final
 
 from ..memory.arena import Slot
-from ..memory.errors import ClosedError
+from ..memory.errors import ClosedError, PenstockError
 from .choice import Choice
 from .exchange import exchanges
 from .lease import Lease, Wish
@@ -43,7 +43,7 @@ class Core:
         clock: Nanoseconds, monotonic.
         on_cpu: Blocks that stay in `back` and are computed there at times. They are brought although no order of the
             device's may ever name them.
-        unordered: How many of the blocks come by `bring` only.
+        unordered: How many of the blocks, the last ones, come by `bring` only.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Core:
         self._mover = mover
         self._clock = clock
         self._poison = poison
+        self._ordered = len(nbytes) - unordered
         self._steady: frozenset[int] = frozenset()
         self._repeats = 0
         """How many calls in a row ended a steady order of these blocks."""
@@ -101,10 +102,17 @@ class Core:
 
         Accesses outside the model's own run (`observed=False`) teach the order nothing; those of a `backward` pass do
         behind a root call, and nothing within one.
+
+        Raises:
+            PenstockError: it comes by `bring` only, and has been forgotten, or was never brought: it has no slot.
         """
         with self.lock:
             if self._broken is not None:
                 raise self._broken
+            if block >= self._ordered and block not in self.front.holding:
+                raise PenstockError(
+                    f"block {block} is asked for and has no slot: it comes only to who brings it into one of theirs"
+                )
             self._choice.failed.pop(
                 block, None
             )  # what a prefetch met may be over; if it is not, this demand meets it again
