@@ -92,6 +92,8 @@ class Core:
         self._broken: Exception | None = None
         self._guests: list[Residence] = []
         """What is to be brought into slots of somebody else's."""
+        self._host_guests: list[Residence] = []
+        """Likewise, into such in host memory above which there is a device."""
         self._placed = asyncio.Event()
         """Set, and replaced, whenever a block gets a slot in `back`."""
 
@@ -145,10 +147,13 @@ class Core:
         """The same of the host's copy of a block that stays there."""
         back = self.back
         assert back is not None, "there is one tier: it is the host"
-        assert block in back.permanent, f"block {block} only passes through the host"
         with self.lock:
             if self._broken is not None:
                 raise self._broken
+            there = back.holding.get(block)
+            assert block in back.permanent or (there is not None and there.guest), (
+                f"block {block} only passes through the host"
+            )
             self._choice.failed.pop(block, None)
             self._tally.on_cpu += 1
             held = back.holding.get(block)
@@ -185,7 +190,14 @@ class Core:
         if idle:
             self.wake()
 
-    def bring(self, places: Sequence[tuple[int, Slot]], gone: Iterable[int] = ()) -> None:
+    def bring(
+        self,
+        places: Sequence[tuple[int, Slot]],
+        gone: Iterable[int] = (),
+        *,
+        kept: Sequence[tuple[int, Slot]] = (),
+        urgent: bool = True,
+    ) -> list[int]:
         """Bring blocks into slots of the caller's own, ahead of what is prefetched, and forget others that lie in such.
 
         For blocks that no order foretells (experts). They are leased like all others, without being observed, and stay
@@ -195,6 +207,12 @@ class Core:
             places: Blocks, each with its slot, in the order in which they are wanted. A slot may be that of a block in
                 `gone`.
             gone: Blocks that nobody leases and nothing brings; those that are not there any more are passed over.
+            kept: Beside a device apart, blocks to be read into slots in host memory, where they stay until `let_go`.
+                What passes through the host just now cannot be.
+            urgent: Whether `places` are waited for; else they are read behind what is.
+
+        Returns:
+            Those of `kept` that are kept.
 
         Raises:
             PenstockError: the executor was closed.
@@ -205,9 +223,32 @@ class Core:
             for block in gone:
                 if block in self.front.holding:
                     self.front.drop(block)
-            self._guests += [self.front.take_in(block, slot) for block, slot in places]
-        if places:
+            taken = [each for each in kept if self.back is not None and each[0] not in self.back.holding]
+            if self.back is not None:
+                self._host_guests += [self.back.take_in(block, slot) for block, slot in taken]
+            self._guests += [self.front.take_in(block, slot, urgent=urgent) for block, slot in places]
+        if places or taken:
             self.wake()
+        return [block for block, _ in taken]
+
+    def let_go(self, blocks: Iterable[int]) -> list[int]:
+        """Forget host copies that `bring` was to keep, as far as nobody uses them and nothing moves them.
+
+        Returns:
+            Those whose slots are free now; the others are to be asked for again later.
+        """
+        back = self.back
+        assert back is not None, "there is one tier: what is brought is forgotten by `bring`"
+        free = []
+        with self.lock:
+            for block in blocks:
+                held = back.holding.get(block)
+                if held is None or not held.guest:  # it could not be read
+                    free.append(block)
+                elif block not in back.arriving and not held.leases and not held.pins:
+                    back.drop(block)
+                    free.append(block)
+        return free
 
     def withdraw(self, block: int) -> Future[None]:
         """Let nobody have a block until `readmit`: its bytes are about to change.
@@ -343,7 +384,8 @@ class Core:
                 held.issued_ns = now
                 starts.append(lambda held=held: self._copy(held) if self.back else self._read(self.front, held))  # type: ignore[misc]
             if self.back is not None:
-                fed = self._choice.for_back()
+                kept, self._host_guests = self._host_guests, []
+                fed = [*kept, *self._choice.for_back()]
                 for held in fed:
                     held.issued_ns = now
                     starts.append(lambda held=held: self._read(self.back, held))  # type: ignore[misc]
@@ -426,7 +468,8 @@ class Core:
         assert self.back is not None
         with self.lock:
             source.pins -= 1
-            gone = source.error is not None or (source.ready and not source.permanent)  # not while it is still filled
+            passes = not source.permanent and not source.guest
+            gone = source.error is not None or (source.ready and passes)  # not while it is still filled
             if gone and not source.pins and self.back.holding.get(source.block) is source:
                 source.used = True
                 self.back.drop(source.block)

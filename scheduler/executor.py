@@ -124,10 +124,21 @@ class Executor:
                     f"still there? If it is only slow, nothing is lost: run again"
                 )
 
-    def bring(self, places: Sequence[tuple[int, Slot]], gone: Sequence[int] = ()) -> None:
+    def bring(
+        self,
+        places: Sequence[tuple[int, Slot]],
+        gone: Sequence[int] = (),
+        *,
+        kept: Sequence[tuple[int, Slot]] = (),
+        urgent: bool = True,
+    ) -> list[int]:
         """Bring blocks into slots of the caller's own, and forget others there. See `Core.bring`."""
         self._check_process()
-        self.core.bring(places, gone)
+        return self.core.bring(places, gone, kept=kept, urgent=urgent)
+
+    def let_go(self, blocks: Sequence[int]) -> list[int]:
+        """Forget host copies that `bring` was to keep. See `Core.let_go`."""
+        return self.core.let_go(blocks)
 
     def release(self, lease: Lease, event: Event = None) -> None:
         """Give a lease back; the slot may be refilled after `event`."""
