@@ -99,11 +99,13 @@ class Core:
 
     # --- called by consumers, from any thread -----------------------------------------------------------------------
 
-    def acquire_nowait(self, block: int, *, observed: bool = True, backward: bool = False) -> Lease | Wish:
+    def acquire_nowait(
+        self, block: int, *, observed: bool = True, backward: bool = False, counted: bool = True
+    ) -> Lease | Wish:
         """A lease if the block is ready; else a wish, granted by the loop.
 
         Accesses outside the model's own run (`observed=False`) teach the order nothing; those of a `backward` pass do
-        behind a root call, and nothing within one.
+        behind a root call, and nothing within one. It is `counted` as a use, unless somebody only waits for it.
 
         Raises:
             PenstockError: it comes by `bring` only, and has been forgotten, or was never brought: it has no slot.
@@ -124,9 +126,10 @@ class Core:
             held = self.front.holding.get(block)
             if held is not None and held.ready and (held.leases or block not in self._choice.away):
                 held.leases += 1
-                held.used = True
-                self._tally.on_time += 1
-                self._tally.used(held, self._clock())
+                if counted:
+                    held.used = True
+                    self._tally.on_time += 1
+                    self._tally.used(held, self._clock())
                 if predicted:
                     return Lease(residence=held)
                 result: Lease | Wish = Lease(residence=held)
@@ -135,7 +138,7 @@ class Core:
                     self._tally.demanded += 1
                 else:
                     self._tally.late += 1
-                wish = Wish(block=block, since_ns=self._clock())
+                wish = Wish(block=block, since_ns=self._clock(), counted=counted)
                 self._choice.wishes.append(wish)
                 result = wish
             if not predicted:
@@ -503,11 +506,11 @@ class Core:
     def _grant(self, wish: Wish, held: Residence) -> None:
         waited = self._clock() - wish.since_ns
         held.leases += 1
-        held.used = True
+        held.used = held.used or wish.counted
         self._tally.waited_ns += waited
         self._choice.wishes.remove(wish)
         self._tally.span("wait", wish.block, wish.since_ns)
-        if not wish.host:
+        if not wish.host and wish.counted:
             self._tally.used(held, wish.since_ns)
         wish.granted.set_result(Lease(residence=held, waited_ns=waited))
 

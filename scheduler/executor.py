@@ -68,7 +68,7 @@ class Executor:
         """A root call returned, or raised."""
         self.core.end(failed=failed)
 
-    def acquire(self, block: int, *, observed: bool = True, backward: bool = False) -> Lease:
+    def acquire(self, block: int, *, observed: bool = True, backward: bool = False, counted: bool = True) -> Lease:
         """A lease on a block, waiting for it if it is not there. See `Core.acquire_nowait`.
 
         Raises:
@@ -76,7 +76,8 @@ class Executor:
                 moved for too long.
         """
         self._check_process()
-        return self._granted(self.core.acquire_nowait(block, observed=observed, backward=backward), block)
+        got = self.core.acquire_nowait(block, observed=observed, backward=backward, counted=counted)
+        return self._granted(got, block)
 
     def acquire_host(self, block: int) -> Lease:
         """A lease on the host's copy of a block that stays there, to compute with it on the CPU.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
 
 from .prefetching import brought
-from .profile import Profile
+from .profile import Columns, Profile
 from .schema import Cause, Link, Transfer, Use
 from .summary import ExpertUse
 from .window import Window
@@ -28,15 +29,18 @@ def expert_use(profile: Profile, window: Window) -> ExpertUse | None:
     inside = ours & window.holds(uses.at)
     moves = moves.where(np.isin(moves.block, numbers))
     link = Link.H2D if (moves.link == Link.H2D).any() else Link.DISK_READ  # the last one before the expert is computed
-    ahead = moves.where((moves.link == link) & (moves.cause == Cause.PREFETCH))
-    guessed = {*zip(ahead.block.tolist(), ahead.issued.tolist(), strict=True)}
-    came = uses.where(inside & fresh)
-    keys = [*zip(came.block.tolist(), came.issued.tolist(), strict=True)]
-    early = [at >= ready for at, ready in zip(came.at.tolist(), came.ready.tolist(), strict=True)]
-    in_time = sum(is_early and key in guessed for key, is_early in zip(keys, early, strict=True))
-    late = sum(not is_early and key in guessed for key, is_early in zip(keys, early, strict=True))
+    moves = moves.where(moves.link == link)
+    ahead = moves.where(moves.cause == Cause.PREFETCH)
+    guessed, seen = set(_keys(ahead)), set(_keys(moves))
+    came = [
+        (key, at >= ready)
+        for key, at, ready in _timed(uses.where(inside & fresh))
+        if key in seen  # what was brought before the recording is there
+    ]
+    in_time = sum(early for key, early in came if key in guessed)
+    late = sum(not early for key, early in came if key in guessed)
     every = uses.where(ours & fresh)
-    used = {*zip(every.block.tolist(), every.issued.tolist(), strict=True)}
+    used = set(_keys(every))
     decided = ahead.where(window.holds(ahead.issued))
     total = int(inside.sum())
     return ExpertUse(
@@ -45,7 +49,15 @@ def expert_use(profile: Profile, window: Window) -> ExpertUse | None:
         missed=len(came) - in_time - late,
         ahead_in_time=in_time,
         ahead_late=late,
-        ahead_for_nothing=sum(
-            key not in used for key in zip(decided.block.tolist(), decided.issued.tolist(), strict=True)
-        ),
+        ahead_for_nothing=sum(key not in used for key in _keys(decided)),
     )
+
+
+def _keys(records: Columns) -> list[tuple[int, int]]:
+    """Block, and when it was decided to bring it: one for each time that it is brought."""
+    return [*zip(records.block.tolist(), records.issued.tolist(), strict=True)]
+
+
+def _timed(uses: Columns) -> Iterator[tuple[tuple[int, int], int, int]]:
+    """Key of each use, when it was, and since when the block was there."""
+    return zip(_keys(uses), uses.at.tolist(), uses.ready.tolist(), strict=True)

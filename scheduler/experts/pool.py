@@ -47,7 +47,7 @@ class Carrier(Protocol):
         """See `Core.bring`."""
         ...
 
-    def acquire(self, block: int, *, observed: bool) -> Lease:
+    def acquire(self, block: int, *, observed: bool, counted: bool = True) -> Lease:
         """A lease of a block that was brought, waiting for it."""
         ...
 
@@ -290,18 +290,18 @@ class ExpertPool:
         if block not in self._lying:
             return False
         try:
-            self._carrier.release(self._acquire(part, block), None)
+            self._carrier.release(self._acquire(part, block, counted=False), None)
         except (ClosedError, StallError):
             raise
         except Exception:
             return False
         return True
 
-    def _acquire(self, part: int, block: int) -> Lease:
+    def _acquire(self, part: int, block: int, *, counted: bool = True) -> Lease:
         """A lease of a block that has a slot, which it loses where it could not be read: the carrier has no such block
         any more, and would give it a place of its own next time."""
         try:
-            return self._carrier.acquire(block, observed=False)
+            return self._carrier.acquire(block, observed=False, counted=counted)
         except (ClosedError, StallError):
             raise
         except Exception:

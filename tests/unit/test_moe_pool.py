@@ -63,7 +63,7 @@ class Shelves:
     def acquire_host(self, block: int) -> Lease:
         raise AssertionError("there is one tier")
 
-    def acquire(self, block: int, *, observed: bool) -> Lease:
+    def acquire(self, block: int, *, observed: bool, counted: bool = True) -> Lease:
         assert not observed
         if block not in self.lying:  # an executor would have it wait for a place of the executor's own
             pytest.fail(f"block {block} is asked for, and was not brought")
