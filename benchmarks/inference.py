@@ -46,10 +46,13 @@ class Contender:
     reads_gguf: bool = False
     capped: bool = True
 
+    prefix: str = ""
+    """Of its script's name."""
+
     @property
     def module(self) -> str:
         """What `python -m` runs."""
-        return f"benchmarks.contenders.{self.name.replace('.', '_')}_run"
+        return f"benchmarks.contenders.{self.prefix}{self.name.replace('.', '_')}_run"
 
     def missing(self) -> list[str]:
         """How to install what is not there; empty when the contender can run."""

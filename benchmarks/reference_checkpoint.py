@@ -14,10 +14,11 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -115,8 +116,9 @@ def done_marker(target: Path) -> Path:
     return target.with_name(target.name + ".done.json")
 
 
-def is_complete(target: Path, shape: CheckpointShape) -> bool:
-    """Whether `target` was written to the end with exactly these parameters and still has the sizes it had then."""
+def is_complete(target: Path, shape: Any) -> bool:
+    """Whether `target` was written to the end with exactly the parameters of the dataclass `shape`, and still has the
+    sizes it had then."""
     marker = done_marker(target)
     if not marker.exists():
         return False
@@ -124,7 +126,7 @@ def is_complete(target: Path, shape: CheckpointShape) -> bool:
     return bool(recorded == {"shape": asdict(shape), "files": _file_sizes(target)})
 
 
-def mark_complete(target: Path, shape: CheckpointShape) -> None:
+def mark_complete(target: Path, shape: Any) -> None:
     """Record that `target` is whole."""
     done_marker(target).write_text(json.dumps({"shape": asdict(shape), "files": _file_sizes(target)}, indent=2) + "\n")
 
@@ -170,25 +172,37 @@ def write_checkpoint(folder: Path, shape: CheckpointShape) -> None:
     done_marker(folder).unlink(missing_ok=True)
     with torch.device("meta"):
         model = LlamaForCausalLM(shape.config()).bfloat16()
-    state_dict = model.state_dict()
-    total_nbytes = sum(tensor.nbytes for tensor in state_dict.values())
-    require_free_disk(folder, total_nbytes)
+    dims = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    split = split_torch_state_dict_into_shards(
-        state_dict, filename_pattern="model{suffix}.safetensors", max_shard_size=shape.shard_nbytes
-    )
-    for filename, names in split.filename_to_tensors.items():
-        _write_shard(folder / filename, shape, {name: tuple(state_dict[name].shape) for name in names})
-    if split.is_sharded:
-        metadata = {"total_parameters": model.num_parameters(), **split.metadata}
-        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    write_weights(folder, dims, partial(draw_tensor, shape), shard_nbytes=shape.shard_nbytes)
     mark_complete(folder, shape)
 
 
-def _write_shard(path: Path, shape: CheckpointShape, dims_by_name: dict[str, tuple[int, ...]]) -> None:
+Draw = Callable[[str, tuple[int, ...]], torch.Tensor]
+"""(name, dims) → the bf16 values of a tensor."""
+
+
+def write_weights(folder: Path, dims: Mapping[str, tuple[int, ...]], draw: Draw, *, shard_nbytes: int) -> None:
+    """Write shards and index of bf16 tensors as `save_pretrained` would, one tensor in memory at a time.
+
+    Raises OSError before anything is written when the disk is too small.
+    """
+    state_dict = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in dims.items()}
+    require_free_disk(folder, sum(tensor.nbytes for tensor in state_dict.values()))
+    split = split_torch_state_dict_into_shards(
+        state_dict, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_nbytes
+    )
+    for filename, names in split.filename_to_tensors.items():
+        _write_shard(folder / filename, draw, {name: dims[name] for name in names})
+    if split.is_sharded:
+        metadata = {"total_parameters": sum(map(math.prod, dims.values())), **split.metadata}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _write_shard(path: Path, draw: Draw, dims_by_name: dict[str, tuple[int, ...]]) -> None:
     """One safetensors file: 8 bytes of header length, JSON padded to 8 bytes, then the tensors sorted by name."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -201,7 +215,7 @@ def _write_shard(path: Path, shape: CheckpointShape, dims_by_name: dict[str, tup
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, dims in sorted(dims_by_name.items()):
-            file.write(draw_tensor(shape, name, dims).view(torch.uint8).numpy().data)
+            file.write(draw(name, dims).view(torch.uint8).numpy().data)
         settle(file)
 
 

@@ -295,8 +295,11 @@ def close(model: nn.Module) -> None:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """The plan of a model, to print or to display in a notebook."""
-    return Explanation(handle_of(model).plan)
+    """The plan of a model, to print or to display in a notebook.
+
+    Of experts that are blocks of their own it says what was missed so far, or before that what is expected to be.
+    """
+    return handle_of(model).explained()
 
 
 def handle_of(model: nn.Module) -> Handle:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import nn
@@ -27,6 +29,10 @@ class Portion:
     def key(self) -> str:
         """Its name inside an image."""
         return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
+
+
+_ROW: Final = re.compile(r"(?P<name>.+)\[(?P<first>\d+):\d+\]")
+"""The key of a portion that is some rows."""
 
 
 class Backing(Protocol):
@@ -125,6 +131,8 @@ class ModuleBacking:
         self._ends: list[int] = []
         self._turn = 0
         self._placed: dict[str, TensorSource] = {}
+        self._rows: dict[str, dict[int, FileSpan]] = defaultdict(dict)
+        """By parameter and first row, where single rows are that are blocks by themselves (experts)."""
 
     def holds(self, name: str) -> bool:
         """All of them."""
@@ -166,6 +174,11 @@ class ModuleBacking:
         """Give an image its place at the end of a scratch file."""
         (window,) = image.windows
         path, offset = self._take(window.nbytes)
+        for key, place in image.places.items():
+            rows = _ROW.fullmatch(key)
+            if rows is not None:
+                span = FileSpan(path=path, offset=offset + place.offset, nbytes=place.nbytes)
+                self._rows[rows["name"]][int(rows["first"])] = span
         return replace(image, windows=(replace(window, path=path, file_offset=offset),))
 
     def place_table(self, name: str) -> FileSpan:
@@ -183,8 +196,12 @@ class ModuleBacking:
         return self.paths[turn], offset
 
     def source(self, name: str) -> TensorSource:
-        """Where a table is in the scratch file."""
-        return self._placed[name]
+        """Where a table is in the scratch file, or a parameter that is blocks by row in several."""
+        if name in self._placed:
+            return self._placed[name]
+        parameter, rows = self._parameters[name], self._rows[name]
+        spans = tuple(rows[first] for first in sorted(rows))
+        return TensorSource(shape=tuple(parameter.shape), dtype=self.dtype(name), spans=spans)
 
     def value(self, portion: Portion) -> torch.Tensor:
         """The bytes of a tensor, flat, on the CPU, in the order in which `stride` reads them."""

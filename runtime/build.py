@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..memory.arena import AnyArena, HostArena, debug_enabled
+from ..memory.arena import AnyArena, HostArena, debug_enabled, round_up
 from ..memory.disk import DiskEngine
 from ..memory.image import DeviceImage, Image
 from ..memory.layout import FileSpan
@@ -138,7 +138,7 @@ class Machinery:
             pretrained=not isinstance(backing, ModuleBacking) and (self.changing is None or self.trains),
         )
         if layout.experts is not None:
-            self.session.experts = ExpertRunner(layout, self.front_arena, device, self.executor)
+            self.session.experts = ExpertRunner(layout, self.front_arena, self.host, device, self.executor)
         if on_cpu:
             self.session.on_cpu = OnCpu(self.session, self.units, self.host)
 
@@ -232,11 +232,11 @@ def _ancestors(paths: Iterable[str]) -> set[str]:
 
 
 def _arenas(device: Device, layout: Layout, made: ExitStack) -> tuple[HostArena, AnyArena]:
-    host = device.host_arena((layout.back or layout.front).nbytes + layout.expert_nbytes)
+    host = device.host_arena((layout.back or layout.front).nbytes + layout.expert_host_nbytes)
     made.callback(host.close)
     if layout.back is None:
         return host, host
-    front = device.device_arena(layout.front.nbytes)
+    front = device.device_arena(layout.front.nbytes + layout.expert_device_nbytes)
     made.callback(front.close)
     return host, front
 
@@ -250,13 +250,17 @@ def _droppable(layout: Layout, backing: Backing) -> frozenset[int]:
     """Blocks that need not stay where the plan keeps them, if others turn out to be used more often.
 
     Not those of a built module, whose only copy is in the arena, nor pieces of tables, whose rows are looked up where
-    they stay without a lease.
+    they stay without a lease, nor experts, which are in no order.
     """
     if isinstance(backing, ModuleBacking):
         return frozenset()
     fixed = {0}.union(*layout.tables.values())
     passes = layout.front.slot_nbytes if layout.back is None else layout.back.slot_nbytes
-    return frozenset(block.id for block in layout.blocks if block.id not in fixed and block.image.nbytes <= passes)
+    return frozenset(
+        block.id
+        for block in layout.blocks
+        if block.id not in fixed and not layout.is_expert(block) and block.image.nbytes <= passes
+    )
 
 
 def _tiers(
@@ -330,9 +334,12 @@ def _free(machinery: Machinery, name: str) -> None:
 
 def _write_block(machinery: Machinery, backing: ModuleBacking, block: Draft) -> None:
     (window,) = machinery.images[block.id].windows
-    slot = (machinery.back or machinery.front).free[0]
-    _fill(machinery.host, slot.offset, backing, block)
-    view = machinery.host.view(slot.offset, window.nbytes)
+    if machinery.layout.is_expert(block) and machinery.back is None:
+        offset = machinery.host.nbytes - round_up(window.nbytes)  # where slots of experts will be, which come last
+    else:
+        offset = (machinery.back or machinery.front).free[0].offset
+    _fill(machinery.host, offset, backing, block)
+    view = machinery.host.view(offset, window.nbytes)
     machinery.engine.write(window.path, window.file_offset, view).wait()
 
 

@@ -125,13 +125,14 @@ def _traffic(layout: Layout) -> Traffic:
 def _candidates(layout: Layout, work: TokenWork) -> Iterator[Candidate]:
     if layout.back is None:
         return
-    layers = layers_of(layout.blocks)
-    there = {b.id for b in layout.blocks if b.id in layout.back.resident and b.id not in layout.front.resident}
+    blocks = [block for block in layout.blocks if not layout.is_expert(block)]  # their layer decides, when it runs
+    layers = layers_of(blocks)
+    there = {b.id for b in blocks if b.id in layout.back.resident and b.id not in layout.front.resident}
     whole = Counter(layers[block] for block in there if block in layers)
     for layer, count in Counter(layers.values()).items():
         if whole[layer] < count:
             whole[layer] = 1  # what is left of it goes to the CPU and back for each block
-    for block in layout.blocks:
+    for block in blocks:
         if block.id in there:
             yield _candidate(block, work.dtype, together=whole[layers[block.id]] if block.id in layers else 1)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..scheduler.experts.account import HitCause, PhaseResult
+from ..scheduler.experts.forecast import ExpertForecast
 from ..scheduler.plan import Home, Plan
 from ..scheduler.processors import ALWAYS
 
@@ -88,29 +91,68 @@ def _tokens(rows: int) -> str:
     return "any number of" if rows >= ALWAYS else str(rows)
 
 
-class Explanation:
-    """What `penstock.explain` returns: prints as text, draws itself in notebooks."""
+def foreseen_text(foreseen: ExpertForecast) -> str:
+    """What a step is expected to need of experts."""
+    how = "made-up routing, whose skew is like that of a real model" if foreseen.assumed else foreseen.source
+    copied = f" and {gib(foreseen.copied_nbytes)} copied" if foreseen.copied_nbytes else ""
+    return (
+        f"foreseen of experts by {how}: a step uses {foreseen.uses:.1f} and misses {foreseen.missed:.1f} of them; "
+        f"{gib(foreseen.read_nbytes)} read{copied} ({_causes(foreseen.hits)})"
+    )
 
-    def __init__(self, plan: Plan) -> None:
+
+def measured_text(counted: PhaseResult) -> str:
+    """What steps have needed of experts so far."""
+    tokens = max(counted.tokens, 1)
+    missed = sum(counted.misses.values()) / tokens
+    copied = f" and {gib(counted.copied_nbytes / tokens)} copied" if counted.copied_nbytes else ""
+    by_cpu = f", {counted.computed_by_cpu / tokens:.1f} computed by the CPU" if counted.computed_by_cpu else ""
+    return (
+        f"experts of {counted.tokens} tokens so far: {counted.uses / tokens:.1f} uses per token, {missed:.1f} "
+        f"missed{by_cpu}; {gib(counted.read_nbytes / tokens)} read{copied} "
+        f"({_causes({cause: count / tokens for cause, count in counted.hits.items()})})"
+    )
+
+
+def _causes(hits: Mapping[HitCause, float]) -> str:
+    found = [f"{count:.1f} {cause}" for cause, count in hits.items() if count]
+    return f"hits: {', '.join(found)}" if found else "no hits"
+
+
+class Explanation:
+    """What `penstock.explain` returns: prints as text, draws itself in notebooks.
+
+    Args:
+        plan: Of the model.
+        experts: What is foreseen of experts that are blocks of their own, or what was measured; "" where there are
+            none.
+    """
+
+    def __init__(self, plan: Plan, experts: str = "") -> None:
         self.plan = plan
+        self.experts = experts
+
+    def _renderable(self) -> RenderableType:
+        plan = plan_renderable(self.plan)
+        return Group(plan, Text(self.experts)) if self.experts else plan
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=100, color_system=None)
-        console.print(plan_renderable(self.plan))
+        console.print(self._renderable())
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return str(text).rstrip()
 
     __repr__ = __str__
 
     def __rich__(self) -> RenderableType:
-        return plan_renderable(self.plan)
+        return self._renderable()
 
     def _repr_html_(self) -> str:
         console = Console(file=io.StringIO(), record=True, width=100)
-        console.print(plan_renderable(self.plan))
+        console.print(self._renderable())
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 def explain_html(handle: Handle) -> str:
     """The plan of a handle as HTML."""
-    return Explanation(handle.plan)._repr_html_()
+    return handle.explained()._repr_html_()

@@ -18,6 +18,9 @@ from transformers import PreTrainedModel
 from ..memory.errors import DoesNotFitError, UsageError
 from ..scheduler.alternation import Split
 from ..scheduler.cost import CostModel
+from ..scheduler.experts.forecast import ExpertForecast, expected_trace
+from ..scheduler.experts.shape import Routing
+from ..scheduler.experts.trace import Trace
 from ..scheduler.hardware import Hardware
 from ..scheduler.operations import Operation
 from ..scheduler.plan import Links, Plan
@@ -27,6 +30,8 @@ from ..scheduler.simulator import Prediction, simulate
 from ..scheduler.sizes import Workload
 from .backing import CheckpointBacking
 from .deciding import Decisions, alternation_of, told
+from .experts.layers import find_expert_layers, shape_of
+from .experts.outlook import outlook_of
 from .feeding import with_context
 from .headroom import headroom_nbytes, kv_nbytes
 from .imaginedfile import imagined_file
@@ -73,6 +78,8 @@ class Forecast:
     """By resource: what a token takes of it, of all sequences. The longest one binds."""
     lanes: int = 1
     """Micro-batches that the batch is cut into, which share each sweep over the weights."""
+    experts: ExpertForecast | None = None
+    """Where experts are blocks of their own: what routers will ask for and is not there."""
     cpu_share: float = 0.0
     """Of several: the part of the blocks that the CPU can compute which it does compute, while the others go on."""
 
@@ -80,13 +87,15 @@ class Forecast:
     def first_token_s(self) -> float:
         """From the moment that the model is known: what stays is read with the prompt."""
         first = self.prediction.turns[0]
-        return first.seconds if self.warm else first.end_ns / 1e9
+        waiting = self.experts.prompt_waiting_s if self.experts is not None else 0.0
+        return waiting + (first.seconds if self.warm else first.end_ns / 1e9)
 
     @property
     def token_s(self) -> float:
         """Of every token after that, or of a call for a model that does not generate."""
         turns = self.prediction.turns
-        return self.prediction.seconds(turns[-1].title)
+        waiting = self.experts.waiting_s if self.experts is not None else 0.0
+        return waiting + self.prediction.seconds(turns[-1].title)
 
     @property
     def tokens_per_s(self) -> float:
@@ -133,6 +142,19 @@ class Foresight:
         self._rehearsed: PreTrainedModel = outline(path, dtype=dtype, trust_remote_code=trust_remote_code)
         make_fake(self._rehearsed)
         self._programs: dict[tuple[int, int, int], tuple[Program, ...]] = {}
+        self._traces: dict[tuple[int, int], Trace] = {}
+        """Made-up routing, by batch and prompt."""
+
+    def _expected(self, routing: Routing, batch: int, prompt: int) -> Trace:
+        key = batch, prompt
+        if key not in self._traces:
+            self._traces[key] = expected_trace(routing, batch=batch, prompt=prompt)
+        return self._traces[key]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each parameter, tied ones once."""
+        return {name: parameter.nbytes for name, parameter in self.model.named_parameters()}
 
     @property
     def weights_nbytes(self) -> int:
@@ -166,8 +188,12 @@ class Foresight:
         exact: bool = False,
         warm: bool = False,
         lanes: int = 1,
+        trace: Trace | None = None,
     ) -> Forecast:
         """Plan and simulate `batch` answers of `generated` tokens to prompts of `prompt` tokens.
+
+        Experts that are blocks of their own are foreseen by a `trace` of the model's routing, or of made-up routing
+        without one. What their layers wait for is added to what all else takes.
 
         `warm` is a model that has answered before: what stays is there when the prompt comes. The batch is cut into
         `lanes` micro-batches of like size, which alternate between the processors where that pays.
@@ -191,7 +217,15 @@ class Foresight:
         calls = self.programs(workload, prompt)
         setting = setting_of(layout, units)
         links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
-        plan = make_plan(layout, device_name(hardware), budgets, links, self.weights_nbytes, stays)
+        experts = None
+        if layout.experts is not None:
+            shape = shape_of(self.model, layout.experts.layers[0])
+            routed = trace or self._expected(layout.experts.routing, batch, prompt)
+            experts = outlook_of(layout.experts, shape, cost, routed, assumed=trace is None, exact=exact)
+        elif trace is not None and find_expert_layers(self.model, self.sizes) is None:
+            raise UsageError(f"{self.name} has no experts whose routing a trace could foretell: leave it out")
+        name = device_name(hardware)
+        plan = make_plan(layout, name, budgets, links, self.weights_nbytes, stays, experts=experts)
         split = Split(cpu_share=0.0, seconds=0.0)
         if lanes > 1 and units.on_cpu:
             most = min(max(budgets.host - layout.host_nbytes, 0) / max(beside, 1), 1.0)
@@ -210,6 +244,7 @@ class Foresight:
             batch=lanes * rows,
             warm=warm,
             headroom_nbytes=headroom,
+            experts=experts,
             busy_s=_busy(
                 layout,
                 calls,
@@ -218,6 +253,7 @@ class Foresight:
                 str(self.model.dtype).removeprefix("torch."),
                 lanes=lanes,
                 here=units.on_cpu.keys() if lanes == 1 else part,
+                experts=experts,
             ),
             lanes=lanes,
             cpu_share=split.cpu_share,
@@ -239,6 +275,7 @@ class Foresight:
             keep_skew=hardware.gpu is None or hardware.emulated,
             work=None if decisions is None else decisions.of(self.model),
             beside_nbytes=beside_nbytes,
+            experts=True,
         ).best()
         if decisions is None:
             return layout, Units(), ()
@@ -313,8 +350,10 @@ def _busy(
     *,
     lanes: int,
     here: Collection[int],
+    experts: ExpertForecast | None,
 ) -> dict[str, float]:
     """What the last call takes of each resource, if so many lanes make it, and the CPU computes `here` for all."""
+    fixed = [block for block in layout.on_disk() if not layout.is_expert(block)]
     where = "GPU" if cost.hardware.gpu is not None else "CPU"
     found = {where: lanes * cost.compute_s(calls[-1].operations(), "gpu")}
     on_cpu = [b for b in layout.streamed() if b.id in here and layout.on_cpu.get(b.id, 0) > rows]
@@ -325,12 +364,14 @@ def _busy(
         ]
         found["CPU"] = lanes * cost.compute_s(products, "cpu")
         found[where] = max(found[where] - lanes * cost.compute_s(products, "gpu"), 0.0)
-    disk = sum(layout.per_token(block) * block.image.read_nbytes for block in layout.on_disk())
+    disk = sum(layout.per_token(block) * block.image.read_nbytes for block in fixed)
+    disk += 0.0 if experts is None else experts.read_nbytes
     if disk:
         found["disk"] = cost.read_s(disk, 4 * 2**20)
     if layout.back is not None:
-        copied = [block for block in layout.streamed() if block not in on_cpu]
+        copied = [b for b in layout.streamed() if b not in on_cpu and not layout.is_expert(b)]
         link = sum(layout.per_token(block) * block.image.data_nbytes for block in copied)
+        link += 0.0 if experts is None else experts.copied_nbytes
         if link:
             found["host-to-device link"] = cost.copy_s(link, 4 * 2**20)
     return found

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 from torch import nn
@@ -22,6 +22,12 @@ from ..scheduler.tally import ExecutorStatistics
 from ..scheduler.timeline import Timeline
 from .build import Machinery
 from .gather import gathered
+
+if TYPE_CHECKING:
+    from .explain import Explanation
+
+SEEN: Final = 16
+"""Tokens that must have been continued before what was measured of experts says more than what is expected."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +67,8 @@ class Handle:
         """What was decided: tiers, bytes per sweep, bound."""
         self.exact = False
         """Whether nothing may be computed in a way whose results are equal to rounding only."""
+        self._experts_text: str | None = None
+        """What is foreseen of experts, once somebody wanted to know."""
         self._module = weakref.ref(module)
         self._machinery = machinery
         self._finalizer: Callable[[], Any] | None = None
@@ -159,6 +167,22 @@ class Handle:
         finally:
             if module is not None and self.plan.resident:
                 module.forward = _closed_forward
+
+    def explained(self) -> Explanation:
+        """The plan in words, with what is known of experts: what they missed, once some tokens have been continued, and
+        what they are expected to miss before that."""
+        from .explain import Explanation, foreseen_text, measured_text
+
+        machinery = self._machinery
+        experts = None if machinery is None else machinery.session.experts
+        if machinery is None or experts is None:
+            return Explanation(self.plan)
+        counted = experts.statistics().decode
+        if counted.tokens >= SEEN:
+            return Explanation(self.plan, measured_text(counted))
+        if self._experts_text is None:
+            self._experts_text = foreseen_text(experts.outlook(machinery.costs, exact=self.exact))
+        return Explanation(self.plan, self._experts_text)
 
     def _repr_html_(self) -> str:
         from .explain import explain_html

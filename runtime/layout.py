@@ -141,29 +141,48 @@ class Layout:
         """Bytes copied to the device per sweep."""
         if self.back is None:
             return 0
-        return sum(self.uses.get(block.id, 1) * block.image.data_nbytes for block in self.streamed())
+        return round(
+            sum(
+                (self.per_token(block) if self.is_expert(block) else self.uses.get(block.id, 1))
+                * block.image.data_nbytes
+                for block in self.streamed()
+            )
+        )
 
     def is_expert(self, block: Draft) -> bool:
         """Whether a block is an expert's."""
         return self.experts is not None and block.id >= self.experts.first
 
     def per_token(self, block: Draft) -> float:
-        """How often a block is used per token; of an expert how often it is read."""
+        """How often a block is used per token; of an expert how often it is brought to where it is computed."""
         if self.experts is not None and (used := self.experts.uses_of(block.id)) is not None:
             return used
         return self.uses.get(block.id, 1) * (ONCE if block.id in self.seldom else 1.0)
 
+    def reads_per_token(self, block: Draft) -> float:
+        """How often a block on disk is read per token."""
+        if self.experts is not None and (read := self.experts.reads_of(block.id)) is not None:
+            return read
+        return self.per_token(block)
+
     @property
     def host_nbytes(self) -> int:
         """Bytes of host memory that it takes."""
-        return self.own_host_nbytes + (self.back or self.front).nbytes + self.expert_nbytes
+        return self.own_host_nbytes + (self.back or self.front).nbytes + self.expert_host_nbytes
 
     @property
-    def expert_nbytes(self) -> int:
-        """Bytes of the slots that experts have."""
-        return 0 if self.experts is None else self.experts.nbytes
+    def expert_host_nbytes(self) -> int:
+        """Bytes of host memory that slots of experts take."""
+        if self.experts is None:
+            return 0
+        return self.experts.host_nbytes if self.back is not None else self.experts.nbytes
+
+    @property
+    def expert_device_nbytes(self) -> int:
+        """Bytes of a device apart that they take."""
+        return 0 if self.experts is None or self.back is None else self.experts.nbytes
 
     @property
     def device_nbytes(self) -> int:
         """Bytes of device memory that it takes."""
-        return self.own_device_nbytes + self.front.nbytes if self.back else 0
+        return self.own_device_nbytes + self.front.nbytes + self.expert_device_nbytes if self.back else 0

@@ -152,7 +152,10 @@ def load(
             handle.machinery.costs = costs
             experts = handle.machinery.session.experts
             if experts is not None and layout.experts is not None and costs is not None:
-                experts.look_ahead(expert_costs(costs, shape_of(model, layout.experts.layers[0])))
+                each = expert_costs(costs, shape_of(model, layout.experts.layers[0]))
+                experts.look_ahead(each)
+                if decisions is not None and not decisions.exact:
+                    experts.share_with_cpu(each)
             handle.machinery.host_left_nbytes = left
         if layout.resident and changing is None:
             _as_pretrained(model)

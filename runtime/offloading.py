@@ -74,7 +74,15 @@ def offload(
         if beside is not None:
             changing = beside.changing(list(resident.values()), device)
         changes = changing is not None and changing.weights_change
-        layout = Planner(module, backing, budgets, buffers_nbytes=0, keep_skew=skewed(device), changing=changing).best()
+        layout = Planner(
+            module,
+            backing,
+            budgets,
+            buffers_nbytes=0,
+            keep_skew=skewed(device),
+            changing=changing,
+            experts=changing is None,
+        ).best()
         layout, stays = settled(module, layout, device.torch_device, processors)
         if layout.resident and not device.separate and changing is None:
             untouched = untouched_plan(device.name, budgets, total, "everything fits: the module was left as it is")

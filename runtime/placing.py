@@ -24,7 +24,10 @@ SLOT_SIZES: Final = 5
 CROSSINGS: Final = 2
 """Hand-overs when the CPU computes a part of the model: its inputs come, its results go."""
 _LAYER: Final = re.compile(r".*?\.\d+(?=\.|$)|\d+(?=\.|$)")
-"""Of the path of a module, what ends with its first number: that of a layer."""
+"""Of the path of a module, what ends with its first number: that of a layer, or of a stage of several."""
+_STACKED: Final = re.compile(r"(?:.*\.)?(?:(?:layers|blocks)\.\d+|\d+\.\d+)(?=\.|$)")
+"""What ends with the last number that is of a stack: by its name, or as a list in a list. Other numbers inside a layer
+are of its parts: `mlp.0`, `experts.5`, the `layer.1` of a T5 block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,12 +142,13 @@ def _modes(work: TokenWork, use: Use) -> frozenset[Mode]:
 
 
 def layers_of(blocks: Iterable[Draft]) -> dict[int, int]:
-    """By block of a layer, a number for the layer: its blocks go to the CPU together."""
+    """By block of a layer, a number for the layer: its blocks go to the CPU together. Of a stage that is a block as a
+    whole, one for the stage."""
     found: dict[str, int] = {}
     return {
         block.id: found.setdefault(layer.group(), len(found))
         for block in blocks
-        if (layer := _LAYER.match(block.name)) is not None
+        if (layer := _STACKED.match(block.name) or _LAYER.match(block.name)) is not None
     }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from ..scheduler.experts.forecast import ExpertForecast
 from ..scheduler.plan import Home, Links, Plan, PlannedBlock
 from .layout import Budgets, Layout
 
@@ -16,10 +19,14 @@ def make_plan(
     *,
     exact: bool = False,
     exact_cost_s: float | None = None,
+    experts: ExpertForecast | None = None,
+    experts_shared: bool = False,
 ) -> Plan:
     """What a layout means, in the plan's words.
 
     Args:
+        experts: What those that are blocks of their own will miss; None where they are not.
+        experts_shared: Whether the CPU may compute some of them beside a device apart.
         exact: Whether results must not depend on which processor computes: nothing is on the CPU then.
         exact_cost_s: Seconds per sweep that this costs, or would cost; None where it is not known.
     """
@@ -57,17 +64,47 @@ def make_plan(
         host_slots=layout.back.slots if layout.back else 0,
         host_slot_nbytes=layout.back.slot_nbytes if layout.back else 0,
         limit_nbytes=layout.limit_nbytes,
-        expert_slots=0 if layout.experts is None else layout.experts.capacity,
-        expert_passing=0 if layout.experts is None else layout.experts.passing,
-        expert_nbytes=0 if layout.experts is None else layout.experts.each_nbytes,
-        expert_blocks=0 if layout.experts is None else len(layout.blocks) - layout.experts.first,
-        expert_read_nbytes=0 if layout.experts is None else round(layout.experts.read_per_token),
-        disk_nbytes_per_sweep=layout.disk_nbytes,
-        link_nbytes_per_sweep=layout.link_nbytes - _not_copied(layout),
+        **_experts_of(layout, experts),
+        link_nbytes_per_sweep=_link(layout, experts) - _not_copied(layout),
         links=links,
         depth=max(layout.front.slots - 1, 0),
-        notes=(*notes, *_seldom(layout), *_experts(layout), *_processors(layout, exact, exact_cost_s)),
+        notes=(
+            *notes,
+            *_seldom(layout),
+            *_expert_notes(layout, experts, shared=experts_shared),
+            *_processors(layout, exact, exact_cost_s),
+        ),
     )
+
+
+def _experts_of(layout: Layout, foreseen: ExpertForecast | None) -> dict[str, Any]:
+    """The plan's fields about experts, and the bytes that are read per sweep."""
+    placed = layout.experts
+    if placed is None:
+        return {"disk_nbytes_per_sweep": layout.disk_nbytes}
+    alike = round(placed.read_per_token)
+    read = alike if foreseen is None else round(foreseen.read_nbytes)
+    return {
+        "expert_slots": placed.capacity,
+        "expert_passing": placed.passing,
+        "expert_host_slots": 0 if placed.host_has_all else placed.host_capacity,
+        "expert_nbytes": placed.each_nbytes,
+        "expert_blocks": len(layout.blocks) - placed.first,
+        "expert_read_nbytes": read,
+        "expert_uses": 0.0 if foreseen is None else foreseen.uses,
+        "expert_misses": 0.0 if foreseen is None else foreseen.missed,
+        "expert_hits": {} if foreseen is None else {cause: each for cause, each in foreseen.hits.items() if each},
+        "expert_copied_nbytes": 0 if foreseen is None else round(foreseen.copied_nbytes),
+        "disk_nbytes_per_sweep": layout.disk_nbytes - alike + read,
+    }
+
+
+def _link(layout: Layout, foreseen: ExpertForecast | None) -> int:
+    """Bytes copied to a device apart per sweep."""
+    if layout.back is None or layout.experts is None or foreseen is None:
+        return layout.link_nbytes
+    alike = sum(layout.per_token(b) * b.image.data_nbytes for b in layout.streamed() if layout.is_expert(b))
+    return round(layout.link_nbytes - alike + foreseen.copied_nbytes)
 
 
 def _not_copied(layout: Layout) -> int:
@@ -87,17 +124,33 @@ def _processors(layout: Layout, exact: bool, cost_s: float | None) -> tuple[str,
     return (f"exact=True keeps one processor{more}",) if exact and cost_s else ()
 
 
-def _experts(layout: Layout) -> tuple[str, ...]:
-    """A note on what experts have to do with bytes per sweep."""
+def _expert_notes(layout: Layout, foreseen: ExpertForecast | None, *, shared: bool) -> tuple[str, ...]:
+    """Notes on what experts have to do with bytes per sweep."""
     experts = layout.experts
     if experts is None:
         return ()
-    return (
+    brought = "copied" if experts.apart else "read"
+    notes = [
         f"{experts.routing.total} experts, {experts.routing.layers * experts.routing.top_k} of them per token: "
-        f"{experts.capacity} are kept, others are read when a router asks for them. A sweep is counted as one token of "
-        f"{experts.read_per_token / 2**20:.0f} MiB of experts, as if all were used alike: with preferences it is less, "
-        "with more tokens more",
-    )
+        f"{experts.capacity} are kept, others are {brought} when a router asks for them"
+    ]
+    if foreseen is None:
+        notes.append(
+            f"a sweep is counted as one token of {experts.read_per_token / 2**20:.0f} MiB of experts, as if all were "
+            "used alike: with preferences it is less, with more tokens more"
+        )
+    else:
+        routing = "made-up routing, with skew as of a typical model" if foreseen.assumed else foreseen.source
+        notes.append(
+            f"foreseen from {routing}: per step {foreseen.uses:.1f} experts are used and {foreseen.missed:.1f} missed, "
+            f"{foreseen.read_nbytes / 2**20:.0f} MiB read from disk, {foreseen.copied_nbytes / 2**20:.0f} MiB copied"
+        )
+    if shared:
+        notes.append(
+            "where the CPU computes experts, results equal the device's to rounding, not to the bit; exact=True keeps "
+            "one processor"
+        )
+    return tuple(notes)
 
 
 def _seldom(layout: Layout) -> tuple[str, ...]:

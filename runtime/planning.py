@@ -59,7 +59,7 @@ class Planner:
             changing: It is to be trained, and that takes so much. No product is served by rows then: its gradient
                 would have no place to go.
             beside_nbytes: Host memory to leave where the CPU computes blocks: for their keys and values.
-            experts: Whether experts may be blocks of their own, which is tried where there is one tier.
+            experts: Whether experts may be blocks of their own.
         """
         self._beside_nbytes = beside_nbytes
         self.module = module
@@ -73,14 +73,17 @@ class Planner:
         self.sizes = {
             name: parameter.numel() * ITEMSIZE[backing.dtype(name)] for name, parameter in self.parameters.items()
         }
-        found = find_expert_layers(module, self.sizes) if experts and budgets.device is None else None
-        self._experts = None if found is None else ExpertCutter(found, backing)
+        found = find_expert_layers(module, self.sizes) if experts else None
+        separate = budgets.device is not None
+        self._experts = None
+        if found is not None:
+            self._experts = ExpertCutter(found, backing, separate=separate, keep_skew=keep_skew)
         self._cutter = Cutter(
             module,
             backing,
             self.parameters,
             self.sizes,
-            separate=budgets.device is not None,
+            separate=separate,
             keep_skew=keep_skew,
             experts=self._experts,
         )
@@ -190,7 +193,14 @@ class Planner:
         front, back = check_rings(made.others, front, back, min_slots=made.min_slots)
         layout = self._layout(made, front, back)
         if made.experts is not None:
-            given = replace(made.experts, capacity=plan.expert_slots, passing=plan.expert_passing)
+            stays = back is not None and made.blocks[-1].id in back.resident
+            given = replace(
+                made.experts,
+                capacity=plan.expert_slots,
+                passing=plan.expert_passing,
+                host_capacity=made.experts.routing.total if stays else plan.expert_host_slots,
+                host_has_all=stays,
+            )
             layout = replace(layout, experts=given)
         check_fits(layout, self.budgets)
         return replace(layout, on_cpu={b.id: b.cpu_rows_below for b in plan.blocks if b.cpu_rows_below})
@@ -219,24 +229,43 @@ class Planner:
 
     def _place(self, made: Cut, depth: int) -> Layout | None:
         if made.experts is not None:
-            return self._place_experts(made, made.experts, depth)
-        blocks, small = made.blocks, made.blocks[0]
-        placed = self._placed(made, depth)
+            place = self._place_experts if self.budgets.device is None else self._place_experts_apart
+            return place(made, made.experts, depth)
+        found = self._on_tiers(made, depth)
+        if found is None:
+            return None
+        front, back, token_s = found
+        return replace(self._layout(made, front, back), token_s=token_s)
+
+    def _on_tiers(
+        self, made: Cut, depth: int, *, device_kept: int = 0, host_kept: int = 0, passing_nbytes: int = 0
+    ) -> tuple[Residency, Residency | None, float | None] | None:
+        """Where all blocks but those of experts go, and what a token takes, if that is what they are placed by.
+
+        Args:
+            made: The blocks.
+            depth: Bytes that keep a link busy.
+            device_kept: Bytes of a device apart that are experts'.
+            host_kept: Bytes of the host's, above it.
+            passing_nbytes: The largest of what passes through the host beside these blocks.
+        """
+        blocks, small = made.others, made.others[0]
+        placed = self._placed(made, depth, device_kept, host_kept, passing_nbytes)
         if placed is not None:
-            front, back, token_s = placed
-            return replace(self._layout(made, front, back), token_s=token_s)
+            return placed
         own, worth = self._own(made.staging_nbytes), made.worth
         front_own, front_budget = own, self.budgets.host
         if self.budgets.device is not None:
-            front_own, front_budget = self._own_device, self.budgets.device
+            front_own, front_budget = self._own_device + device_kept, self.budgets.device
         found = self._front(blocks[1:], small, front_budget - front_own, made.min_slots, front_own, worth, depth)
         if found is None:
             return None
         if self.budgets.device is None:
-            return self._layout(made, found, None)
+            return found, None, None
         passing = [block for block in blocks if block.id in found.resident]
         streamed = [block for block in blocks if block.id not in found.resident]
-        transit = max((block.image.nbytes for block in passing), default=0)
+        transit = max(passing_nbytes, *(block.image.nbytes for block in passing), 0)
+        own += host_kept
         room = self.budgets.host - own
         changes = self._changing is not None and self._changing.weights_change
         if changes and sum(block.image.nbytes for block in blocks) <= room:
@@ -244,7 +273,7 @@ class Planner:
         kept = self._back(streamed, room, transit, own, worth, depth)
         if kept is not None and changes:
             kept = _with_homes(kept, passing, room)
-        return None if kept is None else self._layout(made, found, kept)
+        return None if kept is None else (found, kept, None)
 
     def _place_experts(self, made: Cut, experts: PlacedExperts, depth: int) -> Layout | None:
         """What every token uses first: a byte of it that stays saves a byte per token, one of an expert's less. Experts
@@ -257,6 +286,35 @@ class Planner:
             if found is not None:
                 given = experts.given(room=room - found.nbytes, passing=passing)
                 return replace(self._layout(made, found, None), experts=given)
+        return None
+
+    def _place_experts_apart(self, made: Cut, experts: PlacedExperts, depth: int) -> Layout | None:
+        """The same with a device apart, which computes: its memory has what every token uses first, then experts. Host
+        memory has all experts, if it can, as blocks that stay; else as many as it has room for, and a ring through
+        which the others pass."""
+        assert self.budgets.device is not None
+        own = self._own(made.staging_nbytes)
+        blocks = made.blocks[experts.first :]
+        largest = max(experts.host_slot_nbytes)
+        for passing in experts.choices(self.budgets.device - self._own_device, DEPTH):
+            kept = passing * experts.each_nbytes
+            found = self._on_tiers(made, depth, device_kept=kept, passing_nbytes=largest)
+            if found is None:
+                continue
+            front, back, token_s = found
+            assert back is not None, "a device apart has the host below it"
+            room = self.budgets.device - self._own_device - front.nbytes
+            left = self.budgets.host - own - back.nbytes
+            given = experts.given(room=room, passing=passing, host_room=left)
+            nbytes = sum(block.image.nbytes for block in blocks)
+            if nbytes <= left and not self.backing.preloaded:  # those of a built module go to scratch files
+                given = replace(given, host_capacity=experts.routing.total, host_has_all=True)
+                everything = back.resident | {block.id for block in blocks}
+                back = replace(back, resident=everything, resident_nbytes=back.resident_nbytes + nbytes)
+            else:
+                back, left = _deeper(back, largest, left, wanted=len(experts.host_slot_nbytes) * passing)
+                given = experts.given(room=room, passing=passing, host_room=left)
+            return replace(self._layout(made, front, back), token_s=token_s, experts=given)
         return None
 
     def _layout(self, made: Cut, front: Residency, back: Residency | None) -> Layout:
@@ -282,15 +340,18 @@ class Planner:
             limit_nbytes=made.limit_nbytes,
         )
 
-    def _placed(self, made: Cut, depth: int) -> tuple[Residency, Residency, float] | None:
-        """Both tiers at once, by what a token costs; None where that is not known, or all fits the device."""
-        device, small, blocks = self.budgets.device, made.blocks[0], made.blocks[1:]
+    def _placed(
+        self, made: Cut, depth: int, device_kept: int, host_kept: int, passing_nbytes: int
+    ) -> tuple[Residency, Residency, float] | None:
+        """Both tiers at once, by what a token costs; None where that is not known, or all fits the device. Arguments as
+        of `_on_tiers`."""
+        device, small, blocks = self.budgets.device, made.others[0], made.others[1:]
         if self.work is None or device is None:
             return None
-        room = device - small.front_nbytes
+        room = device - device_kept - small.front_nbytes
         if sum(block.front_nbytes for block in blocks) <= room:
             return None
-        host = self.budgets.host - self._own(made.staging_nbytes)
+        host = self.budgets.host - host_kept - self._own(made.staging_nbytes)
         if cpu_pays(blocks, self.work):  # which needs copies of the small tensors, too
             host -= self._beside_nbytes + small.image.data_nbytes
         found = place_on_tiers(
@@ -302,7 +363,7 @@ class Planner:
             min_slots=made.min_slots,
             depth_nbytes=depth,
             disk_rate=self.budgets.disk_rate,
-            passing_nbytes=small.image.nbytes,
+            passing_nbytes=max(small.image.nbytes, passing_nbytes),
         )
         if found is None:
             return None
@@ -368,7 +429,7 @@ class Planner:
         if layout.token_s is not None:
             return layout.token_s
         streamed = sum(layout.per_token(block) for block in layout.streamed())
-        disk = sum(layout.per_token(b) * b.image.read_nbytes for b in layout.on_disk()) / self.budgets.disk_rate
+        disk = sum(layout.reads_per_token(b) * b.image.read_nbytes for b in layout.on_disk()) / self.budgets.disk_rate
         copied = sum(layout.per_token(b) * b.image.data_nbytes for b in layout.streamed()) if layout.back else 0
         link = copied / self.budgets.link_rate
         front, back = layout.front, layout.back
@@ -412,6 +473,15 @@ def _with_homes(back: Residency, on_device: list[Draft], budget: int) -> Residen
         resident=back.resident | {block.id for block in homes},
         resident_nbytes=back.resident_nbytes + sum(block.image.nbytes for block in homes),
     )
+
+
+def _deeper(back: Residency, slot_nbytes: int, room: int, *, wanted: int) -> tuple[Residency, int]:
+    """A host's ring that experts pass through, with more slots for them if there is room, and what is left of it then:
+    half of it is left to what stays."""
+    slot = max(back.slot_nbytes, slot_nbytes)
+    more = max(0, min(wanted + 1 - back.slots, room // 2 // slot))
+    deeper = replace(back, slot_nbytes=slot, slots=back.slots + more)
+    return deeper, room - (deeper.nbytes - back.nbytes)
 
 
 def _shallowness(ring: Residency, affordable: int) -> float:

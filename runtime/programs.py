@@ -72,7 +72,8 @@ class _Listener(TorchDispatchMode):
     def _operation(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Operation | None:
         places = _PRODUCTS.get(func)
         if places is not None:
-            return self._product(args[places[0]], args[places[1]], result)
+            product = self._product(args[places[0]], args[places[1]], result)
+            return _of_some_experts(product, args[1]) if func is _aten._grouped_mm.default else product
         if "scaled_dot_product" in getattr(func, "__name__", ""):
             return _attention(*args[:3])
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -106,6 +107,17 @@ class _Listener(TorchDispatchMode):
         matrices, inner = left.numel() / (left.shape[-1] * left.shape[-2]), left.shape[-1]
         read = matrices * inner * max(left.shape[-2], right.shape[-1]) * right.element_size()
         return Operation(kind="attention", nbytes=read, rows=min(left.shape[-2], right.shape[-1]), dtype=dtype)
+
+
+def _of_some_experts(product: Operation, weight: Tensor) -> Operation:
+    """A grouped product: of as many experts as so many rows are of, if all are used alike."""
+    if weight.dim() != 3 or product.kind != "linear":
+        return product
+    experts = weight.shape[0]
+    rows = product.rows * experts
+    used = max(1.0, experts * (1 - (1 - 1 / experts) ** rows))
+    nbytes = product.nbytes * used / experts
+    return Operation(kind=product.kind, nbytes=nbytes, rows=rows / used, dtype=product.dtype)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Operation:

@@ -74,21 +74,30 @@ def check_experts(plan: Plan, experts: PlacedExperts | None) -> None:
     """Refuse a plan that has experts where they cannot be.
 
     Raises:
-        UsageError: one is to stay, or more are to be kept than there are.
+        UsageError: some are to stay and others not, more are to be kept than there are, or some fit no slot.
     """
     if experts is None:
         return
-    for block in plan.blocks[experts.first :]:
-        if block.home != "disk":
+    homes = {block.home: block for block in plan.blocks[experts.first :]}
+    kept = "host" if experts.apart else "disk"
+    for home, block in homes.items():
+        if home not in ("disk", kept) or len(homes) > 1:
             raise UsageError(
-                f"block {block.id} ({block.name}) is to live on the {block.home}, and is an expert: which of those are "
-                "kept is decided while the model runs. Give it the home disk, and change expert_slots"
+                f"block {block.id} ({block.name}) is to live on the {home}, and is an expert: which of those are "
+                "kept is decided while the model runs. Give all of them the home disk"
+                f"{' or host' if experts.apart else ''}, and change expert_slots"
             )
     total = experts.routing.total
-    if plan.expert_slots > total or plan.expert_passing > total:
+    if max(plan.expert_slots, plan.expert_passing, plan.expert_host_slots) > total:
         raise UsageError(
-            f"the plan has expert_slots of {plan.expert_slots} and expert_passing of {plan.expert_passing}: this model "
-            f"has {total} experts"
+            f"the plan has expert_slots of {plan.expert_slots}, expert_host_slots of {plan.expert_host_slots} and "
+            f"expert_passing of {plan.expert_passing}: this model has {total} experts"
+        )
+    largest = max(experts.host_slot_nbytes, default=0)
+    if "disk" in homes and (plan.host_slot_nbytes < largest or (experts.apart and not plan.host_slots)):
+        raise UsageError(
+            f"the plan has {plan.host_slots} host slots of {plan.host_slot_nbytes} bytes, and experts of {largest} "
+            "bytes pass through them: raise host_slot_nbytes"
         )
 
 

@@ -144,6 +144,10 @@ class Choice:
                 placed.append(back.place(wish.block, urgent=True))
             elif held.ready:
                 self._grant(wish, held)
+            elif held.error is not None:  # a guest that failed while nobody waited for it
+                self.wishes.remove(wish)
+                wish.granted.set_exception(held.error)
+                back.drop(held.block)
         return placed
 
     def for_back(self) -> list[Residence]:

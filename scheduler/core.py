@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import Any, Final
 
 from ..memory.arena import Slot
-from ..memory.errors import ClosedError
+from ..memory.errors import ClosedError, PenstockError
 from .choice import Choice
 from .exchange import exchanges
 from .lease import Lease, Wish
@@ -43,7 +43,7 @@ class Core:
         clock: Nanoseconds, monotonic.
         on_cpu: Blocks that stay in `back` and are computed there at times. They are brought although no order of the
             device's may ever name them.
-        unordered: How many of the blocks come by `bring` only.
+        unordered: How many of the blocks, the last ones, come by `bring` only.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Core:
         self._mover = mover
         self._clock = clock
         self._poison = poison
+        self._ordered = len(nbytes) - unordered
         self._steady: frozenset[int] = frozenset()
         self._repeats = 0
         """How many calls in a row ended a steady order of these blocks."""
@@ -91,20 +92,31 @@ class Core:
         self._broken: Exception | None = None
         self._guests: list[Residence] = []
         """What is to be brought into slots of somebody else's."""
+        self._host_guests: list[Residence] = []
+        """Likewise, into such in host memory above which there is a device."""
         self._placed = asyncio.Event()
         """Set, and replaced, whenever a block gets a slot in `back`."""
 
     # --- called by consumers, from any thread -----------------------------------------------------------------------
 
-    def acquire_nowait(self, block: int, *, observed: bool = True, backward: bool = False) -> Lease | Wish:
+    def acquire_nowait(
+        self, block: int, *, observed: bool = True, backward: bool = False, counted: bool = True
+    ) -> Lease | Wish:
         """A lease if the block is ready; else a wish, granted by the loop.
 
         Accesses outside the model's own run (`observed=False`) teach the order nothing; those of a `backward` pass do
-        behind a root call, and nothing within one.
+        behind a root call, and nothing within one. It is `counted` as a use, unless somebody only waits for it.
+
+        Raises:
+            PenstockError: it comes by `bring` only, and has been forgotten, or was never brought: it has no slot.
         """
         with self.lock:
             if self._broken is not None:
                 raise self._broken
+            if block >= self._ordered and block not in self.front.holding:
+                raise PenstockError(
+                    f"block {block} is asked for and has no slot: it comes only to who brings it into one of theirs"
+                )
             self._choice.failed.pop(
                 block, None
             )  # what a prefetch met may be over; if it is not, this demand meets it again
@@ -114,9 +126,10 @@ class Core:
             held = self.front.holding.get(block)
             if held is not None and held.ready and (held.leases or block not in self._choice.away):
                 held.leases += 1
-                held.used = True
-                self._tally.on_time += 1
-                self._tally.used(held, self._clock())
+                if counted:
+                    held.used = True
+                    self._tally.on_time += 1
+                    self._tally.used(held, self._clock())
                 if predicted:
                     return Lease(residence=held)
                 result: Lease | Wish = Lease(residence=held)
@@ -125,7 +138,7 @@ class Core:
                     self._tally.demanded += 1
                 else:
                     self._tally.late += 1
-                wish = Wish(block=block, since_ns=self._clock())
+                wish = Wish(block=block, since_ns=self._clock(), counted=counted)
                 self._choice.wishes.append(wish)
                 result = wish
             if not predicted:
@@ -137,10 +150,13 @@ class Core:
         """The same of the host's copy of a block that stays there."""
         back = self.back
         assert back is not None, "there is one tier: it is the host"
-        assert block in back.permanent, f"block {block} only passes through the host"
         with self.lock:
             if self._broken is not None:
                 raise self._broken
+            there = back.holding.get(block)
+            assert block in back.permanent or (there is not None and there.guest), (
+                f"block {block} only passes through the host"
+            )
             self._choice.failed.pop(block, None)
             self._tally.on_cpu += 1
             held = back.holding.get(block)
@@ -177,7 +193,14 @@ class Core:
         if idle:
             self.wake()
 
-    def bring(self, places: Sequence[tuple[int, Slot]], gone: Iterable[int] = ()) -> None:
+    def bring(
+        self,
+        places: Sequence[tuple[int, Slot]],
+        gone: Iterable[int] = (),
+        *,
+        kept: Sequence[tuple[int, Slot]] = (),
+        urgent: bool = True,
+    ) -> list[int]:
         """Bring blocks into slots of the caller's own, ahead of what is prefetched, and forget others that lie in such.
 
         For blocks that no order foretells (experts). They are leased like all others, without being observed, and stay
@@ -187,6 +210,12 @@ class Core:
             places: Blocks, each with its slot, in the order in which they are wanted. A slot may be that of a block in
                 `gone`.
             gone: Blocks that nobody leases and nothing brings; those that are not there any more are passed over.
+            kept: Beside a device apart, blocks to be read into slots in host memory, where they stay until `let_go`.
+                What passes through the host just now cannot be.
+            urgent: Whether `places` are waited for; else they are read behind what is.
+
+        Returns:
+            Those of `kept` that are kept.
 
         Raises:
             PenstockError: the executor was closed.
@@ -197,9 +226,32 @@ class Core:
             for block in gone:
                 if block in self.front.holding:
                     self.front.drop(block)
-            self._guests += [self.front.take_in(block, slot) for block, slot in places]
-        if places:
+            taken = [each for each in kept if self.back is not None and each[0] not in self.back.holding]
+            if self.back is not None:
+                self._host_guests += [self.back.take_in(block, slot) for block, slot in taken]
+            self._guests += [self.front.take_in(block, slot, urgent=urgent) for block, slot in places]
+        if places or taken:
             self.wake()
+        return [block for block, _ in taken]
+
+    def let_go(self, blocks: Iterable[int]) -> list[int]:
+        """Forget host copies that `bring` was to keep, as far as nobody uses them and nothing moves them.
+
+        Returns:
+            Those whose slots are free now; the others are to be asked for again later.
+        """
+        back = self.back
+        assert back is not None, "there is one tier: what is brought is forgotten by `bring`"
+        free = []
+        with self.lock:
+            for block in blocks:
+                held = back.holding.get(block)
+                if held is None or not held.guest:  # it could not be read
+                    free.append(block)
+                elif block not in back.arriving and not held.leases and not held.pins:
+                    back.drop(block)
+                    free.append(block)
+        return free
 
     def withdraw(self, block: int) -> Future[None]:
         """Let nobody have a block until `readmit`: its bytes are about to change.
@@ -335,7 +387,8 @@ class Core:
                 held.issued_ns = now
                 starts.append(lambda held=held: self._copy(held) if self.back else self._read(self.front, held))  # type: ignore[misc]
             if self.back is not None:
-                fed = self._choice.for_back()
+                kept, self._host_guests = self._host_guests, []
+                fed = [*kept, *self._choice.for_back()]
                 for held in fed:
                     held.issued_ns = now
                     starts.append(lambda held=held: self._read(self.back, held))  # type: ignore[misc]
@@ -418,7 +471,8 @@ class Core:
         assert self.back is not None
         with self.lock:
             source.pins -= 1
-            gone = source.error is not None or (source.ready and not source.permanent)  # not while it is still filled
+            passes = not source.permanent and not source.guest
+            gone = source.error is not None or (source.ready and passes)  # not while it is still filled
             if gone and not source.pins and self.back.holding.get(source.block) is source:
                 source.used = True
                 self.back.drop(source.block)
@@ -452,11 +506,11 @@ class Core:
     def _grant(self, wish: Wish, held: Residence) -> None:
         waited = self._clock() - wish.since_ns
         held.leases += 1
-        held.used = True
+        held.used = held.used or wish.counted
         self._tally.waited_ns += waited
         self._choice.wishes.remove(wish)
         self._tally.span("wait", wish.block, wish.since_ns)
-        if not wish.host:
+        if not wish.host and wish.counted:
             self._tally.used(held, wish.since_ns)
         wish.granted.set_result(Lease(residence=held, waited_ns=waited))
 

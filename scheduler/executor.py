@@ -68,7 +68,7 @@ class Executor:
         """A root call returned, or raised."""
         self.core.end(failed=failed)
 
-    def acquire(self, block: int, *, observed: bool = True, backward: bool = False) -> Lease:
+    def acquire(self, block: int, *, observed: bool = True, backward: bool = False, counted: bool = True) -> Lease:
         """A lease on a block, waiting for it if it is not there. See `Core.acquire_nowait`.
 
         Raises:
@@ -76,7 +76,8 @@ class Executor:
                 moved for too long.
         """
         self._check_process()
-        return self._granted(self.core.acquire_nowait(block, observed=observed, backward=backward), block)
+        got = self.core.acquire_nowait(block, observed=observed, backward=backward, counted=counted)
+        return self._granted(got, block)
 
     def acquire_host(self, block: int) -> Lease:
         """A lease on the host's copy of a block that stays there, to compute with it on the CPU.
@@ -124,10 +125,21 @@ class Executor:
                     f"still there? If it is only slow, nothing is lost: run again"
                 )
 
-    def bring(self, places: Sequence[tuple[int, Slot]], gone: Sequence[int] = ()) -> None:
+    def bring(
+        self,
+        places: Sequence[tuple[int, Slot]],
+        gone: Sequence[int] = (),
+        *,
+        kept: Sequence[tuple[int, Slot]] = (),
+        urgent: bool = True,
+    ) -> list[int]:
         """Bring blocks into slots of the caller's own, and forget others there. See `Core.bring`."""
         self._check_process()
-        self.core.bring(places, gone)
+        return self.core.bring(places, gone, kept=kept, urgent=urgent)
+
+    def let_go(self, blocks: Sequence[int]) -> list[int]:
+        """Forget host copies that `bring` was to keep. See `Core.let_go`."""
+        return self.core.let_go(blocks)
 
     def release(self, lease: Lease, event: Event = None) -> None:
         """Give a lease back; the slot may be refilled after `event`."""

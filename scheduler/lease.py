@@ -29,4 +29,6 @@ class Wish:
     since_ns: int
     host: bool = False
     """Whether it is the host's copy that is waited for, to compute with it there."""
+    counted: bool = True
+    """Whether it is a use: not where somebody only waits until a block may be forgotten."""
     granted: Future[Lease] = field(default_factory=Future)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Home = Literal["device", "host", "disk"]
@@ -69,12 +70,22 @@ class Plan:
     """Experts that are kept at a time, where they are blocks of their own: which ones is decided while it runs."""
     expert_passing: int = 0
     """Experts that can be on their way through at a time, besides; 0 where they are no blocks of their own."""
+    expert_host_slots: int = 0
+    """Experts that host memory keeps at a time above the disk, beside a device apart; 0 where it has all, as blocks."""
     expert_nbytes: int = 0
     """Memory that one expert takes."""
     expert_blocks: int = 0
     """How many of the blocks, the last ones, are those of experts."""
     expert_read_nbytes: int = 0
-    """Of the bytes read per sweep those of experts, for one token, if all experts were used alike."""
+    """Of the bytes read per sweep those of experts: foreseen, or for one token if all experts were used alike."""
+    expert_copied_nbytes: int = 0
+    """Of the bytes copied per sweep those of experts, where they were foreseen."""
+    expert_uses: float = 0.0
+    """Experts that a step uses in all layers together, where they were foreseen."""
+    expert_misses: float = 0.0
+    """Those of them that are not where they are computed."""
+    expert_hits: Mapping[str, float] = field(default_factory=dict)
+    """Those that are, by why they were brought there (docs/moe.md)."""
     depth: int
     """Blocks that can be on their way or ready ahead of the one in use."""
     notes: tuple[str, ...] = ()

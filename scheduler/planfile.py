@@ -66,6 +66,7 @@ def _check(name: str, plan: Plan) -> None:
     figures = {"slots": plan.slots, "slot_nbytes": plan.slot_nbytes, "host_slots": plan.host_slots}
     figures |= {"host_slot_nbytes": plan.host_slot_nbytes, "limit_nbytes": plan.limit_nbytes}
     figures |= {"expert_slots": plan.expert_slots, "expert_passing": plan.expert_passing}
+    figures |= {"expert_host_slots": plan.expert_host_slots}
     figures |= {f"cpu_rows_below of block {block.id}": block.cpu_rows_below for block in plan.blocks}
     for what, value in figures.items():
         if not 0 <= value < 2**63:

@@ -130,11 +130,11 @@ class Tier:
             self._ring[block] = held
         return held
 
-    def take_in(self, block: int, slot: Slot) -> Residence:
+    def take_in(self, block: int, slot: Slot, *, urgent: bool = True) -> Residence:
         """Give `block` a slot of somebody else's, who also decides when it goes."""
         assert block not in self.holding, f"block {block} is in {self.name} already"
         slot.stamp = -1
-        held = Residence(block=block, slot=slot, permanent=False, guest=True, urgent=True)
+        held = Residence(block=block, slot=slot, permanent=False, guest=True, urgent=urgent)
         self.holding[block] = self.arriving[block] = held
         return held
 

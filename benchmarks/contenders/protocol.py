@@ -71,6 +71,8 @@ class Report:
     versions: dict[str, str]
     notes: str = ""
     """Anything worth keeping: a plan, a device map."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Counts of the contender's own, by name."""
 
     @property
     def decode_s(self) -> list[float]:
@@ -127,7 +129,13 @@ class TokenClock:
     def end(self) -> None:
         """Streamer protocol: nothing is held back."""
 
-    def report(self, tokens: list[list[int]], versions: dict[str, str], notes: str = "") -> None:
+    def report(
+        self,
+        tokens: list[list[int]],
+        versions: dict[str, str],
+        notes: str = "",
+        figures: dict[str, float] | None = None,
+    ) -> None:
         """Print the line of JSON that the harness reads."""
         report = Report(
             loaded_s=self.loaded_s,
@@ -136,6 +144,7 @@ class TokenClock:
             tokens=tokens,
             versions=versions,
             notes=notes,
+            figures=figures or {},
         )
         print(json.dumps(asdict(report)), flush=True)
 

@@ -9,7 +9,7 @@ import typer
 
 from .finetune_request import FinetuneRequest, Recipe
 from .lora_option import parse_lora
-from .options import MACHINE, Dtype, MaxMemory, TrustRemoteCode
+from .options import Checkpoint, Device, Dtype, MaxMemory, TrustRemoteCode
 from .output import Output
 
 _LENGTH = "How long"
@@ -18,7 +18,6 @@ _RATE = "Optimizer"
 _EVALUATION = "Evaluation"
 _RUN = "The run's folder"
 
-_Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Folder of a safetensors checkpoint, or a Hub id.")]
 _Data = Annotated[
     Path,
     typer.Option(
@@ -126,12 +125,11 @@ _DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Tell what a step would take, what binds, and what is written; then end."),
 ]
-_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or emulated:h2d=1GiB/s.", rich_help_panel=MACHINE)]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print a summary as one JSON document.")]
 
 
 def finetune(
-    checkpoint: _Checkpoint,
+    checkpoint: Checkpoint,
     data: _Data,
     out: _Out,
     lora: _Lora = None,
@@ -161,7 +159,7 @@ def finetune(
     force: _Force = False,
     dry_run: _DryRun = False,
     max_memory: MaxMemory = "auto",
-    device: _Device = "auto",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: _AsJson = False,

@@ -12,8 +12,11 @@ from rich.text import Text
 from ..budget import MemoryBudget
 from ..memory.errors import DoesNotFitError, UsageError
 from ..runtime.advice import Advice, advise, smallest_that_fits
+from ..runtime.explain import foreseen_text
 from ..runtime.foresight import Forecast, Foresight, Room
 from ..runtime.profiler.predicted import write_prediction
+from ..scheduler.experts.forecast import ExpertForecast
+from ..scheduler.experts.trace import Trace
 from ..scheduler.hardware import Hardware
 from ..scheduler.processors import GAIN
 from ..scheduler.work import read_work
@@ -68,8 +71,17 @@ class Outlook:
 class Forecaster:
     """One model and one kind of work, on any machine."""
 
-    def __init__(self, checkpoint: str, work: AnswerWork, *, dtype: str, trust_remote_code: bool) -> None:
+    def __init__(
+        self,
+        checkpoint: str,
+        work: AnswerWork,
+        *,
+        dtype: str,
+        trust_remote_code: bool,
+        trace: Trace | None = None,
+    ) -> None:
         self.work = work
+        self._trace = trace
         self.foresight = Foresight(folder_of(checkpoint), dtype=dtype, trust_remote_code=trust_remote_code)
 
     def on(
@@ -85,7 +97,13 @@ class Forecaster:
 
         def with_batch(size: int, lanes: int = 1) -> Forecast:
             return self.foresight.forecast(
-                hardware, prompt=self.work.prompt, generated=self.work.generate, batch=size, room=room, lanes=lanes
+                hardware,
+                prompt=self.work.prompt,
+                generated=self.work.generate,
+                batch=size,
+                room=room,
+                lanes=lanes,
+                trace=self._trace,
             )
 
         if wanted is not None:
@@ -204,6 +222,8 @@ def render(outlook: Outlook) -> Iterator[Text]:
     )
     busy = sorted(found.busy_s.items(), key=lambda item: -item[1])
     yield Text(f"bound by the {found.binds}: per token {', '.join(f'{name} {seconds_text(s)}' for name, s in busy)}")
+    if found.experts is not None:
+        yield Text(foreseen_text(found.experts))
     yield Text(f"besides weights it takes {format_size(found.headroom_nbytes)} (keys and values, activations, logits)")
     if outlook.advice is not None:
         yield Text(str(outlook.advice), style="bold")
@@ -238,10 +258,27 @@ def document(outlook: Outlook) -> dict[str, object]:
         "headroom_nbytes": found.headroom_nbytes,
         "disk_nbytes_per_token": plan.disk_nbytes_per_sweep,
         "link_nbytes_per_token": plan.link_nbytes_per_sweep,
+        "experts": None if found.experts is None else _experts(found.experts),
         "advice": None
         if outlook.advice is None
         else {"change": outlook.advice.change.words, "speedup": outlook.advice.speedup},
         "notes": plan.notes,
+    }
+
+
+def _experts(found: ExpertForecast) -> dict[str, object]:
+    """What is foreseen of experts, per step, for programs."""
+    return {
+        "assumed": found.assumed,
+        "source": found.source,
+        "uses": found.uses,
+        "hits": dict(found.hits),
+        "misses": dict(found.misses),
+        "hit_rate": found.hit_rate,
+        "read_nbytes": found.read_nbytes,
+        "copied_nbytes": found.copied_nbytes,
+        "computed_by_cpu": found.computed_by_cpu,
+        "waiting_s": found.waiting_s,
     }
 
 

@@ -15,6 +15,7 @@ def plan(
     generate: option.Generate = None,
     batch: option.Batch = None,
     throughput: option.Throughput = False,
+    routing: option.Routing = None,
     train: option.Train = None,
     context: option.Context = None,
     accumulate: option.Accumulate = None,
@@ -58,7 +59,9 @@ def plan(
 
         penstock plan ./llama --sizes --train adamw --batch 4 --context 2048
     """
-    run = RunOptions(prompt=prompt, generate=generate, batch=batch, throughput=throughput, workload=workload)
+    run = RunOptions(
+        prompt=prompt, generate=generate, batch=batch, throughput=throughput, workload=workload, routing=routing
+    )
     training = TrainingOptions(
         train=train, context=context, rank=rank, accumulate=accumulate, clip=clip, updates=updates,
         recompute=recompute, lora=lora,

@@ -31,6 +31,14 @@ Batch = Annotated[
 Throughput = Annotated[
     bool, typer.Option("--throughput", help="Choose the batch that gives most tokens/s.", rich_help_panel=_WORK)
 ]
+Routing = Annotated[
+    Path | None,
+    typer.Option(
+        help="A trace of the model's routing (penstock moe record), to foresee experts by. Default: made-up routing.",
+        metavar="TRACE",
+        rich_help_panel=_WORK,
+    ),
+]
 Model = Annotated[str | None, typer.Option(help="A config.json, in the place of CKPT.", rich_help_panel=_WORK)]
 Workload = Annotated[
     Path | None, typer.Option(help="A workload file, in the place of the options above.", rich_help_panel=_WORK)

@@ -25,15 +25,15 @@ _SIZES: Final[tuple[Training, ...]] = get_args(Training)
 _APART: Final[Mapping[str, str]] = {
     "--system": "--sizes --target --sweep --chart --max-memory --device --disk --save --profile --throughput --train "
     "--prompt --generate --batch --context --accumulate --clip --updates --recompute --lora --rank --top --dtype "
-    "--trust-remote-code --force",
+    "--trust-remote-code --force --routing",
     "--sizes": "--target --sweep --hardware --save --profile --workload --throughput --prompt --generate --accumulate "
-    "--clip --updates --recompute",
+    "--clip --updates --recompute --routing",
     "--target": "--sweep --hardware --max-memory --device --disk --save --profile",
     "--sweep": "--save --profile",
     "--hardware": "--device --disk",
     "--workload": "--throughput --train --prompt --generate --batch",
     "--throughput": "--batch",
-    "--train": "--save --profile --throughput --prompt --generate",
+    "--train": "--save --profile --throughput --prompt --generate --routing",
     "--lora": "--rank",
 }
 """Options with which others have no meaning."""
@@ -109,6 +109,8 @@ class RunOptions:
     """Also of a backward pass, where something is trained."""
     throughput: bool
     workload: Path | None
+    routing: Path | None = None
+    """A trace."""
 
     def given(self) -> dict[str, bool]:
         """Which of them were."""
@@ -118,6 +120,7 @@ class RunOptions:
             "--batch": self.batch is not None,
             "--throughput": self.throughput,
             "--workload": self.workload is not None,
+            "--routing": self.routing is not None,
         }
 
 

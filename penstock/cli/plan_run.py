@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..budget import parse_budget
+from ..scheduler.experts.tracefile import read_trace
 from ..scheduler.planfile import write_plan
 from .forecast import VIEW, AnswerWork, Forecaster, show, title_of, work_of
 from .machines import find_machine, known_machines
@@ -18,6 +19,7 @@ def plan_run(request: PlanRequest, output: Output) -> int:
     Raises:
         DoesNotFitError: it does not fit.
         UsageError: an option has no meaning, or a file cannot be used.
+        TraceError: a trace cannot be read.
     """
     answer, where, source = request.answer, request.where, request.source
     target = None if answer.target is None else parse_target(answer.target)
@@ -25,7 +27,10 @@ def plan_run(request: PlanRequest, output: Output) -> int:
     asked = None if answer.sweep is None else parse_sweep(answer.sweep)
     with output.busy("building the model without its weights"):
         work = _work(request.run)
-        forecaster = Forecaster(source, work, dtype=request.dtype, trust_remote_code=request.trust_remote_code)
+        trace = None if request.run.routing is None else read_trace(request.run.routing)
+        forecaster = Forecaster(
+            source, work, dtype=request.dtype, trust_remote_code=request.trust_remote_code, trace=trace
+        )
         if target is not None:
             ranking = rank(forecaster.on, known_machines(), target)
         else:

@@ -10,32 +10,31 @@ import typer
 
 from ..memory.errors import UsageError
 from .kv_option import Context, Kv, read_kv
-from .options import MACHINE, Disk, Dtype, MaxMemory, TrustRemoteCode
+from .options import MACHINE, Checkpoint, Device, Disk, Dtype, MaxMemory, TrustRemoteCode
 from .output import Output
+from .prompt_options import (
+    CHOICE,
+    PROMPT,
+    Chat,
+    MaxNewTokens,
+    Prompt,
+    PromptFile,
+    PromptIds,
+    Seed,
+    Temperature,
+)
 from .prompts import ManyRequest, digest, read_prompts
 from .request import Request, Sampling, read_prompt
 from .results import ResultFile
 
-_PROMPT = "Prompt (one of four)"
 _MANY = "Many prompts"
-_CHOICE = "Choice of tokens"
-
-_Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Folder of a safetensors checkpoint, or a Hub id.")]
-_Prompt = Annotated[str | None, typer.Option(help="Text to continue.", rich_help_panel=_PROMPT)]
-_PromptFile = Annotated[
-    Path | None, typer.Option(help="File with the text to continue; - is stdin.", rich_help_panel=_PROMPT)
-]
-_PromptIds = Annotated[
-    str | None, typer.Option(help="Token ids to continue: 1,2,3.", metavar="IDS", rich_help_panel=_PROMPT)
-]
 _Prompts = Annotated[
     Path | None,
     typer.Option(
         help='File of prompts, one JSON value per line: "a text", or {"prompt": "a text"}; - is stdin.',
-        rich_help_panel=_PROMPT,
+        rich_help_panel=PROMPT,
     ),
 ]
-_Chat = Annotated[bool, typer.Option("--chat", help="Put the text into the chat template.", rich_help_panel=_PROMPT)]
 _Results = Annotated[
     Path | None, typer.Option("--output", help="File for the results, one JSON line each.", rich_help_panel=_MANY)
 ]
@@ -43,16 +42,10 @@ _Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the results that are there.", rich_help_panel=_MANY)
 ]
 _Force = Annotated[bool, typer.Option("--force", help="Write a file of results anew.", rich_help_panel=_MANY)]
-_MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after so many tokens.", metavar="N")]
-_Temperature = Annotated[
-    float | None, typer.Option(min=0, help="Sample at this temperature. Default: greedy.", rich_help_panel=_CHOICE)
-]
 _TopP = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Sample from this share of the probability.", rich_help_panel=_CHOICE)
+    float | None, typer.Option(min=0, max=1, help="Sample from this share of the probability.", rich_help_panel=CHOICE)
 ]
-_TopK = Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.", rich_help_panel=_CHOICE)]
-_Seed = Annotated[int | None, typer.Option(help="Make sampling repeatable.", rich_help_panel=_CHOICE)]
-_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or emulated:h2d=1GiB/s.", rich_help_panel=MACHINE)]
+_TopK = Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.", rich_help_panel=CHOICE)]
 _Plan = Annotated[
     Path | None, typer.Option(help="Carry out this plan (penstock plan --save), as it is.", rich_help_panel=MACHINE)
 ]
@@ -63,22 +56,22 @@ _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document i
 
 
 def run(
-    checkpoint: _Checkpoint,
-    prompt: _Prompt = None,
-    prompt_file: _PromptFile = None,
-    prompt_ids: _PromptIds = None,
+    checkpoint: Checkpoint,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    prompt_ids: PromptIds = None,
     prompts: _Prompts = None,
     results: _Results = None,
     resume: _Resume = False,
     force: _Force = False,
-    chat: _Chat = False,
-    max_new_tokens: _MaxNewTokens = 64,
-    temperature: _Temperature = None,
+    chat: Chat = False,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = None,
     top_p: _TopP = None,
     top_k: _TopK = None,
-    seed: _Seed = None,
+    seed: Seed = None,
     max_memory: MaxMemory = "auto",
-    device: _Device = "auto",
+    device: Device = "auto",
     disk: Disk = None,
     dtype: Dtype = "auto",
     plan: _Plan = None,

@@ -7,7 +7,7 @@ all experts together, between the first products of all of them and the second o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +15,65 @@ import torch
 
 Lend = Callable[[int, int], AbstractContextManager[torch.Tensor]]
 """(part, expert) → the weight of that part, [outputs, inputs] or transposed, for as long as the context lasts."""
+
+
+class Share:
+    """Some experts of a call, with all tokens of each.
+
+    Args:
+        hidden: [N, H] The tokens, sorted by expert.
+        ids: [N] The expert of each.
+        rows: By expert, which of them are its.
+    """
+
+    def __init__(self, hidden: torch.Tensor, ids: torch.Tensor, rows: Mapping[int, slice]) -> None:
+        self._hidden = hidden
+        self._ids = ids
+        self._rows = rows
+
+    def to(self, device: torch.device) -> Share:
+        """The same, to be computed there."""
+        return Share(self._hidden.to(device), self._ids.to(device), self._rows)
+
+    def compute(self, module: Any, order: Sequence[int], lend: Lend) -> torch.Tensor:
+        """[N, H] What the experts make of the tokens.
+
+        Args:
+            module: Holds everything but the weights of the products.
+            order: The experts, in any order.
+            lend: Gives weights, of part 0 for all of `order` first, then of part 1.
+        """
+        state = self._product(module, self._hidden, 0, order, lend)
+        if module.has_bias:
+            state.add_(self._bias(module.gate_up_proj_bias if module.has_gate else module.up_proj_bias))
+        state = module._apply_gate(state) if module.has_gate else module.act_fn(state)
+        state = self._product(module, state, 1, order, lend)
+        if module.has_bias:
+            state.add_(self._bias(module.down_proj_bias))
+        if getattr(module, "has_post_expert_norm", False):
+            state = module.post_expert_norm(state)
+        return state
+
+    def _bias(self, bias: torch.Tensor) -> torch.Tensor:
+        """[N, …] Of each token's expert."""
+        return bias.to(self._ids.device)[self._ids]
+
+    def _product(self, module: Any, state: torch.Tensor, part: int, order: Sequence[int], lend: Lend) -> torch.Tensor:
+        """One product for each expert, with the rows of its tokens."""
+        out: torch.Tensor | None = None
+        device = state.device.type
+        # `grouped_mm` takes no part in autocasting, and a product into given memory may not.
+        plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with plain:
+            for expert in order:
+                with lend(part, expert) as weight:
+                    if out is None:
+                        state = state.to(weight.dtype)
+                        out = state.new_empty(len(state), weight.shape[1 if module.is_transposed else 0])
+                    rows = self._rows[expert]
+                    torch.mm(state[rows], weight if module.is_transposed else weight.t(), out=out[rows])
+        assert out is not None, "there is nothing to compute without tokens"
+        return out
 
 
 class Grouped:
@@ -42,24 +101,32 @@ class Grouped:
         self._rows = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
         """By expert."""
 
-    def compute(self, module: Any, order: Sequence[int], lend: Lend) -> torch.Tensor:
-        """[T, H] What the layer gives.
+    def share(self) -> Share:
+        """All experts that are used."""
+        rows = {expert: rows for expert, rows in enumerate(self._rows) if rows.stop > rows.start}
+        return Share(self._hidden[self._order // self._top_k], self._ids, rows)
 
-        Args:
-            module: Holds everything but the weights of the products.
-            order: The experts that are used, in any order.
-            lend: Gives weights, of part 0 for all of `order` first, then of part 1.
-        """
-        state = self._hidden[self._order // self._top_k]
-        state = self._product(module, state, 0, order, lend)
-        if module.has_bias:
-            state.add_((module.gate_up_proj_bias if module.has_gate else module.up_proj_bias)[self._ids])
-        state = module._apply_gate(state) if module.has_gate else module.act_fn(state)
-        state = self._product(module, state, 1, order, lend)
-        if module.has_bias:
-            state.add_(module.down_proj_bias[self._ids])
-        if getattr(module, "has_post_expert_norm", False):
-            state = module.post_expert_norm(state)
+    def shares(self, first: Collection[int]) -> tuple[tuple[Share, torch.Tensor], tuple[Share, torch.Tensor]]:
+        """Some experts, and the others, each with the places of their rows among those of all."""
+        used = [expert for expert, rows in enumerate(self._rows) if rows.stop > rows.start]
+        return (
+            self._some([expert for expert in used if expert in first]),
+            self._some([expert for expert in used if expert not in first]),
+        )
+
+    def _some(self, experts: Sequence[int]) -> tuple[Share, torch.Tensor]:
+        rows, at = {}, 0
+        for expert in experts:
+            count = self._rows[expert].stop - self._rows[expert].start
+            rows[expert] = slice(at, at + count)
+            at += count
+        device = self._order.device
+        places = [torch.arange(self._rows[each].start, self._rows[each].stop, device=device) for each in experts]
+        joined = torch.cat(places) if places else torch.empty(0, dtype=torch.long, device=device)
+        return Share(self._hidden[self._order[joined] // self._top_k], self._ids[joined], rows), joined
+
+    def summed(self, state: torch.Tensor) -> torch.Tensor:
+        """[T, H] What the layer gives, from what all experts made of their tokens, [T · K, H]."""
         weighted = state * self._weights.unsqueeze(-1)
         back = torch.empty_like(self._order)
         back[self._order] = torch.arange(len(self._order), device=back.device)
@@ -67,19 +134,6 @@ class Grouped:
         summed = weighted[back].view(tokens, self._top_k, width).sum(dim=1)
         return summed.to(self._hidden.dtype)
 
-    def _product(self, module: Any, state: torch.Tensor, part: int, order: Sequence[int], lend: Lend) -> torch.Tensor:
-        """One product for each expert, with the rows of its tokens."""
-        out: torch.Tensor | None = None
-        device = state.device.type
-        # `grouped_mm` takes no part in autocasting, and a product into given memory may not.
-        plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with plain:
-            for expert in order:
-                with lend(part, expert) as weight:
-                    if out is None:
-                        state = state.to(weight.dtype)
-                        out = state.new_empty(len(state), weight.shape[1 if module.is_transposed else 0])
-                    rows = self._rows[expert]
-                    torch.mm(state[rows], weight if module.is_transposed else weight.t(), out=out[rows])
-        assert out is not None, "there is nothing to compute without tokens"
-        return out
+    def compute(self, module: Any, order: Sequence[int], lend: Lend) -> torch.Tensor:
+        """[T, H] What the layer gives, computed by one processor; see `Share.compute`."""
+        return self.summed(self.share().compute(module, order, lend))

@@ -15,22 +15,31 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from ...memory.arena import AnyArena
+from ...memory.arena import AnyArena, Slot
+from ...memory.image import Place
+from ...scheduler.cost import CostModel
 from ...scheduler.executor import Executor
 from ...scheduler.experts.ahead import LookAhead
 from ...scheduler.experts.cache import CacheSetting
 from ...scheduler.experts.costs import ExpertCosts
 from ...scheduler.experts.events import event_of
+from ...scheduler.experts.forecast import ExpertForecast, expected_trace
+from ...scheduler.experts.layerpass import LayerPass
 from ...scheduler.experts.layerscheduler import LayerScheduler
 from ...scheduler.experts.policies import DEFAULT, policy
-from ...scheduler.experts.pool import ExpertPool, LayerPass, PoolStatistics
+from ...scheduler.experts.pool import ExpertPool, PoolStatistics
+from ...scheduler.experts.shape import ExpertShape
+from ...scheduler.experts.shelf import HostShelf
 from ...scheduler.experts.trace import Ids
 from ..binding import contiguous_stride, view_of
 from ..devices.base import Device
 from ..dtypes import torch_dtype
 from .grouped import Grouped
+from .layers import shape_of
+from .outlook import outlook_of
 from .placed import PlacedExperts
 from .routers import RouterTap, candidates
+from .split import Split, splittable
 from .steps import StepOf, step_of
 
 if TYPE_CHECKING:
@@ -47,30 +56,48 @@ class ExpertRunner:
     Args:
         layout: Has experts.
         arena: Slots are cut from it.
+        host: Of the host's memory; `arena` where that computes.
         device: That computes.
         executor: Brings experts.
     """
 
-    def __init__(self, layout: Layout, arena: AnyArena, device: Device, executor: Executor) -> None:
+    def __init__(self, layout: Layout, arena: AnyArena, host: AnyArena, device: Device, executor: Executor) -> None:
         assert layout.experts is not None
         self._placed: PlacedExperts = layout.experts
         self._device = device
+        placed = self._placed
         self._memory = device.tensor(arena)
-        self._places = {
-            block.id: next(iter((block.device_image or block.image).places.values()))
-            for block in layout.blocks[self._placed.first :]
-        }
-        count = self._placed.capacity + self._placed.passing
-        routing = self._placed.routing
+        self._host_memory = device.tensor(host)
+        experts = layout.blocks[placed.first :]
+        self._places = {b.id: next(iter((b.device_image or b.image).places.values())) for b in experts}
+        self._host_places = {b.id: next(iter(b.image.places.values())) for b in experts}
+        routing = placed.routing
+        ranks = policy(DEFAULT, routing)
+        shelf = None
+        if layout.back is not None and not placed.host_has_all:
+            shelf = HostShelf(
+                routing=routing,
+                setting=CacheSetting(capacity=placed.host_capacity),
+                policy=ranks,
+                blocks=placed.blocks,
+                slots=[[host.cut(nbytes) for _ in range(placed.host_capacity)] for nbytes in placed.host_slot_nbytes],
+                let_go=executor.let_go,
+            )
+        count = placed.capacity + placed.passing
         self.pool = ExpertPool(
             routing=routing,
-            setting=CacheSetting(capacity=self._placed.capacity),
-            policy=policy(DEFAULT, routing),
-            blocks=self._placed.blocks,
-            slots=[[arena.cut(nbytes) for _ in range(count)] for nbytes in self._placed.slot_nbytes],
+            setting=CacheSetting(capacity=placed.capacity),
+            policy=ranks,
+            blocks=placed.blocks,
+            slots=[[arena.cut(nbytes) for _ in range(count)] for nbytes in placed.slot_nbytes],
             carrier=executor,
-            expert_nbytes=self._placed.read_nbytes,
+            expert_nbytes=placed.read_nbytes,
+            apart=layout.back is not None,
+            shelf=shelf,
         )
+        self._split: Split | None = None
+        self._shape: ExpertShape | None = None
+        """Of an expert, once installed."""
         self._turn = threading.Lock()
         self._calls = threading.local()
         self._steps = 0
@@ -83,18 +110,32 @@ class ExpertRunner:
         found = self.pool.statistics()
         return found if self._ahead is None else replace(found, prefetching=self._ahead.statistics())
 
+    def outlook(self, costs: CostModel | None, *, exact: bool) -> ExpertForecast:
+        """What a step is expected to miss, by made-up routing; seconds where the machine's costs are known."""
+        assert self._shape is not None, "it is not installed"
+        trace = expected_trace(self._placed.routing)
+        return outlook_of(self._placed, self._shape, costs, trace, assumed=True, exact=exact)
+
     def look_ahead(self, costs: ExpertCosts) -> None:
         """Bring experts before their layer asks, where that gains time by these costs of one tier.
 
         Not where other blocks are streamed, as the drive is never idle then, nor where there is no room beside what
-        passes.
+        passes, nor beside a device apart.
         """
-        if not self._streams_others and self.pool.spare > 0 and costs.read_s > 0:
+        if not self._placed.apart and not self._streams_others and self.pool.spare > 0 and costs.read_s > 0:
             self._ahead = LookAhead(self.pool, LayerScheduler(costs), clock=time.monotonic)
+
+    def share_with_cpu(self, costs: ExpertCosts) -> None:
+        """Have the CPU compute experts from host memory, beside a device apart, where a layer is done sooner by these
+        costs: results then equal those of one processor to rounding."""
+        if costs.separate and self._split is None:
+            self._split = Split()
+            self.pool.share_with_cpu(LayerScheduler(costs))
 
     def install(self, module: nn.Module) -> None:
         """Have transformers call this for the layers whose experts are blocks."""
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+        self._shape = shape_of(module, self._placed.layers[0])
         self._tap = RouterTap(module, self._placed.layers, self._placed.routing.experts)
         for number, layer in enumerate(self._placed.layers):
             child: Any = module.get_submodule(layer.path)
@@ -128,10 +169,14 @@ class ExpertRunner:
             scores=scores.cpu().numpy(),
             guesses=guesses,
         )
-        with self._turn, self.pool.layer(event) as run:
+        with self._turn, self.pool.layer(event, shared=splittable(module)) as run:
             if self._ahead is not None:
                 self._ahead.begun(event, run.there)
-            result = tokens.compute(module, run.order, partial(self._weight, run))
+            lend = partial(self._weight, run)
+            if self._split is not None and run.by_cpu:
+                result = self._split.compute(tokens, module, run, lend, partial(self._host_weight, run))
+            else:
+                result = tokens.compute(module, run.order, lend)
             if self._ahead is not None:
                 self._ahead.ended(event)
         return result
@@ -140,6 +185,8 @@ class ExpertRunner:
         """[T, K] What the router of the next layer says of this layer's tokens, if somebody wants to know it."""
         routing, tap = self._placed.routing, self._tap
         if self._ahead is None or tap is None or number + 1 == routing.layers:
+            return None
+        if not self._ahead.wants_guesses(number):
             return None
         logits = tap.ask(number + 1, hidden)
         return None if logits is None else logits.topk(routing.top_k, dim=-1).indices.cpu().numpy().astype(np.uint16)
@@ -160,16 +207,29 @@ class ExpertRunner:
             residence = lease.residence
             self._device.compute_waits(residence.event)
             residence.slot.check_stamp(lease.block)
-            place = self._places[lease.block]
-            dtype = torch_dtype(place.dtype)
-            view = view_of(self._memory, residence.slot.offset, place, dtype, contiguous_stride(place.shape))
-            yield view[0]
+            yield _view(self._memory, residence.slot, self._places[lease.block])
+
+    @contextmanager
+    def _host_weight(self, run: LayerPass, part: int, expert: int) -> Iterator[torch.Tensor]:
+        """The same in host memory, for the CPU."""
+        with run.lent_by_host(part, expert) as lease:
+            slot = lease.residence.slot
+            slot.check_stamp(lease.block)
+            yield _view(self._host_memory, slot, self._host_places[lease.block])
 
     def close(self) -> None:
         """Let go of the memory, and of the routers."""
         if self._tap is not None:
             self._tap.close()
-        self._memory = torch.empty(0)
+        if self._split is not None:
+            self._split.close()
+        self._memory = self._host_memory = torch.empty(0)
+
+
+def _view(memory: torch.Tensor, slot: Slot, place: Place) -> torch.Tensor:
+    """The matrix of an expert that lies in a slot."""
+    dtype = torch_dtype(place.dtype)
+    return view_of(memory, slot.offset, place, dtype, contiguous_stride(place.shape))[0]
 
 
 def experts_forward(

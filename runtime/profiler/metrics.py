@@ -7,6 +7,7 @@ import numpy as np
 
 from .bubble import Bubble, computing
 from .energy import energy
+from .expertuse import expert_use
 from .leaks import leaks
 from .links import Bound, link_uses
 from .modules import module_uses
@@ -57,6 +58,7 @@ def summarise(profile: Profile, *, window: tuple[int, int] | None = None) -> Sum
         distance=chosen.length / bound.ns if bound.ns else None,
         binds=bound.binds,
         prefetch=prefetch_use(profile, chosen, waste),
+        experts=expert_use(profile, chosen),
         peaks=peaks(profile, memory_window),
         leaks=leaks(profile, chosen),
         modules=module_uses(profile, chosen, memory_window),

@@ -16,7 +16,7 @@ from .window import Window
 def prefetch_use(profile: Profile, window: Window, waste: Waste) -> PrefetchUse:
     """How the uses of blocks inside the window were prepared; `waste` is that of the window."""
     every = profile[Use]
-    fresh = _brought(every)
+    fresh = brought(every)
     inside = window.holds(every.at)
     uses, streamed = every.where(inside), every.where(inside & fresh)
     leads = streamed.at - streamed.issued
@@ -38,7 +38,7 @@ def _share(mask: Mask) -> float | None:
     return float(mask.mean()) if len(mask) else None
 
 
-def _brought(uses: Columns) -> Mask:
+def brought(uses: Columns) -> Mask:
     """Which uses a block was brought for: the first one after each time it was brought.
 
     A block that then stays keeps the instant at which it was decided on: later uses of it are not the prefetcher's.

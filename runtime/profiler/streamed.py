@@ -113,10 +113,12 @@ class StreamedModel:
         ):
             if residency is not None:
                 self._arenas.append((tier, residency.slots * residency.slot_nbytes))
-        self._arenas.append((Tier.HOST, layout.expert_nbytes))
+        self._arenas.append((Tier.HOST, layout.expert_host_nbytes))
+        self._arenas.append((Tier.DEVICE, layout.expert_device_nbytes))
         self._arenas.append((Tier.HOST, DiskEngine.own_nbytes(layout.staging_nbytes)))
         if machinery.device.separate and machinery.device.torch_device.type == "cpu":
-            self._arenas.append((Tier.HOST, layout.front.nbytes))  # an emulated device's memory is the host's
+            # an emulated device's memory is the host's
+            self._arenas.append((Tier.HOST, layout.front.nbytes + layout.expert_device_nbytes))
         for tier, nbytes in self._arenas:
             self._recorder.memory(nbytes, tier, Category.ARENA)
 

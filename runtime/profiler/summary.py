@@ -79,6 +79,22 @@ class PrefetchUse(msgspec.Struct, frozen=True, kw_only=True):
     """Sum of all waits."""
 
 
+class ExpertUse(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether experts were there when their layer asked. A use is one part of an expert, of which each has two."""
+
+    uses: int
+    hits: int
+    """Those that were kept."""
+    missed: int
+    """Those that were read, or copied, because the layer asked."""
+    ahead_in_time: int
+    """Those that were brought before it asked, and were there."""
+    ahead_late: int
+    """Those that were brought before it asked, and were still on their way."""
+    ahead_for_nothing: int
+    """Parts that were brought, and that the layer did not ask for. No uses."""
+
+
 class MemoryRow(msgspec.Struct, frozen=True, kw_only=True):
     """One line of an attribution."""
 
@@ -202,3 +218,5 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     estimate from modules; it is no TKLQT."""
     verdict: str
     """One sentence in plain words: what binds, where the idle time goes, what would help most."""
+    experts: ExpertUse | None = None
+    """Where experts are blocks of their own."""

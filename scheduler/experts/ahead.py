@@ -7,7 +7,7 @@ that was worth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
 from .events import Event
@@ -48,6 +48,11 @@ class LookAhead:
         """What came of it so far."""
         return self._prefetcher.statistics()
 
+    def wants_guesses(self, layer: int) -> bool:
+        """Whether it is worth asking what the layer behind this one will need: not where that has everything, nor while
+        prefetching pauses."""
+        return not self._pool.cache.held[layer + 1].all() and not self._prefetcher.pauses()
+
     def begun(self, event: Event, held: Collection[int]) -> None:
         """A layer runs: `held` are the experts that its cache had when it began. Called while the pool runs it."""
         now = self._clock()
@@ -58,7 +63,7 @@ class LookAhead:
         here = _tasks(event.experts, event.rows, held)
         layer, ahead = self._ahead
         self._ahead = (-1, ())
-        if layer == event.layer:
+        if layer == event.layer and event.phase == "decode":
             self._prefetcher.settle(here, ahead)
         if event.phase == "prefill" or event.guesses is None or event.guessed_rows is None or self._between_s is None:
             return
@@ -67,13 +72,18 @@ class LookAhead:
         idle = IdleTime.behind(plan, self._scheduler.costs, self._between_s)
         following = event.layer + 1
         expected = _tasks(event.guesses, event.guessed_rows, self._pool.cache.held[following].nonzero()[0].tolist())
-        chosen = self._prefetcher.choose(expected, idle)
+        ranks = None if event.guess_ranks is None else dict(_pairs(event.guesses, event.guess_ranks))
+        chosen = self._prefetcher.choose(expected, idle, ranks=ranks)
         placed = set(self._pool.prefetch(following, [each.expert for each in chosen]))
         self._ahead = following, tuple(each for each in chosen if each.expert in placed)
 
     def ended(self, event: Event) -> None:
         """The layer has been computed."""
         self._ended = event.layer, self._clock()
+
+
+def _pairs(keys: IntArray, values: IntArray) -> Iterator[tuple[int, int]]:
+    return zip(keys.tolist(), values.tolist(), strict=True)
 
 
 def _tasks(experts: IntArray, rows: IntArray, held: Collection[int]) -> list[ExpertTask]:

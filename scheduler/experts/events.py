@@ -32,6 +32,8 @@ class Event:
     """What the gate of the next layer says of this layer's hidden state, ascending; None where nobody asked it."""
     guessed_rows: IntArray | None = None
     """Tokens for which it says so."""
+    guess_ranks: IntArray | None = None
+    """How high each of them stood, at best: 0 is what the gate gave a token the highest logit."""
 
 
 def event_of(
@@ -55,7 +57,8 @@ def event_of(
         chosen: [T, K] experts by token.
         candidates: [T, W] experts that have a score; `chosen` if there are none.
         scores: [T, W] of the candidates.
-        guesses: [T, K] experts that the next layer would choose; the number of experts stands for none.
+        guesses: [T, K] experts that the next layer would choose, the likeliest first; the number of experts stands for
+            none.
     """
     tokens = len(chosen)
     rows = np.bincount(chosen.ravel(), minlength=experts)
@@ -68,6 +71,7 @@ def event_of(
         mean = sums[near] / tokens
     guessed = None if guesses is None else np.bincount(guesses.ravel(), minlength=experts + 1)[:experts]
     ahead = None if guessed is None else np.flatnonzero(guessed)
+    ranks = None if guesses is None or ahead is None else _ranks(guesses, experts)[ahead]
     return Event(
         step=step,
         layer=layer,
@@ -79,7 +83,16 @@ def event_of(
         scores=mean,
         guesses=ahead,
         guessed_rows=None if guessed is None else guessed[ahead],
+        guess_ranks=ranks,
     )
+
+
+def _ranks(guesses: Any, experts: int) -> IntArray:
+    """[E + 1] The first column of [T, K] guesses in which each expert stands."""
+    found = np.full(experts + 1, guesses.shape[1], np.int64)
+    for column in reversed(range(guesses.shape[1])):
+        found[guesses[:, column]] = column
+    return found
 
 
 def merged(events: Sequence[Event]) -> Event:

@@ -4,12 +4,14 @@ An expert is cut into parts that are computed one after another with all its tok
 layer computes the first parts of all its experts before the second of any. Each part is a block, and has slots of its
 own size. A cache and its policy say whose experts keep their slots. What they pass by goes through the slots that are
 left, one after another: those are read again when they are needed again.
+
+Slots lie where experts are computed. Beside a device apart that is its memory, and host memory keeps experts too: all
+of them, or those on a shelf (`shelf.py`). What lies there can be computed by the CPU, where that is done sooner.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,21 +23,36 @@ from ..mover import Event as DeviceEvent
 from .account import Account, Causes, PhaseResult
 from .cache import CacheSetting, CacheStatistics, ExpertCache, Origin
 from .events import Event
+from .layerpass import LayerPass
+from .layerscheduler import LayerScheduler
 from .policies.policy import Policy
 from .prefetch import PrefetchStatistics
 from .shape import Routing
+from .shelf import HostShelf
+from .timelines import ExpertTask
 from .trace import IntArray, Phase
 
 
 class Carrier(Protocol):
     """Brings blocks: an executor."""
 
-    def bring(self, places: Sequence[tuple[int, Slot]], gone: Sequence[int] = ()) -> None:
+    def bring(
+        self,
+        places: Sequence[tuple[int, Slot]],
+        gone: Sequence[int] = (),
+        *,
+        kept: Sequence[tuple[int, Slot]] = (),
+        urgent: bool = True,
+    ) -> list[int]:
         """See `Core.bring`."""
         ...
 
-    def acquire(self, block: int, *, observed: bool) -> Lease:
+    def acquire(self, block: int, *, observed: bool, counted: bool = True) -> Lease:
         """A lease of a block that was brought, waiting for it."""
+        ...
+
+    def acquire_host(self, block: int) -> Lease:
+        """A lease of the host's copy, beside a device apart."""
         ...
 
     def release(self, lease: Lease, event: DeviceEvent) -> None:
@@ -73,6 +90,8 @@ class ExpertPool:
         slots: By part, its slots: as many as the cache has, and at least one more.
         carrier: Brings them.
         expert_nbytes: Read from disk for an expert, for the figures.
+        apart: Whether slots lie on a device apart.
+        shelf: Of the host, then; None where host memory keeps all experts.
     """
 
     def __init__(
@@ -85,7 +104,10 @@ class ExpertPool:
         slots: Sequence[Sequence[Slot]],
         carrier: Carrier,
         expert_nbytes: int = 0,
+        apart: bool = False,
+        shelf: HostShelf | None = None,
     ) -> None:
+        assert apart or shelf is None, "there is one tier"
         assert all(len(each) > setting.capacity for each in slots), "nothing is left for what the cache passes by"
         self.routing = routing
         self.cache = ExpertCache(routing, setting, policy)
@@ -104,6 +126,9 @@ class ExpertPool:
         """The layer that runs, or one that did not come to its end."""
         self._ahead: tuple[int, list[int]] = (-1, [])
         """Experts that were brought before their layer asked, and the layer."""
+        self._apart = apart
+        self._shelf = shelf
+        self._scheduler: LayerScheduler | None = None
 
     @property
     def parts(self) -> int:
@@ -120,27 +145,76 @@ class ExpertPool:
             passing=self._passing,
         )
 
+    def share_with_cpu(self, scheduler: LayerScheduler) -> None:
+        """Let the CPU compute experts from host memory where a layer is done sooner by that."""
+        assert self._apart, "there is one processor"
+        self._scheduler = scheduler
+
     @contextmanager
-    def layer(self, event: Event) -> Iterator[LayerPass]:
-        """Run one layer: what it needs is being read from now on, as far as there are slots."""
+    def layer(self, event: Event, *, shared: bool = True) -> Iterator[LayerPass]:
+        """Run one layer: what it needs is being read from now on, as far as there are slots.
+
+        Args:
+            event: The layer.
+            shared: Whether the CPU can compute some of it beside a device apart.
+        """
         self._recover()
         self._policy.seen(event)
         self.cache.seen(event)
+        if self._shelf is not None:
+            self._shelf.cache.seen(event)
         ahead = self._claim(event)
         needed = event.experts.tolist()
-        held = [expert for expert in needed if self.cache.held[event.layer, expert]]
-        near = {*held, *ahead}
+        near = {*ahead, *(expert for expert in needed if self.cache.held[event.layer, expert])}
         account = self._accounts[event.phase]
         self._causes.count(account, event, self.cache, (expert in near for expert in needed))
-        ranked = sorted(zip(event.rows.tolist(), needed, strict=True), key=lambda each: -each[0])
-        missed = [expert for _, expert in ranked if expert not in near]  # what has most to be done with it first
+        tasks = [
+            ExpertTask(
+                expert=expert,
+                rows=rows,
+                on_device=self._apart and expert in near,
+                on_host=self._on_host(event.layer, expert, near),
+            )
+            for expert, rows in zip(needed, event.rows.tolist(), strict=True)
+        ]
+        by_cpu, kept = self._divided(event, tasks, shared=shared)
+        moved = [task for task in tasks if task.expert not in near and task.expert not in by_cpu]
+        missed = [task.expert for task in sorted(moved, key=lambda task: -task.rows)]  # what takes longest first
         admitted, victims = self._admit(event, sorted([*missed, *ahead]))
-        account.reads += len(missed)
-        self._open = run = LayerPass(self, event.layer, held, ahead, missed, admitted)
+        held = [expert for expert in needed if expert in near and expert not in by_cpu and expert not in ahead]
+        account.reads += sum(not task.on_host and (task in moved or task.expert in by_cpu) for task in tasks)
+        account.copies += len(missed) if self._apart else 0
+        account.computed_by_cpu += len(by_cpu)
+        stays = [expert for expert in ahead if expert not in by_cpu]
+        self._open = run = LayerPass(self, event.layer, held, stays, missed, admitted, by_cpu, kept)
         run.advance(self._forget(victims))
         yield run
         self._open = None
         self._causes.passed(event, self.cache)
+
+    def _on_host(self, layer: int, expert: int, near: Collection[int]) -> bool:
+        """Whether it need not be read from disk."""
+        if not self._apart:
+            return expert in near
+        return self._shelf is None or bool(self._shelf.held[layer, expert])
+
+    def _divided(self, event: Event, tasks: Sequence[ExpertTask], *, shared: bool) -> tuple[list[int], list[int]]:
+        """Experts that the CPU computes, and those that are being read to stay in host memory."""
+        by_cpu: Collection[int] = ()
+        if self._scheduler is not None and shared:
+            by_cpu = frozenset(self._scheduler.plan(tasks).computed_by_cpu)
+        kept: list[int] = []
+        there = {task.expert for task in tasks if task.on_host}
+        if self._shelf is not None:
+            read = [task.expert for task in tasks if not task.on_host and (task.expert in by_cpu or not task.on_device)]
+            places = self._shelf.take(event, read)
+            taken = set(self._carrier.bring((), (), kept=places)) if places else set()
+            # What passes through the host just now, for a layer that ended, is in the way of itself.
+            self._shelf.refused(event.layer, {self._expert_of(block) for block, _ in places if block not in taken})
+            kept = [expert for expert in read if self._shelf.held[event.layer, expert]]
+            there |= set(kept)
+        # What the shelf does not take in passes through the host on its way to the device only.
+        return [task.expert for task in tasks if task.expert in by_cpu and task.expert in there], kept
 
     def _admit(self, event: Event, missed: Sequence[int]) -> tuple[set[int], list[tuple[int, int]]]:
         """Which of them the cache keeps, and (layer, expert) of those that go for them. A prompt evicts nothing."""
@@ -186,7 +260,8 @@ class ExpertPool:
             taken.append(expert)
         self._ahead = layer, taken
         self._accounts["decode"].reads += len(taken)
-        self.bring(places, ())
+        if places:
+            self._carrier.bring(places, (), urgent=False)
         return taken
 
     def _recover(self) -> None:
@@ -202,6 +277,8 @@ class ExpertPool:
             if kept:
                 self.cache.drop(run.layer, expert)
             self._carrier.bring((), self._forget([(run.layer, expert)]))
+        if self._shelf is not None:
+            self._shelf.refused(run.layer, run.kept)
         self._open = None
 
     def _is_there(self, part: int, block: int) -> bool:
@@ -213,18 +290,18 @@ class ExpertPool:
         if block not in self._lying:
             return False
         try:
-            self._carrier.release(self._acquire(part, block), None)
+            self._carrier.release(self._acquire(part, block, counted=False), None)
         except (ClosedError, StallError):
             raise
         except Exception:
             return False
         return True
 
-    def _acquire(self, part: int, block: int) -> Lease:
+    def _acquire(self, part: int, block: int, *, counted: bool = True) -> Lease:
         """A lease of a block that has a slot, which it loses where it could not be read: the carrier has no such block
         any more, and would give it a place of its own next time."""
         try:
-            return self._carrier.acquire(block, observed=False)
+            return self._carrier.acquire(block, observed=False, counted=counted)
         except (ClosedError, StallError):
             raise
         except Exception:
@@ -268,6 +345,15 @@ class ExpertPool:
         if places or gone:
             self._carrier.bring(places, gone)
 
+    def _expert_of(self, block: int) -> int:
+        """Which expert of its layer a block is of."""
+        first = int(self._blocks[0][0, 0])
+        return (block - first) % self.routing.experts
+
+    def lend_host(self, part: int, layer: int, expert: int) -> Lease:
+        """A lease of what host memory keeps, beside a device apart."""
+        return self._carrier.acquire_host(self.block(part, layer, expert))
+
     def lend(self, part: int, layer: int, expert: int) -> Lease:
         """A lease of a part that has a slot."""
         block = self.block(part, layer, expert)
@@ -277,72 +363,3 @@ class ExpertPool:
     def give_back(self, lease: Lease, event: DeviceEvent) -> None:
         """Give a lease back."""
         self._carrier.release(lease, event)
-
-
-class LayerPass:
-    """One layer while it runs: part by part, all its experts in `order`.
-
-    Args:
-        pool: Whose it is.
-        layer: Its number.
-        there: Experts that the cache has.
-        ahead: Those that were brought before the layer asked.
-        missed: Those that must be read, in the order in which they are.
-        admitted: Those of them that stay.
-    """
-
-    def __init__(
-        self,
-        pool: ExpertPool,
-        layer: int,
-        there: Sequence[int],
-        ahead: Sequence[int],
-        missed: Sequence[int],
-        admitted: set[int],
-    ) -> None:
-        self._pool = pool
-        self.layer = layer
-        # Those that stay have slots at once, so that many reads are under way; the others wait for each other.
-        read = sorted(missed, key=lambda expert: expert not in admitted)
-        self.there = tuple(there)
-        """Experts that the cache had."""
-        self.brought = (*ahead, *read)
-        """Experts that it had not."""
-        self.order = (*there, *self.brought)
-        """Experts in the order in which they are to be computed, the same in every part."""
-        self._passing = set(self.brought) - admitted
-        self._to_read = [deque(read) for _ in range(pool.parts)]
-
-    @property
-    def all_asked_for(self) -> bool:
-        """Whether everything that the layer needs is there or on its way."""
-        return not any(self._to_read)
-
-    def advance(self, gone: Sequence[int] = ()) -> None:
-        """Have as much brought as there are slots for; `gone` are blocks whose slots have been freed."""
-        places = []
-        for part, waiting in enumerate(self._to_read):
-            while waiting:
-                placed = self._pool.place(part, self.layer, waiting[0])
-                if placed is None:
-                    break
-                places.append(placed)
-                waiting.popleft()
-        self._pool.bring(places, gone)
-
-    @contextmanager
-    def lent(self, part: int, expert: int, computed: Callable[[], DeviceEvent]) -> Iterator[Lease]:
-        """Lease a part for as long as the context lasts, which it does not read again if it only passes through.
-
-        Args:
-            part: Of the expert.
-            expert: The next of `order` in this part.
-            computed: Gives the event after which its bytes may go.
-        """
-        lease = self._pool.lend(part, self.layer, expert)
-        try:
-            yield lease
-        finally:
-            self._pool.give_back(lease, computed())
-        if expert in self._passing:
-            self.advance(self._pool.vacate(part, self.layer, expert))

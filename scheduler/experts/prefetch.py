@@ -2,15 +2,20 @@
 rests.
 
 HybriMoE's impact: the next layer's time without an expert in place, less its time with it. The next layer's gate, asked
-about this layer's hidden state, says which experts it would need. It can be wrong, so the gain counts with the share of
-earlier advice that was used; and it costs, where the CPU computes meanwhile and memory is shared. When the two have
-been compared often enough and the gains do not make up for the costs, prefetching stops for a while, and says so.
+about this layer's hidden state, says which experts it would need. It can be wrong, and the more so the lower an expert
+stands with it, so the gain counts with the share of earlier advice of that rank that was right; and it costs, where the
+CPU computes meanwhile and memory is shared. When the two have been compared often enough and the gains do not make up
+for the costs, prefetching stops for a while, and says so.
+
+What is read from disk for nothing is read beside what is needed: advice that is wrong too often is not followed there,
+whatever it gains.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence, Set
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -24,6 +29,8 @@ TRIAL: Final = 64
 """Prefetched experts after which gains are held against costs."""
 PAUSE: Final = 512
 """Layers that pass without prefetching after a trial that did not pay. Doubles each time."""
+SURE: Final = 0.9
+"""Of advice of a rank, the share that must be right before an expert is read from disk by it."""
 LEAST_GAIN: Final = 0.005
 """Of the next layer's time: less than what such a simulation is wrong by is no gain."""
 
@@ -73,6 +80,13 @@ class Prefetcher:
         self._tried = 0
         self._tried_used = 0
         self._tried_s = 0.0
+        self._ranked = False
+        """Whether it is known how high experts stand."""
+        self._ranks: Mapping[int, int] = {}
+        """Of the experts that were last expected, how high each stood with the gate."""
+        self._right: Counter[int] = Counter()
+        self._heard: Counter[int] = Counter()
+        """By rank, advice that was right, and all."""
         self._resting = 0
         """Layers until prefetching is tried again."""
         self._off = ""
@@ -88,24 +102,26 @@ class Prefetcher:
             off=self._off,
         )
 
-    def choose(self, expected: Sequence[ExpertTask], idle: IdleTime) -> tuple[Prefetched, ...]:
+    def choose(
+        self, expected: Sequence[ExpertTask], idle: IdleTime, *, ranks: Mapping[int, int] | None = None
+    ) -> tuple[Prefetched, ...]:
         """What is to be brought now.
 
         Args:
             expected: What the next layer will need, as far as is known, and where that is.
             idle: What the layer that runs now leaves; what is chosen is taken from it.
+            ranks: By expert, how high it stands with the gate; all alike without.
         """
         self._asked += 1
-        if self._off:
-            self._resting -= 1
-            if self._resting > 0:
-                return ()
-            self._off = ""
+        self._ranked = ranks is not None
+        self._ranks = {task.expert: 0 for task in expected} if ranks is None else dict(ranks)
+        if self.pauses():
+            return ()
         if not any(idle.has_room(mover) for mover in ("link", "disk")):
             self._busy += 1
             return ()
         chosen: list[Prefetched] = []
-        tasks = list(expected)
+        tasks = sorted(expected, key=lambda task: self._ranks[task.expert])
         now_s = self._scheduler.plan(tasks).seconds if tasks else 0.0
         while len(chosen) < self._most:
             found = self._best(tasks, {each.expert for each in chosen}, now_s, idle)
@@ -117,6 +133,16 @@ class Prefetcher:
             idle.take(mover)
         return tuple(chosen)
 
+    def pauses(self) -> bool:
+        """Whether nothing is prefetched for one more layer, because the last trial did not pay."""
+        if not self._off:
+            return False
+        self._resting -= 1
+        if self._resting > 0:
+            return True
+        self._off = ""
+        return False
+
     def settle(self, needed: Sequence[ExpertTask], prefetched: Sequence[Prefetched]) -> float:
         """Learn what was needed after all; what was gained by it, in seconds.
 
@@ -124,6 +150,7 @@ class Prefetcher:
             needed: By the layer that has come now, each where it would be without having been prefetched.
             prefetched: What was brought for it.
         """
+        self._learn({task.expert for task in needed})
         if not prefetched:
             return 0.0
         movers = {each.expert: each.mover for each in prefetched}
@@ -141,6 +168,13 @@ class Prefetcher:
         if self._tried >= self._trial:
             self._judge()
         return gained
+
+    def _learn(self, needed: Set[int]) -> None:
+        """Hold what was last expected against what is needed, whether it was brought or not."""
+        for expert, rank in self._ranks.items():
+            self._heard[rank] += 1
+            self._right[rank] += expert in needed
+        self._ranks = {}
 
     def _judge(self) -> None:
         """End a trial."""
@@ -166,21 +200,24 @@ class Prefetcher:
         tried = set()
         for number, task in enumerate(tasks):
             mover = _mover(task, separate=self._scheduler.costs.separate)
-            kind = (task.rows, task.on_host, mover)
+            rank = self._ranks[task.expert]
+            kind = (task.rows, task.on_host, mover, rank)
             if mover is None or kind in tried or task.expert in moved_already or not idle.has_room(mover):
                 continue
             tried.add(kind)  # those that are alike gain the same
+            sure = self._reliability(rank)
+            if mover == "disk" and self._ranked and sure < SURE:
+                continue
             moved = [*tasks[:number], _moved(task, mover), *tasks[number + 1 :]]
             seconds = self._scheduler.plan(moved).seconds
-            gain = self._reliability * (now_s - seconds) - idle.slows_by_s(mover)
+            gain = sure * (now_s - seconds) - idle.slows_by_s(mover)
             if gain > LEAST_GAIN * now_s and (best is None or gain > best[0]):
                 best = gain, number, mover, seconds
         return best[1:] if best is not None else None
 
-    @property
-    def _reliability(self) -> float:
-        """The share of what is prefetched that is used: as before, and before there is experience one half."""
-        return (self._used + 1) / (self._prefetched + 2)
+    def _reliability(self, rank: int) -> float:
+        """The share of advice of a rank that is right: as before, and before there is experience one half."""
+        return (self._right[rank] + 1) / (self._heard[rank] + 2)
 
 
 def _mover(task: ExpertTask, *, separate: bool) -> Mover | None:

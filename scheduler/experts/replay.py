@@ -178,7 +178,12 @@ class _Replay:
         if self.prefetcher is None or event.guesses is None or event.guessed_rows is None:
             return
         expected = self._tasks(event.layer + 1, event.guesses, event.guessed_rows)
-        self._prefetched = self.prefetcher.choose(expected, idle)
+        ranks = (
+            None
+            if event.guess_ranks is None
+            else dict(zip(event.guesses.tolist(), event.guess_ranks.tolist(), strict=True))
+        )
+        self._prefetched = self.prefetcher.choose(expected, idle, ranks=ranks)
         for each in self._prefetched:
             account.seconds += each.cost_s
             account.copies += each.mover == "link"

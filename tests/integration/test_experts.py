@@ -19,6 +19,9 @@ from zoo.decoders import LLAMA, greedy, logits, token_ids
 import penstock
 from penstock.runtime.experts.routers import RouterTap
 from penstock.runtime.experts.runner import IMPLEMENTATION
+from penstock.runtime.profiler.metrics import summarise
+from penstock.runtime.profiler.profiler import Profiler
+from penstock.scheduler.experts import prefetch
 from penstock.scheduler.experts.costs import ExpertCosts
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("every_core")]
@@ -300,7 +303,8 @@ def test_a_plan_for_another_kind_of_model_is_refused(shelf: Shelf) -> None:
 
 
 @pytest.mark.parametrize("part", [0.4, 0.8])
-def test_what_is_brought_ahead_changes_no_bit(part: float, shelf: Shelf) -> None:
+def test_what_is_brought_ahead_changes_no_bit(part: float, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "SURE", 0.0)  # routers of random weights are seldom right
     with loaded(shelf.checkpoint("qwen3-moe"), part) as model:
         model.penstock.machinery.session.experts.look_ahead(SLOW_DRIVE)
         for _ in range(3):
@@ -365,3 +369,31 @@ def test_a_router_is_asked_about_tokens_that_it_can_tell_about(router: type[_Str
         assert torch.equal(logits, hidden @ model.mlp.gate.weight.T)
         assert tap.take(0, 3) is None  # it was no layer of its own
     tap.close()
+
+
+def test_a_profile_tells_hits_misses_and_what_was_brought_ahead(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "SURE", 0.0)
+    with loaded(shelf.checkpoint("qwen3-moe"), 0.8) as model:
+        model.penstock.machinery.session.experts.look_ahead(SLOW_DRIVE)
+        run(model)
+        before = model.penstock.statistics().experts
+        with Profiler(tmp_path / "run.prof") as profiler:
+            for _ in range(3):
+                run(model)
+        after = model.penstock.statistics().experts
+    found = summarise(profiler.profile(), window=(0, 2**62)).experts
+    assert found is not None
+
+    def counted(what: Any) -> int:
+        """Parts of experts, of which each has two."""
+        return 2 * int(sum(what(after.of(phase)) - what(before.of(phase)) for phase in ("prefill", "decode")))
+
+    assert found.uses == counted(lambda phase: phase.uses)
+    assert found.missed == counted(lambda phase: sum(phase.misses.values()))
+    ahead = counted(lambda phase: phase.hits["prefetched"])
+    assert found.ahead_in_time + found.ahead_late == ahead > 0
+    assert found.hits == found.uses - found.missed - ahead
+    brought = after.prefetching.prefetched - before.prefetching.prefetched
+    assert found.ahead_for_nothing == 2 * brought - ahead

@@ -238,6 +238,7 @@ def make_rig(
     inflight: int = 1 << 40,
     droppable: tuple[int, ...] = (),
     on_cpu: tuple[int, ...] = (),
+    unordered: int = 0,
 ) -> Rig:
     """A core with slots of one page; two tiers where `back_ring` is given. The disk and the copy stream are serial."""
     loop = MockClockLoop()
@@ -269,6 +270,7 @@ def make_rig(
         timeline=Timeline(),
         inflight_nbytes=inflight,
         poison=True,
+        unordered=unordered,
         on_cpu=on_cpu,
     )
     core.attach(loop)

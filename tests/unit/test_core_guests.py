@@ -7,7 +7,7 @@ import pytest
 from mockclock import InjectedError, Rig, make_rig, run
 
 from penstock.memory.arena import PAGE, AnyArena, Slot
-from penstock.memory.errors import ClosedError
+from penstock.memory.errors import ClosedError, PenstockError
 
 FAIL = True
 
@@ -113,6 +113,25 @@ def test_they_pass_through_the_host_to_a_device_apart() -> None:
 
     run(rig.loop, work())
     assert [block for _, block in rig.logged("copy")[:4]] == [0, 1, 4, 5]  # both host slots were taken already
+
+
+def test_one_that_was_forgotten_is_refused_and_takes_no_slot_of_the_ring() -> None:
+    rig = make_rig(blocks=6, ring=1, order=(0,), unordered=2)
+    (slot,) = own_slots(1)
+
+    async def work() -> None:
+        with pytest.raises(PenstockError, match=r"block 4 .* no slot"):  # it was never brought
+            await use(rig, 4)
+        rig.core.bring([(4, slot)])
+        await use(rig, 4)
+        rig.core.bring([], gone=[4])
+        with pytest.raises(PenstockError, match=r"block 4 .* no slot"):
+            await use(rig, 4)
+        await rig.call([0], 3)  # others go on as ever
+
+    run(rig.loop, work())
+    assert [block for _, block in rig.logged("read")] == [0, 4]
+    assert rig.core.front.holding.keys() == {0}
 
 
 def test_nothing_is_brought_after_the_end() -> None:

@@ -40,8 +40,9 @@ def run(pool: ExpertPool, ahead: LookAhead, each: Event) -> None:
         ahead.ended(each)
 
 
-def made(between_s: float) -> tuple[ExpertPool, Shelves, LookAhead, Clock]:
-    """A pool of two slots beside the cache's none, on a machine where reading takes twice as long as computing."""
+def made(between_s: float, taught: int = 8) -> tuple[ExpertPool, Shelves, LookAhead, Clock]:
+    """A pool of two slots beside the cache's none, on a machine where reading takes twice as long as computing, with
+    routers that were right so often."""
     pool, shelves = make(0, 3)
     clock = Clock()
     costs = ExpertCosts(cpu_s=lambda rows: COMPUTE_S * rows, device_s=None, read_s=READ_S)
@@ -49,6 +50,9 @@ def made(between_s: float) -> tuple[ExpertPool, Shelves, LookAhead, Clock]:
     for layer in (0, 1):  # from which it knows what lies between layers
         run(pool, ahead, event(layer, [0], None))
         clock.now_s += between_s
+    for _ in range(taught):
+        run(pool, ahead, event(0, [1], [2, 4]))
+        run(pool, ahead, event(1, [2, 4], None))
     shelves.reads.clear()
     return pool, shelves, ahead, clock
 
@@ -62,7 +66,7 @@ def test_the_next_layers_experts_are_read_while_the_drive_would_rest() -> None:
     run(pool, ahead, event(1, [2, 3], None))
     assert shelves.reads == [6 + 3, 6 + 3 + 18]
     found = ahead.statistics()
-    assert (found.asked, found.prefetched, found.used) == (1, 2, 1)
+    assert (found.asked, found.prefetched, found.used) == (9, 2, 1)
     assert found.gained_s > 0
 
 
@@ -70,7 +74,30 @@ def test_nothing_is_read_where_there_is_no_time() -> None:
     pool, shelves, ahead, _ = made(between_s=0.1)
     run(pool, ahead, event(0, [1], [2, 4]))
     assert shelves.reads == [1, 1 + 18]
-    assert (ahead.statistics().asked, ahead.statistics().prefetched) == (1, 0)
+    assert (ahead.statistics().asked, ahead.statistics().prefetched) == (9, 0)
+
+
+def test_only_what_stands_so_high_that_it_was_right_before_is_read() -> None:
+    """The first of the two that routers name is always needed, the second every other time."""
+    pool, shelves, ahead, _ = made(between_s=10.0, taught=0)
+    for step in range(12):
+        run(pool, ahead, event(0, [1], [2, 4]))
+        run(pool, ahead, event(1, [2, 4] if step % 2 else [2, 3], None))
+    shelves.reads.clear()
+    run(pool, ahead, event(0, [1], [2, 4]))
+    assert shelves.reads == [1, 1 + 18, 6 + 2, 6 + 2 + 18]
+    assert ahead.statistics().used == ahead.statistics().prefetched > 0
+
+
+def test_nobody_asks_what_a_layer_needs_that_has_everything() -> None:
+    pool, _ = make(18, 1)
+    costs = ExpertCosts(cpu_s=lambda rows: COMPUTE_S, device_s=None, read_s=READ_S)
+    ahead = LookAhead(pool, LayerScheduler(costs), clock=Clock())
+    assert ahead.wants_guesses(0)
+    for layer in range(2):
+        run(pool, ahead, event(layer, range(6), None))
+    assert not ahead.wants_guesses(0)
+    assert ahead.wants_guesses(1)
 
 
 def test_it_stops_when_routers_guess_wrong() -> None:

@@ -40,7 +40,15 @@ class Shelves:
     stalls: bool = False
     """Whether what was brought does not arrive."""
 
-    def bring(self, places: Sequence[tuple[int, Slot]], gone: Sequence[int] = ()) -> None:
+    def bring(
+        self,
+        places: Sequence[tuple[int, Slot]],
+        gone: Sequence[int] = (),
+        *,
+        kept: Sequence[tuple[int, Slot]] = (),
+        urgent: bool = True,
+    ) -> list[int]:
+        assert not kept
         for block in gone:
             assert block not in self.leased
             self.lying.pop(block, None)
@@ -50,8 +58,12 @@ class Shelves:
             self.lying[block] = slot
             self.filled[slot.offset] = block
             self.reads.append(block)
+        return []
 
-    def acquire(self, block: int, *, observed: bool) -> Lease:
+    def acquire_host(self, block: int) -> Lease:
+        raise AssertionError("there is one tier")
+
+    def acquire(self, block: int, *, observed: bool, counted: bool = True) -> Lease:
         assert not observed
         if block not in self.lying:  # an executor would have it wait for a place of the executor's own
             pytest.fail(f"block {block} is asked for, and was not brought")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from penstock.runtime.placing import TokenWork, place_on_tiers
+from penstock.runtime.placing import TokenWork, layers_of, place_on_tiers
 from penstock.scheduler.cost import CostModel
 from penstock.scheduler.curves import Curve
 from penstock.scheduler.hardware import Hardware, Link, Processor
@@ -75,3 +75,22 @@ def test_one_processor_copies_once_for_all_lanes() -> None:
     """40 ms on the link, whatever the device does meanwhile."""
     assert seconds(lanes=1, exact=True) == pytest.approx((40 + UNHIDDEN * 8 + 0.4) * MS, rel=0.01)
     assert seconds(lanes=2, exact=True) == pytest.approx((40 + UNHIDDEN * 16 + 0.4) * MS, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("names", "layers"),
+    [
+        # a plain stack, and numbers that are of parts of a layer
+        (["model.layers.0.attn", "model.layers.0.mlp.0", "model.layers.0.mlp.2", "model.layers.1"], [0, 0, 0, 1]),
+        (["model.layers.3.mlp.experts.5", "model.layers.3.mlp.experts.6", "lm_head"], [0, 0, None]),
+        (["encoder.block.0.layer.0", "encoder.block.0.layer.1.DenseReluDense", "encoder.block.1"], [0, 0, 1]),
+        # stages of layers, by name and as a list in a list
+        (["swin.encoder.layers.0.blocks.0", "swin.encoder.layers.0.blocks.1.mlp", "swin.encoder.layers.1"], [0, 1, 2]),
+        (["encoder.stages.1.layers.0.dwconv", "encoder.stages.1.layers.1", "encoder.stages.0.x"], [0, 1, 2]),
+        (["encoder.block.0.0.attention", "encoder.block.0.1", "encoder.block.1.0"], [0, 1, 2]),
+        (["0.weight", "1.weight", "1.bias"], [0, 1, 1]),
+    ],
+)
+def test_a_layer_is_the_innermost_member_of_a_stack(names: list[str], layers: list[int | None]) -> None:
+    found = layers_of([SimpleNamespace(id=number, name=name) for number, name in enumerate(names)])  # type: ignore[misc]
+    assert [found.get(number) for number in range(len(names))] == layers

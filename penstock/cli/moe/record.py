@@ -8,51 +8,43 @@ from typing import Annotated
 import typer
 
 from ...memory.errors import UsageError
-from ..options import MACHINE, Disk, Dtype, MaxMemory, TrustRemoteCode
+from ..options import Checkpoint, Device, Disk, Dtype, MaxMemory, TrustRemoteCode
 from ..output import Output
 from ..prof.outfile import refuse_existing
+from ..prompt_options import (
+    PROMPT,
+    Chat,
+    MaxNewTokens,
+    Prompt,
+    PromptFile,
+    PromptIds,
+    Seed,
+    Temperature,
+)
 from ..prompts import PromptLine, read_prompts
 from ..request import Request, Sampling, read_prompt
 from .inputs import Force
 
-_PROMPT = "Prompt (one of four)"
-_CHOICE = "Choice of tokens"
-
-_Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Folder of a safetensors checkpoint, or a Hub id.")]
 _Out = Annotated[Path, typer.Argument(metavar="TRACE", help="The file to write.")]
-_Prompt = Annotated[str | None, typer.Option(help="Text to continue.", rich_help_panel=_PROMPT)]
-_PromptFile = Annotated[
-    Path | None, typer.Option(help="File with the text to continue; - is stdin.", rich_help_panel=_PROMPT)
-]
-_PromptIds = Annotated[
-    str | None, typer.Option(help="Token ids to continue: 1,2,3.", metavar="IDS", rich_help_panel=_PROMPT)
-]
 _Prompts = Annotated[
     Path | None,
-    typer.Option(help="File of prompts, as of `penstock run --prompts`: one after another.", rich_help_panel=_PROMPT),
+    typer.Option(help="File of prompts, as of `penstock run --prompts`: one after another.", rich_help_panel=PROMPT),
 ]
-_Chat = Annotated[bool, typer.Option("--chat", help="Put the text into the chat template.", rich_help_panel=_PROMPT)]
-_MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after so many tokens.", metavar="N")]
-_Temperature = Annotated[
-    float | None, typer.Option(min=0, help="Sample at this temperature. Default: greedy.", rich_help_panel=_CHOICE)
-]
-_Seed = Annotated[int | None, typer.Option(help="Make sampling repeatable.", rich_help_panel=_CHOICE)]
-_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or emulated:h2d=1GiB/s.", rich_help_panel=MACHINE)]
 
 
 def record(
-    checkpoint: _Checkpoint,
+    checkpoint: Checkpoint,
     out: _Out,
-    prompt: _Prompt = None,
-    prompt_file: _PromptFile = None,
-    prompt_ids: _PromptIds = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    prompt_ids: PromptIds = None,
     prompts: _Prompts = None,
-    chat: _Chat = False,
-    max_new_tokens: _MaxNewTokens = 64,
-    temperature: _Temperature = None,
-    seed: _Seed = None,
+    chat: Chat = False,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = None,
+    seed: Seed = None,
     max_memory: MaxMemory = "auto",
-    device: _Device = "auto",
+    device: Device = "auto",
     disk: Disk = None,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,

@@ -14,7 +14,7 @@ from .tables import add, category_tables, link_table, module_table, share, table
 
 if TYPE_CHECKING:
     from ...runtime.profiler.profile import Profile
-    from ...runtime.profiler.summary import Summary, TierPeak
+    from ...runtime.profiler.summary import ExpertUse, Summary, TierPeak
 
 _CAUSES: Final = {
     "disk": "a block was still being read",
@@ -36,6 +36,8 @@ def overview(profile: Profile, summary: Summary, top: int, *, wide: bool) -> Ite
         yield link_table(summary)
     if summary.prefetch.uses:
         yield _prefetch(summary)
+    if summary.experts is not None:
+        yield _experts(summary.experts)
     yield from category_tables(summary, top)
     if summary.modules:
         yield module_table(summary, top, wide=wide)
@@ -102,6 +104,19 @@ def _prefetch(summary: Summary) -> RenderableType:
         ("early", "memory spent on being early, MiB × s", f"{use.early_byte_seconds / 2**20:.2f}"),
     ):
         add(made, name, meaning, value)
+    return made
+
+
+def _experts(use: ExpertUse) -> RenderableType:
+    made = table("Experts", ("figure", "meaning"), ("parts", "share of uses"))
+    for name, meaning, count in (
+        ("hits", "there when the layer asked, and kept since an earlier use", use.hits),
+        ("ahead, in time", "brought before the layer asked, and there", use.ahead_in_time),
+        ("ahead, late", "brought before the layer asked, and still on the way", use.ahead_late),
+        ("misses", "brought because the layer asked", use.missed),
+    ):
+        add(made, name, meaning, str(count), share(count / use.uses if use.uses else None))
+    add(made, "for nothing", "brought ahead, and the layer did not ask", str(use.ahead_for_nothing), "–")
     return made
 
 
