@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...memory.arena import PAGE
 from ...scheduler.activations import Lane, Tier
 from ...scheduler.plan import Plan
+from ..activations.carrying import carrying_byte_s, cores
 from ..activations.keeper import ActivationKeeper
 from ..activations.records import ActivationPlan, Machine
 from ..activations.store import LEAST_BUFFER, LEAVING, MOST_BUFFER, ActivationStore
@@ -43,6 +44,11 @@ class ActivationRoom:
     """Of host memory beside a device apart."""
     buffer_nbytes: int
     """Of each buffer on the way to disk; 0 for none."""
+
+    @property
+    def any(self) -> bool:
+        """Whether there is any."""
+        return bool(self.kept_nbytes or self.host_nbytes or self.buffer_nbytes)
 
 
 def room_for_activations(machinery: Machinery, settings: Settings, granted_nbytes: int) -> ActivationRoom:
@@ -99,9 +105,8 @@ def arrange_activations(
     segments = (recompute if again else mark_segments)(machinery.session, model)
     cut = room_for_activations(machinery, settings, room.activations_nbytes)
     write_rate = disk_write_rate([os.path.dirname(path) for path in paths], cache, machinery.device)
-    machine = _machine(machinery, settings, room, cut, write_rate, again=again)
-    note = announced(settings, layers=bool(segments), room=bool(machine.tiers))
-    if not machine.tiers or (again and not segments):
+    note = announced(settings, layers=bool(segments), room=cut.any)
+    if not cut.any or (again and not segments):
         _tell(model, machinery, note)
         return
     store = ActivationStore(
@@ -116,6 +121,10 @@ def arrange_activations(
     machinery.before_close(store.stop)
     machinery.on_close(store.close)
     machinery.count(store.arena)
+    carrying_s = 0.0
+    if cut.buffer_nbytes and not machinery.device.separate:
+        carrying_s = carrying_byte_s(store, machinery.engine, paths[0]) / cores()
+    machine = _machine(machinery, settings, room, cut, write_rate, again=again, carrying_s=carrying_s)
     saved = machinery.session.saved
     there = weakref.ref(model)  # which owns what owns the keeper
 
@@ -159,8 +168,11 @@ def _machine(
     write_rate: float | None,
     *,
     again: bool,
+    carrying_s: float,
 ) -> Machine:
-    """Where activations can go, with what the ways there carry anyway in a forward and its backward."""
+    """Where activations can go, with what the ways there carry anyway in a forward and its backward.
+
+    `carrying_s`: that a byte on its way to disk and back takes of what computes."""
     plan = machinery.plan
     assert plan is not None
     passes = settings.accumulate
@@ -188,7 +200,7 @@ def _machine(
     if cut.host_nbytes:
         tiers.append(Tier(place="host", room_nbytes=cut.host_nbytes, lanes=link))
     if cut.buffer_nbytes:
-        tiers.append(Tier(place="disk", room_nbytes=inf, lanes=(*link, "disk")))
+        tiers.append(Tier(place="disk", room_nbytes=inf, lanes=(*link, "disk"), processor_byte_s=carrying_s))
     return Machine(tiers=tiers, lanes=lanes, again=again)
 
 
@@ -196,7 +208,7 @@ def described(plan: ActivationPlan) -> str:
     """Where activations go, and why, in a sentence."""
     placement = plan.placement
     kept, host, disk = (placement.nbytes_at(place) for place in ("keep", "host", "disk"))
-    again = plan.saved_nbytes - kept - host - disk
+    again = plan.again_nbytes
     places = [
         f"{gib(nbytes)} {where}"
         for nbytes, where in (

@@ -34,7 +34,7 @@ def slow_processor(monkeypatch: pytest.MonkeyPatch, times: float = 1e4) -> None:
     plain = records.plan_activations
 
     def plan(found: Any, measured: records.Measured, machine: records.Machine) -> records.ActivationPlan:
-        slow = replace(measured, product_s=measured.product_s * times)
-        return plain(found, slow, machine)
+        slow = {kind: replace(each, seconds=each.seconds * times) for kind, each in measured.spent.items()}
+        return plain(found, records.Measured(spent=slow), machine)
 
     monkeypatch.setattr(keeper, "plan_activations", plan)
