@@ -175,7 +175,7 @@ class ActivationKeeper:
         call = SegmentCall(self, key, self._trail.begin_unit(), label, inputs)
         plan = self.plan
         if plan is not None:
-            call.places = plan.places.get(key)
+            call.places = plan.places.get(key, {}) if key in plan.inputs_nbytes else None
             call.results = plan.results.get(key, {})
             if call.inputs_nbytes > plan.inputs_nbytes.get(key, -1):
                 self._recording = True  # from the next forward on: this one has begun

@@ -32,10 +32,10 @@ _SHAPES_ONLY: Final = frozenset(
 _BLANK: Final = frozenset(
     (
         _aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
-        _aten.new_empty_strided.default,
+        _aten.new_empty_strided.default, _aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default,
     )
 )  # fmt: skip
-"""Those whose results have nothing in them yet."""
+"""Those whose results are there to be written to: one used as it is may have been, by what torch does not see."""
 NOT_MADE: Final = -1
 """The maker of what was there before, or comes from no numbered operation."""
 Signature = tuple[Any, ...]

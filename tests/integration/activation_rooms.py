@@ -14,6 +14,7 @@ ROOMS: Final[dict[str, tuple[int, int, int]]] = {
     "disk": (0, 0, 64 << 10),
     "host": (0, 8 << 20, 0),
     "mixed": (20 << 10, 44 << 10, 64 << 10),
+    "kept": (100 << 10, 0, 0),
 }
 """Bytes that are kept, that go to host memory beside a device apart, and of a buffer on the way to disk."""
 
