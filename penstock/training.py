@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from .api import handle_of
-from .arguments import Folders, MaxMemory, folders_of, wanted_of
-from .caches import calibration_cache, link_cache
-from .devices import open_device
+from .arguments import Folders, MaxMemory, folders_of
+from .caches import link_cache
 from .memory.errors import UsageError
 from .memory.store import Commit
-from .runtime.beside import Beside, trained_in
-from .runtime.devices.base import Device
-from .runtime.loading import load as _load
-from .runtime.offloading import offload as _offload
-from .runtime.pretrained import outline
+from .runtime.beside import Beside
 from .runtime.training import adapters
 from .runtime.training.facade import StreamedOptimizer
-from .runtime.training.headroom import StepRoom, is_automatic, step_room
 from .runtime.training.optimizers import SGD, AdamW, Lion, OptimizerChoice
 from .runtime.training.preparing import (
     RunFolders,
@@ -35,12 +29,10 @@ from .runtime.training.preparing import (
     go_on,
     run_folders,
     state_of_run,
-    trainable,
 )
-from .runtime.training.room import changing
-from .runtime.training.run import Activations, Origin, Settings, Updates
-from .runtime.training.updateshares import update_shares
-from .scheduler.updating import UpdateShares, Where, check_where
+from .runtime.training.run import Activations, Origin, RunState, Settings, Updates
+from .scheduler.updating import Where, check_where
+from .trainedmodel import Asked, streamed
 
 
 def prepare(
@@ -109,28 +101,10 @@ def prepare(
     if lora is not None:
         adapters.check_config(lora)
     check_new(folders)  # before a module gives its weights up
-    asked = _Asked(
+    asked = Asked(
         max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code, where=update_on
     )
-    with adapters.put_if_built(model, lora) as wrapped:
-        frozen = lora is not None
-        if isinstance(wrapped, nn.Module):
-            frozen = adapters.is_adapted(wrapped)
-            check_trained(wrapped, optimizer)
-        beside = None
-        if frozen:
-            settings.check_frozen()
-            own = None if isinstance(wrapped, nn.Module) else lora
-            beside = adapters.beside(own, arrays=arrays_of(optimizer), accumulate=accumulate, activations=activations)
-        made, origin, settings = _streamed(wrapped, asked, dtype, settings, folders, choice=optimizer, beside=beside)
-    try:
-        if frozen:
-            text = None if lora is None else adapters.as_text(made)
-            origin = replace(origin, adapters=text, frozen=True)
-        return made, attach(made, optimizer, folders, origin=origin, settings=settings, cache=link_cache())
-    except BaseException:
-        handle_of(made).close()
-        raise
+    return _begun(model, lora, asked, dtype, settings, folders, optimizer)
 
 
 def save(model: nn.Module, optimizer: StreamedOptimizer, *, scheduler: Any = None, extra: Any = None) -> Commit:
@@ -200,35 +174,87 @@ def resume(
     source: Any = state.source if model is None else model
     settings = _settings(accumulate, activations, updates, nonfinite, state.max_grad_norm)
     check_where(update_on)
-    asked = _Asked(
+    asked = Asked(
         max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code, where=update_on
     )
+    return _gone_on(source, state, asked, settings, folders, scheduler)
+
+
+def _begun(
+    model: nn.Module | str | os.PathLike[str],
+    lora: Any,
+    asked: Asked,
+    dtype: str | torch.dtype,
+    settings: Settings,
+    folders: RunFolders,
+    choice: OptimizerChoice,
+) -> tuple[nn.Module, StreamedOptimizer]:
+    """A new run."""
+    with adapters.put_if_built(model, lora) as wrapped:
+        frozen = lora is not None
+        if isinstance(wrapped, nn.Module):
+            frozen = adapters.is_adapted(wrapped)
+            check_trained(wrapped, choice)
+        beside = None
+        if frozen:
+            settings.check_frozen()
+            own = None if isinstance(wrapped, nn.Module) else lora
+            beside = _beside(own, choice, settings)
+        made, origin, settings = streamed(wrapped, asked, dtype, settings, folders, choice=choice, beside=beside)
+    try:
+        if frozen:
+            text = None if lora is None else adapters.as_text(made)
+            origin = replace(origin, adapters=text, frozen=True)
+        return made, attach(made, choice, folders, origin=origin, settings=settings, cache=link_cache())
+    except BaseException:
+        handle_of(made).close()
+        raise
+
+
+def _gone_on(
+    source: Any, state: RunState, asked: Asked, settings: Settings, folders: RunFolders, scheduler: Any
+) -> tuple[nn.Module, StreamedOptimizer]:
+    """A run from its last commit."""
     lora = None if state.adapters is None else adapters.from_text(state.adapters)
     with adapters.put_if_built(source, lora) as wrapped:
         beside, choice = None, choice_of(state)
         if state.frozen:
             settings.check_frozen()
             own = None if isinstance(wrapped, nn.Module) else lora
-            beside = adapters.beside(
-                own, arrays=arrays_of(choice), accumulate=accumulate, activations=activations, trained=state.names
-            )
-        made, _, settings = _streamed(
+            beside = _beside(own, choice, settings, trained=state.names)
+        made, _, settings = streamed(
             wrapped, asked, state.dtype, settings, folders, choice=choice, limit=state.limit_nbytes, beside=beside
         )
     origin = Origin(source=state.source, dtype=state.dtype, adapters=state.adapters, frozen=state.frozen)
     try:
         optimizer = go_on(made, folders, origin=origin, settings=settings, cache=link_cache())
         if scheduler is not None:
-            groups = [{**group} for group in optimizer.param_groups]
-            optimizer.scheduler = scheduler(optimizer)
-            for group, saved in zip(optimizer.param_groups, groups, strict=True):
-                group.update(saved)  # a scheduler begins by setting the rate of its own first step
-            if optimizer.saved_scheduler is not None:
-                optimizer.scheduler.load_state_dict(optimizer.saved_scheduler)
+            _schedule(optimizer, scheduler)
         return made, optimizer
     except BaseException:
         handle_of(made).close()
         raise
+
+
+def _schedule(optimizer: StreamedOptimizer, scheduler: Any) -> None:
+    """Make the learning rate's scheduler, and have it go on."""
+    groups = [{**group} for group in optimizer.param_groups]
+    optimizer.scheduler = scheduler(optimizer)
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        group.update(saved)  # a scheduler begins by setting the rate of its own first step
+    if optimizer.saved_scheduler is not None:
+        optimizer.scheduler.load_state_dict(optimizer.saved_scheduler)
+
+
+def _beside(lora: Any, choice: OptimizerChoice, settings: Settings, *, trained: Sequence[str] | None = None) -> Beside:
+    """What is trained beside frozen weights."""
+    return adapters.beside(
+        lora,
+        arrays=arrays_of(choice),
+        accumulate=settings.accumulate,
+        activations=settings.activations,
+        trained=trained,
+    )
 
 
 def _settings(
@@ -241,112 +267,6 @@ def _settings(
     )
     settings.check(max_grad_norm)
     return settings
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Asked:
-    """What a user said of the machine."""
-
-    max_memory: MaxMemory
-    device: str | torch.device
-    context: int | None
-    batch: int | None
-    trust: bool
-    where: Where
-
-
-def _streamed(
-    model: nn.Module | str | os.PathLike[str],
-    asked: _Asked,
-    dtype: str | torch.dtype,
-    settings: Settings,
-    folders: RunFolders,
-    *,
-    choice: OptimizerChoice,
-    limit: int | None = None,
-    beside: Beside | None = None,
-) -> tuple[nn.Module, Origin, Settings]:
-    """The model, where it came from, and settings in which it is said what becomes of activations, if that is known."""
-    wanted = wanted_of(asked.max_memory)
-    settings = replace(settings, device_is_named=wanted.device is not None)
-    opened = open_device(asked.device)
-    if asked.where == "device" and (beside is not None or not opened.separate):
-        opened.close()
-        why = "the CPU computes everything here" if not opened.separate else "adapters are few, and stay on the host"
-        raise UsageError(f'update_on="device" has no device to update on: {why}; leave it out, or say "auto"')
-    if opened.separate and beside is None:
-        settings = replace(settings, shares=_shares(opened, asked.where, choice, wanted.device))
-    trains = partial(
-        changing,
-        accumulate=settings.accumulate,
-        early=settings.updates == "backward",
-        arrays=arrays_of(choice),
-        limit=limit,
-        separate=opened.separate,
-        on_device=settings.shares.any,
-        activations=settings.activations,
-    )
-    room: StepRoom | None = None
-    if is_automatic(wanted, opened):
-        try:
-            with torch.random.fork_rng(devices=[]):  # adapters are made twice, and drawn once
-                bones = model if isinstance(model, nn.Module) else _outline(model, dtype, asked.trust, beside)
-                changes = (
-                    trains([parameter.nbytes for parameter in bones.parameters()])
-                    if beside is None
-                    else beside.changing(list(trained_in(bones).values()), opened)
-                )
-                room = step_room(
-                    adapters.without_adapters(bones),
-                    changes,
-                    wanted=wanted,
-                    device=opened,
-                    activations=settings.activations,
-                    context=asked.context,
-                    batch=asked.batch,
-                )
-        except BaseException:
-            opened.close()
-            raise
-        settings = replace(settings, activations=room.activations)
-        if not room.known:  # then what is left over is for activations, not for states
-            trains = partial(trains, arrays=0, activations=settings.activations)
-        else:
-            trains = partial(trains, activations=settings.activations, saved_nbytes=room.saved_nbytes)
-    common: dict[str, Any] = {
-        "wanted": wanted,
-        "device": opened,
-        "disk": folders.scratch,
-        "context": asked.context,
-        "batch": asked.batch,
-        "cache": link_cache(),
-        "trains": None if beside is not None else trains,
-        "beside": beside,
-        "headroom": None if room is None else room.headroom_nbytes,
-    }
-    if isinstance(model, nn.Module):
-        return _offload(model, **common), Origin(), settings
-    made = _load(model, dtype=dtype, trust_remote_code=asked.trust, **common)
-    if beside is None:
-        trainable(made)
-    source = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
-    return made, Origin(source=source, dtype=str(dtype).removeprefix("torch.")), settings
-
-
-def _shares(device: Device, where: Where, choice: OptimizerChoice, budget: int | None) -> UpdateShares:
-    """What the device updates, by what a calibration of this machine says, if there is one that holds."""
-    kept = calibration_cache().read(device).trusted
-    device_nbytes = device.available_nbytes() if budget is None else budget
-    return update_shares(where, None if kept is None else kept.hardware, choice, device_nbytes=device_nbytes)
-
-
-def _outline(path: str | os.PathLike[str], dtype: str | torch.dtype, trust: bool, beside: Beside | None) -> nn.Module:
-    """The model of a checkpoint, without weights, as it is to be trained."""
-    made: nn.Module = outline(path, dtype=dtype, trust_remote_code=trust)
-    if beside is not None:
-        return beside.put(made)
-    trainable(made)
-    return made
 
 
 __all__ = ["SGD", "AdamW", "Lion", "OptimizerChoice", "StreamedOptimizer", "prepare", "resume", "save"]

@@ -31,6 +31,8 @@ class Changing:
     """Host memory beside the weights, at least: gradients that cannot go to disk, and what all else passes through."""
     block_nbytes: int
     """Blocks are no larger, but for parameters that are: each is put together in host memory before it is written."""
+    moving_nbytes: int = 0
+    """Of that, what is only taken where some weights do not stay in host memory."""
     more_nbytes: int = 0
     """What could be kept in host memory beyond that, if there is room: all gradients, all states."""
     limit_nbytes: int | None = None
@@ -51,8 +53,8 @@ class Changing:
         return not self.frozen
 
 
-Trains = Callable[[Collection[int]], Changing]
-"""Says so, from the bytes of each weight."""
+Trains = Callable[[Collection[int], int], Changing]
+"""Says so, from the bytes of each weight, and of the widest element of any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +104,8 @@ class Layout:
     """Of that, what is more than it needs: room that weights have left."""
     saved_nbytes: int = 0
     """Of that, what activations could use at most, with their buffers."""
+    all_granted: bool = False
+    """Whether that is all that training, activations included, could use."""
     limit_nbytes: int = 0
     """What parameters were cut by: blocks are no larger, but for parameters that are."""
     token_s: float | None = None

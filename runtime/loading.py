@@ -98,7 +98,8 @@ def load(
         if wanted.host is not None:  # else they are left room for already
             kv = kv_nbytes(bones.config, bones.model.dtype, context=context, batch=batch)
         buffers = sum(buffer.nbytes for buffer in model.buffers())
-        changing = trains and trains([prod(shape) * ITEMSIZE[dtypes[name]] for name, shape in shapes.items()])
+        widest = max((ITEMSIZE[dtypes[name]] for name in shapes), default=1)
+        changing = trains and trains([prod(shape) * ITEMSIZE[dtypes[name]] for name, shape in shapes.items()], widest)
         if beside is not None:
             changing = beside.changing(list(trained_in(model).values()), device)
         planner = Planner(

@@ -70,7 +70,8 @@ def offload(
         rate = link_rate(device, cache)
         budgets = resolve_budgets(wanted, device, headroom_nbytes=headroom, disk_rate=None, link_rate=rate)
         backing = ModuleBacking(parameters)
-        changing = trains and trains([parameter.nbytes for parameter in parameters.values()])
+        widest = max((parameter.itemsize for parameter in parameters.values()), default=1)
+        changing = trains and trains([parameter.nbytes for parameter in parameters.values()], widest)
         if beside is not None:
             changing = beside.changing(list(resident.values()), device)
         changes = changing is not None and changing.weights_change

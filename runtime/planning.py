@@ -106,12 +106,14 @@ class Planner:
             return layout
         saved = self._changing.saved_nbytes
         saved = (sum(self.sizes.values()) if saved is None else saved) + self._changing.buffers_nbytes
-        more = max(0, min(self._changing.more_nbytes + saved, self.budgets.host - layout.host_nbytes))
+        wanted = self._changing.more_nbytes + saved
+        more = max(0, min(wanted, self.budgets.host - layout.host_nbytes))
         return replace(
             layout,
             own_host_nbytes=layout.own_host_nbytes + more,
-            training_nbytes=self._changing.own_nbytes + more,
+            training_nbytes=self._training_nbytes(stays=_all_stays(layout.front, layout.back)) + more,
             granted_nbytes=more,
+            all_granted=more == wanted,
             saved_nbytes=saved,
         )
 
@@ -223,7 +225,7 @@ class Planner:
     def _cut(self, limit: int, tables: set[str], *, experts: bool = False) -> Cut:
         made = self._cutter.cut(limit, tables, experts=experts)
         if not tables and not experts:
-            own = self._own_device if self.budgets.device is not None else self._own(made.staging_nbytes)
+            own = self._own_device if self.budgets.device is not None else self._own(made.staging_nbytes, stays=True)
             self._all_nbytes = min(self._all_nbytes, sum(block.front_nbytes for block in made.blocks) + own)
         return made
 
@@ -254,6 +256,10 @@ class Planner:
         if placed is not None:
             return placed
         own, worth = self._own(made.staging_nbytes), made.worth
+        if self.budgets.device is None:
+            without = self._own(made.staging_nbytes, stays=True)
+            if sum(block.front_nbytes for block in blocks) + without <= self.budgets.host:
+                own = without
         front_own, front_budget = own, self.budgets.host
         if self.budgets.device is not None:
             front_own, front_budget = self._own_device + device_kept, self.budgets.device
@@ -335,7 +341,7 @@ class Planner:
             back=back,
             spare_slots=max(0, front.slots - made.min_slots),
             staging_nbytes=max(made.staging_nbytes, 4096),
-            own_host_nbytes=self._own(made.staging_nbytes),
+            own_host_nbytes=self._own(made.staging_nbytes, stays=_all_stays(front, back)),
             own_device_nbytes=self._own_device,
             limit_nbytes=made.limit_nbytes,
         )
@@ -371,10 +377,20 @@ class Planner:
         kept, nbytes = front.resident | {small.id}, front.resident_nbytes + small.front_nbytes
         return replace(front, resident=kept, resident_nbytes=nbytes), back, token_s
 
-    def _own(self, staging: int) -> int:
-        """Host memory besides the arena."""
-        changing = 0 if self._changing is None else self._changing.own_nbytes
-        return changing + self.buffers_nbytes + (DiskEngine.own_nbytes(staging) if staging else 0)
+    def _training_nbytes(self, *, stays: bool) -> int:
+        """What training takes of host memory at least."""
+        changing = self._changing
+        if changing is None:
+            return 0
+        return changing.own_nbytes - (changing.moving_nbytes if stays else 0)
+
+    def _own(self, staging: int, *, stays: bool = False) -> int:
+        """Host memory besides the arena; `stays`: where all weights are in it."""
+        return (
+            self._training_nbytes(stays=stays)
+            + self.buffers_nbytes
+            + (DiskEngine.own_nbytes(staging) if staging else 0)
+        )
 
     def _front(
         self,
@@ -454,6 +470,11 @@ class Planner:
             available_nbytes=budget,
             resident_nbytes=self._all_nbytes,
         )
+
+
+def _all_stays(front: Residency, back: Residency | None) -> bool:
+    """Whether all weights stay in host memory, which is what computes."""
+    return back is None and not front.slots
 
 
 def _with_homes(back: Residency, on_device: list[Draft], budget: int) -> Residency:

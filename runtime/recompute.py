@@ -20,14 +20,14 @@ import torch
 from torch import nn
 
 from ..memory.errors import PenstockError
-from .activations.hold import HeldTensor
-from .activations.operations import Operation, Replay
+from .activations.replay import DivergedError, Replay, Rerun, rerun
 from .changedbuffers import ChangedBuffers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from .activations.keeper import SegmentCall
+    from .activations.operations import OperationLog
     from .session import Session
 
 
@@ -86,27 +86,40 @@ class Segment:
         self._last = -1
         """The last of these."""
         self._found: dict[int, Any] = {}
-        self._operations: Sequence[Operation] = ()
-        self._held: dict[int, tuple[HeldTensor, ...]] = {}
-        """Results of operations, that are not made again."""
+        self._sources: set[int] = set()
+        """Operations that made what has to be made again."""
+        self._until = 0
+        """Operations before the last of them."""
+        self._rerun: Rerun | None = None
+        """What of it is carried out again; None for all of it."""
         self._next = 0
         self._generation = session.saved.generation
         self._versions = [(each, each._version) for each in _tensors((args, kwargs))]
 
-    def hold(self, tensor: torch.Tensor, held: Any) -> Any:
-        """Called for what the first forward saves; `held` is what it is packed as, if it need not be made again."""
+    def hold(self, tensor: torch.Tensor, held: Any, log: OperationLog | None) -> Any:
+        """Called for what the first forward saves.
+
+        Args:
+            tensor: What it saves.
+            held: What that is packed as, if it need not be made again.
+            log: Of the operations so far.
+        """
         self._shapes.append((tensor.shape, tensor.dtype))
         if held is not None:
             return held
         self._last = len(self._shapes) - 1
         self._wanted.add(self._last)
+        if log is not None and tensor.layout is torch.strided:
+            self._sources.add(log.source(tensor))
+            self._until = log.count
         return Pending(self, self._last)
 
     def first_is_over(self, call: SegmentCall | None) -> None:
         """The first forward has returned."""
         self._before = self._buffers.changed(self._before)
-        if call is not None and call.log is not None and self._wanted:
-            self._operations, self._held = call.log.operations, call.skippable()
+        if call is not None and call.log is not None and call.skips and self._wanted:
+            found = rerun(call.log, call.skippable(), self._sources, until=self._until)
+            self._rerun = found if found.held or found.left_out else None
 
     def keep(self, tensor: torch.Tensor, packed: Any) -> None:
         """Called for what the second forward saves, packed as it would be without a segment."""
@@ -131,8 +144,6 @@ class Segment:
         return self._found.pop(index)
 
     def _run_again(self) -> None:
-        self._next = 0
-        self._found.clear()
         session = self._session
         session.saved.check(self._generation)
         if any(each._version != version for each, version in self._versions):
@@ -140,15 +151,30 @@ class Segment:
                 f"{type(self._module).__name__} was given a tensor that has been changed in place since, so it cannot "
                 'run again for backward: keep its activations, activations="keep"'
             )
+        try:
+            self._carry_out(self._rerun)
+        except DivergedError:
+            logger.info("%s does not do the same twice, so all of it runs again", type(self._module).__name__)
+            self._rerun = None
+            self._carry_out(None)
+
+    def _carry_out(self, part: Rerun | None) -> None:
+        """Run again, until all has been saved that is wanted.
+
+        Args:
+            part: What is carried out; None for all of it.
+        """
+        self._next = 0
+        self._found.clear()
+        session = self._session
         with ExitStack() as around:
             around.enter_context(torch.enable_grad())
             around.enter_context(self._around.restored())
             around.enter_context(self._buffers.as_before(self._before))
             around.enter_context(session.call(self._key))
             around.enter_context(session.saved.again(self))
-            if self._held:
-                replay = Replay(self._operations, self._held, session.saved.held)
-                around.enter_context(session.saved.watched(replay))
+            if part is not None:
+                around.enter_context(session.saved.watched(Replay(part, session.saved.held)))
             try:
                 self._forward(*self._args, **self._kwargs)
             except _EnoughError:

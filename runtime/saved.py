@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .activations.hold import HeldTensor
-from .activations.operations import OperationLog, Replay
+from .activations.operations import OperationLog
+from .activations.replay import Replay
 from .recompute import Pending, Segment
 
 if TYPE_CHECKING:
@@ -153,7 +154,8 @@ class SavedTensors:
 
     def _packed_in_turn(self, tensor: torch.Tensor) -> SavedTensor | _Reference | Pending | HeldTensor | None:
         if self._segment is not None:
-            return self._segment.hold(tensor, self._held(tensor))  # type: ignore[no-any-return]
+            log = None if self._call is None else self._call.log
+            return self._segment.hold(tensor, self._held(tensor), log)  # type: ignore[no-any-return]
         if self._again is not None:
             self._again.keep(tensor, self._packed(tensor))
             return None  # of a graph that nobody will go back through
@@ -214,6 +216,9 @@ class SavedTensors:
             session.device.compute_waits(lease.residence.event)
             flat = session.arena[lease.residence.slot.offset :].view(saved.dtype)
             at = flat.storage_offset() + saved.offset // flat.element_size()
-            return flat.as_strided(saved.shape, saved.stride, at).clone()
+            view = flat.as_strided(saved.shape, saved.stride, at)
+            if lease.residence.permanent and not session.device.separate:
+                return view  # it changes by an update alone, and none of this block begins while its user computes
+            return view.clone()
         finally:
             session.executor.release(lease, session.device.computed())

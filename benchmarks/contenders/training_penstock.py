@@ -30,14 +30,16 @@ def penstock_worker(job: Job) -> dict[str, Any]:
     # of a layer that runs again, of the logits and their gradients, of the layers' inputs
     transient = tokens * (34 * 2 * config["hidden_size"] + 14 * config["vocab_size"])
     transient += tokens * 2 * config["hidden_size"] * config["num_hidden_layers"]
-    host = job.cap_nbytes - taken - transient - 96 * MIB
+    host = job.cap_nbytes - taken - transient - 72 * MIB
     model, optimizer = penstock.prepare(
         job.checkpoint,
         optimizer=penstock.AdamW(lr=1e-5, max_grad_norm=job.clip),
         disk=job.run,
         max_memory={"host": host},
         device="cpu",
-        activations="recompute",
+        activations="auto",
+        context=LENGTH,
+        batch=job.batch,
         updates="backward" if job.clip is None else "step",
     )
     commits: list[Any] = []

@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -108,8 +109,14 @@ def write_new(files: StoreFiles, path: str, data: bytes) -> None:
                 files.fsync(fd)
             except OSError as error:
                 raise disk_error("fsync", new, 0, len(data), error) from error
-        finally:
+        except BaseException:
+            with suppress(OSError):  # what came before it is what is told
+                files.close(fd)
+            raise
+        try:
             files.close(fd)
+        except OSError as error:  # where filesystems over a network say what they could not write
+            raise disk_error("close", new, 0, len(data), error) from error
     except DiskError:
         try:
             remove(files, new)

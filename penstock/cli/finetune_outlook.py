@@ -13,12 +13,14 @@ from pathlib import Path
 import msgspec
 from rich.text import Text
 
-from ..budget import parse_budget
-from ..memory.capacity import disk_capacity
+from ..budget import MemoryBudget, parse_budget
+from ..devices import open_device
+from ..memory.capacity import disk_capacity, host_capacity
 from ..memory.errors import DoesNotFitError
+from ..memory.ledger import process_ledger
 from ..runtime.explain import Explanation
 from ..runtime.foresight import SYSTEM_NBYTES, Foresight, Room
-from ..runtime.tiers import unclaimed_host_nbytes
+from ..runtime.tiers import Wanted, resolve_budgets
 from ..runtime.training.forecast import TrainingForesight
 from ..runtime.training.foreseen import TrainingForecast, TrainingWork
 from ..scheduler.hardware import Hardware
@@ -51,7 +53,8 @@ def dry_run(request: FinetuneRequest, output: Output) -> int:
         )
         budget = parse_budget(request.max_memory)
         with output.busy("foreseeing a step"):
-            found = foresee(request, job, free_now(hardware), room=Room(host=budget.host, device=budget.device))
+            now = free_now(hardware, budget, device=request.device)
+            found = foresee(request, job, now, room=Room(host=budget.host, device=budget.device))
         _check_space(request.out, found)
         plan = foreseen_plan(request, job, found)
         output.notes.print(Explanation(found.plan))
@@ -118,9 +121,32 @@ def foresee(request: FinetuneRequest, job: Job, hardware: Hardware, *, room: Roo
         ) from None
 
 
-def free_now(hardware: Hardware) -> Hardware:
-    """A machine with the memory that can still be allocated: what an automatic budget begins with."""
-    return msgspec.structs.replace(hardware, host_nbytes=unclaimed_host_nbytes() + SYSTEM_NBYTES)
+def free_now(hardware: Hardware, budget: MemoryBudget, *, device: str) -> Hardware:
+    """A machine with the memory that a run begun now could have: what automatic budgets are worked out from, and what
+    named ones are held against.
+
+    Args:
+        hardware: As it was calibrated.
+        budget: What was asked for.
+        device: That computes.
+
+    Raises:
+        UsageError: this machine has no such device.
+    """
+    opened = open_device(device)
+    try:
+        if budget.host is not None:  # as when it is booked: pages that the system would give back are there
+            host = max(0, host_capacity().obtainable_nbytes - process_ledger().untouched("host"))
+        else:
+            wanted = Wanted(host=None, device=0 if budget.device is None else budget.device)
+            host = resolve_budgets(wanted, opened, headroom_nbytes=0, disk_rate=None, link_rate=None).host
+        there = opened.available_nbytes() if opened.separate else None
+    finally:
+        opened.close()
+    gpu = hardware.gpu
+    if gpu is not None and there is not None and budget.device is None:
+        gpu = msgspec.structs.replace(gpu, memory_nbytes=there)
+    return msgspec.structs.replace(hardware, host_nbytes=host + SYSTEM_NBYTES, gpu=gpu)
 
 
 def room_of(plan: Plan) -> Room:

@@ -39,6 +39,8 @@ class FinetunePlan:
     """By each step: states, weights and gradients that do not stay in memory. Of adapters, nothing."""
     commit_written_nbytes: int
     """By each commit: states that stay in memory."""
+    activations_written_nbytes: int | None
+    """By each step, of activations; None where a first forward has to show it."""
     written_nbytes: int
     """By the steps that are left, and their commits: that is the wear of the drive."""
 
@@ -74,9 +76,16 @@ def _plan(request: FinetuneRequest, job: Job, wear: Wear, **sizes: int) -> Finet
         epochs=job.schedule.steps * sequences / len(job.data.training),
         step_written_nbytes=wear.step_nbytes,
         commit_written_nbytes=wear.commit_nbytes,
+        activations_written_nbytes=wear.activations_nbytes,
         written_nbytes=wear.nbytes(done=job.step, steps=job.schedule.steps, commit_every=request.commit_every),
         **sizes,
     )
+
+
+def _of_activations(nbytes: int | None) -> str:
+    if nbytes is None:
+        return ", beside activations that a plan may send there once a first forward has shown what there is"
+    return f", {format_size(nbytes)} of each step activations" if nbytes else ""
 
 
 def plan_lines(plan: FinetunePlan, request: FinetuneRequest, training: DataStatistics, aside: int) -> list[str]:
@@ -103,7 +112,7 @@ def plan_lines(plan: FinetunePlan, request: FinetuneRequest, training: DataStati
         f"{plan.steps} steps of {recipe.accumulate} × {recipe.batch} sequences, {plan.epochs:.2f} epochs; "
         f"{_schedule(request, plan)}",
         f"disk: {format_size(plan.states_nbytes)} in {request.out} for states; {' and '.join(parts)}, "
-        f"{format_size(plan.written_nbytes)} in all",
+        f"{format_size(plan.written_nbytes)} in all" + _of_activations(plan.activations_written_nbytes),
     ]
     if recipe.lora is not None:
         lines.insert(1, f"adapters: {recipe.lora}; the model's own weights are only read")

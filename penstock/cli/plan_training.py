@@ -162,7 +162,7 @@ class TrainingForecaster:
 
     def _changes(self, found: TrainingForecast) -> Iterator[_Tried]:
         work = found.work
-        if work.updates == "step" and not work.clips:
+        if work.updates == "step" and not work.clips and work.adapters is None:
             yield _Tried(words="--updates backward", work=replace(work, updates="backward"))
         if found.recompute:
             yield _Tried(words="--no-recompute", work=replace(work, activations="keep"))

@@ -91,13 +91,15 @@ class Hold:
 class Witness:
     """Tells whether a tensor has been changed since, without keeping its bytes.
 
-    A detached tensor shares the counter that changes in place are counted by; giving it other bytes leaves it that.
+    A detached tensor shares the counter that changes in place are counted by, also one that is detached below autograd,
+    if views are noted there; giving it other bytes leaves it that.
     """
 
     __slots__ = ("_tensor", "_version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor.detach()
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+            self._tensor = tensor.detach()
         self._tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         self._version = tensor._version
 

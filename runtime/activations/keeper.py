@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Final
 
 import torch
@@ -18,18 +19,9 @@ from torch import Tensor
 
 from ...scheduler.activations import Part, Place
 from .hold import HeldTensor, Hold
-from .operations import NOT_MADE, OperationLog
-from .records import (
-    OUTSIDE,
-    ActivationPlan,
-    Key,
-    Machine,
-    Measured,
-    Places,
-    SavedStorage,
-    SegmentRecord,
-    plan_activations,
-)
+from .operations import NOT_MADE, Kind, OperationLog, Spent
+from .records import OUTSIDE, ActivationPlan, Key, Machine, Measured, Places, SegmentRecord, plan_activations
+from .segmentsteps import Recorded, Result, SavedStorage
 from .store import ActivationStore
 from .trail import Trail
 
@@ -44,6 +36,7 @@ class SegmentCall:
         self.key, self.unit, self.label = key, unit, label
         self.log: OperationLog | None = None
         self.places: Places | None = None
+        self.results: Mapping[Result, Sequence[Part]] = {}
         self.inputs = {tensor.untyped_storage()._cdata for tensor in inputs if tensor.layout is torch.strided}
         self.inputs_nbytes = sum(tensor.nbytes for tensor in inputs)
         self.saved: list[SavedStorage] = []
@@ -77,6 +70,18 @@ class SegmentCall:
         """Whether it is known what becomes of its tensors: else all of them are made again."""
         return self.places is not None
 
+    def recorded(self) -> Recorded:
+        """What it did, as far as that was noted."""
+        log = self.log
+        if log is None:
+            return Recorded()
+        return Recorded(
+            operations=log.operations,
+            changed=frozenset(log.changed),
+            looked_at=frozenset(log.looked_at),
+            opaque=log.opaque or not self.skips,
+        )
+
     def skippable(self) -> dict[int, tuple[HeldTensor, ...]]:
         """Operations that need not be carried out again, with their results."""
         if self.log is None:
@@ -85,7 +90,11 @@ class SegmentCall:
         for number in {number for number, _ in self.held}:
             outputs = self.log.operations[number].outputs
             held = [self.held.get((number, place)) for place in range(len(outputs))]
-            if outputs and all(each is not None and not each.witness.changed for each in held):
+            if (
+                outputs
+                and number not in self.log.changed
+                and all(each is not None and not each.witness.changed for each in held)
+            ):
                 found[number] = tuple(each for each in held if each is not None)
         return found
 
@@ -147,11 +156,12 @@ class ActivationKeeper:
             self._make_plan(records, logs)
 
     def _make_plan(self, records: Sequence[SegmentRecord], logs: Sequence[OperationLog]) -> None:
-        measured = Measured(
-            seconds=sum(log.seconds for log in logs),
-            product_s=sum(log.product_s for log in logs),
-            product_flops=sum(log.product_flops for log in logs),
-        )
+        spent: dict[Kind, Spent] = {"product": Spent(), "attention": Spent(), "other": Spent()}
+        for log in logs:
+            for kind, each in log.spent.items():
+                spent[kind].seconds += each.seconds
+                spent[kind].flops += each.flops
+        measured = Measured(spent=spent)
         self.plan = plan_activations(records, measured, self.machine)
         self._recording = False
         self._told(self.plan)
@@ -165,26 +175,33 @@ class ActivationKeeper:
         call = SegmentCall(self, key, self._trail.begin_unit(), label, inputs)
         plan = self.plan
         if plan is not None:
-            call.places = plan.places.get(key)
+            call.places = plan.places.get(key, {}) if key in plan.inputs_nbytes else None
+            call.results = plan.results.get(key, {})
             if call.inputs_nbytes > plan.inputs_nbytes.get(key, -1):
                 self._recording = True  # from the next forward on: this one has begun
         elif not self.machine.again:
             call.places = {}
         recording = self._noting
-        partial = call.decides and self.machine.again and (plan is None or key not in plan.whole)
+        some = call.decides and self.machine.again and (plan is None or key not in plan.whole)
         before, self.call = self.call, call
         try:
             with ExitStack() as around:
-                if recording or (partial and call.skips):
-                    call.log = OperationLog(self.is_weight, self._passed if recording else None)
+                if recording or (some and call.skips):
+                    call.log = OperationLog(
+                        self.is_weight,
+                        self._passed if recording else None,
+                        given=call.inputs,
+                        made=partial(self._note_result, call) if call.results else None,
+                    )
                     around.enter_context(call.log)
                 yield call
         finally:
             self.call = before
         if recording:
-            operations = call.log.operations if call.log is not None else ()
             self._records.append(
-                SegmentRecord(key=key, inputs_nbytes=call.inputs_nbytes, saved=tuple(call.saved), operations=operations)
+                SegmentRecord(
+                    key=key, inputs_nbytes=call.inputs_nbytes, saved=tuple(call.saved), recorded=call.recorded()
+                )
             )
             if call.log is not None:
                 self._logs.append(call.log)
@@ -211,9 +228,7 @@ class ActivationKeeper:
             self._calls[OUTSIDE] += 1
             if self._noting:
                 nbytes = call.saved[0].nbytes
-                self._records.append(
-                    SegmentRecord(key=call.key, inputs_nbytes=nbytes, saved=tuple(call.saved), operations=())
-                )
+                self._records.append(SegmentRecord(key=call.key, inputs_nbytes=nbytes, saved=tuple(call.saved)))
         return held
 
     def take(self, call: SegmentCall, tensor: Tensor) -> HeldTensor | None:
@@ -238,8 +253,11 @@ class ActivationKeeper:
     ) -> Hold | None:
         number = call.number(storage, version)
         if number == len(call.saved):
-            made = self._maker(call, tensor)
-            call.saved.append(SavedStorage(number=number, nbytes=storage.nbytes(), operation=made[0], output=made[1]))
+            source, output = (NOT_MADE, 0) if call.log is None else call.log.maker(tensor)
+            holds = self._maker(call, tensor)[0] != NOT_MADE
+            call.saved.append(
+                SavedStorage(number=number, nbytes=storage.nbytes(), source=source, output=output, holds=holds)
+            )
         parts = self._parts(call, number, storage.nbytes())
         hold = None if parts is None else self._hold(storage, parts, call)
         if hold is not None:
@@ -288,9 +306,24 @@ class ActivationKeeper:
         if call.log is None or tensor._version or not call.skips:
             return NOT_MADE, 0
         number, output = call.log.maker(tensor)
-        if number == NOT_MADE or not call.log.operations[number].outputs:
+        if number == NOT_MADE or not call.log.operations[number].holds:
             return NOT_MADE, 0
         return number, output
+
+    def _note_result(self, call: SegmentCall, number: int, outputs: Sequence[Tensor]) -> None:
+        """An operation was carried out: its results are held where the plan says so, and backward has no use for them.
+
+        It is called below autograd, within the operation.
+        """
+        for output, tensor in enumerate(outputs):
+            storage = tensor.untyped_storage()
+            parts = call.results.get((number, output))
+            if parts is None or sum(part.nbytes for part in parts) != storage.nbytes() or self._trail is None:
+                continue
+            hold = self._hold(storage, () if storage.nbytes() < SMALL else parts, call)
+            if hold is not None:
+                self._trail.add(hold, storage, tensor._version, call.unit)
+                call.held[number, output] = HeldTensor(hold, tensor, call.unit)
 
     def _note_output(self, call: SegmentCall, tensor: Tensor, hold: Hold) -> None:
         """Note that the result of an operation is held, as it was when it was made."""

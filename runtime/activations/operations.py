@@ -1,18 +1,12 @@
-"""The operations of one forward, numbered; and the same forward again, without those whose results are held.
-
-As torch's selective checkpointing does it, below autograd: the second forward gets the results in their place, makes
-the same graph and saves the same tensors. An operation is skipped only if everything up to it was the same as the first
-time: the same operations, on results of the same ones, of the same shapes. Else it is carried out, which is never
-wrong.
-"""
+"""The operations of one forward, numbered: what they are, what they use, and what they take."""
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -20,16 +14,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from .hold import HeldTensor, Shape
+from .hold import Shape
 
 _aten: Final[Any] = torch.ops.aten
 _CPU_ATTENTION: Final = _aten._scaled_dot_product_flash_attention_for_cpu.default
 _PRODUCTS: Final = frozenset(
     (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.convolution.default)
 )
+_SHAPES_ONLY: Final = frozenset(
+    (
+        _aten.empty_like.default, _aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.default,
+        _aten.new_empty.default, _aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default,
+        _aten.new_empty_strided.default,
+    )
+)  # fmt: skip
+"""Those that look at the shape of what they are given, and not at its values."""
+_BLANK: Final = frozenset(
+    (
+        _aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
+        _aten.new_empty_strided.default, _aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default,
+    )
+)  # fmt: skip
+"""Those whose results are there to be written to: one used as it is may have been, by what torch does not see."""
 NOT_MADE: Final = -1
 """The maker of what was there before, or comes from no numbered operation."""
 Signature = tuple[Any, ...]
+Kind = Literal["product", "attention", "other"]
+"""What takes about as long per operation on numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,12 +49,23 @@ class Operation:
 
     signature: Signature
     """What it is, and of what: the numbers of the operations that made its arguments, shapes and dtypes."""
+    inputs: tuple[int, ...]
+    """Operations whose results it computes with, or has to come after."""
     outputs: tuple[Shape, ...]
-    """How its results lie in their storages; empty where it cannot be skipped."""
+    """How its results lie in their storages; empty where it has to be carried out."""
+    nbytes: tuple[int, ...]
+    """Of these storages."""
+    holds: bool
+    """Whether its results may be held in its place."""
     single: bool
     """Whether it gives a tensor, and not several."""
+    kind: Kind
     flops: float
-    product: bool
+
+    @property
+    def forced(self) -> bool:
+        """Whether it is carried out in every forward: it changes something, draws, or gives what is no new tensor."""
+        return not self.outputs
 
 
 class Numbering:
@@ -52,11 +74,13 @@ class Numbering:
     def __init__(self) -> None:
         self._makers: dict[int, tuple[weakref.ref[torch.UntypedStorage], tuple[int, int]]] = {}
         """By address of a storage: the operation that made it, or changed it last, and which of its results it is."""
+        self._blank: set[int] = set()
+        """Addresses of storages that nothing was written to since they were made."""
         self.next = 0
 
     def inputs(self, args: object) -> list[Tensor]:
         """The tensors that an operation is given."""
-        return _strided(tree_leaves(args))
+        return strided(tree_leaves(args))
 
     def signature(self, func: Any, inputs: Sequence[Tensor]) -> Signature:
         """What an operation is told by."""
@@ -69,6 +93,12 @@ class Numbering:
         if found is None or found[0]() is not storage:  # another one may lie there now, made by no operation
             return NOT_MADE, 0
         return found[1]
+
+    def is_known(self, tensor: Tensor) -> bool:
+        """Whether what is in a tensor was written by an operation that was noted."""
+        storage = tensor.untyped_storage()
+        found = self._makers.get(storage._cdata)
+        return found is not None and found[0]() is storage and storage._cdata not in self._blank
 
     def note(
         self,
@@ -85,7 +115,12 @@ class Numbering:
             for place, each in enumerate(outputs)
             if each.untyped_storage()._cdata not in known
         ]
-        made += [(each.untyped_storage(), 0) for each in _written(func, args, kwargs)]
+        blank = func in _BLANK
+        for storage, _ in made:
+            (self._blank.add if blank else self._blank.discard)(storage._cdata)
+        for each in _written(func, args, kwargs):
+            made.append((each.untyped_storage(), 0))
+            self._blank.discard(each.untyped_storage()._cdata)
         number = NOT_MADE
         if inputs and made:
             number, self.next = self.next, self.next + 1
@@ -94,29 +129,70 @@ class Numbering:
         return number
 
 
+@dataclass(kw_only=True, slots=True)
+class Spent:
+    """Seconds, and the operations on numbers that were carried out in them."""
+
+    seconds: float = 0.0
+    flops: float = 0.0
+
+
 class OperationLog(TorchDispatchMode):
     """Notes the operations of a first forward.
 
     Args:
-        is_weight: Whether a tensor is one of the model's own: what is made of those alone is never skipped, since
-            autocast may have made it before.
+        is_weight: Whether a tensor is one of the model's own: what is made of those alone is never held, since autocast
+            may have made it before.
         passed: Waits for what has been started; None not to measure what operations take.
+        given: Addresses of storages that the forward is given.
+        made: Called with the number and the results of each that could be skipped; None where nobody wants them.
     """
 
-    def __init__(self, is_weight: Callable[[Tensor], bool], passed: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        is_weight: Callable[[Tensor], bool],
+        passed: Callable[[], None] | None = None,
+        *,
+        given: Collection[int] = (),
+        made: Callable[[int, Sequence[Tensor]], None] | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.paused = False
         """Whether what runs is no part of the forward."""
-        self.seconds = self.product_s = self.product_flops = 0.0
-        """Of all operations; of the products among them, and how much they do."""
+        self.spent: dict[Kind, Spent] = {"product": Spent(), "attention": Spent(), "other": Spent()}
+        """By kind, where it is measured."""
+        self.looked_at: set[int] = set()
+        """Operations whose results became numbers in Python."""
+        self.changed: set[int] = set()
+        """Operations whose results were changed in place afterwards."""
+        self.views: set[Any] = set()
+        """What has no number."""
+        self.opaque = False
+        """Whether something was used that no operation has written: a kernel or library that torch is not told of has a
+        part in it, and what that was given is not known."""
         self._is_weight = is_weight
         self._passed = passed
+        self._given = given
+        self._made = made
         self._numbering = Numbering()
+        self._last_drawn = NOT_MADE
+
+    @property
+    def count(self) -> int:
+        """How many there have been."""
+        return self._numbering.next
 
     def maker(self, tensor: Tensor) -> tuple[int, int]:
         """The operation that made a tensor's storage, and as which of its results."""
         return self._numbering.maker(tensor)
+
+    def source(self, tensor: Tensor) -> int:
+        """The operation that wrote what is in a tensor that is used: NOT_MADE where it was there before."""
+        if not self._numbering.is_known(tensor):
+            there = tensor.untyped_storage()._cdata in self._given or self._is_weight(tensor)
+            self.opaque = self.opaque or not there
+        return self.maker(tensor)[0]
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -127,85 +203,65 @@ class OperationLog(TorchDispatchMode):
             return func(*args, **kwargs)
         inputs = self._numbering.inputs((args, kwargs))
         signature = self._numbering.signature(func, inputs)
+        written = _written(func, args, kwargs)
+        changed = {self.maker(each)[0] for each in written}
+        self._look(func, inputs, written)
         begun = time.perf_counter()
         result = func(*args, **kwargs)
         if self._passed is not None:
             self._passed()
-            taken = time.perf_counter() - begun
-            self.seconds += taken
-            if func in _PRODUCTS:
-                self.product_s += taken
+        taken = time.perf_counter() - begun
         results = tree_leaves(result)
-        outputs = _strided(results)
-        if self._numbering.note(func, args, kwargs, inputs, outputs) == NOT_MADE:
+        outputs = strided(results)
+        number = self._numbering.note(func, args, kwargs, inputs, outputs)
+        if number == NOT_MADE:
+            self.views.add(func)
+            if not outputs:
+                self.looked_at.update(self.maker(each)[0] for each in inputs)
             return result
-        skippable = (
-            len(outputs) == len(results)
-            and isinstance(result, Tensor | tuple)
-            and not func._schema.is_mutable  # type: ignore[attr-defined]
-            and not _draws(func, args, kwargs)
-            and not all(self._is_weight(each) for each in inputs)
-        )
+        self.changed |= changed
+        kind = _kind(func)
         flops = _flops(func, args, kwargs, result, outputs)
-        if func in _PRODUCTS:
-            self.product_flops += flops
+        if self._passed is not None:
+            self.spent[kind].seconds += taken
+            self.spent[kind].flops += flops
+        draws = _draws(func, args, kwargs)
+        whole = len(outputs) == len(results) and isinstance(result, Tensor | tuple)
+        new = whole and not func._schema.is_mutable and not draws  # type: ignore[attr-defined]
+        holds = new and not all(self._is_weight(each) for each in inputs)
         self.operations.append(
             Operation(
                 signature=signature,
-                outputs=tuple(Shape.of(each) for each in outputs) if skippable else (),
+                inputs=self._uses(func, signature, draws=draws),
+                outputs=tuple(Shape.of(each) for each in outputs) if new else (),
+                nbytes=tuple(each.untyped_storage().nbytes() for each in outputs) if new else (),
+                holds=holds,
                 single=isinstance(result, Tensor),
+                kind=kind,
                 flops=flops,
-                product=func in _PRODUCTS,
             )
         )
+        if draws:
+            self._last_drawn = number
+        if holds and self._made is not None:
+            self._made(number, outputs)
         return result
 
+    def _look(self, func: Any, inputs: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+        """See where what an operation uses comes from."""
+        if func.is_view or func in _SHAPES_ONLY:
+            return
+        own = {each.untyped_storage()._cdata for each in written}
+        for each in inputs:
+            if each.untyped_storage()._cdata not in own:
+                self.source(each)
 
-class Replay(TorchDispatchMode):
-    """The forward again.
-
-    Args:
-        operations: Of the first one.
-        held: The results of some of them, by number.
-        bring: Gives a held tensor.
-    """
-
-    def __init__(
-        self,
-        operations: Sequence[Operation],
-        held: Mapping[int, Sequence[HeldTensor]],
-        bring: Callable[[HeldTensor], Tensor],
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.paused = False
-        self.skipped = 0
-        self._operations, self._held, self._bring = operations, held, bring
-        self._numbering = Numbering()
-        self._same = True
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Carry an operation out, or give what it gave before."""
-        kwargs = kwargs or {}
-        if self.paused or not self._same:
-            return func(*args, **kwargs)
-        numbering = self._numbering
-        inputs = numbering.inputs((args, kwargs))
-        number = numbering.next
-        signature = numbering.signature(func, inputs)
-        held = self._held.get(number)
-        if held is not None and self._operations[number].signature == signature:
-            self.skipped += 1
-            outputs = [self._bring(each) for each in held]
-            numbering.note(func, args, kwargs, inputs, outputs)
-            return outputs[0] if self._operations[number].single else tuple(outputs)
-        result = func(*args, **kwargs)
-        outputs = _strided(tree_leaves(result))
-        if numbering.note(func, args, kwargs, inputs, outputs) != NOT_MADE:
-            known = number < len(self._operations) and self._operations[number].signature == signature
-            self._same = known
-        return result
+    def _uses(self, func: Any, signature: Signature, *, draws: bool) -> tuple[int, ...]:
+        """The operations before one that it depends on: of two that draw, on the first."""
+        found = set() if func in _SHAPES_ONLY else {maker for maker, _, _ in signature[1]}
+        if draws:
+            found.add(self._last_drawn)
+        return tuple(sorted(found - {NOT_MADE}))
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -216,10 +272,11 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             found.append(args[place] if place < len(args) else kwargs.get(argument.name))
-    return _strided(tree_leaves(found))
+    return strided(tree_leaves(found))
 
 
-def _strided(results: Sequence[Any]) -> list[Tensor]:
+def strided(results: Sequence[Any]) -> list[Tensor]:
+    """The tensors among results, but for sparse ones."""
     return [each for each in results if isinstance(each, Tensor) and each.layout is torch.strided]
 
 
@@ -232,6 +289,12 @@ def _draws(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
             given = args[place] if place < len(args) else kwargs.get("dropout_p", argument.default_value)
             return bool(given)
     return True
+
+
+def _kind(func: Any) -> Kind:
+    if func in _PRODUCTS:
+        return "product"
+    return "attention" if func is _CPU_ATTENTION or func._overloadpacket in flop_registry else "other"
 
 
 def _flops(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Final
 
 from ...scheduler.activations import GRAIN, Lane, Part, Pass, Placement, Saved, Tier, place_activations
-from .operations import NOT_MADE, Operation
+from .operations import Kind, Spent
+from .segmentsteps import Group, Held, Recorded, Result, SavedStorage, SegmentChoices
 
 FORWARDS: Final = 3
 """Of computing, that a pass takes: backward has two products for each one of forward."""
@@ -21,35 +22,30 @@ Places = Mapping[int, Sequence[Part]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SavedStorage:
-    """A storage that a segment left for backward."""
-
-    number: int
-    """In the order in which it saved them."""
-    nbytes: int
-    operation: int
-    """That made it; NOT_MADE where it cannot be skipped for it."""
-    output: int
-    """Which of its results it is."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentRecord:
     """One call of a segment."""
 
     key: Key
     inputs_nbytes: int
     saved: tuple[SavedStorage, ...]
-    operations: Sequence[Operation]
+    recorded: Recorded = field(default_factory=Recorded)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What a forward took of the processor."""
+    """What a forward took of the processor, by kind of operation."""
 
-    seconds: float
-    product_s: float
-    product_flops: float
+    spent: Mapping[Kind, Spent]
+
+    @property
+    def seconds(self) -> float:
+        """Of all of it."""
+        return sum(each.seconds for each in self.spent.values())
+
+    @property
+    def rates(self) -> dict[Kind, float]:
+        """Seconds of an operation on numbers."""
+        return {kind: each.seconds / each.flops if each.flops else 0.0 for kind, each in self.spent.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,78 +64,60 @@ class ActivationPlan:
     """The decision for all segments."""
 
     places: Mapping[Key, Places]
+    results: Mapping[Key, Mapping[Result, Sequence[Part]]]
+    """Of results that backward has no use for, and from which what it wants is soon made."""
     whole: frozenset[Key]
     """Segments of which nothing is made again."""
     inputs_nbytes: Mapping[Key, int]
     """What it was made for: larger ones ask for another."""
     placement: Placement
     saved_nbytes: int
+    again_nbytes: int
+    """Of these, made again."""
 
 
 def plan_activations(records: Sequence[SegmentRecord], measured: Measured, machine: Machine) -> ActivationPlan:
     """Decide where all that these segments left is to be in the next forward."""
     saved: list[Saved] = []
-    members: list[tuple[Key, tuple[SavedStorage, ...]]] = []
-    rest: dict[int, float] = {}
-    for place, record in enumerate(records):
-        left = sum(operation.flops for operation in record.operations)
-        for group, operation in _groups(record):
-            flops = operation.flops if operation is not None else 0.0
-            left -= flops
-            if not machine.again or record.key[0] == OUTSIDE:
-                flops = inf
-            product = operation is not None and operation.product
-            nbytes = sum(each.nbytes for each in group)
-            saved.append(Saved(segment=place, nbytes=nbytes, flops=flops, product=product))
-            members.append((record.key, group))
+    members: list[tuple[Key, Group]] = []
+    ways = SegmentChoices(measured.rates)
+    for record in records:
         if machine.again and record.key[0] != OUTSIDE:
-            rest[place] = max(left, 0.0)
-    rate = measured.product_flops / measured.product_s if measured.product_s else 1.0
+            groups = ways.groups(record.recorded, record.saved)
+        else:
+            groups = [Group(held=(Held(nbytes=each.nbytes, number=each.number),), seconds=inf) for each in record.saved]
+        for place, group in enumerate(groups):
+            after = len(saved) - 1 if place and group.seconds < inf else None
+            saved.append(Saved(nbytes=group.nbytes, seconds=group.seconds, after=after))
+            members.append((record.key, group))
     placement = place_activations(
-        Pass(
-            saved=saved,
-            tiers=machine.tiers,
-            lanes=machine.lanes,
-            compute_s=FORWARDS * measured.seconds,
-            flops_per_s=rate,
-            rest_flops=rest,
-        )
+        Pass(saved=saved, tiers=machine.tiers, lanes=machine.lanes, compute_s=FORWARDS * measured.seconds)
     )
     places: dict[Key, dict[int, Sequence[Part]]] = {}
-    partial: set[Key] = set()
+    results: dict[Key, dict[Result, Sequence[Part]]] = {}
     for index, (key, group) in enumerate(members):
-        parts = placement.parts.get(index)
-        if parts is None:
-            partial.add(key)
+        if (parts := placement.parts.get(index)) is None:
             continue
-        for each, own in zip(group, _cut(parts, [each.nbytes for each in group]), strict=True):
-            places.setdefault(key, {})[each.number] = own
-    every = {record.key for record in records if record.saved}
+        for each, own in zip(group.held, _cut(parts, [each.nbytes for each in group.held]), strict=True):
+            if each.number is not None:
+                places.setdefault(key, {})[each.number] = own
+            elif each.result is not None:
+                results.setdefault(key, {})[each.result] = own
+    again = {record.key: _again_nbytes(record, places.get(record.key, {})) for record in records}
     return ActivationPlan(
         places=places,
-        whole=frozenset(key for key in every if key not in partial),
+        results=results,
+        whole=frozenset(record.key for record in records if record.saved and not again[record.key]),
         inputs_nbytes={record.key: record.inputs_nbytes for record in records},
         placement=placement,
-        saved_nbytes=sum(each.nbytes for each in saved),
+        saved_nbytes=sum(each.nbytes for record in records for each in record.saved),
+        again_nbytes=sum(again.values()),
     )
 
 
-def _groups(record: SegmentRecord) -> list[tuple[tuple[SavedStorage, ...], Operation | None]]:
-    """Storages that go together: all results of an operation that could be skipped, or one that saves nothing alone."""
-    by_operation: dict[int, list[SavedStorage]] = {}
-    found: list[tuple[tuple[SavedStorage, ...], Operation | None]] = []
-    for each in record.saved:
-        if each.operation == NOT_MADE:
-            found.append(((each,), None))
-        else:
-            by_operation.setdefault(each.operation, []).append(each)
-    for number, group in by_operation.items():
-        operation = record.operations[number]
-        if len({each.output for each in group}) == len(operation.outputs):
-            found.append((tuple(group), operation))
-        else:
-            found.extend(((each,), None) for each in group)
-    return sorted(found, key=lambda each: each[0][0].number)
+def _again_nbytes(record: SegmentRecord, places: Places) -> int:
+    """Bytes that a segment saves and nothing is held of."""
+    return sum(each.nbytes for each in record.saved if each.number not in places)
 
 
 def _cut(parts: Sequence[Part], sizes: Sequence[int]) -> list[list[Part]]:

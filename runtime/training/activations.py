@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from ...memory.arena import PAGE
 from ...scheduler.activations import Lane, Tier
 from ...scheduler.plan import Plan
+from ..activations.carrying import carrying_byte_s, cores
 from ..activations.keeper import ActivationKeeper
 from ..activations.records import ActivationPlan, Machine
 from ..activations.store import LEAST_BUFFER, LEAVING, MOST_BUFFER, ActivationStore
 from ..build import Machinery
 from ..explain import gib, seconds
-from ..layout import Layout
 from ..links import LinkCache, disk_write_rate
 from ..recompute import mark_segments, recompute
-from .roomplan import TrainingRoom
+from .roomplan import TrainingRoom, moves_activations
 from .run import Settings
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,11 @@ class ActivationRoom:
     """Of host memory beside a device apart."""
     buffer_nbytes: int
     """Of each buffer on the way to disk; 0 for none."""
+
+    @property
+    def any(self) -> bool:
+        """Whether there is any."""
+        return bool(self.kept_nbytes or self.host_nbytes or self.buffer_nbytes)
 
 
 def room_for_activations(machinery: Machinery, settings: Settings, granted_nbytes: int) -> ActivationRoom:
@@ -68,11 +73,6 @@ def room_for_activations(machinery: Machinery, settings: Settings, granted_nbyte
     return ActivationRoom(kept_nbytes=kept, host_nbytes=rest // PAGE * PAGE, buffer_nbytes=buffer)
 
 
-def moves_activations(layout: Layout, settings: Settings) -> bool:
-    """Whether a plan decides about them. By itself only where weights are streamed: else they are kept."""
-    return settings.activations == "offload" or (settings.activations == "auto" and not layout.resident)
-
-
 def arrange_activations(
     model: nn.Module,
     machinery: Machinery,
@@ -93,15 +93,14 @@ def arrange_activations(
     """
     if settings.activations == "recompute":
         recompute(machinery.session, model)
-    if not moves_activations(machinery.layout, settings):
+    if not moves_activations(machinery.layout, settings, frozen=not machinery.trains):
         return
     again = settings.activations == "auto"
     segments = (recompute if again else mark_segments)(machinery.session, model)
     cut = room_for_activations(machinery, settings, room.activations_nbytes)
     write_rate = disk_write_rate([os.path.dirname(path) for path in paths], cache, machinery.device)
-    machine = _machine(machinery, settings, room, cut, write_rate, again=again)
-    note = announced(settings, layers=bool(segments), room=bool(machine.tiers))
-    if not machine.tiers or (again and not segments):
+    note = announced(settings, layers=bool(segments), room=cut.any)
+    if not cut.any or (again and not segments):
         _tell(model, machinery, note)
         return
     store = ActivationStore(
@@ -116,6 +115,11 @@ def arrange_activations(
     machinery.before_close(store.stop)
     machinery.on_close(store.close)
     machinery.count(store.arena)
+    carrying_s = 0.0
+    if cut.buffer_nbytes and not machinery.device.separate:
+        carrying_s = carrying_byte_s(store, machinery.engine, paths[0]) / cores()
+    machine = _machine(machinery, settings, room, cut, write_rate, again=again, carrying_s=carrying_s)
+    assumed = _assumed(machinery, write_rate)
     saved = machinery.session.saved
     there = weakref.ref(model)  # which owns what owns the keeper
 
@@ -128,7 +132,7 @@ def arrange_activations(
     def told(plan: ActivationPlan) -> None:
         module = there()
         if module is not None:
-            _tell(module, machinery, described(plan))
+            _tell(module, machinery, described(plan) + assumed)
 
     saved.keeper = ActivationKeeper(own, store, machine, is_lent=saved.is_lent, told=told)
     _tell(model, machinery, note)
@@ -159,8 +163,11 @@ def _machine(
     write_rate: float | None,
     *,
     again: bool,
+    carrying_s: float,
 ) -> Machine:
-    """Where activations can go, with what the ways there carry anyway in a forward and its backward."""
+    """Where activations can go, with what the ways there carry anyway in a forward and its backward.
+
+    `carrying_s`: that a byte on its way to disk and back takes of what computes."""
     plan = machinery.plan
     assert plan is not None
     passes = settings.accumulate
@@ -188,15 +195,29 @@ def _machine(
     if cut.host_nbytes:
         tiers.append(Tier(place="host", room_nbytes=cut.host_nbytes, lanes=link))
     if cut.buffer_nbytes:
-        tiers.append(Tier(place="disk", room_nbytes=inf, lanes=(*link, "disk")))
+        tiers.append(Tier(place="disk", room_nbytes=inf, lanes=(*link, "disk"), processor_byte_s=carrying_s))
     return Machine(tiers=tiers, lanes=lanes, again=again)
+
+
+def _assumed(machinery: Machinery, write_rate: float | None) -> str:
+    """Which rates the plan takes without having been told."""
+    assert machinery.plan is not None
+    links, separate = machinery.plan.links, machinery.device.separate
+    taken = {
+        f"the drive to be read at {DISK_RATE / 1e9:g} GB/s": not links.disk_read,
+        "the drive to be written as fast as it is read": not write_rate,
+        f"the link to the device to carry {LINK_RATE / 1e9:g} GB/s": separate and not links.h2d,
+        "the link from the device to be as fast as that to it": separate and not links.d2h,
+    }
+    words = [what for what, is_taken in taken.items() if is_taken]
+    return f"; not measured, so taken: {', '.join(words)} (penstock calibrate measures it)" if words else ""
 
 
 def described(plan: ActivationPlan) -> str:
     """Where activations go, and why, in a sentence."""
     placement = plan.placement
     kept, host, disk = (placement.nbytes_at(place) for place in ("keep", "host", "disk"))
-    again = plan.saved_nbytes - kept - host - disk
+    again = plan.again_nbytes
     places = [
         f"{gib(nbytes)} {where}"
         for nbytes, where in (

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Final
 
 from ...kernels.optimizer import Optimizer
 from ...kernels.scratch import Scratch
 from ...memory.arena import AnyArena
 from ...memory.scratch import Scratch as ScratchFolder
 from ...memory.store import BlockStore
+from ...memory.trim import map_alone
 from ..build import Machinery
 from ..launch import scratch_files
 from .adapterweights import AdapterWeights
@@ -21,7 +22,7 @@ from .gradientroom import GradientPool, GradientRoom
 from .gradients import Gradients
 from .intake import GradientIntake
 from .pipeline import ShardPipeline
-from .room import POOL
+from .room import waiting_blocks
 from .roomplan import TrainingRoom
 from .run import Settings
 from .shards import Shard, blocks_of
@@ -30,6 +31,10 @@ from .trained import Trained
 from .training import Training
 from .updater import Updater
 from .weights import TrainedWeights, Weights
+
+ALONE: Final = 1 << 20
+"""Bytes of an allocation that the system gives and takes back alone: holes that tensors of a step would leave between
+others hold more memory than all of these need."""
 
 
 def assemble(
@@ -62,15 +67,10 @@ def assemble(
     Raises:
         DoesNotFitError: a tier has less than was planned. What was made until then is given back.
     """
+    map_alone(ALONE)
     with ExitStack() as made:
         names = [each.name for each in trained]
-        spill = None
-        if room.spilled:
-            paths = scratch_files(scratches, "gradients.bin")
-            spill = GradientSpill(
-                names, room.spilled, shards, itemsizes=room.itemsizes, engine=machinery.engine, paths=paths
-            )
-            made.callback(spill.close)
+        spill = _spill(machinery, names, shards, scratches, room, made)
         pipeline = ShardPipeline(
             store=store,
             engine=machinery.engine,
@@ -81,11 +81,7 @@ def assemble(
             make_arena=lambda nbytes, tier: machinery.device.host_arena(nbytes, tier=tier),
         )
         made.callback(pipeline.close)
-        weights: Weights
-        if machinery.trains:
-            weights = TrainedWeights(machinery, scratch_files(scratches, "weights.bin"), pipeline.watch)
-        else:
-            weights = AdapterWeights(trained)
+        weights = _weights(machinery, trained, scratches, pipeline)
         made.callback(weights.close)
         intake = _intake(machinery, trained, shards, settings, room, spill, made)
         _count(machinery, pipeline, intake)
@@ -119,6 +115,32 @@ def assemble(
         return training
 
 
+def _spill(
+    machinery: Machinery,
+    names: Sequence[str],
+    shards: Sequence[Shard],
+    scratches: Sequence[ScratchFolder],
+    room: TrainingRoom,
+    made: ExitStack,
+) -> GradientSpill | None:
+    """Where gradients go that have no place of their own; `made` gives it back."""
+    if not room.spilled:
+        return None
+    paths = scratch_files(scratches, "gradients.bin")
+    spill = GradientSpill(names, room.spilled, shards, itemsizes=room.itemsizes, engine=machinery.engine, paths=paths)
+    made.callback(spill.close)
+    return spill
+
+
+def _weights(
+    machinery: Machinery, trained: Sequence[Trained], scratches: Sequence[ScratchFolder], pipeline: ShardPipeline
+) -> Weights:
+    """Where new weights go."""
+    if machinery.trains:
+        return TrainedWeights(machinery, scratch_files(scratches, "weights.bin"), pipeline.watch)
+    return AdapterWeights(trained)
+
+
 def _intake(
     machinery: Machinery,
     trained: Sequence[Trained],
@@ -135,11 +157,11 @@ def _intake(
     if device.separate or not early or wide:  # else they are gone with their updates, from where autograd put them
         kept = GradientRoom(trained, device, wide=wide, elsewhere=room.spilled)
         made.callback(kept.close)
+    if early and room.spilled and (device.separate or not wide):
+        blocks, slots = blocks_of(shards, len(trained)), waiting_blocks(separate=device.separate)
+        pool = GradientPool(trained, device, passing=room.spilled, blocks=blocks, wide=wide, slots=slots)
+        made.callback(pool.close)
     if device.separate:
-        if early and room.spilled:
-            blocks = blocks_of(shards, len(trained))
-            pool = GradientPool(trained, device, passing=room.spilled, blocks=blocks, wide=wide, slots=POOL)
-            made.callback(pool.close)
         departures = _departures(machinery, trained, settings, room)  # last, for it has a thread
     return GradientIntake(
         trained, Scratch.of(), most=settings.accumulate, room=kept, spill=spill, pool=pool, departures=departures

@@ -24,6 +24,8 @@ from .updater import Updater
 
 BEHIND: Final = 3
 """Blocks whose gradients wait for their update, before backward waits for that, where there is no room for more."""
+BESIDE: Final = 2
+"""The same where the cores that compute are those that update: more that wait would not make either end sooner."""
 Hypers = Callable[[], Sequence[Any]]
 """Hyperparameters of each parameter, as they are now."""
 
@@ -152,10 +154,13 @@ class EarlySteps:
     def free_place(self) -> None:
         """A gradient that comes finds no place: one is given back, by a block that has waited longest, or by updates.
 
-        Places are more than the blocks that may wait for their updates, so some of those that are not whole have any,
-        or some of the step before.
+        From a device apart places are more than the blocks that may wait for their updates, so some of those that are
+        not whole have any, or some of the step before. Where the same cores compute and update, a wait for updates
+        costs nothing.
         """
-        if self._step is not None and self._waiting:
+        if self._updater.unfinished and not self._gradients.depart:
+            self._updater.wait_below(self._updater.unfinished)
+        elif self._step is not None and self._waiting:
             self._send(self._step, next(iter(self._waiting)))
         else:
             self._updater.wait_below(self._behind)

@@ -35,13 +35,14 @@ from ..programs import training_program
 from ..recompute import segments_of
 from ..rehearsal import TooLongError, make_fake
 from ..sizing import measure_activations
-from .activations import announced, moves_activations
+from .activations import announced
 from .adapters import changing_on
 from .foreseen import Adapters, TrainingForecast, TrainingWork
+from .headroom import guessed_saved_nbytes, norm_copy_nbytes
 from .loads import StepSettings, load_of
 from .preparing import arrays_of
-from .room import changing
-from .roomplan import TrainingRoom, adapter_room, plan_room
+from .room import changing, sizes_of
+from .roomplan import TrainingRoom, adapter_room, moves_activations, plan_room
 from .run import Activations, Settings
 from .selection import beside_blocks, shards_in
 from .shards import Shard
@@ -148,7 +149,7 @@ class TrainingForesight:
         if work.activations == "auto" and self._may_stay(hardware, work, room):
             try:  # as `prepare` decides: they are kept where all weights stay
                 found = self._as(hardware, work, room, kept=True)
-                if found.plan.resident:
+                if found.plan.resident and not found.decided:
                     return found
             except DoesNotFitError:
                 pass
@@ -183,9 +184,14 @@ class TrainingForesight:
         again = not kept and activations != "offload" and bool(self.segments)
         held, notes = self._held(work, again=again or activations == "offload", on_cpu=on_cpu)
         largest = max((each.parameter.nbytes for each in self.trained), default=0)
-        transient = FRAMEWORK + largest + (0 if held is None else held.total)
-        saved = self._saved_nbytes(work, on_cpu=on_cpu) if automatic and activations in ("auto", "offload") else None
-        if activations == "offload" or saved is not None:  # what leaves is still there, and so is what comes back early
+        copied = norm_copy_nbytes((each.parameter for each in self.trained), separate=not on_cpu)
+        transient = FRAMEWORK + largest + copied + (0 if held is None else held.total)
+        saved = None
+        if automatic and activations in ("auto", "offload"):
+            saved = self._saved_nbytes(work, on_cpu=on_cpu)
+        elif not automatic and on_cpu:
+            saved = guessed_saved_nbytes(self.foresight.model, context=work.context, batch=work.batch)
+        if activations == "offload" or (automatic and saved is not None):  # what leaves or comes back early is there
             transient += LEAVING + (saved or 0) // max(len(self.segments) - 1, 1)
         shares = self._shares(hardware, work, room)
         changing = self._changing(hardware, work, activations, saved, on_device=shares.any)
@@ -194,6 +200,7 @@ class TrainingForesight:
         settings = Settings(accumulate=work.accumulate, updates=work.updates, activations=activations, shares=shares)
         shards, shared = self._shared(layout, work, settings, saved_is_known=changing.saved_nbytes is not None)
         load = self._load(hardware, work, layout, shards, shared, again=again)
+        decided = moves_activations(layout, settings, frozen=self.adapters is not None)
         plan, left_out = self._told(hardware, budgets, layout, settings, shared)
         found = TrainingForecast(
             hardware=hardware,
@@ -205,6 +212,8 @@ class TrainingForesight:
             prediction=predict(load, _cost(hardware)),
             tensors=len(self.trained),
             activations_nbytes=transient,
+            decided=decided,
+            moves_to_disk=decided and self._may_go_to_disk(settings, shared),
             activations=held,
             notes=(*notes, *left_out),
         )
@@ -223,17 +232,27 @@ class TrainingForesight:
         ).best()
 
     def _told(
-        self, hardware: Hardware, budgets: Budgets, layout: Layout, settings: Settings, room: TrainingRoom
+        self,
+        hardware: Hardware,
+        budgets: Budgets,
+        layout: Layout,
+        settings: Settings,
+        room: TrainingRoom,
     ) -> tuple[Plan, Sequence[str]]:
         """The plan, with what `prepare` puts into it; and what of it is not in the step that is foreseen."""
         links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
         plan = make_plan(layout, device_name(hardware), budgets, links, self.foresight.weights_nbytes)
         plan = room.told(plan, layout)
-        if not moves_activations(layout, settings):
+        if not moves_activations(layout, settings, frozen=self.adapters is not None):
             return plan, ()
         layers, some = bool(self.segments), room.activations_nbytes >= ActivationStore.buffers_nbytes(LEAST_BUFFER)
         note = announced(settings, layers=layers, room=some)
         return replace(plan, notes=(*plan.notes, note)), _left_out(settings, held=layers and some)
+
+    def _may_go_to_disk(self, settings: Settings, room: TrainingRoom) -> bool:
+        """Whether activations that a plan decides about have buffers on the way there."""
+        some = room.activations_nbytes >= ActivationStore.buffers_nbytes(LEAST_BUFFER)
+        return some and (settings.activations == "offload" or bool(self.segments))
 
     def _held(self, work: TrainingWork, *, again: bool, on_cpu: bool) -> tuple[Bytes | None, tuple[str, ...]]:
         """What a backward pass holds, and notes."""
@@ -292,7 +311,8 @@ class TrainingForesight:
         if gpu is None or self.adapters is not None:
             return ON_CPU
         device_nbytes = gpu.memory_nbytes if room.device is None else room.device
-        return update_shares("auto", hardware, work.choice, device_nbytes=device_nbytes)
+        itemsize = self.foresight.model.dtype.itemsize
+        return update_shares("auto", hardware, work.choice, itemsize=itemsize, device_nbytes=device_nbytes)
 
     def _changing(
         self,
@@ -308,7 +328,7 @@ class TrainingForesight:
         arrays = arrays_of(work.choice)
         if self.adapters is None:
             return changing(
-                [parameter.nbytes for parameter in self.foresight.model.parameters()],
+                *sizes_of(self.foresight.model),
                 accumulate=work.accumulate,
                 early=work.updates == "backward",
                 arrays=arrays,

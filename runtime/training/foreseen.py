@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ...memory.requests import CHUNK
@@ -77,6 +77,10 @@ class TrainingForecast:
     """At most, on the tier that computes; with the framework's own."""
     activations: Bytes | None
     """By purpose; None where the model cannot be rehearsed."""
+    decided: bool = False
+    """Whether a run makes a plan for activations after its first forward."""
+    moves_to_disk: bool = False
+    """Whether some of them may go to disk by that."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -118,7 +122,7 @@ class TrainingForecast:
     @property
     def wear(self) -> Wear:
         """What steps and commits write to drives."""
-        return wear_of(self.load)
+        return replace(wear_of(self.load), activations_nbytes=None if self.moves_to_disk else 0)
 
     @property
     def begin_s(self) -> float:

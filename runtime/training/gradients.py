@@ -168,6 +168,11 @@ class Gradients:
             self._on_whole(index)
 
     @property
+    def most(self) -> int:
+        """Backward passes of a step, at most."""
+        return self._most
+
+    @property
     def depart(self) -> bool:
         """Whether they are made on a device apart."""
         return self.intake.departs

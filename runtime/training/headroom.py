@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,11 @@ from ..tiers import Wanted, resolve_budgets
 from .run import Activations
 
 logger = logging.getLogger(__name__)
+
+
+_OF_HIDDEN, _OF_WIDE = 14, 4
+"""Elements that a layer saves per token, by its widths: norms in fp32 and as they go on, queries, keys, values and what
+attention makes of them; and gate, its activation, up and the product."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +98,30 @@ def step_room(
     return found
 
 
+def guessed_saved_nbytes(model: nn.Module, *, context: int | None, batch: int | None) -> int | None:
+    """What the layers of a model of transformers' save for backward, for a share of a budget that was named.
+
+    A guess, of what a pre-norm layer with a gated feed-forward saves: the rehearsal that an automatic budget is worked
+    out by imports much of torch, which such a budget knows nothing of. What of the share is not used stays free.
+
+    Args:
+        model: To be trained; its weights may be on the meta device.
+        context: Tokens per sequence.
+        batch: Sequences of a backward pass.
+
+    Returns:
+        None where the number of tokens or the width of layers is not known.
+    """
+    config = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
+    hidden, layers = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
+    if context is None or not hidden or not layers:
+        return None
+    wide = getattr(config, "intermediate_size", None) or 4 * hidden
+    wide *= getattr(config, "num_experts_per_tok", None) or 1
+    elements = _OF_HIDDEN * hidden + _OF_WIDE * wide
+    return int((batch or 1) * context * layers * elements * next(model.parameters()).itemsize)
+
+
 def _layers(model: nn.Module) -> int:
     return int(getattr(model.config, "num_hidden_layers", 1)) if isinstance(model, PreTrainedModel) else 1
 
@@ -134,7 +163,14 @@ def _headroom(
     )
     if step is None:
         return None
-    return FRAMEWORK + step + max(sizes, default=0)  # a gradient is there before it is taken
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    copied = norm_copy_nbytes(trained, separate=device.separate)
+    return FRAMEWORK + step + max(sizes, default=0) + copied  # a gradient is there before it is taken
+
+
+def norm_copy_nbytes(parameters: Iterable[nn.Parameter], *, separate: bool) -> int:
+    """What the norm of the largest gradient takes of a device apart: one in half precision is copied to fp32 for it."""
+    return max((4 * each.numel() for each in parameters if separate and each.itemsize < 4), default=0)
 
 
 def _without_bytes(model: PreTrainedModel) -> Any:

@@ -21,13 +21,13 @@ from ...memory.trim import return_free_memory
 from ..build import Machinery
 from ..launch import open_scratch, scratch_files
 from ..links import LinkCache
-from .activations import arrange_activations, moves_activations
+from .activations import arrange_activations
 from .adapterweights import AdapterWeights
 from .assembly import assemble
 from .buffers import restore_buffers
 from .facade import StreamedOptimizer
 from .optimizers import SGD, AdamW, Lion, OptimizerChoice
-from .roomplan import TrainingRoom, adapter_room, plan_room, tell
+from .roomplan import TrainingRoom, adapter_room, moves_activations, plan_room, tell
 from .run import Origin, RunState, Settings, decode, set_random_state
 from .selection import find_trained, only_trained, shards_of
 from .shards import Shard
@@ -155,7 +155,7 @@ def go_on(
 
 def scratches_of(folders: RunFolders, machinery: Machinery, settings: Settings, made: ExitStack) -> list[ScratchFolder]:
     """Folders for what is moved in a step, to be closed with `made`: weights that change, gradients, activations."""
-    wanted = machinery.trains or moves_activations(machinery.layout, settings)
+    wanted = machinery.trains or moves_activations(machinery.layout, settings, frozen=True)
     return open_scratch(folders.scratch, made) if wanted else []
 
 

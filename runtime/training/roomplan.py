@@ -17,7 +17,7 @@ from ..activations.store import LEAST_BUFFER, ActivationStore
 from ..build import Machinery
 from ..explain import gib
 from ..layout import Layout
-from .early import BEHIND
+from .early import BEHIND, BESIDE
 from .pipeline import BUFFERS, ShardPipeline
 from .room import waiting_blocks
 from .run import Settings
@@ -94,6 +94,21 @@ class _Room:
     """Parameters, of gradients that have none."""
 
 
+def moves_activations(layout: Layout, settings: Settings, *, frozen: bool) -> bool:
+    """Whether a plan decides about activations. By itself only where memory is short: else they are kept.
+
+    Args:
+        layout: Of the model.
+        settings: Of the run.
+        frozen: Whether weights are, and adapters trained, all of which is in memory.
+    """
+    if settings.activations != "auto":
+        return settings.activations == "offload"
+    if frozen or layout.back is not None:
+        return not layout.resident
+    return not layout.resident or not layout.all_granted
+
+
 def plan_room(
     layout: Layout,
     trained: Sequence[Trained],
@@ -132,8 +147,9 @@ def plan_room(
     )
     unused = room.nbytes - shares.nbytes
     if settings.activations == "auto" and not layout.resident:
-        activations = min(unused, layout.saved_nbytes)
-        unused -= activations
+        more = min(unused, max(layout.saved_nbytes - activations, 0))
+        activations += more
+        unused -= more
     spilled = room.spilled
     if room.kept:
         spilled = frozenset(index for place, index in enumerate(sizes.movable) if place not in shares.gradients)
@@ -143,7 +159,7 @@ def plan_room(
         itemsizes=sizes.itemsizes,
         resident=shares.states,
         on_device=there,
-        behind=BEHIND if spilled or not separate else len(trained) + 1,
+        behind=BESIDE if not separate else BEHIND if spilled else len(trained) + 1,
         activations_nbytes=activations,
         gradients_on_disk_nbytes=sum(sizes.gradients[index] for index in spilled),
         states_on_disk_nbytes=sum(sizes.states) - sum(sizes.states[shard] for shard in shares.states),
@@ -195,8 +211,14 @@ def _of_sums(layout: Layout, trained: Sequence[Trained], sizes: _Sizes, buffers:
 
 
 def _room_of_activations(layout: Layout, settings: Settings, room: _Room, *, saved_is_known: bool) -> int:
-    """What they have of it beside their buffers, where all of them leave: before states, and after gradients."""
-    if settings.activations != "offload":
+    """What they have of it beside their buffers: before states, and after gradients.
+
+    Where one memory is for all, a byte of a layer's products saves more than one of state does: of the first, a matrix
+    n rows long makes n operations a byte, of the second, a drive moves two bytes that the same cores submit and sum up.
+    Beside a device apart with "auto", they have what states leave.
+    """
+    decided = moves_activations(layout, settings, frozen=False)
+    if not decided or (settings.activations == "auto" and layout.back is not None):
         return 0
     left = max(0, room.nbytes - max(room.least, sum(room.kept)))
     return min(layout.saved_nbytes, left if saved_is_known else left // 2)

@@ -258,7 +258,17 @@ class Training:
         return Wear(
             step_nbytes=self._pipeline.moving_nbytes + moving + self.gradients.written_nbytes,
             commit_nbytes=self._pipeline.staying_nbytes,
+            activations_nbytes=self._activations_written(),
         )
+
+    def _activations_written(self) -> int | None:
+        """Bytes of them that a step writes to disk; None where no forward has shown it yet."""
+        keeper = self._machinery.session.saved.keeper
+        if keeper is None or all(tier.place != "disk" for tier in keeper.machine.tiers):
+            return 0
+        if keeper.plan is None:
+            return None
+        return self.gradients.most * keeper.plan.placement.nbytes_at("disk")
 
     @property
     def limit_nbytes(self) -> int:

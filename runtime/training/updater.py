@@ -143,6 +143,12 @@ class Updater:
             "the end of the last step" if block is None else f"the new weights of block {block}",
         )
 
+    @property
+    def unfinished(self) -> int:
+        """Blocks that are waiting or being changed."""
+        with self._changed:
+            return len(self._unfinished)
+
     def wait_below(self, count: int) -> None:
         """Wait until fewer blocks than this are waiting or being changed. Raises as `wait` does."""
         self._wait(lambda: len(self._unfinished) < count, f"fewer than {count} blocks that are to be updated")

@@ -13,14 +13,15 @@ from .shards import ELEMENTS
 
 
 def update_shares(
-    where: Where, hardware: Hardware | None, choice: OptimizerChoice, *, device_nbytes: int | None
+    where: Where, hardware: Hardware | None, choice: OptimizerChoice, *, itemsize: int, device_nbytes: int | None
 ) -> UpdateShares:
-    """What the device updates of weights in bf16.
+    """What the device updates.
 
     Args:
         where: What the user says.
         hardware: The machine; None where it has not been calibrated.
         choice: The optimizer.
+        itemsize: Bytes of an element of the weights, and of their gradients.
         device_nbytes: Of device memory for all; None where it is not known.
     """
     arrays = arrays_of(choice)
@@ -29,7 +30,7 @@ def update_shares(
         None if hardware is None else CostModel(hardware=hardware),
         update_work(choice),
         arrays=arrays,
-        itemsize=2,
+        itemsize=itemsize,
         shard_elements=ELEMENTS,
         needed_nbytes=DeviceUpdates.needed_nbytes(ELEMENTS, arrays),
         device_nbytes=device_nbytes,

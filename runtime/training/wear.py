@@ -15,6 +15,8 @@ class Wear:
     """By each step: masters and states, weights, and gradients, as far as they do not stay in memory."""
     commit_nbytes: int
     """By each commit after a step: masters and states that stay in memory."""
+    activations_nbytes: int | None = 0
+    """By each step, of activations; None before a first forward has shown what of them goes to disk, if any does."""
 
     def nbytes(self, *, done: int, steps: int, commit_every: int) -> int:
         """Of the steps that are left and their commits, the last step being one.
@@ -25,7 +27,8 @@ class Wear:
             commit_every: Steps from one commit to the next.
         """
         commits = steps // commit_every - done // commit_every + (steps % commit_every > 0)
-        return self.step_nbytes * (steps - done) + self.commit_nbytes * commits
+        each = self.step_nbytes + (self.activations_nbytes or 0)
+        return each * (steps - done) + self.commit_nbytes * commits
 
 
 def wear_of(load: StepLoad) -> Wear:

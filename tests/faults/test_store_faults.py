@@ -75,7 +75,9 @@ def test_a_store_that_cannot_be_made_leaves_nothing(tmp_path: Path, operation: s
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-@pytest.mark.parametrize("operation", ["create manifest.new", "pwrite manifest.new", "fsync manifest.new"])
+@pytest.mark.parametrize(
+    "operation", ["create manifest.new", "pwrite manifest.new", "fsync manifest.new", "close manifest.new"]
+)
 def test_a_manifest_that_cannot_be_written_costs_one_commit(run: Path, operation: str, code: int) -> None:
     files = FailingFiles()
     with BlockStore.open(run, files=files) as store:

@@ -14,6 +14,7 @@ ROOMS: Final[dict[str, tuple[int, int, int]]] = {
     "disk": (0, 0, 64 << 10),
     "host": (0, 8 << 20, 0),
     "mixed": (20 << 10, 44 << 10, 64 << 10),
+    "kept": (100 << 10, 0, 0),
 }
 """Bytes that are kept, that go to host memory beside a device apart, and of a buffer on the way to disk."""
 
@@ -34,7 +35,7 @@ def slow_processor(monkeypatch: pytest.MonkeyPatch, times: float = 1e4) -> None:
     plain = records.plan_activations
 
     def plan(found: Any, measured: records.Measured, machine: records.Machine) -> records.ActivationPlan:
-        slow = replace(measured, product_s=measured.product_s * times)
-        return plain(found, slow, machine)
+        slow = {kind: replace(each, seconds=each.seconds * times) for kind, each in measured.spent.items()}
+        return plain(found, records.Measured(spent=slow), machine)
 
     monkeypatch.setattr(keeper, "plan_activations", plan)

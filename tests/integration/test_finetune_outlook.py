@@ -101,7 +101,7 @@ def test_what_prepare_decides_is_foreseen(checkpoint: Path, tmp_path: Path, more
         lora = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model, optimizer = penstock.prepare(
         checkpoint, optimizer=choice, disk=tmp_path / "run", lora=lora, max_memory={"host": host}, device="cpu",
-        accumulate=accumulate, updates=updates,
+        accumulate=accumulate, updates=updates, context=64, batch=2,
     )  # fmt: skip
     try:
         plan = model.penstock.plan

@@ -18,7 +18,7 @@ from training_reference import Case, Reference, Streamed, prepared, resident, tr
 from zoo import differences, token_ids
 
 import penstock
-from penstock.runtime.activations import operations
+from penstock.runtime.activations import replay
 from penstock.runtime.activations.keeper import ActivationKeeper
 
 pytestmark = [
@@ -221,13 +221,13 @@ def test_memory_is_free_once_storages_have_left(tmp_path: Path, monkeypatch: pyt
 def skipped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many operations each second forward did not carry out."""
     found: list[int] = []
-    plain = operations.Replay.__exit__
+    plain = replay.Replay.__exit__
 
     def noted(self: Any, *error: Any) -> Any:
         found.append(self.skipped)
         return plain(self, *error)
 
-    monkeypatch.setattr(operations.Replay, "__exit__", noted)
+    monkeypatch.setattr(replay.Replay, "__exit__", noted)
     return found
 
 

@@ -15,7 +15,7 @@ from zoo import token_ids
 from zoo.finetune import write_checkpoint, write_rows
 
 import penstock
-from penstock import training
+from penstock import trainedmodel
 from penstock.cli import main
 from penstock.runtime import tiers
 from penstock.runtime.activations.store import LEAVING
@@ -143,7 +143,7 @@ def test_a_named_budget_is_taken_as_it_is(checkpoint: Path, tmp_path: Path, monk
     def never(*_: object, **__: object) -> StepRoom:
         raise AssertionError
 
-    monkeypatch.setattr(training, "step_room", never)
+    monkeypatch.setattr(trainedmodel, "step_room", never)
     options: dict[str, Any] = {"optimizer": penstock.AdamW(), "device": "cpu", "max_memory": {"host": "64MiB"}}
     made, optimizer = penstock.prepare(checkpoint, disk=tmp_path / "run", **options)
     penstock.close(made)
@@ -159,7 +159,7 @@ def test_finetune_says_how_long_its_sequences_are(
         asked.append((options["context"], options["batch"]))
         return step_room(*args, **options)
 
-    monkeypatch.setattr(training, "step_room", noted)
+    monkeypatch.setattr(trainedmodel, "step_room", noted)
     rows = write_rows(tmp_path / "zen.jsonl")
     command = ["finetune", str(checkpoint), "--data", str(rows), "--out", str(tmp_path / "run"), "--device", "cpu"]
     command += ["--seq", "24", "--batch", "5", "--steps"]

@@ -62,7 +62,7 @@ def prepare(case: Case, folder: Path, memory: dict[str, int], device: str) -> St
             max_memory=memory,
             device=device,
             accumulate=case.accumulate,
-            activations="auto" if device == "cpu" else "keep",  # beside a device they would have more of the budget
+            activations="keep",  # or they would have a part of the budget
         )
     )
 

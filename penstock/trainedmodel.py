@@ -1,0 +1,168 @@
+"""A model that streams for training, in the room that was asked for."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .arguments import MaxMemory, wanted_of
+from .caches import calibration_cache, link_cache
+from .devices import open_device
+from .memory.errors import UsageError
+from .runtime.beside import Beside, trained_in
+from .runtime.devices.base import Device
+from .runtime.layout import Changing
+from .runtime.loading import load as _load
+from .runtime.offloading import offload as _offload
+from .runtime.pretrained import outline
+from .runtime.training import adapters
+from .runtime.training.headroom import StepRoom, guessed_saved_nbytes, is_automatic, step_room
+from .runtime.training.optimizers import OptimizerChoice
+from .runtime.training.preparing import (
+    RunFolders,
+    arrays_of,
+    trainable,
+)
+from .runtime.training.room import changing, sizes_of
+from .runtime.training.run import Origin, Settings
+from .runtime.training.updateshares import update_shares
+from .scheduler.updating import UpdateShares, Where
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What a user said of the machine."""
+
+    max_memory: MaxMemory
+    device: str | torch.device
+    context: int | None
+    batch: int | None
+    trust: bool
+    where: Where
+
+
+def streamed(
+    model: nn.Module | str | os.PathLike[str],
+    asked: Asked,
+    dtype: str | torch.dtype,
+    settings: Settings,
+    folders: RunFolders,
+    *,
+    choice: OptimizerChoice,
+    limit: int | None = None,
+    beside: Beside | None = None,
+) -> tuple[nn.Module, Origin, Settings]:
+    """The model, where it came from, and settings in which it is said what becomes of activations, if that is known."""
+    wanted = wanted_of(asked.max_memory)
+    settings = replace(settings, device_is_named=wanted.device is not None)
+    opened = open_device(asked.device)
+    if asked.where == "device" and (beside is not None or not opened.separate):
+        opened.close()
+        why = "the CPU computes everything here" if not opened.separate else "adapters are few, and stay on the host"
+        raise UsageError(f'update_on="device" has no device to update on: {why}; leave it out, or say "auto"')
+    if opened.separate and beside is None:
+        itemsize = _itemsize(model, dtype, asked.trust)
+        settings = replace(settings, shares=_shares(opened, asked.where, choice, wanted.device, itemsize))
+    trains = partial(
+        changing,
+        accumulate=settings.accumulate,
+        early=settings.updates == "backward",
+        arrays=arrays_of(choice),
+        limit=limit,
+        separate=opened.separate,
+        on_device=settings.shares.any,
+        activations=settings.activations,
+    )
+    try:
+        room = _rehearsed(model, asked, dtype, settings, opened, trains=trains, beside=beside)
+    except BaseException:
+        opened.close()
+        raise
+    if room is not None:
+        settings = replace(settings, activations=room.activations)
+    if room is not None and not room.known:  # then what is left over is for activations, not for states
+        trains = partial(trains, arrays=0, activations=settings.activations)
+    elif room is not None:
+        trains = partial(trains, activations=settings.activations, saved_nbytes=room.saved_nbytes)
+    elif beside is None and not opened.separate:
+        bones = model if isinstance(model, nn.Module) else outline(model, dtype=dtype, trust_remote_code=asked.trust)
+        guess = guessed_saved_nbytes(bones, context=asked.context, batch=asked.batch)
+        trains = partial(trains, saved_nbytes=guess)
+    common: dict[str, Any] = {
+        "wanted": wanted,
+        "device": opened,
+        "disk": folders.scratch,
+        "context": asked.context,
+        "batch": asked.batch,
+        "cache": link_cache(),
+        "trains": None if beside is not None else trains,
+        "beside": beside,
+        "headroom": None if room is None else room.headroom_nbytes,
+    }
+    if isinstance(model, nn.Module):
+        return _offload(model, **common), Origin(), settings
+    made = _load(model, dtype=dtype, trust_remote_code=asked.trust, **common)
+    if beside is None:
+        trainable(made)
+    source = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
+    return made, Origin(source=source, dtype=str(dtype).removeprefix("torch.")), settings
+
+
+def _rehearsed(
+    model: nn.Module | str | os.PathLike[str],
+    asked: Asked,
+    dtype: str | torch.dtype,
+    settings: Settings,
+    device: Device,
+    *,
+    trains: partial[Changing],
+    beside: Beside | None,
+) -> StepRoom | None:
+    """What a step takes, where a budget is worked out from it; None where none is."""
+    wanted = wanted_of(asked.max_memory)
+    if not is_automatic(wanted, device):
+        return None
+    with torch.random.fork_rng(devices=[]):  # adapters are made twice, and drawn once
+        bones = model if isinstance(model, nn.Module) else _outline(model, dtype, asked.trust, beside)
+        sizes = list(trained_in(bones).values())
+        return step_room(
+            adapters.without_adapters(bones),
+            trains(*sizes_of(bones)) if beside is None else beside.changing(sizes, device),
+            wanted=wanted,
+            device=device,
+            activations=settings.activations,
+            context=asked.context,
+            batch=asked.batch,
+        )
+
+
+def _itemsize(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dtype, trust: bool) -> int:
+    """Bytes of an element of most weights."""
+    made = model if isinstance(model, nn.Module) else outline(model, dtype=dtype, trust_remote_code=trust)
+    counts = Counter[int]()
+    for parameter in made.parameters():
+        counts[parameter.itemsize] += parameter.numel()
+    return counts.most_common(1)[0][0] if counts else 1
+
+
+def _shares(device: Device, where: Where, choice: OptimizerChoice, budget: int | None, itemsize: int) -> UpdateShares:
+    """What the device updates, by what a calibration of this machine says, if there is one that holds."""
+    kept = calibration_cache().read(device).trusted
+    device_nbytes = device.available_nbytes() if budget is None else budget
+    hardware = None if kept is None else kept.hardware
+    return update_shares(where, hardware, choice, itemsize=itemsize, device_nbytes=device_nbytes)
+
+
+def _outline(path: str | os.PathLike[str], dtype: str | torch.dtype, trust: bool, beside: Beside | None) -> nn.Module:
+    """The model of a checkpoint, without weights, as it is to be trained."""
+    made: nn.Module = outline(path, dtype=dtype, trust_remote_code=trust)
+    if beside is not None:
+        return beside.put(made)
+    trainable(made)
+    return made
