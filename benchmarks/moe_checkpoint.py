@@ -253,6 +253,8 @@ def ensure_moe(folder: Path, shape: MoeShape) -> Path:
     print(f"writing {checkpoint} ...", file=sys.stderr, flush=True)
     checkpoint.mkdir(parents=True, exist_ok=True)
     done_marker(checkpoint).unlink(missing_ok=True)
+    for trace in folder.glob(f"{shape.name}-*.trace"):  # of routers that are gone
+        trace.unlink()
     config: Any = shape.config()
     config.save_pretrained(checkpoint)
     GenerationConfig.from_model_config(config).save_pretrained(checkpoint)

@@ -221,11 +221,20 @@ class Foresight:
         if layout.experts is not None:
             shape = shape_of(self.model, layout.experts.layers[0])
             routed = trace or self._expected(layout.experts.routing, batch, prompt)
-            experts = outlook_of(layout.experts, shape, cost, routed, assumed=trace is None, exact=exact)
+            experts = outlook_of(layout.experts, shape, cost, routed, assumed=trace is None, batch=batch, exact=exact)
         elif trace is not None and find_expert_layers(self.model, self.sizes) is None:
             raise UsageError(f"{self.name} has no experts whose routing a trace could foretell: leave it out")
         name = device_name(hardware)
-        plan = make_plan(layout, name, budgets, links, self.weights_nbytes, stays, experts=experts)
+        plan = make_plan(
+            layout,
+            name,
+            budgets,
+            links,
+            self.weights_nbytes,
+            stays,
+            experts=experts,
+            experts_shared=decisions is not None and not exact and layout.experts is not None and layout.experts.apart,
+        )
         split = Split(cpu_share=0.0, seconds=0.0)
         if lanes > 1 and units.on_cpu:
             most = min(max(budgets.host - layout.host_nbytes, 0) / max(beside, 1), 1.0)

@@ -136,6 +136,10 @@ def load(
                     stays,
                     exact=decisions is not None and decisions.exact,
                     exact_cost_s=None if decisions is None else decisions.exact_cost_s(model, layout),
+                    experts_shared=decisions is not None
+                    and not decisions.exact
+                    and layout.experts is not None
+                    and layout.experts.apart,
                 ),
                 decisions,
                 model,

@@ -311,6 +311,8 @@ class Planner:
             assert back is not None, "a device apart has the host below it"
             room = self.budgets.device - self._own_device - front.nbytes
             left = self.budgets.host - own - back.nbytes
+            if token_s is not None and self.work is not None and cpu_pays(made.others[1:], self.work):
+                left = max(left - self._beside_nbytes - made.others[0].image.data_nbytes, 0)  # see `_placed`
             given = experts.given(room=room, passing=passing, host_room=left)
             nbytes = sum(block.image.nbytes for block in blocks)
             if nbytes <= left and not self.backing.preloaded:  # those of a built module go to scratch files

@@ -134,9 +134,9 @@ class Core:
                     return Lease(residence=held)
                 result: Lease | Wish = Lease(residence=held)
             else:
-                if held is None:
+                if counted and held is None:
                     self._tally.demanded += 1
-                else:
+                elif counted:
                     self._tally.late += 1
                 wish = Wish(block=block, since_ns=self._clock(), counted=counted)
                 self._choice.wishes.append(wish)
@@ -464,6 +464,9 @@ class Core:
                 if held is not None and held.error is None:  # one that failed goes with its last copy
                     held.pins += 1
                     return held
+                if held is not None and held.error is not None and held.guest and not held.pins:
+                    self.back.drop(block)  # nobody else will: nothing brings a guest but who has given it its slot
+                    raise held.error
             self.wake()
             await self._placed.wait()
 

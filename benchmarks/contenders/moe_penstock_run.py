@@ -32,17 +32,19 @@ def main() -> None:
     figures = {}
     after, before = handle.statistics(), prompt[0]
     if after.experts is not None:
-        decode = after.experts.decode
+        decode, early = after.experts.decode, before.experts.decode  # a short prompt counts as decoding
         figures = {
-            "uses": decode.uses,
-            "misses": sum(decode.misses.values()),
-            "prefetched": decode.hits["prefetched"],
+            "uses": decode.uses - early.uses,
+            "misses": sum(decode.misses.values()) - sum(early.misses.values()),
+            "prefetched": decode.hits["prefetched"] - early.hits["prefetched"],
             "capacity": after.experts.capacity,
             "passing": after.experts.passing,
-            "expert_reads_nbytes": decode.read_nbytes,
-            "other_reads_nbytes": after.disk_read_nbytes - before.disk_read_nbytes - decode.read_nbytes,
-            **{f"hits_{cause}": count for cause, count in decode.hits.items()},
-            **{f"misses_{cause.replace(' ', '_')}": count for cause, count in decode.misses.items()},
+            "expert_reads_nbytes": decode.read_nbytes - early.read_nbytes,
+            "other_reads_nbytes": after.disk_read_nbytes
+            - before.disk_read_nbytes
+            - (decode.read_nbytes - early.read_nbytes),
+            **{f"hits_{cause}": count - early.hits[cause] for cause, count in decode.hits.items()},
+            **{f"misses_{cause.replace(' ', '_')}": n - early.misses[cause] for cause, n in decode.misses.items()},
         }
         ahead = after.experts.prefetching
         if ahead is not None:

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ from ..runtime.kv.prefix import load_prefix, store_prefix
 from ..runtime.pretrained import locate
 from ..scheduler.kv.shape import TOKENS
 from .chat import ChatRequest
+from .generation import check_continues
 from .kv_cache import chunks, make_cache, planned_context
 from .kv_option import KvOption
 from .output import Output
@@ -85,7 +87,9 @@ class Conversation:
         """Have the cache hold as much of a prompt's beginning as it can: what it has of it, or what a store has."""
         same = next((at for at, (a, b) in enumerate(zip(self.tokens, tokens, strict=False)) if a != b), None)
         kept = min(len(self.tokens) if same is None else same, len(tokens) - 1)
-        if kept < len(self.tokens):
+        if kept < len(self.tokens) and not getattr(self._cache, "all_in_tiers", False):
+            kept = 0  # layers with a window have forgotten what came before it, and states cannot go back
+        if kept and kept < len(self.tokens):
             self._cache.crop(kept - len(self.tokens))
         self.tokens = tokens[:kept]
         if not kept:
@@ -147,16 +151,28 @@ class Prefixes:
 
     def load(self, cache: Any, tokens: list[int]) -> int:
         """Fill an empty cache; returns the number of tokens that it has then."""
-        loaded = load_prefix(cache, self._store, self._identity, tokens)
+        try:
+            loaded = load_prefix(cache, self._store, self._identity, tokens)
+        except PenstockError as error:
+            self._tell(error)
+            cache.reset()
+            return 0
         if loaded.tokens:
             self._output.notes.print(f"{loaded.tokens} tokens were read, and are not computed again", markup=False)
         return loaded.tokens
 
     def keep(self, cache: Any, tokens: list[int]) -> None:
         """Store what the cache has."""
-        report = store_prefix(cache, self._store, self._identity, tokens)
+        try:
+            report = store_prefix(cache, self._store, self._identity, tokens)
+        except PenstockError as error:
+            self._tell(error)
+            return
         if report.reason:
-            self._output.notes.print(f"the prefix store has not kept it: {report.reason}", markup=False)
+            self._tell(report.reason)
+
+    def _tell(self, reason: object) -> None:
+        self._output.notes.print(f"the prefix store is of no use now: {reason}", markup=False)
 
 
 def carry_out(request: ChatRequest, output: Output) -> None:
@@ -176,12 +192,16 @@ def carry_out(request: ChatRequest, output: Output) -> None:
             device=request.device,
             dtype=request.dtype,
             disk=request.disk,
-            context=planned_context(folder, request.kv, request.context, trust_remote_code=request.trust_remote_code),
+            context=planned_context(
+                folder, request.kv, request.context, dtype=request.dtype, trust_remote_code=request.trust_remote_code
+            ),
             batch=1,
             trust_remote_code=request.trust_remote_code,
         )
     with ExitStack() as stack:
         stack.callback(close, model)
+        check_continues(model, [], 1)
+        request = _within_positions(request, model, output)
         output.notes.print(explain(model))
         kv = request.kv or KvOption(host=_whole_context(model, request.context), disk=0)
         cache = make_cache(model, kv, request.disk)
@@ -190,6 +210,15 @@ def carry_out(request: ChatRequest, output: Output) -> None:
             torch.manual_seed(request.sampling.seed)
         prefixes = _prefixes(request, folder, model, cache, output, stack)
         _talk(Conversation(model, tokenizer, cache, request), cache, prefixes, output)
+
+
+def _within_positions(request: ChatRequest, model: Any, output: Output) -> ChatRequest:
+    """The same with a context that the model has positions for."""
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not isinstance(longest, int) or request.context <= longest:
+        return request
+    output.notes.print(f"the model has {longest} positions: the conversation ends there", markup=False)
+    return replace(request, context=longest)
 
 
 def _talk(conversation: Conversation, cache: Any, prefixes: Prefixes | None, output: Output) -> None:

@@ -38,7 +38,9 @@ def carry_out(request: Request, output: Output) -> None:
             device=request.device,
             dtype=request.dtype,
             disk=request.disk,
-            context=planned_context(folder, request.kv, context, trust_remote_code=request.trust_remote_code),
+            context=planned_context(
+                folder, request.kv, context, dtype=request.dtype, trust_remote_code=request.trust_remote_code
+            ),
             batch=1,
             exact=request.exact,
             plan=request.plan,
@@ -64,9 +66,11 @@ def carry_out(request: Request, output: Output) -> None:
             document = _document(handle, pace, len(prompt), ids, decode(tokenizer, ids))
             output.write_json(document if kv is None else document | {"kv": kv})
     finally:
-        if cache is not None:
-            cache.close()
-        close(model)
+        try:
+            if cache is not None:
+                cache.close()
+        finally:
+            close(model)
 
 
 def check_continues(model: Any, prompt: list[int], max_new_tokens: int) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from ..kvcache import TieredCache
 from ..runtime.cachesize import cache_size
+from ..runtime.kv.identity import rope_depends_on_length
 from ..runtime.kv.tiers import KvStatistics
 from ..sizes import format_size
 from .kv_option import KvOption
@@ -23,19 +24,21 @@ def make_cache(model: Any, option: KvOption, disk: Path | None) -> Any:
     return TieredCache(model.config, max_memory=option.max_memory(), disk=disk)
 
 
-def planned_context(folder: str, option: KvOption | None, context: int, *, trust_remote_code: bool) -> int:
+def planned_context(folder: str, option: KvOption | None, context: int, *, dtype: str, trust_remote_code: bool) -> int:
     """How many tokens' keys and values the plan is to leave host memory for: as many as the cache may hold there."""
     if option is None:
         return context
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    dtype = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.bfloat16
-    token_nbytes = cache_size(config).token_elements * dtype.itemsize
+    own = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.bfloat16
+    named = getattr(torch, dtype, None)
+    itemsize = (named if isinstance(named, torch.dtype) else own).itemsize
+    token_nbytes = cache_size(config).token_elements * itemsize
     return max(1, min(context, option.host // max(token_nbytes, 1)))
 
 
 def chunks(prompt_tokens: int, model: Any) -> dict[str, Any]:
     """Arguments of `generate`, so that a long prompt is computed in pieces."""
-    if prompt_tokens <= CHUNK_TOKENS or model.config.is_encoder_decoder:
+    if prompt_tokens <= CHUNK_TOKENS or model.config.is_encoder_decoder or rope_depends_on_length(model.config):
         return {}
     return {"prefill_chunk_size": CHUNK_TOKENS}
 

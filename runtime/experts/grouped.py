@@ -26,14 +26,25 @@ class Share:
         rows: By expert, which of them are its.
     """
 
-    def __init__(self, hidden: torch.Tensor, ids: torch.Tensor, rows: Mapping[int, slice]) -> None:
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        rows: Mapping[int, slice],
+        biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         self._hidden = hidden
         self._ids = ids
         self._rows = rows
+        self._biases = biases
+        """Of each token's expert, for both products, where they had to be fetched from elsewhere."""
 
-    def to(self, device: torch.device) -> Share:
-        """The same, to be computed there."""
-        return Share(self._hidden.to(device), self._ids.to(device), self._rows)
+    def to(self, device: torch.device, module: Any) -> Share:
+        """The same, to be computed there, with a module's biases: fetched by this thread, whose stream they are for."""
+        biases = None
+        if module.has_bias:
+            biases = self._bias(module, 0).to(device), self._bias(module, 1).to(device)
+        return Share(self._hidden.to(device), self._ids.to(device), self._rows, biases)
 
     def compute(self, module: Any, order: Sequence[int], lend: Lend) -> torch.Tensor:
         """[N, H] What the experts make of the tokens.
@@ -45,18 +56,20 @@ class Share:
         """
         state = self._product(module, self._hidden, 0, order, lend)
         if module.has_bias:
-            state.add_(self._bias(module.gate_up_proj_bias if module.has_gate else module.up_proj_bias))
+            state.add_(self._bias(module, 0))
         state = module._apply_gate(state) if module.has_gate else module.act_fn(state)
         state = self._product(module, state, 1, order, lend)
         if module.has_bias:
-            state.add_(self._bias(module.down_proj_bias))
+            state.add_(self._bias(module, 1))
         if getattr(module, "has_post_expert_norm", False):
             state = module.post_expert_norm(state)
         return state
 
-    def _bias(self, bias: torch.Tensor) -> torch.Tensor:
+    def _bias(self, module: Any, part: int) -> torch.Tensor:
         """[N, …] Of each token's expert."""
-        return bias.to(self._ids.device)[self._ids]
+        if self._biases is not None:
+            return self._biases[part]
+        return _biases_of(module)[part].to(self._ids.device)[self._ids]
 
     def _product(self, module: Any, state: torch.Tensor, part: int, order: Sequence[int], lend: Lend) -> torch.Tensor:
         """One product for each expert, with the rows of its tokens."""
@@ -74,6 +87,11 @@ class Share:
                     torch.mm(state[rows], weight if module.is_transposed else weight.t(), out=out[rows])
         assert out is not None, "there is nothing to compute without tokens"
         return out
+
+
+def _biases_of(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """[E, …] Of both products."""
+    return module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, module.down_proj_bias
 
 
 class Grouped:

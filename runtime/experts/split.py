@@ -34,7 +34,7 @@ class Split:
             lend_host: Weights in host memory.
         """
         (here, places), (there, others) = tokens.shares(run.by_cpu)
-        own = here.to(_CPU)
+        own = here.to(_CPU, module)
 
         def on_cpu() -> torch.Tensor:
             with torch.no_grad():

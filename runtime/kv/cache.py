@@ -45,7 +45,7 @@ class TieredCache(DynamicCache):
             )
         self.tiers = KvTiers(budget, layers=len(plain), folder=folder, block_tokens=block_tokens)
         self._switched = switch(own)
-        self._known = known_configs().of(own)
+        self._known = known_configs().of(own) if self._switched else {}
         self._told = False
         learned = weakref.WeakMethod(self._learn)
         self._tiered = [
@@ -54,7 +54,14 @@ class TieredCache(DynamicCache):
         ]
         for index, layer in zip(plain, self._tiered, strict=True):
             self.layers[index] = layer
+            layer.config = own
         self._finalizer = weakref.finalize(self, self.tiers.close)
+
+    def __deepcopy__(self, memo: object) -> TieredCache:
+        raise UsageError(
+            "a cache in tiers is not copied: use batch_repeat_interleave for more sequences with the same beginning, "
+            "which shares its blocks, or crop it to begin again from there"
+        )
 
     @property
     def all_in_tiers(self) -> bool:

@@ -26,7 +26,30 @@ if TYPE_CHECKING:
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
-NAMES: Final = {"sdpa": "penstock_tiered", "eager": "penstock_tiered_plain"}
+
+class _Name(str):
+    """Our name for an attention, which says that it is the one that it replaces, too: files of models compare names,
+    and what is not ours must take the branch that it took before. As a key it is itself only."""
+
+    original: str
+
+    @classmethod
+    def of(cls, original: str, name: str) -> _Name:
+        """One that stands for another."""
+        made = cls(name)
+        made.original = original
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or other == self.original
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+NAMES: Final = {"sdpa": _Name.of("sdpa", "penstock_tiered"), "eager": _Name.of("eager", "penstock_tiered_plain")}
 """Ours, for each of transformers' that can be replaced. Its own checks look for the names of those in these."""
 _HARMLESS: Final = frozenset(
     {
@@ -91,7 +114,7 @@ def switch(config: Any) -> bool:
         config: Of the decoder, the very object that its modules have.
     """
     current = getattr(config, "_attn_implementation", None)
-    if current in NAMES.values():
+    if isinstance(current, _Name):
         return True
     if current not in NAMES:
         return False
@@ -119,7 +142,9 @@ def _attention(
 ) -> Result:
     """See transformers' `AttentionInterface`."""
     layer = updated_layer()
-    if layer is not None and layer.claims(key, value, strange=_strange(kwargs, dropout, attention_mask)):
+    if layer is not None and layer.claims(
+        key, value, config=getattr(module, "config", None), strange=_strange(kwargs, dropout, attention_mask)
+    ):
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         out = layer.attend(
             query, scale=scale, mask=attention_mask, cap=kwargs.get("softcap"), sinks=kwargs.get("s_aux")

@@ -33,7 +33,16 @@ class Way(Enum):
 class _Calls(threading.local):
     """The layer that was updated last in a thread: the next attention is its, or nobody's."""
 
-    layer: TieredLayer | None = None
+    last: weakref.ref[TieredLayer] | None = None
+
+    @property
+    def layer(self) -> TieredLayer | None:
+        """It; None where it is gone, or there is none."""
+        return None if self.last is None else self.last()
+
+    @layer.setter
+    def layer(self, layer: TieredLayer | None) -> None:
+        self.last = None if layer is None else weakref.ref(layer)
 
 
 _calls = _Calls()
@@ -61,6 +70,8 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.way = Way.BLOCKS if known else Way.UNKNOWN
         self._tiers = tiers
         self._number = number
+        self.config: Any = None
+        """Of the model's decoder, where that is known."""
         self._learned = learned
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         """New keys and values that `update` gave back and that are not in blocks yet."""
@@ -108,17 +119,20 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._shown, self._uses = (weakref.ref(key_states), weakref.ref(value_states)), 0
         return key_states, value_states
 
-    def claims(self, key: torch.Tensor, value: torch.Tensor, *, strange: str) -> bool:
+    def claims(self, key: torch.Tensor, value: torch.Tensor, *, config: Any, strange: str) -> bool:
         """Whether attention to these tensors is ours to compute: they are what was given, and there is more.
 
         Args:
             key: As attention got it.
             value: Likewise.
+            config: Of the module that attends; None where it has none.
             strange: What our attention does not know how to do about this call; empty where it knows all.
 
         Raises:
             PenstockError: they are not what was given, though they always were, or are used twice.
         """
+        if config is not None and self.config is not None and config is not self.config:
+            return False  # another model: a call of this one was interrupted
         if self.way is not Way.BLOCKS:
             same = self._shown is not None and key is self._shown[0]() and value is self._shown[1]()
             if same:

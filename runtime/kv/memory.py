@@ -67,7 +67,8 @@ class KvMemory:
         self.budget = budget
         self.arena = HostArena(budget.host)
         self._reservation.touched = self.arena.resident_nbytes
-        self.tensor = torch.frombuffer(self.arena.buffer, dtype=torch.uint8)
+        with torch.inference_mode(False):  # else nothing but inference could ever write to it
+            self.tensor = torch.frombuffer(self.arena.buffer, dtype=torch.uint8)
         """All of it, one byte per element."""
         self.engine = DiskEngine()
         self.host_share = (budget.host - budget.ring_nbytes) // layers // PAGE * PAGE

@@ -127,6 +127,11 @@ def _append(tiers: KvTiers, arena: HostArena, unit: int, blocks: int) -> None:
 
 
 def _header(layouts: Sequence[BlockLayout]) -> bytes:
+    unknown = {str(one.dtype) for one in layouts} - _DTYPES.keys()
+    if unknown:
+        raise UsageError(
+            f"keys and values in {', '.join(sorted(unknown))} are not stored: use one of {sorted(_DTYPES)}"
+        )
     said = [[one.heads, one.key_dim, one.value_dim, str(one.dtype)] for one in layouts]
     text = json.dumps(said).encode()
     if len(text) > PAGE:  # alike in nearly all models: then it is said once

@@ -62,10 +62,11 @@ class LayerStore:
         start, stop = memory.share(number)
         self._start = start
         unit = layout.slot_nbytes
-        slots = memory.tensor[start : start + (stop - start) // unit * unit]
-        self.slots = slots.view(-1, unit)
-        """[slots, bytes] of host memory."""
-        self.keys, self.values = layout.keys(slots), layout.values(slots)
+        with torch.inference_mode(False):  # as the whole of it
+            slots = memory.tensor[start : start + (stop - start) // unit * unit]
+            self.slots = slots.view(-1, unit)
+            """[slots, bytes] of host memory."""
+            self.keys, self.values = layout.keys(slots), layout.values(slots)
         """[slots, heads, tokens, dim] of host memory."""
         tiers = [Tier(name="host", budget_nbytes=stop - start)]
         if memory.disk_share >= unit:

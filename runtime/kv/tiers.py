@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...memory.errors import PenstockError, UsageError
+from ...memory.errors import ClosedError, PenstockError, UsageError
 from ...scheduler.kv.moves import TierStatistics
 from .attention import Blocks
 from .layout import BlockLayout
@@ -68,6 +68,7 @@ class KvTiers:
         self._reading: ReadAhead | None = None
         self._stores: list[LayerStore | None] = [None] * layers
         self._broken = False
+        self._closed = False
 
     def store(self, number: int) -> LayerStore | None:
         """What a layer has; None before its first token."""
@@ -77,8 +78,9 @@ class KvTiers:
         """See that a layer that gets `new` tokens has as many then as the one before it.
 
         Raises:
-            PenstockError: it has not.
+            PenstockError: it has not, or the cache was closed.
         """
+        self._require_open()
         before, store = self._stores[number - 1] if number else None, self._stores[number]
         mine = (0 if store is None else store.tokens) + new
         if self._broken or (before is not None and mine != before.tokens):
@@ -86,6 +88,10 @@ class KvTiers:
                 "a call was interrupted by an error, and the cache has only a part of its tokens: reset it "
                 "(cache.reset()), and begin again"
             )
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the cache of keys and values was closed; make a new one")
 
     @contextmanager
     def in_whole(self) -> Iterator[None]:
@@ -179,6 +185,7 @@ class KvTiers:
         if store is not None:
             self._forget_reads()
             store.crop(tokens)
+            self.paddings = tuple(store.table.padding(row) for row in range(store.rows))
 
     def reorder(self, number: int, sources: Sequence[int]) -> None:
         """Rows of a layer go on as copies of others."""
@@ -186,6 +193,7 @@ class KvTiers:
         if store is not None:
             self._forget_reads()
             store.reorder(sources)
+            self.paddings = tuple(store.table.padding(row) for row in range(store.rows))
 
     def reset(self, number: int) -> None:
         """Forget all of a layer, its shape and rows as well."""
@@ -195,6 +203,7 @@ class KvTiers:
             store.close()
         if not any(self._stores):
             self.paddings, self._broken = None, False
+            self._reading = None  # the next blocks may be larger
 
     def paddings_of(self, number: int, rows: int) -> tuple[int, ...]:
         """Positions at the beginning of each row that hold nothing."""
@@ -243,12 +252,14 @@ class KvTiers:
 
     def close(self) -> None:
         """Stop reads and writes, remove the files, give all memory back. More than once does no harm."""
+        self._closed = True
         memory, self._memory, self._reading = self._memory, None, None
         self._stores = [None] * self._layers
         if memory is not None:
             memory.close()
 
     def _make(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> LayerStore:
+        self._require_open()
         if keys.dtype != values.dtype:
             raise UsageError(f"keys are {keys.dtype} and values {values.dtype}: they are kept in blocks of one dtype")
         if self._memory is None:

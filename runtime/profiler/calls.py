@@ -373,7 +373,7 @@ class ModuleWatch:
                 for returned in self._of_graphs:
                     returned(call.row, depth, (args, kwargs), result)
         if call.root:
-            if self._every:
+            if self._every or self._unknown:
                 self._find(True)
             if call.row in self._stacks:
                 self._stacks[call.row].turns.took(self._recorder.clock() - call.at)

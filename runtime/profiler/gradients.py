@@ -63,7 +63,7 @@ class WholeGradients:
         if not nbytes or gradient.device.type == "meta" or storage.nbytes() != nbytes:
             return False
         whole = owner.gradient
-        if whole is not None and whole.away:
+        if whole is not None and whole.away and self._counted.get(whole.key) is whole:
             self._come_back(whole)
         if whole is None or whole.storage() is not storage or self._counted.get(whole.key) is not whole:
             self._take(owner, storage, tier_of(gradient))
@@ -76,7 +76,7 @@ class WholeGradients:
         them, by tier and row. Returns False where there is one for the first time: it has to be looked at.
         """
         whole = owner.gradient
-        if whole is None:
+        if whole is None or self._counted.get(whole.key) is not whole:  # another one lies where it lay
             return not there
         if whole.away is there and whole.owner is owner:
             whole.away = not there

@@ -364,7 +364,7 @@ class TensorWatch:
     def look_at_states(self, optimizer: torch.optim.Optimizer) -> None:
         """Account for what an optimizer keeps."""
         number = id(optimizer)
-        if self._turns is not None and not self._turns.looking and number in self._seen_states:
+        if self._turns is not None and not self._turns.looking and self._seen_states.get(number):
             return
         addresses = [address(v) for s in optimizer.state.values() for v in tensors_in(s)]
         if self._seen_states.get(number) == addresses:

@@ -6,6 +6,7 @@ Of a model that has run there is a trace. Of one that has not, routing is made u
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -79,6 +80,17 @@ def expected_trace(routing: Routing, *, batch: int = 1, prompt: int = PROMPT) ->
     return generate_trace(Recipe(routing=routing, requests=batch, batch=batch, prompt=length, generate=steps))
 
 
+def decoded_together(trace: Trace) -> int:
+    """Sequences that a trace continues at a time, in most of its steps; 0 where it continues none."""
+    top_k = trace.header.routing.top_k
+    counts = Counter(
+        round(float(event.rows.sum()) / top_k)
+        for event in events_of(trace)
+        if event.phase == "decode" and event.layer == 0
+    )
+    return counts.most_common(1)[0][0] if counts else 0
+
+
 def foresee_experts(
     trace: Trace,
     *,
@@ -88,6 +100,7 @@ def foresee_experts(
     read_nbytes: int,
     copied_nbytes: int,
     costs: ExpertCosts | None,
+    apart: bool = False,
     exact: bool = False,
 ) -> ExpertForecast:
     """Replay what a run would do.
@@ -100,24 +113,26 @@ def foresee_experts(
         read_nbytes: Of an expert from disk.
         copied_nbytes: Of an expert to a device apart.
         costs: Of this machine; without them there are no seconds, and nothing is computed by the CPU beside a device.
+        apart: Whether what computes has memory of its own.
         exact: Whether one processor computes everything.
     """
     events, routing = events_of(trace), trace.header.routing
-    apart = costs is not None and costs.separate
+    assert costs is None or costs.separate is apart, "costs of another machine"
     if costs is not None and costs.separate and exact:
         costs = replace(costs, cpu_s=lambda rows: NEVER_S)
     done = replay(
         routing,
         events,
         policy(DEFAULT, routing),
-        ReplaySetting(cache=CacheSetting(capacity=capacity), host=host if apart else None),
+        # what the CPU has computed is not brought afterwards in a run
+        ReplaySetting(cache=CacheSetting(capacity=capacity), host=host if apart else None, fill=False),
         scheduler=None if costs is None else LayerScheduler(costs),
         expert_nbytes=1,
     )
     decode = done.decode
     steps = max(sum(event.phase == "decode" and event.layer == 0 for event in events), 1)
     prompts = max(sum(event.phase == "prefill" and event.layer == 0 for event in events), 1)
-    reads, copies = _moved(decode, apart=apart, timed=costs is not None)
+    reads, copies = _moved(decode, apart=apart, host_has_all=host is None, timed=costs is not None)
     return ExpertForecast(
         source=trace.header.source,
         assumed=assumed,
@@ -132,11 +147,14 @@ def foresee_experts(
     )
 
 
-def _moved(decode: PhaseResult, *, apart: bool, timed: bool) -> tuple[int, int]:
-    """Experts read from disk, and copied to a device apart. Without costs every miss is one move: from disk."""
+def _moved(decode: PhaseResult, *, apart: bool, host_has_all: bool, timed: bool) -> tuple[int, int]:
+    """Experts read from disk, and copied to a device apart."""
     if timed:
         return decode.read_nbytes, decode.copied_nbytes if apart else 0
-    return decode.copied_nbytes, 0
+    # Without costs every miss is one move to where it is computed. What host memory has of them is not replayed then:
+    # all are from disk, at the most.
+    reads = 0 if apart and host_has_all else decode.copied_nbytes
+    return reads, decode.copied_nbytes if apart else 0
 
 
 def _computing_s(events: Sequence[Event], costs: ExpertCosts | None, phase: str) -> float:

@@ -35,12 +35,14 @@ class ReplaySetting:
         host: Experts that the host holds above the disk, where there is a device; None for all.
         prefetch: Experts of the next layer that may be prefetched at a time; 0 for none.
         between_s: Time between the experts of one layer and those of the next, in which links are idle.
+        fill: Whether a device apart is brought what the CPU has computed, in idle time.
     """
 
     cache: CacheSetting
     host: int | None = None
     prefetch: int = 0
     between_s: float = 0.0
+    fill: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,7 +169,7 @@ class _Replay:
         """Bring what the CPU has computed and the cache would have, then what the next layer is expected to need."""
         assert self._scheduler is not None, "without costs nobody knows what is idle"
         idle = IdleTime.behind(plan, self._scheduler.costs, self._setting.between_s)
-        if self._separate and event.phase == "decode":
+        if self._setting.fill and self._separate and event.phase == "decode":
             for expert in plan.computed_by_cpu:
                 if not idle.has_room("link"):
                     break

@@ -14,7 +14,7 @@ from test_training_early import STEPS, backward, ids, make, reference
 from training_reference import EMULATED, PLENTY, smallest
 
 import penstock
-from penstock import training
+from penstock import trainedmodel
 from penstock.runtime.training import departures as departing
 from penstock.runtime.training import deviceupdates, room, selection
 from penstock.runtime.training.early import NonFiniteGradientError
@@ -60,7 +60,7 @@ def test_the_bits_of_the_resident_run(
 ) -> None:  # fmt: skip
     if where == "half":
         half = UpdateShares(in_memory=0.5, on_disk=0.5, why="half of it")
-        monkeypatch.setattr(training, "update_shares", lambda *_, **__: half)
+        monkeypatch.setattr(trainedmodel, "update_shares", lambda *_, **__: half)
         where = "auto"
     usual = departing.Departures.__init__.__kwdefaults__
     monkeypatch.setattr(departing.Departures.__init__, "__kwdefaults__", {**usual, "held_nbytes": 1 << 14})  # all wait

@@ -174,3 +174,24 @@ def test_no_use_ever_sees_another_blocks_bytes(seed: int) -> None:
 
     run(rig.loop, work())
     assert rig.core.statistics().orders.mismatched == 0
+
+
+def test_a_host_guest_that_fails_before_it_is_copied_is_told_to_who_asks() -> None:
+    """Its read failed while nothing was there to take it to the device: whoever asks later must not wait for ever."""
+    rig = make_rig(blocks=6, ring=1, back_ring=1, order=(0,), failures={4: [FAIL]})
+    (on_device,) = own_slots(1)
+    (on_host,) = own_slots(1)
+
+    async def work() -> None:
+        rig.core.bring([], kept=[(4, on_host)])
+        await asyncio.sleep(50)
+        rig.core.bring([(4, on_device)])
+        with pytest.raises(InjectedError):
+            await use(rig, 4)
+        assert 4 not in rig.core.front.holding
+        assert rig.core.back is not None
+        assert 4 not in rig.core.back.holding
+        rig.core.bring([(4, on_device)], kept=[(4, on_host)])
+        await use(rig, 4)
+
+    run(rig.loop, work())

@@ -63,7 +63,15 @@ def test_misses_are_those_of_the_cache_and_each_is_read(trace: Trace, capacity: 
 def test_beside_a_device_misses_are_copied_and_host_memory_spares_reads(trace: Trace) -> None:
     foreseen = [
         foresee_experts(
-            trace, assumed=True, capacity=8, host=host, read_nbytes=10, copied_nbytes=7, costs=APART, exact=True
+            trace,
+            assumed=True,
+            capacity=8,
+            host=host,
+            read_nbytes=10,
+            copied_nbytes=7,
+            costs=APART,
+            apart=True,
+            exact=True,
         )
         for host in (8, 24, None)
     ]
@@ -77,13 +85,29 @@ def test_the_cpu_computes_only_where_it_may(trace: Trace) -> None:
     slow = replace(APART, copy_s=1e-2)
     found = {
         exact: foresee_experts(
-            trace, assumed=True, capacity=8, host=None, read_nbytes=10, copied_nbytes=7, costs=slow, exact=exact
+            trace,
+            assumed=True,
+            capacity=8,
+            host=None,
+            read_nbytes=10,
+            copied_nbytes=7,
+            costs=slow,
+            apart=True,
+            exact=exact,
         )
         for exact in (False, True)
     }
     assert found[True].computed_by_cpu == 0
     assert found[False].computed_by_cpu > 0
     assert found[False].waiting_s < found[True].waiting_s
+
+
+def test_beside_a_device_without_costs_misses_are_copied(trace: Trace) -> None:
+    each = {"assumed": True, "capacity": 8, "read_nbytes": 10, "copied_nbytes": 7, "costs": None, "apart": True}
+    in_memory = foresee_experts(trace, host=None, **each)  # type: ignore[arg-type]
+    assert (in_memory.read_nbytes, in_memory.copied_nbytes) == (0, pytest.approx(7 * in_memory.missed))
+    on_disk = foresee_experts(trace, host=24, **each)  # type: ignore[arg-type]
+    assert on_disk.read_nbytes == pytest.approx(10 * on_disk.missed)
 
 
 @pytest.mark.parametrize("layers", [1, 16, 100])
