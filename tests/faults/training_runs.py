@@ -60,7 +60,7 @@ class Run:
 def begin(folder: Path, kind: str = "step", *, placement: str = "smallest", **options: Any) -> Run:
     case = CASES[kind]
     expected(kind)  # now, because it draws random numbers
-    device, memory = find_placement(case, folder, placement)
+    device, memory = find_placement(case, folder, placement, updates=kind)
     made = penstock.prepare(
         case.build(), optimizer=case.optimizer, disk=folder, max_memory=memory, device=device, updates=kind, **options
     )

@@ -55,8 +55,14 @@ def loaded(folder: Path, device: float, host: float, **options: Any) -> Iterator
         penstock.close(model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("device", "host"), [(0.0, 0.0), (0.4, 0.3), (0.5, 1.0)])
+@pytest.mark.parametrize(
+    ("device", "host", "dtype"),
+    [
+        pytest.param(0.0, 0.0, torch.float32, id="least-fp32"),
+        pytest.param(0.5, 1.0, torch.float32, id="all on the host-fp32"),
+        pytest.param(0.4, 0.3, torch.bfloat16, id="some on the host-bf16"),
+    ],
+)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_results_are_those_of_transformers_to_the_bit(
     name: str, device: float, host: float, dtype: torch.dtype, shelf: Shelf

@@ -603,6 +603,9 @@ def test_what_no_unit_can_be_made_of_is_said(saved: Callable[[str], Path]) -> No
         assert any("aligned otherwise" in note for note in model.penstock.plan.notes)
         refused = {b.id for b in model.penstock.plan.blocks if b.home == "host" and b.processor == "device"}
         assert refused
-        assert model.penstock.plan.link_nbytes_per_sweep == sum(
-            b.nbytes for b in model.penstock.plan.blocks if b.id in refused
+        # of experts only those are copied that a token asks for
+        assert (
+            0
+            < model.penstock.plan.link_nbytes_per_sweep
+            <= sum(b.nbytes for b in model.penstock.plan.blocks if b.id in refused)
         )

@@ -122,10 +122,14 @@ def caches(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     assert not list(tmp_path.glob("*/")), "a folder was left behind"
 
 
-@pytest.mark.parametrize("make", DECODERS)
 @pytest.mark.parametrize(
-    ("rows", "padding", "kwargs"),
-    [(1, 0, {}), (3, 7, {}), (1, 0, {"prefill_chunk_size": 24}), (3, 15, {"prefill_chunk_size": 24})],
+    ("make", "rows", "padding", "kwargs"),
+    [
+        *((make, 1, 0, {}) for make in DECODERS),
+        *((make, 3, 7, {}) for make in (llama, gemma)),
+        *((make, 1, 0, {"prefill_chunk_size": 24}) for make in (qwen, gpt2)),
+        *((make, 3, 15, {"prefill_chunk_size": 24}) for make in DECODERS),
+    ],
 )
 def test_generation_equals_that_of_a_resident_cache(
     make: Callable[[], Any], rows: int, padding: int, kwargs: Any, caches: Callable[..., Any]

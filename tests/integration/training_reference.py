@@ -256,9 +256,9 @@ def prepared(case: Case, folder: Path, placement: str, **options: Any) -> Stream
     return Streamed(*_prepare(case, folder, memory, device, **options))
 
 
-def find_placement(case: Case, folder: Path, placement: str) -> tuple[str, dict[str, int]]:
-    """Device and budgets of one of `PLACEMENTS`, for `prepare`."""
-    return smallest(partial(_prepare, case, folder), placement)
+def find_placement(case: Case, folder: Path, placement: str, **options: Any) -> tuple[str, dict[str, int]]:
+    """Device and budgets of one of `PLACEMENTS`, for `prepare` with these options."""
+    return smallest(partial(_prepare, case, folder, **options), placement)
 
 
 def smallest(place: Callable[[dict[str, int], str], Any], placement: str) -> tuple[str, dict[str, int]]:

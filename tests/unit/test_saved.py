@@ -44,7 +44,7 @@ class Lending:
         assert backward  # it has an order of its own, if any
         self.leases += 1
         self.acquired += 1
-        return SimpleNamespace(residence=SimpleNamespace(slot=self.at, event=None))
+        return SimpleNamespace(residence=SimpleNamespace(slot=self.at, event=None, permanent=False))
 
     def release(self, lease: Any, event: object) -> None:
         self.leases -= 1
