@@ -11,24 +11,15 @@ import typer
 from ..memory.errors import UsageError
 from ..sizes import parse_size
 from .kv_option import PANEL, Kv, KvOption, read_kv
-from .options import MACHINE, Disk, Dtype, MaxMemory, TrustRemoteCode
+from .options import Checkpoint, Device, Disk, Dtype, MaxMemory, TrustRemoteCode
 from .output import Output
+from .prompt_options import Seed, Temperature, TopK, TopP
 from .request import Sampling
 
-_CHOICE = "Choice of tokens"
 _DEFAULT_CONTEXT = 4096
 
-_Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Folder of a safetensors checkpoint, or a Hub id.")]
 _System = Annotated[str | None, typer.Option(help="A first message that says how to answer.")]
 _MaxNewTokens = Annotated[int, typer.Option(min=1, help="Of a reply, at most.", metavar="N")]
-_Temperature = Annotated[
-    float | None, typer.Option(min=0, help="Sample at this temperature. Default: greedy.", rich_help_panel=_CHOICE)
-]
-_TopP = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Sample from this share of the probability.", rich_help_panel=_CHOICE)
-]
-_TopK = Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.", rich_help_panel=_CHOICE)]
-_Seed = Annotated[int | None, typer.Option(help="Make sampling repeatable.", rich_help_panel=_CHOICE)]
 _Context = Annotated[
     int, typer.Option(min=1, metavar="N", help="Tokens of the whole conversation, at most.", rich_help_panel=PANEL)
 ]
@@ -42,7 +33,6 @@ _Capacity = Annotated[
                  rich_help_panel=PANEL),
 ]  # fmt: skip
 _NoStore = Annotated[bool, typer.Option("--no-store", help="Keep nothing of it on disk.", rich_help_panel=PANEL)]
-_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or emulated:h2d=1GiB/s.", rich_help_panel=MACHINE)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,20 +58,20 @@ class ChatRequest:
 
 
 def chat(
-    checkpoint: _Checkpoint,
+    checkpoint: Checkpoint,
     system: _System = None,
     max_new_tokens: _MaxNewTokens = 512,
-    temperature: _Temperature = None,
-    top_p: _TopP = None,
-    top_k: _TopK = None,
-    seed: _Seed = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
     context: _Context = _DEFAULT_CONTEXT,
     kv: Kv = None,
     store: _Store = None,
     store_capacity: _Capacity = None,
     no_store: _NoStore = False,
     max_memory: MaxMemory = "auto",
-    device: _Device = "auto",
+    device: Device = "auto",
     disk: Disk = None,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,

@@ -24,3 +24,7 @@ Temperature = Annotated[
     float | None, typer.Option(min=0, help="Sample at this temperature. Default: greedy.", rich_help_panel=CHOICE)
 ]
 Seed = Annotated[int | None, typer.Option(help="Make sampling repeatable.", rich_help_panel=CHOICE)]
+TopP = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Sample from this share of the probability.", rich_help_panel=CHOICE)
+]
+TopK = Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.", rich_help_panel=CHOICE)]

@@ -13,7 +13,6 @@ from .kv_option import Context, Kv, read_kv
 from .options import MACHINE, Checkpoint, Device, Disk, Dtype, MaxMemory, TrustRemoteCode
 from .output import Output
 from .prompt_options import (
-    CHOICE,
     PROMPT,
     Chat,
     MaxNewTokens,
@@ -22,6 +21,8 @@ from .prompt_options import (
     PromptIds,
     Seed,
     Temperature,
+    TopK,
+    TopP,
 )
 from .prompts import ManyRequest, digest, read_prompts
 from .request import Request, Sampling, read_prompt
@@ -42,10 +43,6 @@ _Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the results that are there.", rich_help_panel=_MANY)
 ]
 _Force = Annotated[bool, typer.Option("--force", help="Write a file of results anew.", rich_help_panel=_MANY)]
-_TopP = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Sample from this share of the probability.", rich_help_panel=CHOICE)
-]
-_TopK = Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.", rich_help_panel=CHOICE)]
 _Plan = Annotated[
     Path | None, typer.Option(help="Carry out this plan (penstock plan --save), as it is.", rich_help_panel=MACHINE)
 ]
@@ -67,8 +64,8 @@ def run(
     chat: Chat = False,
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = None,
-    top_p: _TopP = None,
-    top_k: _TopK = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
     seed: Seed = None,
     max_memory: MaxMemory = "auto",
     device: Device = "auto",
