@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Final, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from ..memory.arena import round_up
 from ..memory.image import ALIGN, Image, build_image, packed_image, source_skew
-from ..memory.layout import FileSpan, TensorSource
+from ..memory.layout import ITEMSIZE, FileSpan, TensorSource
 from .binding import contiguous_stride
 from .dtypes import stored_dtype
 
@@ -89,6 +90,19 @@ class CheckpointBacking:
     def stride(self, name: str) -> tuple[int, ...]:
         """Row-major, as files are."""
         return contiguous_stride(self._shapes[name])
+
+    def files(self) -> list[str]:
+        """What is read, in order of names."""
+        return sorted({span.path for source in self._sources.values() for span in source.spans})
+
+    def itemsizes(self) -> list[int]:
+        """Bytes of an element of each parameter, as the model computes with it."""
+        return [ITEMSIZE[self._dtypes[name]] for name in self._sources]
+
+    def sizes(self) -> list[int]:
+        """Bytes of each parameter, in the same order."""
+        shapes = (self._shapes[name] for name in self._sources)
+        return [prod(shape) * itemsize for shape, itemsize in zip(shapes, self.itemsizes(), strict=True)]
 
     def image(self, portions: Sequence[Portion], *, move: bool) -> Image:
         """How a block of these tensors lies in a slot."""

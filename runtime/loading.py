@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from math import prod
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..memory.disk import DiskEngine
-from ..memory.layout import ITEMSIZE, TensorSource
+from ..memory.layout import TensorSource
 from ..scheduler.cost import CostModel
 from ..scheduler.experts.costs import expert_costs
 from ..scheduler.plan import Links, Plan
@@ -23,14 +22,15 @@ from .deciding import Decisions
 from .devices.base import Device
 from .dtypes import stored_dtype
 from .experts.layers import shape_of
+from .experts.runner import ExpertRunner
 from .handle import Handle
 from .headroom import headroom_nbytes, kv_nbytes
 from .launch import launch
-from .layout import Layout, Trains
+from .layout import Budgets, Changing, Layout, Trains
 from .links import LinkCache, disk_read_rate, link_rate
 from .planned import make_plan
 from .planning import Planner
-from .pretrained import skeleton
+from .pretrained import Skeleton, skeleton
 from .repacking import on_disk, read_tensor
 from .replanning import check_fits
 from .tiers import Wanted, resolve_budgets, skewed
@@ -71,21 +71,13 @@ def load(
     with ExitStack() as held:
         held.callback(device.close)
         bones = skeleton(path, dtype=dtype, trust_remote_code=trust_remote_code)
-        model: nn.Module = bones.model
         if headroom is None:
             headroom = headroom_nbytes(bones.config, bones.model.dtype, context=context, batch=batch)
-        sources = on_disk(bones, disk, wanted.disk, held)
-        _real_buffers(model, sources, device)
-        _placeholders(model, sources, device)
-        dtypes = {name: stored_dtype(bones.dtypes[name]) for name in sources}
-        if beside is not None:
-            named = dict(model.named_parameters())
-            model = beside.put(model)
-            sources, dtypes = renamed(sources, named, model), renamed(dtypes, named, model)
-        shapes = {name: source.shape for name, source in sources.items()}
-        backing = CheckpointBacking(sources, dtypes, shapes)
-        files = sorted({span.path for source in sources.values() for span in source.spans})
-        links = Links(disk_read=disk_read_rate(files, cache, device), h2d=link_rate(device, cache))
+        kv = 0
+        if wanted.host is not None:  # else they are left room for already
+            kv = kv_nbytes(bones.config, bones.model.dtype, context=context, batch=batch)
+        model, backing = _weightless(bones, on_disk(bones, disk, wanted.disk, held), device, beside)
+        links = Links(disk_read=disk_read_rate(backing.files(), cache, device), h2d=link_rate(device, cache))
         budgets = resolve_budgets(
             wanted,
             device,
@@ -94,19 +86,12 @@ def load(
             link_rate=links.h2d,
             on_cpu=decisions is not None and not decisions.exact,
         )
-        kv = 0
-        if wanted.host is not None:  # else they are left room for already
-            kv = kv_nbytes(bones.config, bones.model.dtype, context=context, batch=batch)
-        buffers = sum(buffer.nbytes for buffer in model.buffers())
-        widest = max((ITEMSIZE[dtypes[name]] for name in shapes), default=1)
-        changing = trains and trains([prod(shape) * ITEMSIZE[dtypes[name]] for name, shape in shapes.items()], widest)
-        if beside is not None:
-            changing = beside.changing(list(trained_in(model).values()), device)
+        changing = _changing(model, backing, device, trains, beside)
         planner = Planner(
             model,
             backing,
             budgets,
-            buffers_nbytes=buffers,
+            buffers_nbytes=sum(buffer.nbytes for buffer in model.buffers()),
             keep_skew=skewed(device),
             work=None if decisions is None else decisions.of(model),
             changing=changing,
@@ -117,36 +102,17 @@ def load(
         if decisions is not None and processors is None and plan is None:
             processors = decisions.processors
         room = None if decisions is None else budgets.host - kv
-        layout, stays = settled(model, layout, device.torch_device, processors, host_nbytes=room)
+        layout, notes = settled(model, layout, device.torch_device, processors, host_nbytes=room)
         if plan is not None:
             check_fits(layout, budgets)  # with the copies of small tensors that the CPU needs
         left = None if wanted.host is None else budgets.host - layout.host_nbytes
+        most_keys = 1.0 if left is None else left / max(kv, 1)
         launch(
             model,
             owner=os.fspath(path),
             device=device,
             layout=layout,
-            plan=lambda: _with_lanes(
-                make_plan(
-                    layout,
-                    device.name,
-                    budgets,
-                    links,
-                    sum(b.image.data_nbytes for b in layout.blocks),
-                    stays,
-                    exact=decisions is not None and decisions.exact,
-                    exact_cost_s=None if decisions is None else decisions.exact_cost_s(model, layout),
-                    experts_shared=decisions is not None
-                    and not decisions.exact
-                    and layout.experts is not None
-                    and layout.experts.apart,
-                ),
-                decisions,
-                model,
-                layout,
-                device,
-                most_keys=1.0 if left is None else left / max(kv, 1),
-            ),
+            plan=lambda: _planned(model, layout, device, budgets, links, notes, decisions, most_keys=most_keys),
             backing=backing,
             export_folder=_temporary_folder(),
             held=held,
@@ -155,26 +121,79 @@ def load(
         handle: Handle = model.penstock  # type: ignore[assignment]
         if handle.machinery is not None:
             handle.machinery.costs = costs
-            experts = handle.machinery.session.experts
-            if experts is not None and layout.experts is not None and costs is not None:
-                each = expert_costs(costs, shape_of(model, layout.experts.layers[0]))
-                experts.look_ahead(each)
-                if decisions is not None and not decisions.exact:
-                    experts.share_with_cpu(each)
             handle.machinery.host_left_nbytes = left
+            _costs_to_experts(handle.machinery.session.experts, model, layout, costs, decisions)
         if layout.resident and changing is None:
             _as_pretrained(model)
     return model
 
 
-def _with_lanes(
-    plan: Plan, decisions: Decisions | None, model: nn.Module, layout: Layout, device: Device, *, most_keys: float
+def _weightless(
+    bones: Skeleton, sources: dict[str, TensorSource], device: Device, beside: Beside | None
+) -> tuple[nn.Module, CheckpointBacking]:
+    """The model with real buffers and placeholders for weights, put into what is trained beside it; where these are."""
+    model: nn.Module = bones.model
+    _real_buffers(model, sources, device)
+    _placeholders(model, sources, device)
+    dtypes = {name: stored_dtype(bones.dtypes[name]) for name in sources}
+    if beside is not None:
+        named = dict(model.named_parameters())
+        model = beside.put(model)
+        sources, dtypes = renamed(sources, named, model), renamed(dtypes, named, model)
+    return model, CheckpointBacking(sources, dtypes, {name: source.shape for name, source in sources.items()})
+
+
+def _changing(
+    model: nn.Module, backing: CheckpointBacking, device: Device, trains: Trains | None, beside: Beside | None
+) -> Changing | None:
+    """What weights that will change take beside them; None where they are only read."""
+    if beside is not None:
+        return beside.changing(list(trained_in(model).values()), device)
+    if trains is None:
+        return None
+    return trains(backing.sizes(), max(backing.itemsizes(), default=1))
+
+
+def _planned(
+    model: nn.Module,
+    layout: Layout,
+    device: Device,
+    budgets: Budgets,
+    links: Links,
+    notes: tuple[str, ...],
+    decisions: Decisions | None,
+    *,
+    most_keys: float,
 ) -> Plan:
-    """The plan, with what several micro-batches at once will make of it, where the model was loaded for them."""
+    """The plan of a layout, with what several micro-batches at once will make of it where it is loaded for them."""
+    decides = decisions is not None and not decisions.exact
+    plan = make_plan(
+        layout,
+        device.name,
+        budgets,
+        links,
+        sum(block.image.data_nbytes for block in layout.blocks),
+        notes,
+        exact=decisions is not None and decisions.exact,
+        exact_cost_s=None if decisions is None else decisions.exact_cost_s(model, layout),
+        experts_shared=decides and layout.experts is not None and layout.experts.apart,
+    )
     if decisions is None or decisions.lanes == 1 or not layout.on_cpu:
         return plan
     units = find_units(model, layout, device.torch_device)
     return decisions.with_lanes(plan, model, layout, units, most_keys=most_keys)
+
+
+def _costs_to_experts(
+    experts: ExpertRunner | None, model: nn.Module, layout: Layout, costs: CostModel | None, decisions: Decisions | None
+) -> None:
+    """Let experts that are blocks of their own be read ahead, and be computed by a CPU, by what that costs here."""
+    if experts is None or layout.experts is None or costs is None:
+        return
+    each = expert_costs(costs, shape_of(model, layout.experts.layers[0]))
+    experts.look_ahead(each)
+    if decisions is not None and not decisions.exact:
+        experts.share_with_cpu(each)
 
 
 def _as_pretrained(model: nn.Module) -> None:
