@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..memory.errors import ClosedError, UsageError
+from ..memory.trim import map_alone
 from ..scheduler.alternation import Alternation
 from ..scheduler.microbatches import MEMORY_RATE, MOST_LANES, Footprint, Job, Machine, Schedule, schedule
 from .build import Machinery
@@ -113,6 +114,7 @@ def start(
         raise ClosedError("the model was closed by penstock.close(); load it again")
     if machinery is not None and machinery.session.running_here():
         raise UsageError("the model cannot continue other prompts while it runs: call generate_many outside of it")
+    map_alone()  # a prefill's activations come and go between keys and values that stay
     ways = ways_of(model)
     warpers = None if sampling.greedy else warpers_for(sampling, model.generation_config)
     rows = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Final
+from typing import Any
 
 from ...kernels.optimizer import Optimizer
 from ...kernels.scratch import Scratch
@@ -31,10 +31,6 @@ from .trained import Trained
 from .training import Training
 from .updater import Updater
 from .weights import TrainedWeights, Weights
-
-ALONE: Final = 1 << 20
-"""Bytes of an allocation that the system gives and takes back alone: holes that tensors of a step would leave between
-others hold more memory than all of these need."""
 
 
 def assemble(
@@ -67,7 +63,7 @@ def assemble(
     Raises:
         DoesNotFitError: a tier has less than was planned. What was made until then is given back.
     """
-    map_alone(ALONE)
+    map_alone()
     with ExitStack() as made:
         names = [each.name for each in trained]
         spill = _spill(machinery, names, shards, scratches, room, made)
