@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -142,13 +143,18 @@ def products_for(model: Any, prompts: Sequence[Asked], *, room_nbytes: int) -> P
     if model.device.type not in ("cpu", "meta"):
         return None
     tokens = sum(len(asked.ids) + asked.new_tokens for asked in prompts)
-    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+    by_inputs: Counter[int] = Counter()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            by_inputs[parameter.shape[-1]] += parameter.numel()
+    weights = by_inputs.total()
     if 2 * weights * tokens < WORTH_MEASURING:
         return None
     if room_nbytes < MEASURING_NBYTES:
         logger.info("%d bytes are too little to measure products in, which takes %d", room_nbytes, MEASURING_NBYTES)
         return None
-    return measure_products(model.dtype)
+    ((inputs, _),) = by_inputs.most_common(1)
+    return measure_products(model.dtype, inputs)
 
 
 def _room_nbytes(machinery: Machinery | None, limits: Limits) -> int:

@@ -15,11 +15,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..kernels.linear_wide import DTYPES, PIECE_NBYTES, WideLinear
 from ..scheduler.curves import Curve
-from .calibration.products import linear_curve
+from .calibration.products import CPU_SHAPE, Shape, linear_curve
 from .calibration.timing import host_timer
 from .intercept import is_linear
 
-ROWS: Final = (1, 8, 64, 512)
+ROWS: Final = (1, 8, 16, 32, 64, 512)
 GAIN: Final = 1.2
 """How much faster fp32 must be, so that one run does not decide otherwise than the next."""
 NBYTES: Final = 64 * 2**20
@@ -42,15 +42,21 @@ class Products:
     """Rows from which fp32 is the faster way; None where it never is."""
 
 
-def measure_products(dtype: torch.dtype) -> Products:
-    """Measure the CPU, in some seconds and MEASURING_NBYTES: the run that is decided by it takes minutes."""
+def measure_products(dtype: torch.dtype, inputs: int) -> Products:
+    """Measure the CPU, in some seconds and MEASURING_NBYTES: the run that is decided by it takes minutes.
+
+    Args:
+        dtype: Of the model.
+        inputs: Of most of its weights: kernels are up to twice as fast for one number as for another.
+    """
     device = torch.device("cpu")
     timer = host_timer(device)
-    plain = linear_curve(device, dtype, nbytes=NBYTES, seconds=SECONDS, timer=timer, rows=ROWS)
+    shape = Shape(outputs=CPU_SHAPE.outputs, inputs=inputs)
+    plain = linear_curve(device, dtype, nbytes=NBYTES, seconds=SECONDS, timer=timer, rows=ROWS, shape=shape)
     if dtype not in DTYPES:
         return Products(rates=plain)
     wide = linear_curve(
-        device, dtype, nbytes=NBYTES, seconds=SECONDS, timer=timer, rows=ROWS[1:], multiply=WideLinear()
+        device, dtype, nbytes=NBYTES, seconds=SECONDS, timer=timer, rows=ROWS[1:], shape=shape, multiply=WideLinear()
     )
     return faster_of(plain, wide)
 

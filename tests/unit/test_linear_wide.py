@@ -82,3 +82,14 @@ def test_buffers_of_a_long_prompt_are_no_larger_than_is_said() -> None:
     x, weight = torch.ones(3000, 4096, dtype=torch.bfloat16), torch.ones(32, 4096, dtype=torch.bfloat16)
     assert torch.equal(multiply(x, weight), torch.full((3000, 32), 4096, dtype=torch.bfloat16))
     assert multiply.nbytes <= LANE_NBYTES == 24 * 2**20
+
+
+@pytest.mark.parametrize("rows", [11, 12, 48, 49])
+def test_few_rows_of_wide_pieces_are_multiplied_the_other_way_round(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(*size, generator=generator).to(torch.bfloat16) for size in ((rows, 24), (600, 24)))
+    bias = torch.randn(600, generator=generator).to(torch.bfloat16)
+    exact = functional.linear(x.double(), weight.double(), bias.double())
+    summed = functional.linear(x.double().abs(), weight.double().abs(), bias.double().abs())
+    error = (WideLinear()(x, weight, bias).double() - exact).abs()
+    assert (error <= 2**-8 * exact.abs() + 25 * 2**-24 * summed).all()

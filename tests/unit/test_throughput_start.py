@@ -23,7 +23,7 @@ FOOTPRINT = Footprint(
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput_start, "measure_products", lambda dtype: MEASURED)
+    monkeypatch.setattr(throughput_start, "measure_products", lambda dtype, inputs: MEASURED)
 
 
 def model(weights: int, device: str = "meta") -> Any:
