@@ -174,8 +174,7 @@ def test_what_prepare_decides_beside_a_device_apart_is_foreseen(
         penstock.close(model)
 
 
-@pytest.mark.parametrize("more", [MIB // 8, MIB])
-@pytest.mark.parametrize("elements", [ELEMENTS, 4096])
+@pytest.mark.parametrize(("more", "elements"), [(MIB // 8, ELEMENTS), (MIB, 4096)])
 @pytest.mark.parametrize(("accumulate", "updates"), [(1, "step"), (2, "step"), (1, "backward"), (2, "backward")])
 def test_bytes_of_steps_are_those_foreseen(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int, elements: int, accumulate: int,

@@ -139,7 +139,7 @@ def test_sweeps_end_when_they_have_become_steady() -> None:
     assert 3 <= len(found.turns) < 10
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     link=st.floats(50, 3000),
     compute=st.floats(0.1, 300),
