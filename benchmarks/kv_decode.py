@@ -2,6 +2,7 @@
 
     sudo .venv/bin/python -m benchmarks.kv_decode --json kv.json
     python -m benchmarks.kv_decode --context 4096 --host 8MiB --new-tokens 4 --cap 0      # tries the harness, no cgroup
+    python -m benchmarks.kv_decode --device emulated:h2d=2GiB/s,d2h=2GiB/s --device-kv 128MiB --host 3GiB --cap 0
 
 A random model of 8 layers (8 key-value heads of 64, hidden 1024, bf16); its cache is filled directly, so that no prompt
 of that length has to be computed. Then tokens are decoded one by one, in a process of its own under a cap.
@@ -9,6 +10,10 @@ of that length has to be computed. Then tokens are decoded one by one, in a proc
 bound = max(bytes read per token / raw O_DIRECT rate over the same files, attention + the rest of the model), where the
 bytes are the least that any plan reads (all keys and values less what host memory holds), attention is timed on blocks
 that are in memory, and the rest is a token of the same model with an empty cache. distance = s/token over it.
+
+With a device, what is in host memory is attended to by CPU and link together, so the bound is bytes / (attention's rate
++ the link's); the same run with all of it sent over the link is told beside it. An emulated device computes on the
+host's cores, which attend to all bytes then, wherever they lie: there the bound is no less than that.
 """
 
 from __future__ import annotations
@@ -63,11 +68,24 @@ class Result:
     """All keys and values, at the rate of blocks that are in memory."""
     rest_s: float
     arena_nbytes: int
+    device: str = ""
+    device_nbytes: int = 0
+    """Of keys and values on the device."""
+    crossed_nbytes: float = 0.0
+    link_nbytes_per_s: float = 0.0
+    streamed_s: float = 0.0
+    """All that is in host memory sent over the link."""
 
     @property
     def bound_s(self) -> float:
         """The least time of a token."""
-        return max(self.least_nbytes / self.disk_nbytes_per_s, self.attention_s + self.rest_s)
+        if not self.device:
+            return max(self.least_nbytes / self.disk_nbytes_per_s, self.attention_s + self.rest_s)
+        cold = self.kv_nbytes - self.device_nbytes
+        rate = self.kv_nbytes / self.attention_s
+        together_s = cold / (rate + self.link_nbytes_per_s) + self.rest_s
+        cores = self.attention_s + self.rest_s if self.device.startswith("emulated") else 0.0
+        return max(self.least_nbytes / self.disk_nbytes_per_s, together_s, cores)
 
     @property
     def distance(self) -> float:
@@ -85,7 +103,10 @@ def measure(arguments: argparse.Namespace) -> Result:
     model = _model(arguments)
     with torch.no_grad():
         budget = {"host": arguments.host, "disk": arguments.disk}
+        if arguments.device:
+            budget["device"] = arguments.device_kv
         settings = {"max_memory": budget, "block_tokens": arguments.block_tokens, "disk": arguments.dir}
+        settings["device"] = arguments.device or "cpu"
         rest = penstock.TieredCache(model.config, **settings)  # its first call shows how the model attends, too
         rest_s = statistics.median(_tokens(model, rest, 9)[1:])
         rest.close()
@@ -99,6 +120,7 @@ def measure(arguments: argparse.Namespace) -> Result:
         times = _tokens(model, cache, arguments.new_tokens)
         after = cache.statistics()
         disk_after = best_read_rate(files).nbytes_per_s if files else float("inf")
+        link_rate, streamed_s = _streamed(cache, model, arguments) if arguments.device else (0.0, 0.0)
         cache.close()
     token_nbytes = after.appended_nbytes // after.tokens
     kv_nbytes = token_nbytes * arguments.context
@@ -113,13 +135,41 @@ def measure(arguments: argparse.Namespace) -> Result:
         read_nbytes=(after.read_nbytes - before.read_nbytes) / arguments.new_tokens,
         written_nbytes=(after.written_nbytes - before.written_nbytes) / arguments.new_tokens,
         token_nbytes=token_nbytes,
-        least_nbytes=max(0, kv_nbytes - arguments.host),
+        least_nbytes=max(0, kv_nbytes - arguments.host - (arguments.device_kv if arguments.device else 0)),
         disk_nbytes_per_s=max(disk_before, disk_after),
         disk_before_after=(disk_before, disk_after),
         attention_s=kv_nbytes / attention_rate,
         rest_s=rest_s,
         arena_nbytes=after.arena_nbytes,
+        device=arguments.device,
+        device_nbytes=after.device_nbytes,
+        crossed_nbytes=(after.fetched_nbytes - before.fetched_nbytes) / arguments.new_tokens,
+        link_nbytes_per_s=link_rate,
+        streamed_s=streamed_s,
     )
+
+
+class _All:
+    """Instead of a balance: everything crosses."""
+
+    def to_cross(self, queries: int, *, pieces: int, nbytes: int) -> int:
+        return pieces
+
+    def hear(self, queries: int, seen: Any) -> None:
+        """Nothing is learned."""
+
+
+def _streamed(cache: Any, model: Any, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Bytes per second of the link, the best of some times, and seconds per token when all crosses it."""
+    crossing = cache.tiers._crossing
+    memory, host = crossing._memory, crossing._host
+    rates = []
+    for _ in range(5):
+        start_s = time.perf_counter()
+        memory.device.wait(memory.fetch(host, 0, 0, memory.ring_nbytes, after=memory.device.computed()))
+        rates.append(memory.ring_nbytes / (time.perf_counter() - start_s))
+    crossing.balance = _All()
+    return max(rates), statistics.median(_tokens(model, cache, max(2, arguments.new_tokens // 4)))
 
 
 def _model(arguments: argparse.Namespace) -> Any:
@@ -169,11 +219,7 @@ def _attention_rate(cache: Any, model: Any, arguments: argparse.Namespace) -> fl
     from penstock.runtime.kv.attention import Asked, attend
 
     store = cache.tiers.store(0)
-    pieces = [
-        (store.keys[piece.first : piece.first + len(piece.blocks)],
-         store.values[piece.first : piece.first + len(piece.blocks)], piece.spans)
-        for piece in store.placement().host
-    ]  # fmt: skip
+    pieces = [store.here(piece) for piece in store.placement().host]
     nbytes = sum(keys.numel() + values.numel() for keys, values, _ in pieces) * 2
     query = torch.randn(1, HEADS * arguments.group, 1, DIM).to(torch.bfloat16)
     new = torch.randn(1, HEADS, 1, DIM).to(torch.bfloat16)
@@ -191,6 +237,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=131072)
     parser.add_argument("--host", type=parse_nbytes, default=256 * MIB, help="host memory for keys and values")
     parser.add_argument("--disk", type=parse_nbytes, default=8 * GIB)
+    parser.add_argument("--device", default="", help="with memory of its own, as penstock.load has it; default: none")
+    parser.add_argument("--device-kv", type=parse_nbytes, default=128 * MIB, help="of it, for keys and values")
     parser.add_argument("--block-tokens", type=int, default=64)
     parser.add_argument("--group", type=int, default=2, help="query heads per key-value head")
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -215,7 +263,7 @@ def main() -> None:
 
 def _run(arguments: argparse.Namespace, folder: str) -> tuple[dict[str, Any], int | None]:
     command = [sys.executable, "-m", "benchmarks.kv_decode", "--worker", "--dir", folder]
-    for name in ("context", "host", "disk", "block_tokens", "group", "new_tokens"):
+    for name in ("context", "host", "disk", "device", "device_kv", "block_tokens", "group", "new_tokens"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     try:
         with MemoryCgroup(cap_nbytes=arguments.cap) if arguments.cap else nullcontext() as group:
@@ -235,6 +283,13 @@ def render(result: Result, peak_nbytes: int | None) -> str:
     """Lines for people."""
     before, after = (f"{rate / 1e9:.2f}" for rate in result.disk_before_after)
     disk_s = result.least_nbytes / result.disk_nbytes_per_s
+    device = ()
+    if result.device:
+        device = (
+            f"{result.device}: {result.device_nbytes / MIB:.0f} MiB on it, {result.crossed_nbytes / MIB:.0f} MiB a "
+            f"token cross at {result.link_nbytes_per_s / 1e9:.2f} GB/s; all over the link "
+            f"{result.streamed_s:.3f} s/token, {result.streamed_s / result.s:.2f} times as long (goal 3)",
+        )
     peak = f", peak of the cgroup {peak_nbytes / GIB:.2f} GiB" if peak_nbytes is not None else ""
     return "\n".join(
         (
@@ -243,6 +298,7 @@ def render(result: Result, peak_nbytes: int | None) -> str:
             f"s/token {result.s:.3f} (best {result.s_best:.3f}), bound {result.bound_s:.3f}: disk {disk_s:.3f}, "
             f"attention {result.attention_s:.3f} + rest {result.rest_s:.3f}",
             f"distance {result.distance:.3f} (goal {GOAL})",
+            *device,
             f"disk {before} GB/s before, {after} after; read per token {result.read_nbytes / GIB:.3f} GiB, at least "
             f"{result.least_nbytes / GIB:.3f}",
             f"written per token {result.written_nbytes:.0f} bytes, {result.written_nbytes / result.token_nbytes:.2f} "

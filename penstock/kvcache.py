@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
 from .arguments import MaxMemory
 from .budget import parse_budget
+from .devices import open_device
 from .memory.errors import UsageError
+from .runtime.devices.base import Device
 from .runtime.kv.cache import TieredCache as _TieredCache
 from .runtime.kv.cache import TieredEncoderDecoderCache
 from .runtime.kv.memory import KvBudget
@@ -15,25 +19,31 @@ from .scheduler.kv.shape import TOKENS
 
 
 class TieredCache(_TieredCache):
-    """Keys and values of a context that exceeds memory: in host memory as far as it is allowed, the rest on disk.
+    """Keys and values of a context that exceeds memory: on the device and in host memory as far as it is allowed, the
+    rest on disk.
 
         cache = penstock.TieredCache(model.config, max_memory={"host": "2GiB", "disk": "20GiB"})
         model.generate(**inputs, past_key_values=cache)
 
     For any decoder, streamed or resident, and for encoder–decoders. Attention is computed where keys and values lie,
-    and what is on disk is read ahead; results equal those of transformers' own cache to rounding. Layers with a sliding
-    window, and states, stay in memory as transformers has them. The model's config is switched to an attention that
-    passes on to the former one all calls that are not of such a cache.
+    and what is on disk is read ahead. Where a device has a part of them, what is in host memory is shared between the
+    CPU and the link to the device, so that both end together. Results equal those of transformers' own cache to
+    rounding. Layers with a sliding window, and states, stay in memory as transformers has them. The model's config is
+    switched to an attention that passes on to the former one all calls that are not of such a cache.
 
     Args:
         config: `model.config`, the object itself.
-        max_memory: Of all keys and values in tiers: "host=2GiB,disk=20GiB", or a dict. What is left out is half of what
-            is free. The host's bound holds for blocks and for reads together.
+        max_memory: Of all keys and values in tiers: "device=1GiB,host=2GiB,disk=20GiB", or a dict. What is left out of
+            host and disk is half of what is free; a device has none unless it is named. Bounds hold for blocks and for
+            what is on its way together.
         block_tokens: Of a block. What is on disk is read in runs of blocks.
         disk: A folder to put a private one (mode 0700) in; None for the user's cache.
+        device: Of `device=` in the budget: what the model runs on, as `penstock.load` has it. For a model that penstock
+            runs, `model.penstock.device` is the one whose links they share.
 
     Raises:
-        UsageError: a tier or a size without meaning, or a model whose layers keep nothing that grows.
+        UsageError: a device without memory of its own in the budget; a tier or a size without meaning; a model whose
+            layers keep nothing that grows.
         DoesNotFitError: raised with the first tokens, where memory has no room for a block of each sequence.
     """
 
@@ -50,21 +60,36 @@ class TieredCache(_TieredCache):
         max_memory: MaxMemory = "auto",
         block_tokens: int = TOKENS,
         disk: str | os.PathLike[str] | None = None,
+        device: str | torch.device | Device = "auto",
     ) -> None:
-        super().__init__(config, **_settings(max_memory=max_memory, block_tokens=block_tokens, disk=disk))
+        super().__init__(
+            config, **_settings(max_memory=max_memory, block_tokens=block_tokens, disk=disk, device=device)
+        )
 
 
 def _settings(
-    *, max_memory: MaxMemory = "auto", block_tokens: int = TOKENS, disk: str | os.PathLike[str] | None = None
+    *,
+    max_memory: MaxMemory = "auto",
+    block_tokens: int = TOKENS,
+    disk: str | os.PathLike[str] | None = None,
+    device: str | torch.device | Device = "auto",
 ) -> dict[str, Any]:
     budget = parse_budget(max_memory)
-    if budget.device is not None:
-        raise UsageError(
-            "keys and values are kept in host memory and on disk; attention to them is the CPU's. Leave device= out"
-        )
     folder = None if disk is None else os.fspath(disk)
-    return {
-        "budget": KvBudget.of(budget.host, budget.disk, folder),
+    settings = {
+        "budget": KvBudget.of(budget.host, budget.disk, folder, device=budget.device or 0),
         "folder": folder,
         "block_tokens": block_tokens,
     }
+    if not budget.device:
+        return settings
+    owned = isinstance(device, str | torch.device)
+    opened: Device = open_device(device) if isinstance(device, str | torch.device) else device
+    if not opened.separate:
+        if owned:
+            opened.close()
+        raise UsageError(
+            f"device={budget.device} in the budget of keys and values: {opened.name} has no memory of its own. Leave "
+            "it out, or name the device that the model runs on (device=…)"
+        )
+    return settings | {"device": opened, "owned": owned}

@@ -21,6 +21,7 @@ from ..scheduler.plan import Plan
 from ..scheduler.tally import ExecutorStatistics
 from ..scheduler.timeline import Timeline
 from .build import Machinery
+from .devices.base import Device
 from .gather import gathered
 
 if TYPE_CHECKING:
@@ -74,6 +75,12 @@ class Handle:
         self._finalizer: Callable[[], Any] | None = None
         if machinery is not None:
             self._finalizer = weakref.finalize(module, _close_elsewhere, machinery)
+
+    @property
+    def device(self) -> Device | None:
+        """What the model runs on, for a cache of keys and values that is to share its links; None where a module was
+        left as it was."""
+        return None if self._machinery is None else self._machinery.device
 
     @property
     def machinery(self) -> Machinery | None:

@@ -204,7 +204,7 @@ def carry_out(request: ChatRequest, output: Output) -> None:
         request = _within_positions(request, model, output)
         output.notes.print(explain(model))
         kv = request.kv or KvOption(host=_whole_context(model, request.context), disk=0)
-        cache = make_cache(model, kv, request.disk)
+        cache = make_cache(model, kv, request.disk, request.device)
         stack.callback(cache.close)
         if request.sampling.seed is not None:
             torch.manual_seed(request.sampling.seed)

@@ -19,13 +19,15 @@ CHUNK_TOKENS: Final = 2048
 """Of a prompt that are computed at once: what a long one needs besides its keys and values is that of a short one."""
 
 
-def make_cache(model: Any, option: KvOption, disk: Path | None) -> Any:
-    """A cache for one run."""
-    return TieredCache(model.config, max_memory=option.max_memory(), disk=disk)
+def make_cache(model: Any, option: KvOption, disk: Path | None, device: str) -> Any:
+    """A cache for one run of a model that was loaded for such a device, and shares its links."""
+    there = model.penstock.device or device
+    return TieredCache(model.config, max_memory=option.max_memory(), disk=disk, device=there)
 
 
 def planned_context(folder: str, option: KvOption | None, context: int, *, dtype: str, trust_remote_code: bool) -> int:
-    """How many tokens' keys and values the plan is to leave host memory for: as many as the cache may hold there."""
+    """How many tokens' keys and values the plan is to leave memory for, on the device where there is one: as many as
+    the cache may hold there."""
     if option is None:
         return context
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -33,7 +35,7 @@ def planned_context(folder: str, option: KvOption | None, context: int, *, dtype
     named = getattr(torch, dtype, None)
     itemsize = (named if isinstance(named, torch.dtype) else own).itemsize
     token_nbytes = cache_size(config).token_elements * itemsize
-    return max(1, min(context, option.host // max(token_nbytes, 1)))
+    return max(1, min(context, (option.device or option.host) // max(token_nbytes, 1)))
 
 
 def chunks(prompt_tokens: int, model: Any) -> dict[str, Any]:
@@ -45,9 +47,15 @@ def chunks(prompt_tokens: int, model: Any) -> dict[str, Any]:
 
 def render(figures: KvStatistics) -> str:
     """A line about what became of keys and values."""
+    there = crossed = ""
+    if figures.device_budget_nbytes:
+        there = f"{format_size(figures.device_nbytes)} on the device (of {format_size(figures.device_budget_nbytes)}), "
+        crossed = (
+            f"; {format_size(figures.fetched_nbytes)} to the device, {format_size(figures.sent_nbytes)} back from it"
+        )
     return (
-        f"keys and values: {format_size(figures.kv_nbytes)} of {figures.tokens} tokens, "
+        f"keys and values: {format_size(figures.kv_nbytes)} of {figures.tokens} tokens, {there}"
         f"{format_size(figures.host_nbytes)} in host memory (of {format_size(figures.host_budget_nbytes)}), "
         f"{format_size(figures.disk_nbytes)} on disk; {format_size(figures.read_nbytes)} read, "
-        f"{format_size(figures.written_nbytes)} written"
+        f"{format_size(figures.written_nbytes)} written{crossed}"
     )

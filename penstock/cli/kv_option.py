@@ -22,7 +22,7 @@ Kv = Annotated[
     str | None,
     typer.Option(
         metavar="BUDGET",
-        help="Keep keys and values in tiers: host=2GiB,disk=20GiB. Default: in memory, as many as there are.",
+        help="Keep keys and values in tiers: device=1GiB,host=2GiB,disk=20GiB. Default: all in memory.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -34,10 +34,12 @@ class KvOption:
 
     host: int
     disk: int
+    device: int = 0
 
     def max_memory(self) -> dict[str, int | str]:
         """As `penstock.TieredCache` takes it."""
-        return {"host": self.host, "disk": self.disk}
+        there: dict[str, int | str] = {"device": self.device} if self.device else {}
+        return there | {"host": self.host, "disk": self.disk}
 
 
 def read_kv(text: str | None) -> KvOption | None:
@@ -49,14 +51,9 @@ def read_kv(text: str | None) -> KvOption | None:
     if text is None:
         return None
     budget = parse_budget(text)
-    if budget.device is not None:
-        raise UsageError(
-            f"--kv {text}: keys and values are kept in host memory and on disk, and attention to them is the CPU's: "
-            "leave device= out"
-        )
     if budget.host is None:
         raise UsageError(f"--kv {text}: say how much host memory keys and values may take, for example host=2GiB")
-    return KvOption(host=budget.host, disk=budget.disk or 0)
+    return KvOption(host=budget.host, disk=budget.disk or 0, device=budget.device or 0)
 
 
 def check_context(context: int | None, tokens: int) -> int:

@@ -127,6 +127,10 @@ class Device(Protocol):
         """Wait on the host until an event has completed (called from a helper thread; releases the GIL)."""
         ...
 
+    def passed(self, event: Event) -> bool:
+        """Whether an event has completed, without waiting."""
+        ...
+
     def poison(self, arena: AnyArena, offset: int, nbytes: int) -> None:
         """Fill a range with NaN, ordered before later copies."""
         ...

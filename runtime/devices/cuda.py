@@ -279,6 +279,10 @@ class CudaDevice:
         if isinstance(event, torch.cuda.Event):
             event.synchronize()
 
+    def passed(self, event: Event) -> bool:
+        """Whether an event has completed."""
+        return not isinstance(event, torch.cuda.Event) or bool(event.query())
+
     def poison(self, arena: AnyArena, offset: int, nbytes: int) -> None:
         """Fill a range with NaN, on the copy stream so that it precedes later copies."""
         slot = Slot(arena=arena, offset=offset, nbytes=nbytes)

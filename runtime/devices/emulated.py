@@ -216,6 +216,10 @@ class EmulatedDevice:
         if isinstance(event, threading.Event):
             event.wait()
 
+    def passed(self, event: Event) -> bool:
+        """Whether an event has completed."""
+        return not isinstance(event, threading.Event) or event.is_set()
+
     def poison(self, arena: AnyArena, offset: int, nbytes: int) -> None:
         """Fill a range with NaN, before later copies."""
         slot = Slot(arena=arena, offset=offset, nbytes=nbytes)

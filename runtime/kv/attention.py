@@ -13,6 +13,7 @@ from typing import Final
 import torch
 
 from ...kernels.attention_merge import Merging, merge
+from ...kernels.attention_paged import paged_partial
 from ...kernels.attention_partial import partial
 from .spread import Span
 
@@ -56,24 +57,41 @@ class Asked:
 
 
 def attend(asked: Asked, blocks: Iterator[Blocks]) -> torch.Tensor:
-    """Attention to what is in blocks and to what is new: [rows, Q, heads, value dim], in the queries' dtype."""
+    """Attention to what is in blocks and to what is new: [rows, Q, heads, value dim], in the queries' dtype.
+
+    Blocks are attended to by the processor in whose memory they are.
+    """
     rows, heads, count, dim = asked.query.shape
     kv_heads = heads // asked.group
-    query = asked.query.reshape(rows, kv_heads, asked.group * count, dim).cpu()
-    merging = Merging.of((*query.shape[:3], asked.values.shape[3]), query.device)
-    parts = _Parts(merging, query)
+    query = asked.query.reshape(rows, kv_heads, asked.group * count, dim)
+    shape = (*query.shape[:3], asked.values.shape[3])
+    sides: dict[torch.device, _Parts] = {}
     for keys, values, spans in blocks:
+        parts = sides.get(keys.device)
+        if parts is None:
+            parts = sides[keys.device] = _Parts(Merging.of(shape, keys.device), query.to(keys.device))
         for span in spans:
             part = slice(span.first, span.first + span.count)
             _attend_span(parts, asked, keys[part], values[part], span)
-    parts.merge()
+    merging = _together(sides, shape, query.device)
     for start, stop, out, lse in _new(asked):
-        _add_new(merging, asked, start, stop, out.cpu(), lse.cpu())
+        _add_new(merging, asked, start, stop, out, lse)
     if asked.sinks is not None:
-        sinks = asked.sinks.detach().float().cpu().view(1, kv_heads, asked.group, 1).expand(-1, -1, -1, count)
-        _take_for_sinks(merging, sinks.reshape(1, kv_heads, -1))
+        sinks = asked.sinks.detach().to(query.device, torch.float32).view(1, kv_heads, asked.group, 1)
+        _take_for_sinks(merging, sinks.expand(-1, -1, -1, count).reshape(1, kv_heads, -1))
     out = merging.out.view(rows, kv_heads, asked.group, count, -1).permute(0, 3, 1, 2, 4)
-    return out.reshape(rows, count, heads, -1).to(device=asked.query.device, dtype=asked.query.dtype)
+    return out.reshape(rows, count, heads, -1).to(asked.query.dtype)
+
+
+def _together(sides: dict[torch.device, _Parts], shape: tuple[int, ...], home: torch.device) -> Merging:
+    """What all processors found, where the queries are."""
+    for parts in sides.values():
+        parts.merge()
+    own = sides.pop(home, None)
+    merging = Merging.of(shape, home) if own is None else own.merging
+    for parts in sides.values():
+        merging.add(parts.merging.out.to(home), parts.merging.lse.to(home))
+    return merging
 
 
 class _Parts:
@@ -138,11 +156,17 @@ def _attend_alike(
     """Blocks that are parts of the same rows, whose queries are rows of one product then."""
     blocks, heads, tokens, _ = keys.shape
     together = parts.together(rows)
-    if asked.mask is None and together.shape[2] <= FEW_ROWS:
+    few = asked.mask is None and together.shape[2] <= FEW_ROWS
+    if few and keys.device.type == "cuda" and asked.cap is None:
+        slots = torch.arange(blocks, dtype=torch.int32, device=keys.device)[None]
+        lengths = torch.full((1,), blocks * tokens, dtype=torch.int32, device=keys.device)
+        parts.add(rows, *paged_partial(together, keys, values, slots, lengths, scale=asked.scale))
+        return
+    if few:
         wide = together.expand(blocks, -1, -1, -1)
         parts.add(rows, *partial(wide, keys, values, scale=asked.scale, cap=asked.cap))
         return
-    mask = None if asked.mask is None else _mask_of(asked, rows, positions, tokens)
+    mask = None if asked.mask is None else _mask_of(asked, rows, positions, tokens, keys.device)
     joined = [part.transpose(0, 1).reshape(1, heads, blocks * tokens, -1) for part in (keys, values)]
     parts.add(rows, *partial(together, joined[0], joined[1], scale=asked.scale, mask=mask, cap=asked.cap))
 
@@ -160,14 +184,16 @@ def _attend_each(parts: _Parts, asked: Asked, keys: torch.Tensor, values: torch.
         parts.add((row,), out[mine], lse[mine])
 
 
-def _mask_of(asked: Asked, rows: tuple[int, ...], positions: torch.Tensor, tokens: int) -> torch.Tensor:
+def _mask_of(
+    asked: Asked, rows: tuple[int, ...], positions: torch.Tensor, tokens: int, device: torch.device
+) -> torch.Tensor:
     """What these rows see of these blocks: [1, kv_heads or 1, rows of the product, tokens of all blocks]."""
     assert asked.mask is not None
     parts = []
     for at, row in enumerate(rows):
         mask = asked.mask[row if asked.mask.shape[0] > 1 else 0]
         seen = (positions[:, at, None] + torch.arange(tokens)).flatten()
-        parts.append(_by_group(mask[:, :, seen.to(mask.device)].cpu(), asked))
+        parts.append(_by_group(mask[:, :, seen.to(mask.device)].to(device), asked))
     return torch.cat(parts, dim=1)[None]
 
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderC
 
 from ...memory.errors import UsageError
 from ...scheduler.kv.shape import TOKENS
+from ..devices.base import Device
 from .interface import known_configs, masks_for, switch
 from .layer import TieredLayer, Way
 from .memory import KvBudget
@@ -29,12 +30,23 @@ class TieredCache(DynamicCache):
         budget: Bytes of each tier.
         folder: For files; None for the default one.
         block_tokens: Of a block.
+        device: Whose memory the budget names; None where it names none.
+        owned: Whether it is closed with the cache.
 
     Raises:
         UsageError: no layer of the model can be kept in tiers.
     """
 
-    def __init__(self, config: Any, budget: KvBudget, *, folder: str | None = None, block_tokens: int = TOKENS) -> None:
+    def __init__(
+        self,
+        config: Any,
+        budget: KvBudget,
+        *,
+        folder: str | None = None,
+        block_tokens: int = TOKENS,
+        device: Device | None = None,
+        owned: bool = False,
+    ) -> None:
         super().__init__(config=config)
         own = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
         plain = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
@@ -43,7 +55,9 @@ class TieredCache(DynamicCache):
                 f"no layer of {config.model_type} keeps keys and values that grow with its context: nothing is there "
                 "to put in tiers; use transformers' own cache"
             )
-        self.tiers = KvTiers(budget, layers=len(plain), folder=folder, block_tokens=block_tokens)
+        self.tiers = KvTiers(
+            budget, layers=len(plain), folder=folder, block_tokens=block_tokens, device=device, owned=owned
+        )
         self._switched = switch(own)
         self._known = known_configs().of(own) if self._switched else {}
         self._told = False
@@ -130,8 +144,8 @@ class TieredCache(DynamicCache):
 class TieredEncoderDecoderCache(EncoderDecoderCache):
     """The same for an encoder–decoder: its own keys and values in tiers, those of the encoder's output in memory."""
 
-    def __init__(self, config: Any, budget: KvBudget, *, folder: str | None = None, block_tokens: int = TOKENS) -> None:
-        own = TieredCache(config, budget, folder=folder, block_tokens=block_tokens)
+    def __init__(self, config: Any, budget: KvBudget, **settings: Any) -> None:
+        own = TieredCache(config, budget, **settings)
         super().__init__(own, DynamicCache(config=config.get_text_config(decoder=True)))
         self._own = own
 

@@ -188,7 +188,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             before=before,
         )
         with self._tiers.in_whole():
-            out = attend(asked, self._tiers.blocks(self._number))
+            out = attend(asked, self._tiers.blocks(self._number, queries=asked.group * keys.shape[2]))
             self._tiers.append(self._number, keys, values)
         _calls.layer = None
         return out

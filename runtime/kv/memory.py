@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
 from ...memory.arena import PAGE, HostArena
-from ...memory.capacity import disk_capacity, host_capacity
+from ...memory.capacity import disk_capacity
 from ...memory.disk import DiskEngine
 from ...memory.errors import ClosedError, DoesNotFitError, UsageError
-from ...memory.ledger import Reservation, process_ledger
 from ...memory.scratch import Scratch, default_root, process_scratch
-from ..tiers import unclaimed_host_nbytes
+from ..devices.base import Device
+from ..devices.cpu import CpuDevice
+from ..tiers import reserve, unclaimed_host_nbytes
+from .devicememory import DeviceMemory
 
 RING_NBYTES: Final = 32 * 2**20
 """Of host memory, where what is read ahead from disk lies until it is attended to: an eighth of a smaller budget."""
@@ -30,15 +33,16 @@ class KvBudget:
 
     host: int
     disk: int
+    device: int = 0
 
     @classmethod
-    def of(cls, host: int | None, disk: int | None, folder: str | None) -> KvBudget:
+    def of(cls, host: int | None, disk: int | None, folder: str | None, *, device: int = 0) -> KvBudget:
         """Fill in what is left open: half of what the host can still give, and half of what is free on disk."""
         if host is None:
             host = unclaimed_host_nbytes() // 2
         if disk is None:
             disk = disk_capacity(folder or default_root()).free_nbytes // 2
-        return cls(host=host, disk=disk)
+        return cls(host=host, disk=disk, device=device)
 
     @property
     def ring_nbytes(self) -> int:
@@ -47,26 +51,35 @@ class KvBudget:
 
 
 class KvMemory:
-    """Host memory in equal shares for each layer, a ring for what is read from disk, and the files.
+    """Host memory in equal shares for each layer, a ring for what is read from disk, the files, and what a device has.
 
     Args:
         budget: Never exceeded.
         layers: How many keep their keys and values here.
         folder: To put the files' folder in; None for the default one in the user's cache.
         owner: A name for the ledger.
+        device: Whose memory the budget names; None where it names none.
 
     Raises:
-        DoesNotFitError: the host cannot give so much.
+        DoesNotFitError: the host, or the device, cannot give so much.
     """
 
-    def __init__(self, budget: KvBudget, *, layers: int, folder: str | None, owner: str) -> None:
-        ledger = process_ledger()
-        held = ledger.reserved("host")
-        room = max(0, host_capacity().obtainable_nbytes - ledger.untouched("host"))
-        self._reservation: Reservation | None = ledger.reserve(owner, "host", budget.host, limit_nbytes=held + room)
-        self.budget = budget
-        self.arena = HostArena(budget.host)
-        self._reservation.touched = self.arena.resident_nbytes
+    def __init__(
+        self, budget: KvBudget, *, layers: int, folder: str | None, owner: str, device: Device | None = None
+    ) -> None:
+        with ExitStack() as made:
+            self._reservations = reserve(
+                owner, device or CpuDevice(), host_nbytes=budget.host, device_nbytes=budget.device
+            )
+            for reservation in self._reservations:
+                made.callback(reservation.release)
+            self.budget = budget
+            self.arena = HostArena(budget.host) if device is None else device.host_arena(budget.host)
+            made.callback(self.arena.close)
+            self.device = None if device is None else DeviceMemory(device, budget.device, layers=layers)
+            """What lies there, and what crosses to it."""
+            made.pop_all()
+        self._reservations[0].touched = self._touched_nbytes
         with torch.inference_mode(False):  # else nothing but inference could ever write to it
             self.tensor = torch.frombuffer(self.arena.buffer, dtype=torch.uint8)
         """All of it, one byte per element."""
@@ -90,7 +103,7 @@ class KvMemory:
             ClosedError: the cache was closed.
             DiskError: the folder cannot be made.
         """
-        if self._reservation is None:
+        if not self._reservations:
             raise ClosedError("the cache of keys and values was closed; make a new one")
         if self._scratch is None:
             self._scratch = process_scratch().open(self._folder)
@@ -103,6 +116,8 @@ class KvMemory:
             DoesNotFitError: it has not.
             UsageError: blocks are larger than reads can be.
         """
+        if self.device is not None:
+            self.device.require(slot_nbytes, rows)
         needed = self._layers * slot_nbytes * (rows + 1)
         ring = self.budget.ring_nbytes
         spills = self.disk_share >= slot_nbytes
@@ -126,16 +141,24 @@ class KvMemory:
             available_nbytes=self.budget.host,
         )
 
+    def _touched_nbytes(self) -> int:
+        """Of the host's reservation; an emulated device's memory is in it."""
+        there = self.device.arena if self.device is not None else None
+        return self.arena.resident_nbytes() + (there.resident_nbytes() if isinstance(there, HostArena) else 0)
+
     def close(self) -> None:
         """Stop reading and writing, remove the files, give the memory back. More than once does no harm."""
-        reservation, self._reservation = self._reservation, None
-        if reservation is None:
+        reservations, self._reservations = self._reservations, []
+        if not reservations:
             return
         try:
             self.engine.close()
         finally:
+            if self.device is not None:
+                self.device.close()
             self.tensor = torch.empty(0, dtype=torch.uint8)
             self.arena.close()
-            reservation.release()
+            for reservation in reservations:
+                reservation.release()
             if self._scratch is not None:
                 self._scratch.close()

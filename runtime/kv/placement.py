@@ -11,11 +11,24 @@ from typing import Final
 from ...scheduler.kv.table import BlockTable
 from .spread import Span, Use, spans
 
-HOST: Final = 0
-DISK: Final = 1
-"""Numbers of the tiers of a cache."""
 PIECE_NBYTES: Final = 8 * 2**20
 """Of blocks in host memory that are attended to at once, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Numbers:
+    """Of the tiers of a cache, the fastest first."""
+
+    device: int | None
+    """None where a cache has nothing on a device."""
+    host: int
+    disk: int
+    """Of a tier that may not be there."""
+
+    @classmethod
+    def of(cls, *, device: bool) -> Numbers:
+        """With a device's memory above the host's, or without."""
+        return cls(device=0 if device else None, host=int(device), disk=int(device) + 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,9 +42,15 @@ class Piece:
 
 
 class Placement:
-    """The whole blocks of all rows, at this moment. Beginnings of blocks are told by `BlockTable.last`."""
+    """The whole blocks of all rows, at this moment. Beginnings of blocks are told by `BlockTable.last`.
 
-    def __init__(self, table: BlockTable) -> None:
+    Args:
+        table: Of a layer.
+        numbers: Of its tiers.
+        piece_blocks: Of a piece in host memory, at most; None for as many as are best attended to at once.
+    """
+
+    def __init__(self, table: BlockTable, numbers: Numbers, *, piece_blocks: int | None = None) -> None:
         self.uses: dict[int, list[Use]] = {}
         """Of each block."""
         self._table = table
@@ -39,15 +58,22 @@ class Placement:
             for part in table.parts(row, 0):
                 if part.tokens == table.shape.block_tokens:
                     self.uses.setdefault(part.block, []).append(Use(row=row, position=part.position))
-        self._in_host = self._slots(HOST)
-        self.on_disk = self._slots(DISK)
+        self._most = piece_blocks or max(1, PIECE_NBYTES // table.tiers.slot_nbytes)
+        self._on_device = {} if numbers.device is None else self._slots(numbers.device)
+        self._in_host = self._slots(numbers.host)
+        self.on_disk = self._slots(numbers.disk)
         """Slots and blocks of what only the disk has."""
         self._disk: tuple[Piece, ...] | None = None
 
     @cached_property
     def host(self) -> tuple[Piece, ...]:
         """What is attended to in host memory."""
-        return self.pieces(self._in_host, max(1, PIECE_NBYTES // self._table.tiers.slot_nbytes))
+        return self.pieces(self._in_host, self._most)
+
+    @cached_property
+    def device(self) -> tuple[Piece, ...]:
+        """What is attended to in a device's memory."""
+        return self.pieces(self._on_device, max(1, PIECE_NBYTES // self._table.tiers.slot_nbytes))
 
     def disk(self, most: int) -> tuple[Piece, ...]:
         """What only the disk has, cut into runs of at most so many; always as many."""

@@ -1,7 +1,7 @@
-"""Keys and values of one layer: blocks in host memory and on disk, written at their end and nowhere else.
+"""Keys and values of one layer: blocks on a device, in host memory and on disk, written at their end and nowhere else.
 
-What was evicted is written while other layers run. So after tokens were appended, room is made for as many again, and
-the next call finds it.
+A block grows in the fastest of the tiers that there are. What leaves a device goes to host memory, and from there to
+disk, while other layers run. So after tokens were appended, room is made for as many again, and the next call finds it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
-from ...memory.disk import Transfer
+from ...memory.arena import HostArena
 from ...memory.errors import DoesNotFitError, PenstockError
 from ...scheduler.kv.moves import Move, TierStatistics
 from ...scheduler.kv.orders import Cyclic
@@ -23,11 +23,24 @@ from ...scheduler.kv.tiers import Tier, Tiers
 from ...scheduler.kv.writes import TableStatistics, Write
 from .layout import BlockLayout
 from .memory import KvMemory
-from .placement import DISK, HOST, Placement
+from .placement import Numbers, Piece, Placement
 from .spill import SpillFile
+from .spread import Span
 
 AT_ONCE: Final = 16
 """Blocks of each row that are appended at once, at most: what was appended can be evicted only then."""
+
+
+class Moving(Protocol):
+    """A block on its way to a slower tier."""
+
+    def done(self) -> bool:
+        """Whether it is there, or never will be."""
+        ...
+
+    def wait(self) -> bool:
+        """Wait until then; raises what it met."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +64,7 @@ class LayerStore:
         paddings: Of each row: how many positions at its beginning hold nothing.
 
     Raises:
-        DoesNotFitError: its share of host memory is too small for a block of each row.
+        DoesNotFitError: its share of host memory, or of the device's, is too small for a block of each row.
     """
 
     def __init__(self, number: int, layout: BlockLayout, memory: KvMemory, paddings: Sequence[int]) -> None:
@@ -66,15 +79,29 @@ class LayerStore:
             slots = memory.tensor[start : start + (stop - start) // unit * unit]
             self.slots = slots.view(-1, unit)
             """[slots, bytes] of host memory."""
-            self.keys, self.values = layout.keys(slots), layout.values(slots)
-        """[slots, heads, tokens, dim] of host memory."""
+            self._rooms = (layout.keys(slots), layout.values(slots))
+            """[slots, heads, tokens, dim] of host memory."""
         tiers = [Tier(name="host", budget_nbytes=stop - start)]
+        self.device_slots: torch.Tensor | None = None
+        """[slots, bytes] of the device's."""
+        self._device_rooms: tuple[torch.Tensor, torch.Tensor] | None = None
+        if memory.device is not None:
+            there, end = memory.device.share(number)
+            with torch.inference_mode(False):
+                slots = memory.device.tensor[there : there + (end - there) // unit * unit]
+                self.device_slots = slots.view(-1, unit)
+                self._device_rooms = (layout.keys(slots), layout.values(slots))
+            tiers.insert(0, Tier(name="device", budget_nbytes=end - there))
+        self.numbers = Numbers.of(device=memory.device is not None)
+        """Of its tiers."""
+        self.piece_blocks: int | None = None
+        """Of what is attended to in host memory at once, where a device takes its part of that."""
         if memory.disk_share >= unit:
             tiers.append(Tier(name="disk", budget_nbytes=memory.disk_share))
         self.tiers = Tiers(tiers, unit)
         self.table = BlockTable(layout.shape, self.tiers, paddings)
         self._order = Cyclic(self.table)
-        self._moving: list[tuple[Move, Transfer]] = []
+        self._moving: list[tuple[Move, Moving]] = []
         self._placement: Placement | None = None
         self.written_nbytes = 0
         """To disk, in whole slots."""
@@ -105,8 +132,41 @@ class LayerStore:
     def placement(self) -> Placement:
         """Where all whole blocks are now; the same object until one comes or goes, and so while it is attended to."""
         if self._placement is None:
-            self._placement = Placement(self.table)
+            self._placement = Placement(self.table, self.numbers, piece_blocks=self.piece_blocks)
         return self._placement
+
+    def here(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor, tuple[Span, ...]]:
+        """Keys, values [blocks, heads, tokens, dim] and users of a piece in host memory."""
+        return self._part(self._rooms, piece)
+
+    def there(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor, tuple[Span, ...]]:
+        """The same of a piece in the device's."""
+        assert self._device_rooms is not None, self.number
+        return self._part(self._device_rooms, piece)
+
+    def grown(self, part: Beginning) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values [1, heads, tokens, dim] of the block of a beginning; None where only the disk has it."""
+        rooms = self._device_rooms if part.tier == self.numbers.device else self._rooms
+        if part.tier == self.numbers.disk or rooms is None:
+            return None
+        return rooms[0][part.slot, None], rooms[1][part.slot, None]
+
+    def held(self, tier: int, slot: int) -> torch.Tensor | None:
+        """The bytes of a slot in memory; None where the tier is the disk."""
+        if tier == self.numbers.disk:
+            return None
+        slots = self.device_slots if tier == self.numbers.device else self.slots
+        assert slots is not None, tier
+        return slots[slot]
+
+    def address(self, slot: int) -> int:
+        """Where a slot begins in the arena in host memory."""
+        return self._start + slot * self.layout.slot_nbytes
+
+    @property
+    def home(self) -> torch.device:
+        """Where tokens are written."""
+        return self._newest[0].device
 
     def beginnings(self) -> list[Beginning]:
         """What rows end with, where that is no whole block."""
@@ -129,10 +189,10 @@ class LayerStore:
         return tier, slot
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add tokens to each row: [rows, heads, tokens, dim] in host memory, padding included.
+        """Add tokens to each row: [rows, heads, tokens, dim] where its `home` is, padding included.
 
         Raises:
-            DoesNotFitError: neither host nor disk has room.
+            DoesNotFitError: no tier has room.
             DiskError: what had to leave could not be written.
         """
         done, total = 0, keys.shape[2]
@@ -179,28 +239,53 @@ class LayerStore:
     def _write(self, write: Write, keys: torch.Tensor, values: torch.Tensor, offset: int) -> None:
         if write.copied_from is not None and write.start:
             assert write.source_slot is not None
-            if write.source_tier == DISK:  # all of it comes: what is beyond the beginning is written anew
-                self.file.read(write.source_slot, 1, self._view(write.slot), urgent=True).wait()
-            else:
-                for room in (self.keys, self.values):
-                    room[write.slot, :, : write.start] = room[write.source_slot, :, : write.start]
+            self._copy_beginning(write, write.source_slot)
         at = offset + write.position
-        for room, new in ((self.keys, keys), (self.values, values)):
+        for room, new in zip(self._newest, (keys, values), strict=True):
             room[write.slot, :, write.start : write.start + write.tokens] = new[write.row, :, at : at + write.tokens]
 
+    def _copy_beginning(self, write: Write, source: int) -> None:
+        """What a new block begins with, from the tier that has it."""
+        if write.source_tier != self.numbers.disk:
+            rooms = self._device_rooms if write.source_tier == self.numbers.device else self._rooms
+            assert rooms is not None, write
+            for room, other in zip(self._newest, rooms, strict=True):
+                room[write.slot, :, : write.start] = other[source, :, : write.start]
+        elif self.device_slots is None:  # all of it comes: what is beyond the beginning is written anew
+            self.file.read(source, 1, self._view(write.slot), urgent=True).wait()
+        else:
+            unit = self.layout.slot_nbytes
+            arena = HostArena(unit)
+            try:
+                self.file.read(source, 1, arena.view(0, unit), urgent=True).wait()
+                self.device_slots[write.slot].copy_(torch.frombuffer(arena.buffer, dtype=torch.uint8)[:unit])
+            finally:
+                arena.close()
+
+    @property
+    def _newest(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the tier in which blocks grow."""
+        return self._rooms if self._device_rooms is None else self._device_rooms
+
+    @staticmethod
+    def _part(
+        rooms: tuple[torch.Tensor, torch.Tensor], piece: Piece
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[Span, ...]]:
+        part = slice(piece.first, piece.first + len(piece.blocks))
+        return rooms[0][part], rooms[1][part], piece.spans
+
     def _view(self, slot: int) -> memoryview:
-        unit = self.layout.slot_nbytes
-        return self._memory.arena.view(self._start + slot * unit, unit)
+        return self._memory.arena.view(self.address(slot), self.layout.slot_nbytes)
 
     def _make_room(self, tokens: int) -> int:
         """Have slots for some of the tokens; returns for how many."""
         while True:
             missing = self.table.missing(0, tokens)
-            if missing <= self.tiers.free(HOST):
+            if missing <= self.tiers.free(0):
                 return tokens
             self._collect(wait=False)
             try:
-                self._evict(missing)
+                self._make_way(missing)
             except DoesNotFitError:
                 if self._moving:
                     self._collect(wait=True)
@@ -209,29 +294,51 @@ class LayerStore:
                 else:
                     tokens = -(-tokens // 2)
                 continue
-            while self._moving and self.tiers.free(HOST) < missing:
+            while self._moving and self.tiers.free(0) < missing:
                 self._finish_first()
 
     def _make_room_ahead(self, tokens: int) -> None:
         tokens = min(tokens, AT_ONCE * self.layout.block_tokens)
         missing = self.table.missing(0, tokens)
-        if missing > self.tiers.free(HOST):
-            try:
-                self._evict(missing)
-            except DoesNotFitError:
-                return  # who appends them will be told, or take fewer at once
+        if missing > self.tiers.free(0):
+            with suppress(DoesNotFitError):  # who appends them will be told, or take fewer at once
+                self._make_way(missing)
+        if self.device_slots is not None and missing > self.tiers.free(self.numbers.host):
+            with suppress(DoesNotFitError):
+                self._evict(self.numbers.host, missing)
 
-    def _evict(self, slots: int) -> None:
-        moves = list(self.tiers.make_room(HOST, slots, self._order.farness))
+    def _make_way(self, slots: int) -> None:
+        """Begin to free slots of the fastest tier. What leaves a device needs a place in host memory first: nothing
+        goes from there to disk at once."""
+        if self.device_slots is not None:
+            host, leaving = self.numbers.host, slots - self.tiers.free(0)
+            if leaving > self.tiers.free(host) and self._memory.disk_share >= self.layout.slot_nbytes:
+                self._evict(host, leaving)
+                while self._moving and self.tiers.free(host) < leaving:
+                    self._finish_first()
+                if self.tiers.free(host) < leaving:
+                    raise self.tiers.no_room(host, leaving)
+        self._evict(0, slots)
+
+    def _evict(self, tier: int, slots: int) -> None:
+        moves = list(self.tiers.make_room(tier, slots, self._order.farness))
         self._placement = None  # clean copies may have been dropped
         while moves:
             try:
-                transfer = self.file.write(moves[0].target_slot, self._view(moves[0].source_slot))
+                moving = self._begin(moves[0])
             except BaseException:
                 for move in moves:
                     self.tiers.finish(move, failed=True)
                 raise
-            self._moving.append((moves.pop(0), transfer))
+            self._moving.append((moves.pop(0), moving))
+
+    def _begin(self, move: Move) -> Moving:
+        if move.source != self.numbers.device:
+            return self.file.write(move.target_slot, self._view(move.source_slot))
+        assert move.target == self.numbers.host, move
+        assert self.device_slots is not None
+        assert self._memory.device is not None
+        return self._memory.device.send(self.device_slots[move.source_slot], self.slots[move.target_slot])
 
     def _collect(self, *, wait: bool) -> None:
         """Hear of what has been written; the first failure is raised, and that block stays where it was."""
@@ -247,4 +354,5 @@ class LayerStore:
         finally:
             self.tiers.finish(move, failed=failed)
             self._placement = None
-        self.written_nbytes += move.nbytes
+        if move.target == self.numbers.disk:
+            self.written_nbytes += move.nbytes

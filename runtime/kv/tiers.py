@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from ...memory.errors import ClosedError, PenstockError, UsageError
-from ...scheduler.kv.moves import TierStatistics
+from ..devices.base import Device
 from .attention import Blocks
+from .crossing import Crossing
 from .layout import BlockLayout
 from .memory import KvBudget, KvMemory
-from .placement import DISK, HOST, Piece
+from .placement import Piece
 from .reading import ReadAhead
 from .spread import Span
 from .store import LayerStore
@@ -31,7 +32,11 @@ class KvStatistics:
     host_nbytes: int
     """Of blocks in host memory."""
     disk_nbytes: int
-    """Of blocks on disk, those that host memory has too among them."""
+    """Of blocks on disk, those that faster tiers have too among them."""
+    device_nbytes: int
+    """Of blocks in the device's memory."""
+    device_budget_nbytes: int
+    """0 where nothing is kept there."""
     host_budget_nbytes: int
     arena_nbytes: int
     """Of the one allocation that all blocks and reads go to."""
@@ -39,6 +44,10 @@ class KvStatistics:
     """From disk."""
     written_nbytes: int
     """To disk."""
+    sent_nbytes: int
+    """From the device to host memory."""
+    fetched_nbytes: int
+    """From host memory to the device, to be attended to there."""
     appended_nbytes: int
     """Keys and values of tokens that were added."""
     copied_nbytes: int
@@ -53,9 +62,20 @@ class KvTiers:
         layers: How many there are.
         folder: For files; None for the default one.
         block_tokens: Of a block.
+        device: Whose memory the budget names; None where it names none.
+        owned: Whether it is closed with them.
     """
 
-    def __init__(self, budget: KvBudget, *, layers: int, folder: str | None, block_tokens: int) -> None:
+    def __init__(
+        self,
+        budget: KvBudget,
+        *,
+        layers: int,
+        folder: str | None,
+        block_tokens: int,
+        device: Device | None = None,
+        owned: bool = False,
+    ) -> None:
         if block_tokens < 1:
             raise UsageError(f"a block holds a token at least; block_tokens is {block_tokens}")
         self.budget = budget
@@ -64,6 +84,9 @@ class KvTiers:
         """Of each row, as far as masks have told; None before."""
         self._layers = layers
         self._folder = folder
+        self._device = device
+        self._owned = owned
+        self._crossing: Crossing | None = None
         self._memory: KvMemory | None = None
         self._reading: ReadAhead | None = None
         self._stores: list[LayerStore | None] = [None] * layers
@@ -119,10 +142,15 @@ class KvTiers:
                 f"layer {number} has keys and values of (rows, heads, dims, dtype) {known} and was given {given}: "
                 "reset the cache, or make a new one for another batch"
             )
-        store.append(keys.detach().cpu(), values.detach().cpu())
+        store.append(keys.detach().to(store.home), values.detach().to(store.home))
 
-    def blocks(self, number: int) -> Iterator[Blocks]:
-        """All that a layer has: the rest is being read while what is in host memory is attended to.
+    def blocks(self, number: int, *, queries: int | None = None) -> Iterator[Blocks]:
+        """All that a layer has: the rest is being read while what is in memory is attended to.
+
+        Args:
+            number: Of the layer.
+            queries: That use each key: by them a part of what is in host memory crosses to the device. None where
+                nobody attends.
 
         Raises:
             DiskError: it could not be read.
@@ -133,9 +161,14 @@ class KvTiers:
         store.collect()  # here and not later: a block that changes its place meanwhile would be missed
         yield from self._beginnings(store)  # first: one that is on disk takes a buffer
         reads = self._reads(store)
-        for piece in store.placement().host:
-            part = slice(piece.first, piece.first + len(piece.blocks))
-            yield store.keys[part], store.values[part], piece.spans
+        placement = store.placement()
+        for piece in placement.device:
+            yield store.there(piece)
+        if self._crossing is not None and queries is not None:
+            yield from self._crossing.blocks(store, placement.host, queries)
+        else:
+            for piece in placement.host:
+                yield store.here(piece)
         for piece, slots in reads:
             yield store.layout.keys(slots), store.layout.values(slots), piece.spans
 
@@ -175,8 +208,9 @@ class KvTiers:
         for store in self._stores:
             if store is not None:
                 tier, slot = store.find(index)
-                slots = store.slots[slot] if tier == HOST else self._ahead(store).block(store, slot)
-                parts.append(slots.numpy().tobytes())
+                held = store.held(tier, slot)
+                slots = self._ahead(store).block(store, slot) if held is None else held
+                parts.append(slots.cpu().numpy().tobytes())
         return b"".join(parts)
 
     def crop(self, number: int, tokens: int) -> None:
@@ -203,7 +237,7 @@ class KvTiers:
             store.close()
         if not any(self._stores):
             self.paddings, self._broken = None, False
-            self._reading = None  # the next blocks may be larger
+            self._reading = self._crossing = None  # the next blocks may be larger
 
     def paddings_of(self, number: int, rows: int) -> tuple[int, ...]:
         """Positions at the beginning of each row that hold nothing."""
@@ -233,19 +267,25 @@ class KvTiers:
         stores = [store for store in self._stores if store is not None]
         both = [(store, *store.statistics()) for store in stores]
 
-        def used(tier: int) -> int:
-            return sum(_of(tiers, tier) for _, _, tiers in both)
+        def used(name: str) -> int:
+            return sum(tier.used_nbytes for _, _, tiers in both for tier in tiers if tier.name == name)
+
+        there = self._memory.device if self._memory is not None else None
 
         return KvStatistics(
             tokens=max((store.tokens for store in stores), default=0),
             rows=max((store.rows for store in stores), default=0),
             kv_nbytes=sum(table.tokens * store.layout.token_nbytes for store, table, _ in both),
-            host_nbytes=used(HOST),
-            disk_nbytes=used(DISK),
+            host_nbytes=used("host"),
+            disk_nbytes=used("disk"),
+            device_nbytes=used("device"),
+            device_budget_nbytes=self.budget.device,
             host_budget_nbytes=self.budget.host,
             arena_nbytes=self._memory.arena.nbytes if self._memory is not None else 0,
             read_nbytes=self._reading.read_nbytes if self._reading is not None else 0,
             written_nbytes=sum(store.written_nbytes for store in stores),
+            sent_nbytes=there.sent_nbytes if there is not None else 0,
+            fetched_nbytes=there.fetched_nbytes if there is not None else 0,
             appended_nbytes=sum(table.written_nbytes for _, table, _ in both),
             copied_nbytes=sum(table.copied_nbytes for _, table, _ in both),
         )
@@ -254,9 +294,13 @@ class KvTiers:
         """Stop reads and writes, remove the files, give all memory back. More than once does no harm."""
         self._closed = True
         memory, self._memory, self._reading = self._memory, None, None
+        self._crossing = None
         self._stores = [None] * self._layers
         if memory is not None:
             memory.close()
+        device, self._device = self._device, None
+        if device is not None and self._owned:
+            device.close()
 
     def _make(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> LayerStore:
         self._require_open()
@@ -264,7 +308,11 @@ class KvTiers:
             raise UsageError(f"keys are {keys.dtype} and values {values.dtype}: they are kept in blocks of one dtype")
         if self._memory is None:
             self._memory = KvMemory(
-                self.budget, layers=self._layers, folder=self._folder, owner=f"keys and values {id(self):x}"
+                self.budget,
+                layers=self._layers,
+                folder=self._folder,
+                owner=f"keys and values {id(self):x}",
+                device=self._device,
             )
         layout = BlockLayout(
             layer=number,
@@ -279,6 +327,10 @@ class KvTiers:
         store = self._stores[number] = LayerStore(number, layout, self._memory, paddings)
         if self.paddings is None:
             self.paddings = paddings
+        if self._memory.device is not None:
+            if self._crossing is None:
+                self._crossing = Crossing(self._memory.device, self._memory.arena, layout.slot_nbytes)
+            store.piece_blocks = self._crossing.piece_blocks
         return store
 
     def _reads(self, store: LayerStore) -> Iterator[tuple[Piece, torch.Tensor]]:
@@ -295,8 +347,9 @@ class KvTiers:
 
     def _beginnings(self, store: LayerStore) -> Iterator[Blocks]:
         for part in store.beginnings():
-            if part.tier == HOST:
-                keys, values = store.keys[part.slot, None], store.values[part.slot, None]
+            grown = store.grown(part)
+            if grown is not None:
+                keys, values = grown
             else:
                 slots = self._ahead(store).block(store, part.slot)
                 keys, values = store.layout.keys(slots), store.layout.values(slots)
@@ -307,7 +360,3 @@ class KvTiers:
     def _forget_reads(self) -> None:
         if self._reading is not None:
             self._reading.forget()
-
-
-def _of(tiers: tuple[TierStatistics, ...], tier: int) -> int:
-    return tiers[tier].used_nbytes if tier < len(tiers) else 0

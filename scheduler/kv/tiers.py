@@ -91,7 +91,7 @@ class Tiers:
         self._copies: dict[int, _Copies] = {}
         self._moves: set[Move] = set()
         if not self._slots[0].count:
-            raise self._no_room(0, 1)
+            raise self.no_room(0, 1)
 
     def admit(self, block: int) -> int:
         """A slot of the fastest tier for a new block, which is to grow there.
@@ -113,7 +113,7 @@ class Tiers:
             DoesNotFitError: they are not; `make_room` first.
         """
         if self._slots[0].free < slots:
-            raise self._no_room(0, slots)
+            raise self.no_room(0, slots)
 
     def seal(self, block: int) -> None:
         """The block is whole, and never changes again."""
@@ -169,7 +169,7 @@ class Tiers:
         assert target not in copies.ready, (block, target)
         assert target not in copies.arriving, (block, target)
         if not self._slots[target].free:
-            raise self._no_room(target, 1)
+            raise self.no_room(target, 1)
         return self._begin(block, min(copies.ready), target, leaves=False)
 
     def make_room(self, tier: int, slots: int, farness: Farness) -> tuple[Move, ...]:
@@ -190,7 +190,7 @@ class Tiers:
         candidates = [block for block in self._slots[tier].blocks if self._may_leave(block, tier)]
         dirty = wanted - sum(self._clean(block, tier) for block in candidates)
         if len(candidates) < wanted or not self._fits_below(tier, dirty):
-            raise self._no_room(tier, slots)
+            raise self.no_room(tier, slots)
         moves: list[Move] = []
         for block in sorted(candidates, key=lambda one: (*farness(one), one), reverse=True):
             if wanted == 0:
@@ -314,7 +314,8 @@ class Tiers:
         if not copies.ready and not copies.arriving:
             del self._copies[block]
 
-    def _no_room(self, tier: int, slots: int) -> DoesNotFitError:
+    def no_room(self, tier: int, slots: int) -> DoesNotFitError:
+        """The error of who needs so many free slots of a tier and finds that they cannot be had."""
         here = self._slots[tier]
         needed = slots * self.slot_nbytes
         available = here.free * self.slot_nbytes

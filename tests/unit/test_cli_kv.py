@@ -65,10 +65,24 @@ def test_a_run_with_keys_and_values_on_disk(checkpoint: Path, capsys: pytest.Cap
     assert "keys and values: " in error
 
 
+def test_a_run_with_keys_and_values_on_a_device(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ("--device", "emulated:h2d=1GiB/s,d2h=1GiB/s", "--max-memory", "device=4MiB,host=64MiB")
+    common = ("--prompt-ids", PROMPT, "--max-new-tokens", "6", *where)
+    assert run(checkpoint, *common) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert run(checkpoint, *common, "--kv", "device=1MiB,host=2MiB,disk=64MiB") == 0
+    out, error = capsys.readouterr()
+    document = json.loads(out)
+    assert document["ids"] == expected["ids"]
+    assert 0 < document["kv"]["device_nbytes"] <= document["kv"]["device_budget_nbytes"] == 2**20
+    assert document["kv"]["sent_nbytes"] > 0
+    assert "on the device (of 1.00 MiB)" in error
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--kv", "device=1GiB,host=1GiB"), "leave device= out"),
+        (("--kv", "device=1GiB,host=1GiB"), "has no memory of its own"),
         (("--kv", "disk=1GiB"), "say how much host memory"),
         (("--kv", "host=1G"), "ambiguous"),
         (("--kv", "host=1GiB", "--exact"), "--exact forbids"),

@@ -11,6 +11,7 @@ import torch
 
 from penstock.kernels import attention_partial
 from penstock.memory.errors import DoesNotFitError, PenstockError, UsageError
+from penstock.runtime.devices.emulated import EmulatedDevice, Rates
 from penstock.runtime.kv.attention import Asked, attend
 from penstock.runtime.kv.memory import KvBudget
 from penstock.runtime.kv.spread import Use, spans
@@ -26,10 +27,14 @@ LAYERS = 2
 def tiers_of(tmp_path: Path) -> Iterator[Callable[..., KvTiers]]:
     made = []
 
-    def make(*, host_slots: int = 14, disk_slots: int = 400, size: int = SIZE) -> KvTiers:
+    def make(
+        *, host_slots: int = 14, disk_slots: int = 400, size: int = SIZE, device_slots: int | None = None
+    ) -> KvTiers:
         host = (LAYERS * host_slots + 4) * PAGE * 8 // 7 // PAGE * PAGE
-        budget = KvBudget(host=max(host, 32 * PAGE), disk=LAYERS * disk_slots * PAGE)
-        made.append(KvTiers(budget, layers=LAYERS, folder=str(tmp_path), block_tokens=size))
+        there = 0 if device_slots is None else max(16, (LAYERS * device_slots + 2) * 8 // 7) * PAGE
+        budget = KvBudget(host=max(host, 32 * PAGE), disk=LAYERS * disk_slots * PAGE, device=there)
+        device = None if device_slots is None else EmulatedDevice(Rates(h2d=1e9, d2h=1e9))
+        made.append(KvTiers(budget, layers=LAYERS, folder=str(tmp_path), block_tokens=size, device=device, owned=True))
         return made[-1]
 
     yield make
@@ -86,12 +91,16 @@ def random_tokens(draw: torch.Generator, rows: int, count: int) -> tuple[torch.T
     )
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(18))
 def test_any_order_of_what_can_happen(tiers_of: Callable[..., KvTiers], seed: int) -> None:
     choose, draw = random.Random(seed), torch.Generator().manual_seed(seed)
     rows = choose.choice([1, 1, 2, 4])
     paddings = [choose.choice([0, 0, 3, 11]) for _ in range(rows)]
-    tiers = tiers_of(host_slots=choose.choice([10, 16, 40]), size=choose.choice([1, 4, SIZE]))
+    tiers = tiers_of(
+        host_slots=choose.choice([10, 16, 40]),
+        size=choose.choice([1, 4, SIZE]),
+        device_slots=choose.choice([6, 12, 40]) if seed % 2 else None,
+    )
     plain = [Plain(rows, list(paddings)) for _ in range(LAYERS)]
     tiers.pad(paddings)
     for _ in range(40):
@@ -110,7 +119,7 @@ def test_any_order_of_what_can_happen(tiers_of: Callable[..., KvTiers], seed: in
                     paddings=tiers.paddings_of(layer, rows),
                     before=before,
                 )
-                out = attend(asked, tiers.blocks(layer))
+                out = attend(asked, tiers.blocks(layer, queries=2 * count))
                 tiers.append(layer, keys, values)
                 plain[layer].append(keys, values)
                 torch.testing.assert_close(out, plain[layer].attention(query, count), atol=2e-6, rtol=1e-5)
@@ -132,6 +141,7 @@ def test_any_order_of_what_can_happen(tiers_of: Callable[..., KvTiers], seed: in
                 assert torch.equal(values, plain[layer].values)
     figures = tiers.statistics()
     assert figures.host_nbytes <= figures.arena_nbytes <= figures.host_budget_nbytes
+    assert figures.device_nbytes <= figures.device_budget_nbytes
 
 
 def test_much_was_on_disk_in_those(tiers_of: Callable[..., KvTiers]) -> None:
