@@ -281,7 +281,7 @@ class CudaDevice:
 
     def passed(self, event: Event) -> bool:
         """Whether an event has completed."""
-        return not isinstance(event, torch.cuda.Event) or bool(event.query())
+        return not isinstance(event, torch.cuda.Event) or bool(event.query())  # type: ignore[no-untyped-call]
 
     def poison(self, arena: AnyArena, offset: int, nbytes: int) -> None:
         """Fill a range with NaN, on the copy stream so that it precedes later copies."""
