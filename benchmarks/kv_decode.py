@@ -82,7 +82,7 @@ def measure(arguments: argparse.Namespace) -> Result:
     import penstock
 
     torch.manual_seed(0)
-    model = _model(arguments)
+    model = random_model(2 * arguments.context, arguments.group)
     with torch.no_grad():
         budget = {"host": arguments.host, "disk": arguments.disk}
         settings = {"max_memory": budget, "block_tokens": arguments.block_tokens, "disk": arguments.dir}
@@ -90,7 +90,7 @@ def measure(arguments: argparse.Namespace) -> Result:
         rest_s = statistics.median(_tokens(model, rest, 9)[1:])
         rest.close()
         cache = penstock.TieredCache(model.config, **settings)
-        _fill(cache, arguments.context)
+        fill(cache, arguments.context)
         files = sorted(Path(arguments.dir).glob("penstock-*/*.kv"))
         disk_before = best_read_rate(files).nbytes_per_s if files else float("inf")
         attention_rate = _attention_rate(cache, model, arguments)
@@ -122,7 +122,8 @@ def measure(arguments: argparse.Namespace) -> Result:
     )
 
 
-def _model(arguments: argparse.Namespace) -> Any:
+def random_model(positions: int, group: int) -> Any:
+    """The model, in bf16: `group` query heads per key-value head."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -131,15 +132,15 @@ def _model(arguments: argparse.Namespace) -> Any:
         hidden_size=HIDDEN,
         intermediate_size=4 * HIDDEN,
         num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS * arguments.group,
+        num_attention_heads=HEADS * group,
         num_key_value_heads=HEADS,
         head_dim=DIM,
-        max_position_embeddings=2 * arguments.context,
+        max_position_embeddings=positions,
     )
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def _fill(cache: Any, context: int) -> None:
+def fill(cache: Any, context: int) -> None:
     """Random keys and values, layer by layer."""
     import torch
 
