@@ -63,6 +63,13 @@ class Result:
     """All keys and values, at the rate of blocks that are in memory."""
     rest_s: float
     arena_nbytes: int
+    dram_nbytes_per_s: float
+    """How fast memory is read, by as many threads as compute."""
+
+    @property
+    def attention_part(self) -> float:
+        """How much of that rate attention to blocks in memory reaches."""
+        return self.kv_nbytes / self.attention_s / self.dram_nbytes_per_s
 
     @property
     def bound_s(self) -> float:
@@ -119,6 +126,7 @@ def measure(arguments: argparse.Namespace) -> Result:
         attention_s=kv_nbytes / attention_rate,
         rest_s=rest_s,
         arena_nbytes=after.arena_nbytes,
+        dram_nbytes_per_s=_dram_rate(),
     )
 
 
@@ -164,26 +172,42 @@ def _tokens(model: Any, cache: Any, count: int) -> list[float]:
 
 
 def _attention_rate(cache: Any, model: Any, arguments: argparse.Namespace) -> float:
-    """Bytes per second of attention to blocks that are in host memory: the best of a second."""
+    """Bytes per second of attention to blocks that are in host memory: the best pass over all layers in two seconds.
+
+    All layers, since one layer's blocks alone would be read from the processor's cache.
+    """
     import torch
 
     from penstock.runtime.kv.attention import Asked, attend
 
-    store = cache.tiers.store(0)
-    pieces = [
-        (store.keys[piece.first : piece.first + len(piece.blocks)],
-         store.values[piece.first : piece.first + len(piece.blocks)], piece.spans)
-        for piece in store.placement().host
+    layers = [
+        [
+            (store.keys[piece.first : piece.first + len(piece.blocks)],
+             store.values[piece.first : piece.first + len(piece.blocks)], piece.spans)
+            for piece in store.placement().host
+        ]
+        for store in (cache.tiers.store(number) for number in range(LAYERS))
     ]  # fmt: skip
-    nbytes = sum(keys.numel() + values.numel() for keys, values, _ in pieces) * 2
+    nbytes = sum(keys.numel() + values.numel() for pieces in layers for keys, values, _ in pieces) * 2
     query = torch.randn(1, HEADS * arguments.group, 1, DIM).to(torch.bfloat16)
     new = torch.randn(1, HEADS, 1, DIM).to(torch.bfloat16)
-    best, end_s = float("inf"), time.perf_counter() + 1
+    best, end_s = float("inf"), time.perf_counter() + 2
     while time.perf_counter() < end_s:
         start_s = time.perf_counter()
-        attend(Asked(query=query, keys=new, values=new, scale=0.125), iter(pieces))
+        for pieces in layers:
+            attend(Asked(query=query, keys=new, values=new, scale=0.125), iter(pieces))
         best = min(best, time.perf_counter() - start_s)
     return nbytes / best
+
+
+def _dram_rate() -> float:
+    """Bytes per second that torch's threads could read at."""
+    import torch
+
+    from penstock.runtime.calibration.dram import memory_rates
+
+    threads = torch.get_num_threads()
+    return memory_rates(nbytes=256 * MIB, threads=(threads,), seconds=1.5).read.at(threads)
 
 
 def main() -> None:
@@ -244,6 +268,8 @@ def render(result: Result, peak_nbytes: int | None) -> str:
             f"s/token {result.s:.3f} (best {result.s_best:.3f}), bound {result.bound_s:.3f}: disk {disk_s:.3f}, "
             f"attention {result.attention_s:.3f} + rest {result.rest_s:.3f}",
             f"distance {result.distance:.3f} (goal {GOAL})",
+            f"attention to blocks in memory {result.kv_nbytes / result.attention_s / 1e9:.1f} GB/s, "
+            f"{result.attention_part:.0%} of the {result.dram_nbytes_per_s / 1e9:.1f} GB/s that memory is read at",
             f"disk {before} GB/s before, {after} after; read per token {result.read_nbytes / GIB:.3f} GiB, at least "
             f"{result.least_nbytes / GIB:.3f}",
             f"written per token {result.written_nbytes:.0f} bytes, {result.written_nbytes / result.token_nbytes:.2f} "
