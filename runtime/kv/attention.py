@@ -229,7 +229,7 @@ def _add_new(merging: Merging, asked: Asked, start: int, stop: int, out: torch.T
     shape = (rows, kv_heads, asked.group, stop - start)
     out, lse = out.reshape(*shape, dim), lse.reshape(shape)
     if stop - start == count:
-        merging.add(out.view(rows, kv_heads, -1, dim), lse.view(rows, kv_heads, -1))
+        merging.add(out.reshape(rows, kv_heads, -1, dim), lse.reshape(rows, kv_heads, -1))
         return
     whole = (rows, kv_heads, asked.group, count)
     some = Merging(
