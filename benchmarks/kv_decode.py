@@ -68,6 +68,8 @@ class Result:
     """All keys and values, at the rate of blocks that are in memory."""
     rest_s: float
     arena_nbytes: int
+    dram_nbytes_per_s: float
+    """How fast memory is read, by as many threads as compute."""
     device: str = ""
     device_nbytes: int = 0
     """Of keys and values on the device."""
@@ -75,6 +77,11 @@ class Result:
     link_nbytes_per_s: float = 0.0
     streamed_s: float = 0.0
     """All that is in host memory sent over the link."""
+
+    @property
+    def attention_part(self) -> float:
+        """How much of that rate attention to blocks in memory reaches."""
+        return self.kv_nbytes / self.attention_s / self.dram_nbytes_per_s
 
     @property
     def bound_s(self) -> float:
@@ -100,7 +107,7 @@ def measure(arguments: argparse.Namespace) -> Result:
     import penstock
 
     torch.manual_seed(0)
-    model = _model(arguments)
+    model = random_model(2 * arguments.context, arguments.group)
     with torch.no_grad():
         budget = {"host": arguments.host, "disk": arguments.disk}
         if arguments.device:
@@ -111,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> Result:
         rest_s = statistics.median(_tokens(model, rest, 9)[1:])
         rest.close()
         cache = penstock.TieredCache(model.config, **settings)
-        _fill(cache, arguments.context)
+        fill(cache, arguments.context)
         files = sorted(Path(arguments.dir).glob("penstock-*/*.kv"))
         disk_before = best_read_rate(files).nbytes_per_s if files else float("inf")
         attention_rate = _attention_rate(cache, model, arguments)
@@ -141,6 +148,7 @@ def measure(arguments: argparse.Namespace) -> Result:
         attention_s=kv_nbytes / attention_rate,
         rest_s=rest_s,
         arena_nbytes=after.arena_nbytes,
+        dram_nbytes_per_s=_dram_rate(),
         device=arguments.device,
         device_nbytes=after.device_nbytes,
         crossed_nbytes=(after.fetched_nbytes - before.fetched_nbytes) / arguments.new_tokens,
@@ -172,7 +180,8 @@ def _streamed(cache: Any, model: Any, arguments: argparse.Namespace) -> tuple[fl
     return max(rates), statistics.median(_tokens(model, cache, max(2, arguments.new_tokens // 4)))
 
 
-def _model(arguments: argparse.Namespace) -> Any:
+def random_model(positions: int, group: int) -> Any:
+    """The model, in bf16: `group` query heads per key-value head."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -181,15 +190,15 @@ def _model(arguments: argparse.Namespace) -> Any:
         hidden_size=HIDDEN,
         intermediate_size=4 * HIDDEN,
         num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS * arguments.group,
+        num_attention_heads=HEADS * group,
         num_key_value_heads=HEADS,
         head_dim=DIM,
-        max_position_embeddings=2 * arguments.context,
+        max_position_embeddings=positions,
     )
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def _fill(cache: Any, context: int) -> None:
+def fill(cache: Any, context: int) -> None:
     """Random keys and values, layer by layer."""
     import torch
 
@@ -213,22 +222,36 @@ def _tokens(model: Any, cache: Any, count: int) -> list[float]:
 
 
 def _attention_rate(cache: Any, model: Any, arguments: argparse.Namespace) -> float:
-    """Bytes per second of attention to blocks that are in host memory: the best of a second."""
+    """Bytes per second of attention to blocks that are in host memory: the best pass over all layers in two seconds.
+
+    All layers, since one layer's blocks alone would be read from the processor's cache.
+    """
     import torch
 
     from penstock.runtime.kv.attention import Asked, attend
 
-    store = cache.tiers.store(0)
-    pieces = [store.here(piece) for piece in store.placement().host]
-    nbytes = sum(keys.numel() + values.numel() for keys, values, _ in pieces) * 2
+    stores = [cache.tiers.store(number) for number in range(LAYERS)]
+    layers = [[store.here(piece) for piece in store.placement().host] for store in stores]
+    nbytes = sum(keys.numel() + values.numel() for pieces in layers for keys, values, _ in pieces) * 2
     query = torch.randn(1, HEADS * arguments.group, 1, DIM).to(torch.bfloat16)
     new = torch.randn(1, HEADS, 1, DIM).to(torch.bfloat16)
-    best, end_s = float("inf"), time.perf_counter() + 1
+    best, end_s = float("inf"), time.perf_counter() + 2
     while time.perf_counter() < end_s:
         start_s = time.perf_counter()
-        attend(Asked(query=query, keys=new, values=new, scale=0.125), iter(pieces))
+        for pieces in layers:
+            attend(Asked(query=query, keys=new, values=new, scale=0.125), iter(pieces))
         best = min(best, time.perf_counter() - start_s)
     return nbytes / best
+
+
+def _dram_rate() -> float:
+    """Bytes per second that torch's threads could read at."""
+    import torch
+
+    from penstock.runtime.calibration.dram import memory_rates
+
+    threads = torch.get_num_threads()
+    return memory_rates(nbytes=256 * MIB, threads=(threads,), seconds=1.5).read.at(threads)
 
 
 def main() -> None:
@@ -299,6 +322,8 @@ def render(result: Result, peak_nbytes: int | None) -> str:
             f"attention {result.attention_s:.3f} + rest {result.rest_s:.3f}",
             f"distance {result.distance:.3f} (goal {GOAL})",
             *device,
+            f"attention to blocks in memory {result.kv_nbytes / result.attention_s / 1e9:.1f} GB/s, "
+            f"{result.attention_part:.0%} of the {result.dram_nbytes_per_s / 1e9:.1f} GB/s that memory is read at",
             f"disk {before} GB/s before, {after} after; read per token {result.read_nbytes / GIB:.3f} GiB, at least "
             f"{result.least_nbytes / GIB:.3f}",
             f"written per token {result.written_nbytes:.0f} bytes, {result.written_nbytes / result.token_nbytes:.2f} "

@@ -5,9 +5,8 @@
 Query heads that share a key-value head are rows of it, so that each key is read once for all of them and no head is
 ever repeated (GQA, MQA). Keys and values may lie in blocks: strides are free but that of the last dimension.
 
-On a CPU torch's own flash kernel gives both O and ℓ in fp32 accumulation. Without instructions for bf16 its products
-of half numbers are slow, so those are widened piece by piece, in buffers that stay in the cache: keys are never fp32
-as a whole.
+On a CPU torch's own flash kernel gives both O and ℓ in fp32 accumulation. Where the processor has no products of halves
+it is slow with few queries, for which there is `attention_few`.
 """
 
 from __future__ import annotations
@@ -66,9 +65,32 @@ def partial(
     if not keys.shape[2] or not rows:
         lse = query.new_full((n, heads, rows), EMPTY, dtype=torch.float32)
         return query.new_zeros(n, heads, rows, values.shape[3], dtype=torch.float32), lse
-    if cap is not None or keys.shape[3] != values.shape[3] or query.device.type != "cpu":
+    if not flashes(query, keys, values, cap=cap):
         return _plain(query, keys, values, scale=scale, mask=mask, cap=cap)
     return _flash(query, keys, values, scale=scale, mask=mask)
+
+
+def flashes(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, cap: float | None) -> bool:
+    """Whether torch's flash kernel computes attention of these: [n, heads, tokens, dim] each."""
+    return cap is None and keys.shape[3] == values.shape[3] and query.device.type == "cpu"
+
+
+def causal(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of tokens to themselves and to those before them, without a mask: of half the pairs, not of all.
+
+    Args:
+        query: [n, heads, tokens, dim], such that `flashes`.
+        keys: Likewise; heads of a group are repeated.
+        values: Likewise.
+        scale: Of the products.
+
+    Returns:
+        The result [n, heads, tokens, dim] in the queries' dtype, and ℓ [n, heads, tokens] in fp32.
+    """
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, keys, values, 0.0, True, scale=scale)
+    return out, lse
 
 
 def _flash(

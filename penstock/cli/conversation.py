@@ -209,6 +209,8 @@ def carry_out(request: ChatRequest, output: Output) -> None:
         if request.sampling.seed is not None:
             torch.manual_seed(request.sampling.seed)
         prefixes = _prefixes(request, folder, model, cache, output, stack)
+        if prefixes is not None:
+            cache.look_at(model)
         _talk(Conversation(model, tokenizer, cache, request), cache, prefixes, output)
 
 

@@ -12,13 +12,14 @@ from typing import Final
 
 import torch
 
+from ...kernels.attention_few import few, widens
 from ...kernels.attention_merge import Merging, merge
 from ...kernels.attention_paged import paged_partial
-from ...kernels.attention_partial import partial
+from ...kernels.attention_partial import causal, flashes, partial
 from .spread import Span
 
 FEW_ROWS: Final = 32
-"""Queries of a head, up to which each block is a part of its own. With more, blocks are put together first: their copy
+"""Queries of a head, up to which blocks are read where they lie. With more, they are put together first: their copy
 costs less than merging so many results."""
 PARTS_NBYTES: Final = 16 * 2**20
 """Of results that wait to be merged: those of a layer, in decoding."""
@@ -137,7 +138,7 @@ class _Parts:
 def _attend_span(parts: _Parts, asked: Asked, keys: torch.Tensor, values: torch.Tensor, span: Span) -> None:
     if span.alike is not None:
         _attend_alike(parts, asked, keys, values, span.alike, span.positions)
-    elif asked.mask is None and span.rows.shape[1] * parts.query.shape[2] <= FEW_ROWS:
+    elif asked.mask is None and span.rows.shape[1] * parts.query.shape[2] <= FEW_ROWS and not widens(keys.dtype):
         _attend_each(parts, asked, keys, values, span)
     else:
         for rows in torch.unique(span.rows, dim=0):
@@ -156,13 +157,16 @@ def _attend_alike(
     """Blocks that are parts of the same rows, whose queries are rows of one product then."""
     blocks, heads, tokens, _ = keys.shape
     together = parts.together(rows)
-    few = asked.mask is None and together.shape[2] <= FEW_ROWS
-    if few and keys.device.type == "cuda" and asked.cap is None:
+    small = asked.mask is None and together.shape[2] <= FEW_ROWS
+    if small and keys.device.type == "cuda" and asked.cap is None:
         slots = torch.arange(blocks, dtype=torch.int32, device=keys.device)[None]
         lengths = torch.full((1,), blocks * tokens, dtype=torch.int32, device=keys.device)
         parts.add(rows, *paged_partial(together, keys, values, slots, lengths, scale=asked.scale))
         return
-    if few:
+    if small and keys.device.type == "cpu" and widens(keys.dtype):
+        parts.add(rows, *few(together[0], keys, values, scale=asked.scale, cap=asked.cap))
+        return
+    if small:
         wide = together.expand(blocks, -1, -1, -1)
         parts.add(rows, *partial(wide, keys, values, scale=asked.scale, cap=asked.cap))
         return
@@ -210,6 +214,9 @@ def _new(asked: Asked) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
     count, group = asked.query.shape[2], asked.group
     keys = asked.keys.repeat_interleave(group, dim=1) if group > 1 and count > 1 else asked.keys
     values = asked.values.repeat_interleave(group, dim=1) if group > 1 and count > 1 else asked.values
+    if count > 1 and _all_before(asked) and flashes(asked.query, asked.keys, asked.values, cap=asked.cap):
+        yield 0, count, *causal(asked.query, keys, values, scale=asked.scale)
+        return
     for start in range(0, count, QUERIES):
         stop = min(start + QUERIES, count)
         query = asked.query[:, :, start:stop]
@@ -220,6 +227,11 @@ def _new(asked: Asked) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
             mask = mask.expand(-1, asked.query.shape[1], -1, -1).reshape(mask.shape[0], -1, group, stop)
         out, lse = partial(query, keys[:, :, :stop], values[:, :, :stop], scale=asked.scale, mask=mask, cap=asked.cap)
         yield start, stop, out, lse
+
+
+def _all_before(asked: Asked) -> bool:
+    """Whether each new token sees all that come before it: no mask need be made, then."""
+    return asked.mask is None and not any(padding > asked.before for padding in asked.paddings)
 
 
 def _new_mask(asked: Asked, start: int, stop: int) -> torch.Tensor | None:
@@ -243,7 +255,7 @@ def _add_new(merging: Merging, asked: Asked, start: int, stop: int, out: torch.T
     shape = (rows, kv_heads, asked.group, stop - start)
     out, lse = out.reshape(*shape, dim), lse.reshape(shape)
     if stop - start == count:
-        merging.add(out.view(rows, kv_heads, -1, dim), lse.view(rows, kv_heads, -1))
+        merging.add(out.reshape(rows, kv_heads, -1, dim), lse.reshape(rows, kv_heads, -1))
         return
     whole = (rows, kv_heads, asked.group, count)
     some = Merging(

@@ -15,6 +15,7 @@ from ..devices.base import Device
 from .interface import known_configs, masks_for, switch
 from .layer import TieredLayer, Way
 from .memory import KvBudget
+from .probe import probe
 from .tiers import KvStatistics, KvTiers
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,21 @@ class TieredCache(DynamicCache):
         if not bool((shown.sum(dim=1) == length - leading).all()):
             return False
         return self.tiers.pad(leading.tolist())
+
+    def look_at(self, model: Any) -> None:
+        """Find out how a model attends before it is called: a cache that is filled first cannot see it in time.
+
+        Args:
+            model: Whose config the cache was given. It is not called.
+        """
+        unknown = [number for number, layer in enumerate(self._tiered) if layer.way is Way.UNKNOWN]
+        if not unknown or not self._switched:
+            return
+        found = probe(model)
+        for number in unknown:
+            if number in found:
+                self._tiered[number].way = Way.BLOCKS if found[number] else Way.WHOLE
+                self._learn(number, found[number])
 
     def statistics(self) -> KvStatistics:
         """A frozen record of what is where, and of what was read and written."""

@@ -103,7 +103,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             )
         self._require_consumed(_calls.layer)
         _calls.layer = self
-        self._learn()
+        self.learn()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._tiers.require_in_step(self._number, key_states.shape[2])
@@ -233,6 +233,15 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def prefetch(self) -> None:
         """Nothing, likewise."""
 
+    def learn(self) -> None:
+        """See what the last call showed, where it was the first."""
+        if self.way is not Way.UNKNOWN or self._shown is None:
+            return
+        passes = self._uses == 1
+        self.way = Way.BLOCKS if passes else Way.WHOLE
+        self._shown = None
+        self._learned(self._number, passes)
+
     def _stored(self) -> int:
         store = self._tiers.store(self._number)
         return 0 if store is None else store.tokens
@@ -244,15 +253,6 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def _select(self, rows: Sequence[int]) -> None:
         self._require_consumed(self)
         self._tiers.reorder(self._number, rows)
-
-    def _learn(self) -> None:
-        """What the last call showed, where it was the first."""
-        if self.way is not Way.UNKNOWN or self._shown is None:
-            return
-        passes = self._uses == 1
-        self.way = Way.BLOCKS if passes else Way.WHOLE
-        self._shown = None
-        self._learned(self._number, passes)
 
     def _require_consumed(self, layer: TieredLayer | None) -> None:
         if layer is None or layer._pending is None:

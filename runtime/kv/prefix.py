@@ -6,7 +6,10 @@ A block of the store is a block of the cache in all layers: a page that says how
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -14,13 +17,15 @@ import torch
 
 from ...memory.arena import PAGE, HostArena, round_up
 from ...memory.errors import UsageError
-from ...memory.prefix import KvIdentity, PrefixStore, PutReport
+from ...memory.prefix import KvIdentity, Place, PrefixHit, PrefixStore, PutReport
 from .cache import TieredCache
 from .layout import BlockLayout
 from .tiers import KvTiers
 
 AT_ONCE: Final = 32 * 2**20
-"""About how much is read or stored at once."""
+"""About how much is on its way at once."""
+ROOMS: Final = 3
+"""That it is read into: one is copied from while two are read, so that the drive has more to do when one is full."""
 _DTYPES: Final = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -52,24 +57,48 @@ def load_prefix(cache: TieredCache, store: PrefixStore, identity: KvIdentity, to
         raise UsageError(f"the cache has {cache.get_seq_length()} tokens already: reset it before a prefix is loaded")
     hit = store.lookup(identity, tokens)
     read_nbytes = done = 0
-    while done < len(hit.places):
-        unit = round_up(max(place.span.nbytes for place in hit.places[done:]))
-        some = hit.places[done : done + max(1, AT_ONCE // unit)]
-        arena = HostArena(unit * len(some), tier="prefixes")
-        try:
-            views = [arena.view(unit * at, unit) for at in range(len(some))]
-            good = store.read(replace(hit, places=some), views)
-            if good:
-                with tiers.in_whole():
-                    _append(tiers, arena, unit, good)
-            read_nbytes += sum(place.span.nbytes for place in some[:good])
-        finally:
-            views.clear()
-            arena.close()
-        done += good
-        if good < len(some):
-            break
+    with closing(_arriving(store, hit)) as arriving:
+        for places, blocks in arriving:
+            with tiers.in_whole():
+                _append(tiers, blocks)
+            read_nbytes += sum(place.span.nbytes for place in places)
+            done += len(places)
     return Loaded(tokens=done * identity.block_tokens, read_nbytes=read_nbytes)
+
+
+def _arriving(store: PrefixStore, hit: PrefixHit) -> Generator[tuple[tuple[Place, ...], torch.Tensor], None, None]:
+    """Blocks as they are read, some at a time: [blocks, bytes], good until the next ones are asked for.
+
+    While some are copied into the cache, others are read, and the drive has the next ones to go on with. Ends before
+    the first block that is bad.
+    """
+    if not hit.places:
+        return
+    unit = round_up(max(place.span.nbytes for place in hit.places))
+    most = max(1, AT_ONCE // ROOMS // unit)
+    waiting = deque(enumerate(hit.places[start : start + most] for start in range(0, len(hit.places), most)))
+    arena = HostArena(unit * most * min(ROOMS, len(waiting)), tier="prefixes")
+    under_way: deque[tuple[tuple[Place, ...], int, Future[int]]] = deque()
+    with ThreadPoolExecutor(ROOMS - 1, thread_name_prefix="penstock-prefix") as readers:
+
+        def ask() -> None:
+            number, places = waiting.popleft()
+            first = number % ROOMS * most
+            views = [arena.view((first + at) * unit, unit) for at in range(len(places))]
+            under_way.append((places, first, readers.submit(store.read, replace(hit, places=places), views)))
+
+        while waiting and len(under_way) < ROOMS - 1:
+            ask()
+        whole = torch.frombuffer(arena.buffer, dtype=torch.uint8).view(-1, unit)
+        while under_way:
+            places, first, reading = under_way.popleft()
+            good = reading.result()
+            if good == len(places) and waiting:
+                ask()
+            if good:
+                yield places[:good], whole[first : first + good]
+            if good < len(places):
+                return
 
 
 def store_prefix(cache: TieredCache, store: PrefixStore, identity: KvIdentity, tokens: Sequence[int]) -> PutReport:
@@ -112,17 +141,11 @@ def store_prefix(cache: TieredCache, store: PrefixStore, identity: KvIdentity, t
     return report
 
 
-def _append(tiers: KvTiers, arena: HostArena, unit: int, blocks: int) -> None:
-    whole = torch.frombuffer(arena.buffer, dtype=torch.uint8).view(-1, unit)[:blocks]
-    layouts = _layouts(bytes(whole[0, :PAGE].tolist()), tiers.block_tokens)
+def _append(tiers: KvTiers, blocks: torch.Tensor) -> None:
+    """Add blocks of the store, [blocks, bytes], to all layers."""
     at = PAGE
-    for layout in layouts:
-        slots = whole[:, at : at + layout.slot_nbytes].reshape(-1)  # copied: those of a layer follow each other
-        keys, values = (
-            part.transpose(0, 1).reshape(1, layout.heads, blocks * layout.block_tokens, -1)
-            for part in (layout.keys(slots), layout.values(slots))
-        )
-        tiers.append(layout.layer, keys, values)
+    for layout in _layouts(blocks[0, :PAGE].numpy().tobytes(), tiers.block_tokens):
+        tiers.append_blocks(layout, blocks[:, at : at + layout.slot_nbytes])
         at += layout.slot_nbytes
 
 

@@ -6,7 +6,7 @@ disk, while other layers run. So after tokens were appended, room is made for as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -195,13 +195,31 @@ class LayerStore:
             DoesNotFitError: no tier has room.
             DiskError: what had to leave could not be written.
         """
-        done, total = 0, keys.shape[2]
+        self._append(keys.shape[2], lambda write, done: self._write(write, keys, values, done))
+
+    def append_blocks(self, slots: torch.Tensor) -> None:
+        """Add whole blocks to the only row, which ends with one, or is empty, and has no padding: each is copied once.
+
+        Args:
+            slots: [blocks, slot bytes] of this layout.
+
+        Raises:
+            DoesNotFitError: as `append`.
+            DiskError: likewise.
+        """
+        size = self.layout.block_tokens
+        assert self.rows == 1, self.rows
+        assert not self.tokens % size, self.tokens
+        self._append(slots.shape[0] * size, lambda write, done: self._copy(write, slots, done))
+
+    def _append(self, total: int, put: Callable[[Write, int], None]) -> None:
+        done = 0
         while done < total:
             count = self._make_room(min(total - done, AT_ONCE * self.layout.block_tokens))
             writes = self.table.append(0, count)
             try:
                 for write in writes:
-                    self._write(write, keys, values, done)
+                    put(write, done)
             finally:
                 if self.table.settle(0) or any(write.copied_from is not None for write in writes):
                     self._placement = None
@@ -273,6 +291,13 @@ class LayerStore:
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[Span, ...]]:
         part = slice(piece.first, piece.first + len(piece.blocks))
         return rooms[0][part], rooms[1][part], piece.spans
+
+    def _copy(self, write: Write, slots: torch.Tensor, offset: int) -> None:
+        number, start = divmod(offset + write.position, self.layout.block_tokens)
+        assert start == write.start, write
+        slot = slots[number]
+        for room, new in zip(self._newest, (self.layout.keys(slot), self.layout.values(slot)), strict=True):
+            room[write.slot, :, start : start + write.tokens] = new[0, :, start : start + write.tokens]
 
     def _view(self, slot: int) -> memoryview:
         return self._memory.arena.view(self.address(slot), self.layout.slot_nbytes)

@@ -133,6 +133,22 @@ class KvTiers:
             DoesNotFitError: budgets have no room.
             DiskError: what had to leave for them could not be written.
         """
+        store = self._fitting(number, keys, values)
+        store.append(keys.detach().to(store.home), values.detach().to(store.home))
+
+    def append_blocks(self, layout: BlockLayout, slots: torch.Tensor) -> None:
+        """Add whole blocks to a layer of one sequence that has only such, without padding: [blocks, slot bytes].
+
+        Raises:
+            UsageError: as `append`.
+            DoesNotFitError: likewise.
+            DiskError: likewise.
+        """
+        keys, values = layout.keys(slots[0]), layout.values(slots[0])
+        self._fitting(layout.layer, keys, values).append_blocks(slots)
+
+    def _fitting(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> LayerStore:
+        """What a layer has, or is to have, made for such keys and values."""
         store = self._stores[number] or self._make(number, keys, values)
         layout = store.layout
         known = (store.rows, layout.heads, layout.key_dim, layout.value_dim, layout.dtype)
@@ -142,7 +158,7 @@ class KvTiers:
                 f"layer {number} has keys and values of (rows, heads, dims, dtype) {known} and was given {given}: "
                 "reset the cache, or make a new one for another batch"
             )
-        store.append(keys.detach().to(store.home), values.detach().to(store.home))
+        return store
 
     def blocks(self, number: int, *, queries: int | None = None) -> Iterator[Blocks]:
         """All that a layer has: the rest is being read while what is in memory is attended to.
