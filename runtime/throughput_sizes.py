@@ -7,13 +7,16 @@ from dataclasses import replace
 from typing import Any, Final
 
 import torch
+from torch import nn
 
 from ..memory.capacity import host_capacity
 from ..memory.errors import PenstockError
 from ..memory.ledger import process_ledger
 from ..scheduler.microbatches import Footprint
+from ..scheduler.mixture import Mixture
 from ..scheduler.sizes import Workload
 from .cachesize import cache_size
+from .experts.layers import find_expert_layers
 from .headroom import FRAMEWORK, headroom_nbytes, kv_nbytes
 from .widening import LANE_NBYTES
 
@@ -85,6 +88,22 @@ def rehearsed_footprint(
 def with_buffers(footprint: Footprint, wide_from: int | None) -> Footprint:
     """`footprint` with what each lane keeps where products of so many rows are multiplied in fp32; None is none."""
     return footprint if wide_from is None else replace(footprint, lane_nbytes=LANE_NBYTES)
+
+
+def with_meetings(footprint: Footprint) -> Footprint:
+    """`footprint` of a mixture of experts: a layer of them computes the tokens of all micro-batches of a sweep at once,
+    so that each expert is brought once, and what that takes is there for all of them."""
+    return replace(footprint, held_nbytes_per_token=footprint.activation_nbytes_per_token)
+
+
+def mixture_of(model: nn.Module) -> Mixture | None:
+    """The experts of a model, with or without bytes, if they can be blocks of their own; of no known time."""
+    parameters = dict(model.named_parameters())
+    found = find_expert_layers(model, {name: parameter.nbytes for name, parameter in parameters.items()})
+    if found is None:
+        return None
+    nbytes = sum(parameters[name].nbytes for name in found.names)
+    return Mixture(share=found.routing.top_k / found.routing.experts, nbytes=nbytes)
 
 
 def _kv_nbytes_per_token(config: Any, dtype: torch.dtype) -> int:
