@@ -61,8 +61,8 @@ class LayerPass:
         """Whether everything that the layer needs is there or on its way."""
         return not any(self._to_read)
 
-    def advance(self, gone: Sequence[int] = ()) -> None:
-        """Have as much brought as there are slots for; `gone` are blocks whose slots have been freed."""
+    def advance(self) -> None:
+        """Have as much brought as there are slots for."""
         places = []
         for part, waiting in enumerate(self._to_read):
             while waiting:
@@ -71,7 +71,7 @@ class LayerPass:
                     break
                 places.append(placed)
                 waiting.popleft()
-        self._pool.bring(places, gone)
+        self._pool.bring(places)
 
     @contextmanager
     def lent_by_host(self, part: int, expert: int) -> Iterator[Lease]:
@@ -97,4 +97,5 @@ class LayerPass:
         finally:
             self._pool.give_back(lease, computed())
         if expert in self._passing:
-            self.advance(self._pool.vacate(part, self.layer, expert))
+            self._pool.vacate(part, self.layer, expert)
+            self.advance()

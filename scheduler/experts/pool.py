@@ -5,6 +5,10 @@ layer computes the first parts of all its experts before the second of any. Each
 own size. A cache and its policy say whose experts keep their slots. What they pass by goes through the slots that are
 left, one after another: those are read again when they are needed again.
 
+A layer may end anywhere: by an error, or by an interrupt between any two lines. What lies where is therefore told by one
+record alone; what has left it is told to the carrier until the carrier has heard it; and the next layer makes the rest
+agree.
+
 Slots lie where experts are computed. Beside a device apart that is its memory, and host memory keeps experts too: all
 of them, or those on a shelf (`shelf.py`). What lies there can be computed by the CPU, where that is done sooner.
 """
@@ -15,6 +19,8 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from ...memory.arena import Slot
 from ...memory.errors import ClosedError, StallError
@@ -115,15 +121,20 @@ class ExpertPool:
         self._blocks = blocks
         self._capacity = min(setting.capacity, routing.total)
         self._passing = min(len(each) for each in slots) - setting.capacity
-        self._free = [list(reversed(each)) for each in slots]
+        self._slots = [tuple(reversed(each)) for each in slots]
+        self._free = [list(each) for each in self._slots]
         self._lying: dict[int, Slot] = {}
         """By block, of those that have one."""
+        self._untold: dict[int, None] = {}
+        """Blocks that have lost theirs, and the carrier may not have heard of it yet."""
         self._carrier = carrier
         self._causes = Causes(routing)
         self._accounts = {"prefill": Account(), "decode": Account()}
         self._nbytes = expert_nbytes
-        self._open: LayerPass | None = None
+        self._begun: Event | None = None
         """The layer that runs, or one that did not come to its end."""
+        self._open: LayerPass | None = None
+        """The same, once it is known what moves."""
         self._ahead: tuple[int, list[int]] = (-1, [])
         """Experts that were brought before their layer asked, and the layer."""
         self._apart = apart
@@ -159,6 +170,7 @@ class ExpertPool:
             shared: Whether the CPU can compute some of it beside a device apart.
         """
         self._recover()
+        self._begun = event
         self._policy.seen(event)
         self.cache.seen(event)
         if self._shelf is not None:
@@ -187,9 +199,10 @@ class ExpertPool:
         account.computed_by_cpu += len(by_cpu)
         stays = [expert for expert in ahead if expert not in by_cpu]
         self._open = run = LayerPass(self, event.layer, held, stays, missed, admitted, by_cpu, kept)
-        run.advance(self._forget(victims))
+        self._forget(victims)
+        run.advance()
         yield run
-        self._open = None
+        self._open = self._begun = None
         self._causes.passed(event, self.cache)
 
     def _on_host(self, layer: int, expert: int, near: Collection[int]) -> bool:
@@ -231,9 +244,9 @@ class ExpertPool:
         for expert in gone:
             for part in range(self.parts):
                 self._is_there(part, self.block(part, layer, expert))  # what is still on its way cannot be forgotten
-        blocks = self._forget([(layer, expert) for expert in gone])
-        self._ahead = (-1, [])  # not before: whoever is interrupted while waiting finds them next time
-        self.bring((), blocks)
+        self._ahead = (-1, [])
+        self._forget([(layer, expert) for expert in gone])
+        self.bring(())
         return [expert for expert in ahead if expert in needed]
 
     @property
@@ -261,25 +274,37 @@ class ExpertPool:
         self._ahead = layer, taken
         self._accounts["decode"].reads += len(taken)
         if places:
-            self._carrier.bring(places, (), urgent=False)
+            self.bring(places, urgent=False)
         return taken
 
     def _recover(self) -> None:
-        """Forget what a layer that failed has left half done."""
-        run = self._open
-        if run is None:
+        """Make slots, caches and carrier agree where a layer did not come to its end, wherever it was left."""
+        event, run = self._begun, self._open
+        if event is None:
             return
-        for expert in run.brought:
-            sound = [self._is_there(part, self.block(part, run.layer, expert)) for part in range(self.parts)]
-            kept = bool(self.cache.held[run.layer, expert])
-            if kept and all(sound):
-                continue
-            if kept:
-                self.cache.drop(run.layer, expert)
-            self._carrier.bring((), self._forget([(run.layer, expert)]))
+        self.bring(())
+        for layer, expert in np.argwhere(self.cache.held).tolist():
+            blocks = [self.block(part, layer, expert) for part in range(self.parts)]
+            sound = all(block in self._lying for block in blocks)
+            if layer == event.layer:  # all else had arrived before it began
+                sound = all([self._is_there(part, block) for part, block in enumerate(blocks)])
+            if not sound:
+                self.cache.drop(layer, expert)
+        self.cache.recount()
+        for part, numbers in enumerate(self._blocks):
+            for layer, expert in np.argwhere(~self.cache.held).tolist():
+                if int(numbers[layer, expert]) in self._lying:
+                    self._is_there(part, int(numbers[layer, expert]))  # what is still on its way cannot be forgotten
+                    self.vacate(part, layer, expert)
+        self._ahead = (-1, [])
+        self.bring(())
+        for part, slots in enumerate(self._slots):
+            taken = {slot.offset for slot in self._lying.values()}
+            self._free[part] = [slot for slot in slots if slot.offset not in taken]
         if self._shelf is not None:
-            self._shelf.refused(run.layer, run.kept)
-        self._open = None
+            doubtful = event.experts.tolist() if run is None else run.kept
+            self._shelf.refused(event.layer, [each for each in doubtful if self._shelf.held[event.layer, each]])
+        self._open = self._begun = None
 
     def _is_there(self, part: int, block: int) -> bool:
         """Whether a block has arrived, which is waited for; what failed on its way has been told to somebody.
@@ -308,13 +333,11 @@ class ExpertPool:
             self._free[part].append(self._lying.pop(block))
             raise
 
-    def _forget(self, experts: Sequence[tuple[int, int]]) -> list[int]:
-        """Free the slots of (layer, expert); the blocks that were in them."""
-        gone = []
+    def _forget(self, experts: Sequence[tuple[int, int]]) -> None:
+        """Free the slots of (layer, expert)."""
         for layer, expert in experts:
             for part in range(self.parts):
-                gone += self.vacate(part, layer, expert)
-        return gone
+                self.vacate(part, layer, expert)
 
     # --- of the layer that runs -------------------------------------------------------------------------------------
 
@@ -331,19 +354,22 @@ class ExpertPool:
         slot = self._lying[block] = self._free[part].pop()
         return block, slot
 
-    def vacate(self, part: int, layer: int, expert: int) -> list[int]:
-        """Free the slot of a part, if it has one: the block that is to be forgotten."""
+    def vacate(self, part: int, layer: int, expert: int) -> None:
+        """Free the slot of a part, if it has one. The carrier hears of it with what is brought next."""
         block = self.block(part, layer, expert)
-        slot = self._lying.pop(block, None)
-        if slot is None:
-            return []
-        self._free[part].append(slot)
-        return [block]
+        slot = self._lying.get(block)
+        if slot is not None:
+            self._untold[block] = None  # first: who is interrupted behind it says once too often what is true
+            del self._lying[block]
+            self._free[part].append(slot)
 
-    def bring(self, places: Sequence[tuple[int, Slot]], gone: Sequence[int]) -> None:
-        """Have blocks brought, and others forgotten."""
+    def bring(self, places: Sequence[tuple[int, Slot]], *, urgent: bool = True) -> None:
+        """Have blocks brought, and those forgotten that have no slot any more."""
+        gone = tuple(self._untold)
         if places or gone:
-            self._carrier.bring(places, gone)
+            self._carrier.bring(places, gone, urgent=urgent)
+            for block in gone:
+                del self._untold[block]
 
     def _expert_of(self, block: int) -> int:
         """Which expert of its layer a block is of."""
