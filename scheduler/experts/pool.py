@@ -287,7 +287,8 @@ class ExpertPool:
             blocks = [self.block(part, layer, expert) for part in range(self.parts)]
             sound = all(block in self._lying for block in blocks)
             if layer == event.layer:  # all else had arrived before it began
-                sound = all([self._is_there(part, block) for part, block in enumerate(blocks)])
+                arrived = [self._is_there(part, block) for part, block in enumerate(blocks)]
+                sound = all(arrived)
             if not sound:
                 self.cache.drop(layer, expert)
         self.cache.recount()
