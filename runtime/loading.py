@@ -158,8 +158,9 @@ def load(
             experts = handle.machinery.session.experts
             if experts is not None and layout.experts is not None and costs is not None:
                 each = expert_costs(costs, shape_of(model, layout.experts.layers[0]))
-                experts.look_ahead(each)
-                if decisions is not None and not decisions.exact:
+                shared = decisions is not None and not decisions.exact
+                experts.look_ahead(each, exact=not shared)
+                if shared:
                     experts.share_with_cpu(each)
             handle.machinery.host_left_nbytes = left
         if layout.resident and changing is None:

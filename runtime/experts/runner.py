@@ -23,7 +23,7 @@ from ...scheduler.experts.ahead import LookAhead
 from ...scheduler.experts.cache import CacheSetting
 from ...scheduler.experts.costs import ExpertCosts
 from ...scheduler.experts.events import Event, event_of, merged
-from ...scheduler.experts.forecast import ExpertForecast, expected_trace
+from ...scheduler.experts.forecast import NEVER_S, ExpertForecast, expected_trace
 from ...scheduler.experts.layerpass import LayerPass
 from ...scheduler.experts.layerscheduler import LayerScheduler
 from ...scheduler.experts.policies import DEFAULT, policy
@@ -139,14 +139,23 @@ class ExpertRunner:
         trace = expected_trace(self._placed.routing)
         return outlook_of(self._placed, self._shape, costs, trace, assumed=True, exact=exact)
 
-    def look_ahead(self, costs: ExpertCosts) -> None:
-        """Bring experts before their layer asks, where that gains time by these costs of one tier.
+    def look_ahead(self, costs: ExpertCosts, *, exact: bool = False) -> None:
+        """Bring experts before their layer asks, where that gains time by these costs; beside a device apart also those
+        that the CPU has computed.
 
-        Not where other blocks are streamed, as the drive is never idle then, nor where there is no room beside what
-        passes, nor beside a device apart.
+        Not where other blocks are streamed, as drive and link are never idle then, nor where there is no room beside
+        what passes.
+
+        Args:
+            costs: Of the machine.
+            exact: Whether one processor computes everything.
         """
-        if not self._placed.apart and not self._streams_others and self.pool.spare > 0 and costs.read_s > 0:
-            self._ahead = LookAhead(self.pool, LayerScheduler(costs), clock=time.monotonic)
+        moves = costs.copy_s if costs.separate else costs.read_s
+        if costs.separate is not self._placed.apart or self._streams_others or self.pool.spare <= 0 or moves <= 0:
+            return
+        if costs.separate and exact:
+            costs = replace(costs, cpu_s=lambda rows: NEVER_S)
+        self._ahead = LookAhead(self.pool, LayerScheduler(costs), clock=time.monotonic)
 
     def share_with_cpu(self, costs: ExpertCosts) -> None:
         """Have the CPU compute experts from host memory, beside a device apart, where a layer is done sooner by these
@@ -220,7 +229,7 @@ class ExpertRunner:
         tokens = [each.tokens for each in asked]
         with self._turn, self.pool.layer(event, shared=splittable(module)) as run:
             if self._ahead is not None:
-                self._ahead.begun(event, run.there)
+                self._ahead.begun(event, run)
             lend = partial(self._weight, run)
             if self._split is not None and run.by_cpu:
                 results = self._split.compute(tokens, module, run, lend, partial(self._host_weight, run))

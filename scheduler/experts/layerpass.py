@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..lease import Lease
 from ..mover import Event as DeviceEvent
+from .timelines import ExpertTask
 
 if TYPE_CHECKING:
     from .pool import ExpertPool
@@ -26,6 +27,7 @@ class LayerPass:
         admitted: Those of them that stay.
         by_cpu: Those that the CPU computes from host memory, beside a device apart.
         kept: Those that host memory has made room for, and that are being read there.
+        tasks: All that the layer needs, each where it is when the layer begins, what was brought ahead included.
     """
 
     def __init__(
@@ -38,8 +40,13 @@ class LayerPass:
         admitted: set[int],
         by_cpu: Sequence[int] = (),
         kept: Sequence[int] = (),
+        tasks: Sequence[ExpertTask] = (),
     ) -> None:
         self._pool = pool
+        self.tasks = tuple(tasks)
+        """What the layer needs, each where it was when the layer began."""
+        self.ahead = tuple(ahead)
+        """Experts that were brought before the layer asked."""
         self.by_cpu = tuple(by_cpu)
         """Experts that the CPU computes; `order` is without them."""
         self.kept = tuple(kept)

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from ..lease import Lease
 from ..mover import Event as DeviceEvent
 from .account import Account, Causes, PhaseResult
 from .cache import CacheSetting, CacheStatistics, ExpertCache, Origin
+from .carrier import Carrier
 from .events import Event
 from .layerpass import LayerPass
 from .layerscheduler import LayerScheduler
@@ -37,33 +37,6 @@ from .shape import Routing
 from .shelf import HostShelf
 from .timelines import ExpertTask
 from .trace import IntArray, Phase
-
-
-class Carrier(Protocol):
-    """Brings blocks: an executor."""
-
-    def bring(
-        self,
-        places: Sequence[tuple[int, Slot]],
-        gone: Sequence[int] = (),
-        *,
-        kept: Sequence[tuple[int, Slot]] = (),
-        urgent: bool = True,
-    ) -> list[int]:
-        """See `Core.bring`."""
-        ...
-
-    def acquire(self, block: int, *, observed: bool, counted: bool = True) -> Lease:
-        """A lease of a block that was brought, waiting for it."""
-        ...
-
-    def acquire_host(self, block: int) -> Lease:
-        """A lease of the host's copy, beside a device apart."""
-        ...
-
-    def release(self, lease: Lease, event: DeviceEvent) -> None:
-        """Give it back; its slot may be refilled after the event."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +110,8 @@ class ExpertPool:
         """The same, once it is known what moves."""
         self._ahead: tuple[int, list[int]] = (-1, [])
         """Experts that were brought before their layer asked, and the layer."""
+        self._filling: set[tuple[int, int]] = set()
+        """(layer, expert) of what was brought for no layer that waited for it."""
         self._apart = apart
         self._shelf = shelf
         self._scheduler: LayerScheduler | None = None
@@ -180,16 +155,8 @@ class ExpertPool:
         near = {*ahead, *(expert for expert in needed if self.cache.held[event.layer, expert])}
         account = self._accounts[event.phase]
         self._causes.count(account, event, self.cache, (expert in near for expert in needed))
-        tasks = [
-            ExpertTask(
-                expert=expert,
-                rows=rows,
-                on_device=self._apart and expert in near,
-                on_host=self._on_host(event.layer, expert, near),
-            )
-            for expert, rows in zip(needed, event.rows.tolist(), strict=True)
-        ]
-        by_cpu, kept = self._divided(event, tasks, shared=shared)
+        tasks = self.tasks(event.layer, needed, event.rows.tolist(), near)
+        by_cpu, kept = self._divided(event, tasks, ahead, shared=shared)
         moved = [task for task in tasks if task.expert not in near and task.expert not in by_cpu]
         missed = [task.expert for task in sorted(moved, key=lambda task: -task.rows)]  # what takes longest first
         admitted, victims = self._admit(event, sorted([*missed, *ahead]))
@@ -197,13 +164,26 @@ class ExpertPool:
         account.reads += sum(not task.on_host and (task in moved or task.expert in by_cpu) for task in tasks)
         account.copies += len(missed) if self._apart else 0
         account.computed_by_cpu += len(by_cpu)
-        stays = [expert for expert in ahead if expert not in by_cpu]
-        self._open = run = LayerPass(self, event.layer, held, stays, missed, admitted, by_cpu, kept)
+        self._open = run = LayerPass(self, event.layer, held, ahead, missed, admitted, by_cpu, kept, tasks)
         self._forget(victims)
         run.advance()
         yield run
         self._open = self._begun = None
         self._causes.passed(event, self.cache)
+
+    def tasks(
+        self, layer: int, experts: Sequence[int], rows: Sequence[int], near: Collection[int]
+    ) -> list[ExpertTask]:
+        """Experts of a layer, and where they are: `near` are those in the tier that computes."""
+        return [
+            ExpertTask(
+                expert=expert,
+                rows=count,
+                on_device=self._apart and expert in near,
+                on_host=self._on_host(layer, expert, near),
+            )
+            for expert, count in zip(experts, rows, strict=True)
+        ]
 
     def _on_host(self, layer: int, expert: int, near: Collection[int]) -> bool:
         """Whether it need not be read from disk."""
@@ -211,11 +191,14 @@ class ExpertPool:
             return expert in near
         return self._shelf is None or bool(self._shelf.held[layer, expert])
 
-    def _divided(self, event: Event, tasks: Sequence[ExpertTask], *, shared: bool) -> tuple[list[int], list[int]]:
-        """Experts that the CPU computes, and those that are being read to stay in host memory."""
+    def _divided(
+        self, event: Event, tasks: Sequence[ExpertTask], ahead: Sequence[int], *, shared: bool
+    ) -> tuple[list[int], list[int]]:
+        """Experts that the CPU computes, and those that are being read to stay in host memory. What was brought
+        `ahead` has slots that it is to leave: the device computes it."""
         by_cpu: Collection[int] = ()
         if self._scheduler is not None and shared:
-            by_cpu = frozenset(self._scheduler.plan(tasks).computed_by_cpu)
+            by_cpu = frozenset(self._scheduler.plan(tasks).computed_by_cpu).difference(ahead)
         kept: list[int] = []
         there = {task.expert for task in tasks if task.on_host}
         if self._shelf is not None:
@@ -266,16 +249,34 @@ class ExpertPool:
         taken: list[int] = []
         places: list[tuple[int, Slot]] = []
         for expert in experts[: self.spare]:
-            if self.cache.held[layer, expert] or not all(self._free):
+            there = self.cache.held[layer, expert] or (self._apart and not self._on_host(layer, expert, ()))
+            if there or not all(self._free):  # beside a device, what would have to be read first is not brought either
                 continue
             placed = [self.place(part, layer, expert) for part in range(self.parts)]
             places += [each for each in placed if each is not None]
             taken.append(expert)
         self._ahead = layer, taken
-        self._accounts["decode"].reads += len(taken)
+        self._accounts["decode"].copies += len(taken) if self._apart else 0
+        self._accounts["decode"].reads += 0 if self._apart else len(taken)
         if places:
             self.bring(places, urgent=False)
         return taken
+
+    def fill(self, event: Event, expert: int) -> bool:
+        """Beside a device apart: bring what the CPU computes for the layer that runs, behind all that it needs, if the
+        cache would have it. Returns whether it is brought."""
+        assert self._open is not None and self._apart, "no layer runs beside a device"
+        if not self._open.all_asked_for or self.cache.held[event.layer, expert] or not all(self._free):
+            return False
+        taken = self.cache.admit(event.layer, [expert], needed=event.experts, origin=Origin.FILLED)
+        if not taken:
+            return False
+        self._filling.add((event.layer, expert))
+        self._forget([victim for _, victim in taken if victim is not None])
+        placed = [self.place(part, event.layer, expert) for part in range(self.parts)]
+        self.bring([each for each in placed if each is not None], urgent=False)
+        self._accounts[event.phase].copies += 1
+        return True
 
     def _recover(self) -> None:
         """Make slots, caches and carrier agree where a layer did not come to its end, wherever it was left."""
@@ -286,7 +287,7 @@ class ExpertPool:
         for layer, expert in np.argwhere(self.cache.held).tolist():
             blocks = [self.block(part, layer, expert) for part in range(self.parts)]
             sound = all(block in self._lying for block in blocks)
-            if layer == event.layer:  # all else had arrived before it began
+            if layer == event.layer:  # all else has arrived, or was brought in vain and tells who asks for it
                 arrived = [self._is_there(part, block) for part, block in enumerate(blocks)]
                 sound = all(arrived)
             if not sound:
@@ -338,7 +339,10 @@ class ExpertPool:
         """Free the slots of (layer, expert)."""
         for layer, expert in experts:
             for part in range(self.parts):
+                if (layer, expert) in self._filling:  # it may still be on its way, and cannot be forgotten then
+                    self._is_there(part, self.block(part, layer, expert))
                 self.vacate(part, layer, expert)
+            self._filling.discard((layer, expert))
 
     # --- of the layer that runs -------------------------------------------------------------------------------------
 

@@ -227,3 +227,32 @@ def test_the_config_says_what_it_said_once_all_models_that_share_it_are_closed(s
     assert second.penstock.statistics().experts.decode.uses > 0
     penstock.close(second)
     assert config._experts_implementation == REPLACED
+
+
+LINK_RESTS = ExpertCosts(cpu_s=lambda rows: 1e-6 * rows, device_s=lambda rows: 1e-7, copy_s=2e-6, read_s=1e-6)
+"""Layers take long beside what moving an expert takes: there is always time for it."""
+
+
+@pytest.mark.parametrize("host", [0.5, 1.0])
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_link_brings_what_the_next_layer_needs_and_what_the_cpu_has_computed(
+    exact: bool, host: float, shelf: Shelf
+) -> None:
+    with loaded(shelf.checkpoint("qwen3-moe"), 0.3, host) as model:
+        experts = model.penstock.machinery.session.experts
+        experts.look_ahead(LINK_RESTS, exact=exact)
+        if not exact:
+            experts.share_with_cpu(LINK_RESTS)
+        expected = shelf.answers("qwen3-moe")
+        for _ in range(3):
+            found = run(model)
+            if exact:
+                assert differences(expected, found) == []
+            else:
+                assert torch.allclose(found["1 logits"], expected["1 logits"], rtol=1e-4, atol=1e-5)
+        counted = model.penstock.statistics().experts
+        assert counted.prefetching.asked > 0
+        if exact:
+            assert counted.decode.hits["prefetched"] == counted.prefetching.used > 0
+        else:
+            assert counted.decode.hits["filled"] > 0

@@ -87,7 +87,13 @@ class Shelves:
 
 
 def make(
-    capacity: int, passing: int, *, name: str = "lru", minimum: float = 1.0, admission: str = "adaptive"
+    capacity: int,
+    passing: int,
+    *,
+    name: str = "lru",
+    minimum: float = 1.0,
+    admission: str = "adaptive",
+    apart: bool = False,
 ) -> tuple[ExpertPool, Shelves]:
     shelves = Shelves()
     count = capacity + passing
@@ -101,6 +107,7 @@ def make(
         slots=[[arena.cut(PAGE) for _ in range(count)] for _ in range(PARTS)],
         carrier=shelves,
         expert_nbytes=100,
+        apart=apart,
     )
     return pool, shelves
 
