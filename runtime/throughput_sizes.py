@@ -12,11 +12,12 @@ from torch import nn
 from ..memory.capacity import host_capacity
 from ..memory.errors import PenstockError
 from ..memory.ledger import process_ledger
+from ..scheduler.experts.shape import ExpertShape, Routing
 from ..scheduler.microbatches import Footprint
 from ..scheduler.mixture import Mixture
 from ..scheduler.sizes import Workload
 from .cachesize import cache_size
-from .experts.layers import find_expert_layers
+from .experts.layers import find_expert_layers, shape_of
 from .headroom import FRAMEWORK, headroom_nbytes, kv_nbytes
 from .widening import LANE_NBYTES
 
@@ -90,20 +91,27 @@ def with_buffers(footprint: Footprint, wide_from: int | None) -> Footprint:
     return footprint if wide_from is None else replace(footprint, lane_nbytes=LANE_NBYTES)
 
 
-def with_meetings(footprint: Footprint) -> Footprint:
-    """`footprint` of a mixture of experts: a layer of them computes the tokens of all micro-batches of a sweep at once,
-    so that each expert is brought once, and what that takes is there for all of them."""
-    return replace(footprint, held_nbytes_per_token=footprint.activation_nbytes_per_token)
+def with_meetings(footprint: Footprint, shape: ExpertShape, routing: Routing) -> Footprint:
+    """`footprint` of a mixture of experts. A layer of them computes the tokens of all micro-batches of a sweep at once,
+    so that each expert is brought once, and what that takes is there for all of them: for each token and expert of its
+    own the values that go in, both results of products, what lies between, and what comes out, weighted once more."""
+    wide = 2 if shape.gated else 1
+    each = routing.top_k * (3 * shape.hidden + (wide + 1) * shape.ffn) * shape.itemsize * SLACK
+    held = footprint.held_nbytes_per_token + each
+    most = max(footprint.activation_nbytes_per_token, held)
+    return replace(footprint, activation_nbytes_per_token=most, held_nbytes_per_token=held)
 
 
-def mixture_of(model: nn.Module) -> Mixture | None:
-    """The experts of a model, with or without bytes, if they can be blocks of their own; of no known time."""
+def with_mixture(footprint: Footprint, model: nn.Module) -> tuple[Footprint, Mixture | None]:
+    """`footprint` of a model, with or without bytes, and its experts, of no known time; None where they cannot be
+    blocks of their own."""
     parameters = dict(model.named_parameters())
     found = find_expert_layers(model, {name: parameter.nbytes for name, parameter in parameters.items()})
     if found is None:
-        return None
+        return footprint, None
     nbytes = sum(parameters[name].nbytes for name in found.names)
-    return Mixture(share=found.routing.top_k / found.routing.experts, nbytes=nbytes)
+    mixture = Mixture(share=found.routing.top_k / found.routing.experts, nbytes=nbytes)
+    return with_meetings(footprint, shape_of(model, found.layers[0]), found.routing), mixture
 
 
 def _kv_nbytes_per_token(config: Any, dtype: torch.dtype) -> int:

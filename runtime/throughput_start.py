@@ -14,6 +14,7 @@ from ..scheduler.mixture import Mixture
 from ..scheduler.plan import Plan
 from .build import Machinery
 from .deciding import alternation_of
+from .experts.layers import shape_of
 from .handle import Handle
 from .throughput import Work
 from .throughput_batch import Row, Ways, ways_of
@@ -173,8 +174,10 @@ def _choose(
     together = not plan.resident and ways.interleaves  # what does not stream has no reads to share
     alternation = _alternation(model, machinery) if machinery is not None and together else None
     mixture = None if machinery is None else _mixture(machinery, plan)
-    if machinery is not None and mixture is not None:
-        footprint, plan = with_meetings(footprint), _without_experts(machinery, plan)
+    if machinery is not None and machinery.layout.experts is not None:
+        placed = machinery.layout.experts
+        footprint = with_meetings(footprint, shape_of(model, placed.layers[0]), placed.routing)
+        plan = _without_experts(machinery, plan)
     return schedule(
         [asked.job for asked in prompts],
         footprint,

@@ -16,10 +16,9 @@ from ..runtime.throughput_batch import ways_of
 from ..runtime.throughput_sizes import (
     footprint_of,
     free_host_nbytes,
-    mixture_of,
     rehearsed_footprint,
     with_buffers,
-    with_meetings,
+    with_mixture,
 )
 from ..runtime.throughput_start import Asked, check_prompts, products_for
 from ..runtime.widening import Products
@@ -85,9 +84,7 @@ def _shared(
     products = products_for(bones, prompts, room_nbytes=room)
     footprint = with_buffers(footprint, None if products is None or len(prompts) == 1 else products.wide_from)
     rates = None if products is None else products.rates
-    mixture = mixture_of(bones)
-    if mixture is not None:
-        footprint = with_meetings(footprint)
+    footprint, mixture = with_mixture(footprint, bones)
     least = 0
     for _ in range(_TRIES):
         choice = schedule(

@@ -70,7 +70,7 @@ class LookAhead:
         self._ahead = (-1, ())
         if layer == event.layer and event.phase == "decode":
             self._prefetcher.settle(_without(run.tasks, run.ahead, separate=self._separate), ahead)
-        if event.phase == "prefill" or self._between_s is None:
+        if event.phase == "prefill" or self._between_s is None or (event.guesses is None and not run.by_cpu):
             return
         idle = IdleTime.behind(self._scheduler.plan(run.tasks), self._scheduler.costs, self._between_s)
         if self._separate:

@@ -5,9 +5,9 @@ layer computes the first parts of all its experts before the second of any. Each
 own size. A cache and its policy say whose experts keep their slots. What they pass by goes through the slots that are
 left, one after another: those are read again when they are needed again.
 
-A layer may end anywhere: by an error, or by an interrupt between any two lines. What lies where is therefore told by one
-record alone; what has left it is told to the carrier until the carrier has heard it; and the next layer makes the rest
-agree.
+A layer may end anywhere: by an error, or by an interrupt between any two lines. What lies where is therefore told by
+one record alone; what has left it is told to the carrier until the carrier has heard it; and the next layer makes the
+rest agree.
 
 Slots lie where experts are computed. Beside a device apart that is its memory, and host memory keeps experts too: all
 of them, or those on a shelf (`shelf.py`). What lies there can be computed by the CPU, where that is done sooner.
@@ -171,9 +171,7 @@ class ExpertPool:
         self._open = self._begun = None
         self._causes.passed(event, self.cache)
 
-    def tasks(
-        self, layer: int, experts: Sequence[int], rows: Sequence[int], near: Collection[int]
-    ) -> list[ExpertTask]:
+    def tasks(self, layer: int, experts: Sequence[int], rows: Sequence[int], near: Collection[int]) -> list[ExpertTask]:
         """Experts of a layer, and where they are: `near` are those in the tier that computes."""
         return [
             ExpertTask(
@@ -265,7 +263,8 @@ class ExpertPool:
     def fill(self, event: Event, expert: int) -> bool:
         """Beside a device apart: bring what the CPU computes for the layer that runs, behind all that it needs, if the
         cache would have it. Returns whether it is brought."""
-        assert self._open is not None and self._apart, "no layer runs beside a device"
+        assert self._open is not None, "no layer runs"
+        assert self._apart, "there is one processor"
         if not self._open.all_asked_for or self.cache.held[event.layer, expert] or not all(self._free):
             return False
         taken = self.cache.admit(event.layer, [expert], needed=event.experts, origin=Origin.FILLED)

@@ -1,4 +1,4 @@
-"""A layer of experts that is interrupted before any of its lines: slots, cache and carrier agree again with the next."""
+"""A layer of experts that is interrupted before any line: slots, cache and carrier agree again with the next one."""
 
 from __future__ import annotations
 
