@@ -304,7 +304,7 @@ class ExpertPool:
             self._free[part] = [slot for slot in slots if slot.offset not in taken]
         if self._shelf is not None:
             doubtful = event.experts.tolist() if run is None else run.kept
-            self._shelf.refused(event.layer, [each for each in doubtful if self._shelf.held[event.layer, each]])
+            self._shelf.refused(event.layer, doubtful)
         self._open = self._begun = None
 
     def _is_there(self, part: int, block: int) -> bool:
