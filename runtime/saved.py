@@ -64,14 +64,19 @@ class _Gather(torch.autograd.Function):
     """Rows of a table, whose gradient is the parameter's."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: torch.Tensor, table: Table) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, parameter: torch.Tensor, table: Table) -> torch.Tensor:
         """[rows, *row] All of them."""
         return table.rows(0, table.parameter.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         """What the table's own gradient is."""
         return grad, None
+
+
+def _weak_reference(storage: torch.UntypedStorage) -> Any:
+    """Tells by `expired()` whether memory is gone."""
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
 
 class SavedTensor:
@@ -120,17 +125,19 @@ class SavedTensors:
         self._again: Segment | None = None
         """Whose second one does."""
         self._base = session.arena.untyped_storage().data_ptr()
-        self._gathered: dict[int, tuple[StorageWeakRef, Table, int]] = {}
-        """By address, tables that were gathered and are still there: the table, and where in that memory it begins, in
-        elements."""
+        self._gathered: dict[int, tuple[Any, Table, int]] = {}
+        """By address, tables that were gathered and may still be there: what tells that of the memory, the table, and
+        where in that memory it begins, in elements."""
 
     def gathered(self, table: Table) -> torch.Tensor:
         """All rows of a table for a call that gradients may pass through: read again for backward, and not kept."""
-        whole = table.whole() if not table.parameter.requires_grad else _Gather.apply(table.parameter, table)
-        assert isinstance(whole, torch.Tensor)
+        if table.parameter.requires_grad:
+            whole: torch.Tensor = _Gather.apply(table.parameter, table)  # type: ignore[no-untyped-call]
+        else:
+            whole = table.whole()
         storage = whole.untyped_storage()
         self._gathered = {at: each for at, each in self._gathered.items() if not each[0].expired()}
-        self._gathered[storage.data_ptr()] = StorageWeakRef(storage), table, int(whole.storage_offset())
+        self._gathered[storage.data_ptr()] = _weak_reference(storage), table, int(whole.storage_offset())
         return whole
 
     def _rows(self, tensor: torch.Tensor) -> _Rows | None:

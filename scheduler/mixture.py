@@ -18,7 +18,8 @@ class Mixture:
 
     def used(self, rows: float) -> float:
         """The part that so many tokens use together: an expert is left out where none of them wants it."""
-        return 1.0 - (1.0 - self.share) ** rows
+        left_out: float = (1.0 - self.share) ** rows
+        return 1.0 - left_out
 
     def moved_s(self, rows: float) -> float:
         """Seconds that the links need for those that so many tokens use and that are not there, each once."""
