@@ -1,4 +1,4 @@
-"""Attention of a few queries to half-precision keys that all of them see: decoding, on a CPU without products of halves.
+"""Attention of a few queries to half-precision keys that all of them see: for CPUs without products of halves.
 
     O = softmax(s) V,    ℓ = log Σ exp s,    s = scale · q Kᵀ  (or cap · tanh(s / cap))
 

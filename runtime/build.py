@@ -138,7 +138,9 @@ class Machinery:
             pretrained=not isinstance(backing, ModuleBacking) and (self.changing is None or self.trains),
         )
         if layout.experts is not None:
-            self.session.experts = ExpertRunner(layout, self.front_arena, self.host, device, self.executor)
+            self.session.experts = ExpertRunner(
+                layout, self.front_arena, self.host, device, self.executor, self.session.sweep_here
+            )
         if on_cpu:
             self.session.on_cpu = OnCpu(self.session, self.units, self.host)
 

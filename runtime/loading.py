@@ -191,8 +191,9 @@ def _costs_to_experts(
     if experts is None or layout.experts is None or costs is None:
         return
     each = expert_costs(costs, shape_of(model, layout.experts.layers[0]))
-    experts.look_ahead(each)
-    if decisions is not None and not decisions.exact:
+    shared = decisions is not None and not decisions.exact
+    experts.look_ahead(each, exact=not shared)
+    if shared:
         experts.share_with_cpu(each)
 
 

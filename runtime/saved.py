@@ -1,7 +1,9 @@
 """Weights that autograd saves for backward, as references instead of views of a slot.
 
 A slot is refilled between forward and backward, and autograd would not notice: the gradient would be wrong without an
-error. So a saved view of the arena is packed as (block, place) and fetched again when backward asks for it.
+error. So a saved view of the arena is packed as (block, place) and fetched again when backward asks for it. Rows of a
+table that were gathered for a call lie in memory of their own, which a graph would keep for all layers: they are packed
+as (table, rows) and read again.
 """
 
 from __future__ import annotations
@@ -9,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .activations.hold import HeldTensor
 from .activations.operations import OperationLog
 from .activations.replay import Replay
 from .recompute import Pending, Segment
+from .tables import Table
 
 if TYPE_CHECKING:
     from .activations.keeper import ActivationKeeper, SegmentCall
@@ -35,6 +40,43 @@ class _Reference:
     stride: tuple[int, ...]
     generation: int
     """How often weights had changed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rows:
+    """A view of rows of a table that were gathered."""
+
+    table: Table
+    start: int
+    stop: int
+    offset: int
+    """Elements from the start of these rows."""
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def read(self) -> torch.Tensor:
+        """The same view of rows that are read again."""
+        flat = self.table.rows(self.start, self.stop).view(-1)
+        return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.offset)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of a table, whose gradient is the parameter's."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: torch.Tensor, table: Table) -> torch.Tensor:
+        """[rows, *row] All of them."""
+        return table.rows(0, table.parameter.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """What the table's own gradient is."""
+        return grad, None
+
+
+def _weak_reference(storage: torch.UntypedStorage) -> Any:
+    """Tells by `expired()` whether memory is gone."""
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
 
 class SavedTensor:
@@ -61,6 +103,10 @@ class SavedTensor:
         return self._tensor
 
 
+_Packed = SavedTensor | _Reference | _Rows
+"""What a tensor of the model's own is packed as."""
+
+
 class SavedTensors:
     """Packs and unpacks what autograd saves during a root call."""
 
@@ -79,6 +125,41 @@ class SavedTensors:
         self._again: Segment | None = None
         """Whose second one does."""
         self._base = session.arena.untyped_storage().data_ptr()
+        self._gathered: dict[int, tuple[Any, Table, int]] = {}
+        """By address, tables that were gathered and may still be there: what tells that of the memory, the table, and
+        where in that memory it begins, in elements."""
+
+    def gathered(self, table: Table) -> torch.Tensor:
+        """All rows of a table for a call that gradients may pass through: read again for backward, and not kept."""
+        if table.parameter.requires_grad:
+            whole: torch.Tensor = _Gather.apply(table.parameter, table)  # type: ignore[no-untyped-call]
+        else:
+            whole = table.whole()
+        storage = whole.untyped_storage()
+        self._gathered = {at: each for at, each in self._gathered.items() if not each[0].expired()}
+        self._gathered[storage.data_ptr()] = _weak_reference(storage), table, int(whole.storage_offset())
+        return whole
+
+    def _rows(self, tensor: torch.Tensor) -> _Rows | None:
+        """What a view of a gathered table is packed as."""
+        if tensor.layout is not torch.strided or not tensor.numel():
+            return None
+        known = self._gathered.get(tensor.untyped_storage().data_ptr())
+        if known is None or known[0].expired() or tensor.dtype is not known[1].parameter.dtype:
+            return None
+        _, table, begin = known
+        each = prod(table.parameter.shape[1:])
+        at = int(tensor.storage_offset()) - begin
+        last = at + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        start = at // each
+        return _Rows(
+            table=table,
+            start=start,
+            stop=last // each + 1,
+            offset=at - start * each,
+            shape=tuple(tensor.shape),
+            stride=tuple(tensor.stride()),
+        )
 
     def hooks(self) -> AbstractContextManager[Any]:
         """The context in which saved tensors are packed."""
@@ -142,7 +223,7 @@ class SavedTensors:
         finally:
             self._again = before
 
-    def _pack(self, tensor: torch.Tensor) -> SavedTensor | _Reference | Pending | HeldTensor | None:
+    def _pack(self, tensor: torch.Tensor) -> _Packed | Pending | HeldTensor | None:
         mode = self._watching
         if mode is None:
             return self._packed_in_turn(tensor)
@@ -152,7 +233,7 @@ class SavedTensors:
         finally:
             mode.paused = False
 
-    def _packed_in_turn(self, tensor: torch.Tensor) -> SavedTensor | _Reference | Pending | HeldTensor | None:
+    def _packed_in_turn(self, tensor: torch.Tensor) -> _Packed | Pending | HeldTensor | None:
         if self._segment is not None:
             log = None if self._call is None else self._call.log
             return self._segment.hold(tensor, self._held(tensor), log)  # type: ignore[no-any-return]
@@ -166,7 +247,7 @@ class SavedTensors:
                 return held
         return self._packed(tensor)
 
-    def _held(self, tensor: torch.Tensor) -> SavedTensor | _Reference | HeldTensor | None:
+    def _held(self, tensor: torch.Tensor) -> _Packed | HeldTensor | None:
         """What a segment's tensor is packed as; None where it is made again."""
         call, keeper = self._call, self.keeper
         if call is None or keeper is None:
@@ -184,9 +265,9 @@ class SavedTensors:
         assert self.keeper is not None
         return self.keeper.tensor(tensor)
 
-    def _packed(self, tensor: torch.Tensor) -> SavedTensor | _Reference:
+    def _packed(self, tensor: torch.Tensor) -> _Packed:
         if not self.is_lent(tensor):
-            return SavedTensor(tensor)
+            return (self._rows(tensor) if self._gathered else None) or SavedTensor(tensor)
         at = tensor.storage_offset() * tensor.element_size()
         for binding in self._session.bindings.values():
             slot = binding.slot
@@ -201,7 +282,7 @@ class SavedTensors:
                 )
         return SavedTensor(tensor.detach().clone())  # a piece of a table: leased without a binding
 
-    def _unpack(self, saved: SavedTensor | _Reference | Pending | HeldTensor) -> torch.Tensor:
+    def _unpack(self, saved: _Packed | Pending | HeldTensor) -> torch.Tensor:
         if isinstance(saved, Pending):
             saved = saved.segment.take(saved.index)
         assert not isinstance(saved, Pending)
@@ -209,6 +290,8 @@ class SavedTensors:
             return self.held(saved)
         if isinstance(saved, SavedTensor):
             return saved.unpack()
+        if isinstance(saved, _Rows):
+            return saved.read()
         self.check(saved.generation)
         session = self._session
         lease = session.executor.acquire(saved.block, backward=True)

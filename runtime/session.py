@@ -390,7 +390,7 @@ class Session:
                 if served or together or table.splits(x, biased=inside is not None):
                     elsewhere = None if self.on_cpu is None else self.on_cpu.product(x, inside)
                     return unfolded(table.product(x, inside, self._lend_piece, elsewhere), whole_x, bias)
-        whole = table.whole()
+        whole = self.saved.gathered(table) if torch.is_grad_enabled() else table.whole()
         swapped = [swap(value, {id(table.parameter): whole}) for value in args]
         named = {name: swap(value, {id(table.parameter): whole}) for name, value in kwargs.items()}
         return func(*swapped, **named)  # another table may be among the arguments: torch finds it

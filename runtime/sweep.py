@@ -4,6 +4,9 @@ Each member runs the model's own code in a thread of its own. One has the device
 block that is not shared now (`scheduler/turnstile.py` says to whom), so the model's code need not know of it. One more
 has the CPU, where parts of the model are computed from host memory. To the executor a sweep is one root call, and a
 shared block one lease.
+
+Where members would each bring what depends on what they compute, as experts do, they meet: the last one to come has it
+done for all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from ..scheduler.executor import WATCH_S, Executor
 from ..scheduler.lease import Lease
@@ -22,6 +25,9 @@ from ..scheduler.turnstile import Turnstile
 from .guess import breadth_of, module_of
 
 logger = logging.getLogger(__name__)
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 _QUIET_WATCHES: Final = 6
 """Times that a wait for a turn is looked at before it is told of: a prefill may take long."""
@@ -44,6 +50,7 @@ class Sweep:
             processor computes.
         ahead: Blocks that may stay leased for members that are on the CPU, besides what one member needs.
         nbytes: Of each block, for what the processors' shares are counted in.
+        places: Where members meet: by number of the place, counted from 0, the last block that comes before it.
     """
 
     def __init__(
@@ -56,8 +63,16 @@ class Sweep:
         on_cpu: frozenset[int] = frozenset(),
         ahead: int = 0,
         nbytes: Mapping[int, int] | None = None,
+        places: Sequence[int] = (),
     ) -> None:
         self.on_cpu = on_cpu
+        self._places = places
+        self._stretch = len(places) + 1
+        """The turnstile knows blocks and places by one row of numbers: between those of two blocks, all places fit."""
+        self._given: dict[int, dict[int, Any]] = {}
+        """By place: what each member who waits there has brought."""
+        self._results: dict[int, Any] = {}
+        """By member: what was made of that."""
         self._nbytes = nbytes or {}
         self._device_nbytes = self._cpu_nbytes = 0
         """Bytes of weights that either processor has used, as often as it did."""
@@ -181,7 +196,7 @@ class Sweep:
         if self._resident(block):
             return self._executor.acquire(block, observed=self._is_new(member, block))
         with self._lock:
-            shared = self._turnstile.wants(member, block)
+            shared = self._turnstile.wants(member, self._number(block))
         if not shared:
             self._pass_on(member)
         new = self._is_new(member, block)
@@ -190,16 +205,43 @@ class Sweep:
             lease = self._executor.acquire(block, observed=new)
             with self._lock:
                 self._shared[block] = lease
-                self._turnstile.shares(block)
+                self._turnstile.shares(self._number(block))
         with self._lock:
-            self._turnstile.uses(member, block)
+            self._turnstile.uses(member, self._number(block))
         return lease
+
+    def meet(self, place: int, given: Given, compute: Callable[[Sequence[Given]], Sequence[Result]]) -> Result:
+        """Bring something to a place, and have what comes of it once all who come there in this sweep have come.
+
+        Args:
+            place: Its number.
+            given: What this member brings.
+            compute: Called by one of the members, with what all of them have brought; gives a result for each.
+
+        Raises:
+            StoppedError: the sweep was stopped.
+        """
+        member = self._here()
+        self.check()
+        waiting = self._given.setdefault(place, {})
+        waiting[member] = given
+        number = self._number(self._places[place]) + 1 + place
+        with self._lock:
+            self._turnstile.meets(member, number)
+        self._pass_on(member)
+        if member not in self._results:
+            there = self._given.pop(place)
+            self._results.update(zip(there, compute(list(there.values())), strict=True))
+            with self._lock:
+                self._turnstile.met(number)
+        found: Result = self._results.pop(member)
+        return found
 
     def release(self, lease: Lease, event: Event = None) -> None:
         """Give a lease back; a shared one is kept until all have used it."""
         if self._shared.get(lease.block) is lease:
             with self._lock:
-                self._turnstile.used(self._here(), lease.block)
+                self._turnstile.used(self._here(), self._number(lease.block))
         else:
             self._executor.release(lease, event)
 
@@ -218,7 +260,7 @@ class Sweep:
         member = self._here()
         self.check()
         with self._lock:
-            self._turnstile.crosses(member, part, last_block=max(blocks))
+            self._turnstile.crosses(member, part, last_block=self._number(max(blocks)))
             goes_on = self._hand_on(member)
         if not goes_on:
             self._wait(member)
@@ -246,7 +288,7 @@ class Sweep:
         member = self._here()
         self.check()
         with self._lock:
-            enters = self._turnstile.enters(member, part, first_block=min(blocks))
+            enters = self._turnstile.enters(member, part, first_block=self._number(min(blocks)))
         if not enters:
             self._pass_on(member)
         try:
@@ -264,6 +306,10 @@ class Sweep:
             return False
         self._told[block] += 1
         return True
+
+    def _number(self, block: int) -> int:
+        """What the turnstile knows a block by."""
+        return block * self._stretch
 
     def _here(self) -> int:
         return self._threads[threading.get_ident()]
@@ -283,8 +329,8 @@ class Sweep:
         with self._lock:
             turn = self._turnstile.turn(member)
             try:
-                for block in turn.release:
-                    self._executor.release(self._shared.pop(block), self._computed())
+                for number in turn.release:
+                    self._executor.release(self._shared.pop(number // self._stretch), self._computed())
                 if turn.ends:
                     self._executor.end(failed=self._failed or self._turnstile.stopping)
                 if turn.begins:

@@ -153,16 +153,21 @@ class Table:
     def whole(self) -> torch.Tensor:
         """The table in fresh memory: for calls that are neither a lookup nor a product in pieces."""
         logger.info("%s: gathering the whole table, beyond the budget, for a call that needs all of it", self.name)
-        rows = self.parameter.shape[0]
-        nbytes = rows * self.row_nbytes
+        return self.rows(0, self.parameter.shape[0]).requires_grad_(self.parameter.requires_grad)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """[stop − start, *row] Rows in fresh memory, read from disk, as far behind a boundary as a resident model has
+        them."""
+        nbytes = (stop - start) * self.row_nbytes
         store = torch.empty(nbytes + ALIGN, dtype=torch.uint8)
-        start = (self.skew - store.data_ptr()) % ALIGN
-        bits = store[start : start + nbytes]
-        found = torch.frombuffer(bits.numpy(), dtype=self.parameter.dtype).view(self.parameter.shape)
+        begin = (self.skew + start * self.row_nbytes - store.data_ptr()) % ALIGN
+        bits = store[begin : begin + nbytes]
+        shape = (stop - start, *self.parameter.shape[1:])
+        found = torch.frombuffer(bits.numpy(), dtype=self.parameter.dtype).view(shape)
         raw = bits.numpy().data
-        bounces = bounces_of(self.source, self.dtype)
+        bounces = bounces_of(self.source.slice_rows(start, stop), self.dtype)
         self.engine.read([], bounces, raw, urgent=True).wait()
-        return found.to(self.parameter.device).requires_grad_(self.parameter.requires_grad)
+        return found.to(self.parameter.device)
 
 
 def _splits_exactly_on_device(like: torch.Tensor, rows: int, piece_rows: int) -> bool:

@@ -159,6 +159,7 @@ class Work:
             on_cpu=frozenset() if session.on_cpu is None else machinery.units.part(share, nbytes),
             ahead=machinery.layout.spare_slots,
             nbytes=nbytes,
+            places=() if session.experts is None else session.experts.places,
         )
         with session.alone(sweep):
             self._sweep = sweep

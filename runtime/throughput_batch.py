@@ -10,6 +10,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..scheduler.microbatches import MicroBatch, worth_compacting
+from .experts.implementation import REPLACED
 from .feeding import takes
 from .reserved import reserved_cache
 from .throughput_choice import Choice
@@ -75,9 +76,9 @@ def ways_of(model: Any) -> Ways:
     plain = all(getattr(config, name, None) in (None, value) for name, value in _PLAIN.items())
     decoder = not model.config.is_encoder_decoder
     # Some models for images keep the positions of the batch at work on a module. On a GPU, generate switches how
-    # experts are computed while it decodes, for the model as a whole.
+    # transformers' own experts are computed while it decodes, for the model as a whole.
     keeps = any("rope_deltas" in vars(module) for module in model.modules())
-    switches = model.device.type != "cpu" and any("experts" in name for name, _ in model.named_modules())
+    switches = model.device.type not in ("cpu", "meta") and REPLACED in model.get_experts_implementation().values()
     return Ways(
         pads=plain and decoder,
         compacts=plain and decoder,

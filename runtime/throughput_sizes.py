@@ -7,13 +7,17 @@ from dataclasses import replace
 from typing import Any, Final
 
 import torch
+from torch import nn
 
 from ..memory.capacity import host_capacity
 from ..memory.errors import PenstockError
 from ..memory.ledger import process_ledger
+from ..scheduler.experts.shape import ExpertShape, Routing
 from ..scheduler.microbatches import Footprint
+from ..scheduler.mixture import Mixture
 from ..scheduler.sizes import Workload
 from .cachesize import cache_size
+from .experts.layers import find_expert_layers, shape_of
 from .headroom import FRAMEWORK, headroom_nbytes, kv_nbytes
 from .widening import LANE_NBYTES
 
@@ -85,6 +89,29 @@ def rehearsed_footprint(
 def with_buffers(footprint: Footprint, wide_from: int | None) -> Footprint:
     """`footprint` with what each lane keeps where products of so many rows are multiplied in fp32; None is none."""
     return footprint if wide_from is None else replace(footprint, lane_nbytes=LANE_NBYTES)
+
+
+def with_meetings(footprint: Footprint, shape: ExpertShape, routing: Routing) -> Footprint:
+    """`footprint` of a mixture of experts. A layer of them computes the tokens of all micro-batches of a sweep at once,
+    so that each expert is brought once, and what that takes is there for all of them: for each token and expert of its
+    own the values that go in, both results of products, what lies between, and what comes out, weighted once more."""
+    wide = 2 if shape.gated else 1
+    each = routing.top_k * (3 * shape.hidden + (wide + 1) * shape.ffn) * shape.itemsize * SLACK
+    held = footprint.held_nbytes_per_token + each
+    most = max(footprint.activation_nbytes_per_token, held)
+    return replace(footprint, activation_nbytes_per_token=most, held_nbytes_per_token=held)
+
+
+def with_mixture(footprint: Footprint, model: nn.Module) -> tuple[Footprint, Mixture | None]:
+    """`footprint` of a model, with or without bytes, and its experts, of no known time; None where they cannot be
+    blocks of their own."""
+    parameters = dict(model.named_parameters())
+    found = find_expert_layers(model, {name: parameter.nbytes for name, parameter in parameters.items()})
+    if found is None:
+        return footprint, None
+    nbytes = sum(parameters[name].nbytes for name in found.names)
+    mixture = Mixture(share=found.routing.top_k / found.routing.experts, nbytes=nbytes)
+    return with_meetings(footprint, shape_of(model, found.layers[0]), found.routing), mixture
 
 
 def _kv_nbytes_per_token(config: Any, dtype: torch.dtype) -> int:

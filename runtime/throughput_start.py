@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ..memory.errors import ClosedError, UsageError
 from ..memory.trim import map_alone
 from ..scheduler.alternation import Alternation
 from ..scheduler.microbatches import MEMORY_RATE, MOST_LANES, Footprint, Job, Machine, Schedule, schedule
+from ..scheduler.mixture import Mixture
+from ..scheduler.plan import Plan
 from .build import Machinery
 from .deciding import alternation_of
+from .experts.layers import shape_of
 from .handle import Handle
 from .throughput import Work
 from .throughput_batch import Row, Ways, ways_of
 from .throughput_choice import Choice, Sampling, warpers_for
-from .throughput_sizes import footprint_of, free_host_nbytes, with_buffers
+from .throughput_sizes import footprint_of, free_host_nbytes, with_buffers, with_meetings
 from .widening import MEASURING_NBYTES, Products, measure_products
 
 logger = logging.getLogger(__name__)
@@ -178,6 +181,11 @@ def _choose(
     plan, machinery = handle.plan, handle.machinery
     together = not plan.resident and ways.interleaves  # what does not stream has no reads to share
     alternation = _alternation(model, machinery) if machinery is not None and together else None
+    mixture = None if machinery is None else _mixture(machinery, plan)
+    if machinery is not None and machinery.layout.experts is not None:
+        placed = machinery.layout.experts
+        footprint = with_meetings(footprint, shape_of(model, placed.layers[0]), placed.routing)
+        plan = _without_experts(machinery, plan)
     return schedule(
         [asked.job for asked in prompts],
         footprint,
@@ -185,6 +193,7 @@ def _choose(
             room_nbytes=room_nbytes,
             weights_nbytes=plan.weights_nbytes,
             sweep_s=0.0 if plan.resident else plan.with_all_copied().bound_s(),
+            mixture=mixture,
             memory_rate=MEMORY_RATE if model.device.type == "cpu" else _DEVICE_MEMORY_RATE,
             products=None if products is None else products.rates,
             alternation=alternation,
@@ -194,6 +203,44 @@ def _choose(
         rows=limits.rows,
         lanes=limits.lanes if together else 1,
     )
+
+
+def _without_experts(machinery: Machinery, plan: Plan) -> Plan:
+    """The plan, as far as it moves anything but experts."""
+    assert machinery.layout.experts is not None
+    routing = machinery.layout.experts.routing
+    copied = plan.expert_copied_nbytes or round(_copied_nbytes(machinery) * routing.top_k / routing.experts)
+    return replace(
+        plan,
+        disk_nbytes_per_sweep=max(0, plan.disk_nbytes_per_sweep - plan.expert_read_nbytes),
+        link_nbytes_per_sweep=max(0, plan.link_nbytes_per_sweep - copied),
+    )
+
+
+def _mixture(machinery: Machinery, plan: Plan) -> Mixture | None:
+    """Experts that are blocks of their own, with what a sweep over all of them takes longer than one over none."""
+    experts = machinery.layout.experts
+    if experts is None:
+        return None
+    rest = _without_experts(machinery, plan)
+    every = replace(
+        rest,
+        disk_nbytes_per_sweep=rest.disk_nbytes_per_sweep + round(experts.read_for_all),
+        link_nbytes_per_sweep=rest.link_nbytes_per_sweep + round(_copied_nbytes(machinery)),
+    )
+    return Mixture(
+        share=experts.routing.top_k / experts.routing.experts,
+        nbytes=sum(block.image.data_nbytes for block in machinery.layout.blocks[experts.first :]),
+        sweep_s=every.with_all_copied().bound_s() - rest.with_all_copied().bound_s(),
+    )
+
+
+def _copied_nbytes(machinery: Machinery) -> float:
+    """Bytes copied to a device apart in a sweep that uses all experts."""
+    layout = machinery.layout
+    if layout.experts is None or layout.back is None:
+        return 0.0
+    return layout.experts.missed * sum(block.image.data_nbytes for block in layout.blocks[layout.experts.first :])
 
 
 def _host_room_nbytes(machinery: Machinery) -> int:

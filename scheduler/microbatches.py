@@ -15,6 +15,7 @@ from typing import Final
 from ..memory.errors import DoesNotFitError
 from .alternation import Alternation, Split
 from .curves import Curve
+from .mixture import Mixture
 
 MOST_LANES: Final = 16
 """Each lane is a thread with a team of its own for computing."""
@@ -57,8 +58,11 @@ class Machine:
     """For sequences; where `sweep_s` is None, for weights that stay as well."""
     weights_nbytes: int
     sweep_s: float | None
-    """Seconds for which a sweep's blocks keep the links busy, where that is decided; None: all that sequences leave of
-    the room keeps weights, and the rest is read from disk."""
+    """Seconds for which a sweep's blocks keep the links busy, experts left out, where that is decided; None: all that
+    sequences leave of the room keeps weights, and the rest is read from disk."""
+    mixture: Mixture | None = None
+    """The experts of the model: which of them a sweep uses depends on its tokens. None where it has none, or uses all
+    of them."""
     least_weights_nbytes: int = 0
     """Of the room, what the model needs to run at all."""
     disk_rate: float = 2e9
@@ -72,11 +76,28 @@ class Machine:
     """For the keys and values of what the CPU computes, which are in host memory; None where that is not bound."""
 
     def pass_s(self, rows: int) -> float:
-        """Seconds that so many rows compute with all weights: beyond what was measured, as long for each row."""
+        """Seconds that so many rows compute with all weights that they use."""
+        if self.mixture is None:
+            return self._product_s(self.weights_nbytes, rows)
+        each = rows * self.mixture.share / max(self.mixture.used(rows), self.mixture.share)
+        rest = self._product_s(self.weights_nbytes - self.mixture.nbytes, rows)
+        return rest + self._product_s(self.mixture.nbytes * self.mixture.used(rows), each)
+
+    def _product_s(self, nbytes: float, rows: float) -> float:
+        """Seconds of products with so many bytes: beyond the rows that were measured, as long for each row."""
         if self.products is None:
-            return self.weights_nbytes / self.memory_rate
+            return nbytes / self.memory_rate
         beyond = max(rows / self.products.x[-1], 1.0)
-        return beyond * self.weights_nbytes / self.products.at(max(rows, 1))
+        return beyond * nbytes / self.products.at(max(rows, 1))
+
+    def moved_s(self, needed_nbytes: float, rows: float) -> float:
+        """Seconds for which the links are busy in a sweep of so many tokens, where sequences take so much memory."""
+        if self.sweep_s is not None:
+            return self.sweep_s + (0.0 if self.mixture is None else self.mixture.moved_s(rows))
+        missing = max(0.0, self.weights_nbytes - max(0, self.room_nbytes - int(needed_nbytes)))
+        if self.mixture is not None:  # the rest comes first; the same part of all experts is missing
+            missing -= min(missing, self.mixture.nbytes) * (1.0 - self.mixture.used(rows))
+        return missing / self.disk_rate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,6 +279,7 @@ def _options(
     steps = sum(batch.new_tokens + batch.prefill_sweeps - 1 for batch in batches)
     longest = max(batch.new_tokens + batch.prefill_sweeps - 1 for batch in batches)
     rows = max(len(batch.indices) for batch in batches)
+    usual_rows = sum(len(batch.indices) for batch in batches) / len(batches)
     usual_s = sum(machine.pass_s(len(batch.indices)) for batch in batches) / len(batches)
     prefill_s = 0.0
     if machine.products is not None:  # else nothing is known of what rows cost
@@ -272,10 +294,7 @@ def _options(
             needed += footprint.held_nbytes_per_token * (at_once - prefill[0])
             needed += footprint.logits_nbytes_per_sequence * rows + footprint.lane_nbytes * count
             sweeps = max(-(-steps // count), longest) + -(-together // at_once) - 1
-            moved = machine.sweep_s
-            if moved is None:
-                stays = max(0, machine.room_nbytes - int(needed))
-                moved = max(0, machine.weights_nbytes - stays) / machine.disk_rate
+            moved = machine.moved_s(needed, count * usual_rows)
             computed = count * usual_s
             swept = Split(cpu_share=0.0, seconds=max(moved, computed))
             if machine.alternation is not None:

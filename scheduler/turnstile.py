@@ -13,6 +13,9 @@ with two members or more both processors work. A part is lent to one processor a
 comes back for blocks that others have used: these are kept for it, as many as there is room for. For more of them it is
 waited for, but only while the CPU computes, so that somebody always goes on. Blocks that a member holds take room too,
 while it is away or others go on in other ones.
+
+Members may also meet: at a place where one of them does something for all who are there. A place has a number among
+those of blocks, and is a wish like a block: it is granted when nobody can go on before it.
 """
 
 from __future__ import annotations
@@ -78,6 +81,8 @@ class Turnstile:
         """Blocks that are shared now: the calls under way that use each, by member."""
         self._brought: set[int] = set()
         """Blocks that were shared in this sweep."""
+        self._meetings: set[int] = set()
+        """Numbers that are places to meet at, and not blocks."""
         self._device: int | None = None
         """Who has the device, once that was decided here."""
         self._parts = Parts()
@@ -129,6 +134,18 @@ class Turnstile:
             return True
         state.wish = block
         return False
+
+    def meets(self, member: int, place: int) -> None:
+        """A member waits at a place for all who are still to come there in this sweep."""
+        state = self._members[member]
+        state.position = state.wish = place
+        self._meetings.add(place)
+
+    def met(self, place: int) -> None:
+        """What was waited for there has been done for everybody who has come: they can go on."""
+        for state in self._members.values():
+            if state.wish == place:
+                state.wish = None
 
     def shares(self, block: int) -> None:
         """A block was brought and is shared from now on."""
@@ -237,6 +254,8 @@ class Turnstile:
         """
         wishes = sorted({wish for member in wishing if (wish := self._wish(member)) is not None})
         for wish in wishes:
+            if wish in self._meetings and self._comes(wish):
+                return Turn(member=None, cpu=cpu)
             member = self._granted_to(wish, wishing)
             kept = self._kept(wish)
             if kept is not None and len(kept) + self._held_by_others(member) <= self._ahead:
@@ -248,6 +267,11 @@ class Turnstile:
     def _granted_to(self, wish: int, wishing: Sequence[int]) -> int:
         able = (member for member in wishing if self._wish(member) == wish)
         return max(able, key=lambda member: self._members[member].breadth)
+
+    def _comes(self, place: int) -> bool:
+        """Whether somebody who has the CPU, or waits for it while it computes, is still before a place."""
+        before = any(self._members[member].position < place for member in self._parts.away)
+        return before and self._parts.computes is not None
 
     def _held_by_others(self, member: int) -> int:
         """Blocks in use that this member does not hold itself."""

@@ -13,7 +13,13 @@ from ..budget import MemoryBudget, parse_budget
 from ..memory.errors import DoesNotFitError
 from ..runtime.pretrained import outline
 from ..runtime.throughput_batch import ways_of
-from ..runtime.throughput_sizes import footprint_of, free_host_nbytes, rehearsed_footprint, with_buffers
+from ..runtime.throughput_sizes import (
+    footprint_of,
+    free_host_nbytes,
+    rehearsed_footprint,
+    with_buffers,
+    with_mixture,
+)
 from ..runtime.throughput_start import Asked, check_prompts, products_for
 from ..runtime.widening import Products
 from ..scheduler.microbatches import MOST_LANES, Footprint, Machine, Schedule, schedule
@@ -78,6 +84,7 @@ def _shared(
     products = products_for(bones, prompts, room_nbytes=room)
     footprint = with_buffers(footprint, None if products is None or len(prompts) == 1 else products.wide_from)
     rates = None if products is None else products.rates
+    footprint, mixture = with_mixture(footprint, bones)
     least = 0
     for _ in range(_TRIES):
         choice = schedule(
@@ -89,6 +96,7 @@ def _shared(
                 sweep_s=None,
                 least_weights_nbytes=least,
                 products=rates,
+                mixture=mixture,
             ),
             pads=ways.pads,
             most_lanes=MOST_LANES if ways.interleaves else 1,

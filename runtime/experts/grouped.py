@@ -46,19 +46,25 @@ class Share:
             biases = self._bias(module, 0).to(device), self._bias(module, 1).to(device)
         return Share(self._hidden.to(device), self._ids.to(device), self._rows, biases)
 
-    def compute(self, module: Any, order: Sequence[int], lend: Lend) -> torch.Tensor:
-        """[N, H] What the experts make of the tokens.
+    @property
+    def hidden(self) -> torch.Tensor:
+        """[N, H] The tokens, sorted by expert."""
+        return self._hidden
 
-        Args:
-            module: Holds everything but the weights of the products.
-            order: The experts, in any order.
-            lend: Gives weights, of part 0 for all of `order` first, then of part 1.
-        """
-        state = self._product(module, self._hidden, 0, order, lend)
+    @property
+    def rows(self) -> Mapping[int, slice]:
+        """By expert, which of them are its."""
+        return self._rows
+
+    def activated(self, module: Any, state: torch.Tensor) -> torch.Tensor:
+        """[N, I] What the second products take, from what the first ones gave."""
         if module.has_bias:
             state.add_(self._bias(module, 0))
-        state = module._apply_gate(state) if module.has_gate else module.act_fn(state)
-        state = self._product(module, state, 1, order, lend)
+        activated: torch.Tensor = module._apply_gate(state) if module.has_gate else module.act_fn(state)
+        return activated
+
+    def finished(self, module: Any, state: torch.Tensor) -> torch.Tensor:
+        """[N, H] What the experts make of the tokens, from what the second products gave."""
         if module.has_bias:
             state.add_(self._bias(module, 1))
         if getattr(module, "has_post_expert_norm", False):
@@ -71,22 +77,51 @@ class Share:
             return self._biases[part]
         return _biases_of(module)[part].to(self._ids.device)[self._ids]
 
-    def _product(self, module: Any, state: torch.Tensor, part: int, order: Sequence[int], lend: Lend) -> torch.Tensor:
-        """One product for each expert, with the rows of its tokens."""
-        out: torch.Tensor | None = None
-        device = state.device.type
-        # `grouped_mm` takes no part in autocasting, and a product into given memory may not.
-        plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with plain:
-            for expert in order:
-                with lend(part, expert) as weight:
-                    if out is None:
-                        state = state.to(weight.dtype)
-                        out = state.new_empty(len(state), weight.shape[1 if module.is_transposed else 0])
-                    rows = self._rows[expert]
-                    torch.mm(state[rows], weight if module.is_transposed else weight.t(), out=out[rows])
-        assert out is not None, "there is nothing to compute without tokens"
-        return out
+
+def compute_shares(shares: Sequence[Share], module: Any, order: Sequence[int], lend: Lend) -> list[torch.Tensor]:
+    """[N, H] for each share: what the experts make of its tokens.
+
+    Every share has its own products, so that its bits do not depend on the others. An expert is lent once for all of
+    them.
+
+    Args:
+        shares: With tokens each.
+        module: Holds everything but the weights of the products.
+        order: All experts that they use, in any order.
+        lend: Gives weights, of part 0 for all of `order` first, then of part 1.
+    """
+    states = [share.hidden for share in shares]
+    _multiply(shares, states, module, 0, order, lend)
+    for number, share in enumerate(shares):
+        states[number] = share.activated(module, states[number])
+    _multiply(shares, states, module, 1, order, lend)
+    return [share.finished(module, state) for share, state in zip(shares, states, strict=True)]
+
+
+def _multiply(
+    shares: Sequence[Share], states: list[torch.Tensor], module: Any, part: int, order: Sequence[int], lend: Lend
+) -> None:
+    """Replace the state of each share by what one product for each expert, with the rows of its tokens, makes of it."""
+    if not shares:
+        return
+    device = states[0].device.type
+    made: list[torch.Tensor] = []
+    # `grouped_mm` takes no part in autocasting, and a product into given memory may not.
+    plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with plain:
+        for expert in order:
+            with lend(part, expert) as weight:
+                if not made:
+                    states[:] = [state.to(weight.dtype) for state in states]
+                    width = weight.shape[1 if module.is_transposed else 0]
+                    made += [state.new_empty(len(state), width) for state in states]
+                factor = weight if module.is_transposed else weight.t()
+                for share, state, out in zip(shares, states, made, strict=True):
+                    rows = share.rows.get(expert)
+                    if rows is not None:
+                        torch.mm(state[rows], factor, out=out[rows])
+    assert made, "there is nothing to compute without tokens"
+    states[:] = made
 
 
 def _biases_of(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,7 +160,7 @@ class Grouped:
         return Share(self._hidden[self._order // self._top_k], self._ids, rows)
 
     def shares(self, first: Collection[int]) -> tuple[tuple[Share, torch.Tensor], tuple[Share, torch.Tensor]]:
-        """Some experts, and the others, each with the places of their rows among those of all."""
+        """Some experts, and the others, each with the places of their rows among those of all. Either may have none."""
         used = [expert for expert, rows in enumerate(self._rows) if rows.stop > rows.start]
         return (
             self._some([expert for expert in used if expert in first]),
@@ -152,6 +187,8 @@ class Grouped:
         summed = weighted[back].view(tokens, self._top_k, width).sum(dim=1)
         return summed.to(self._hidden.dtype)
 
-    def compute(self, module: Any, order: Sequence[int], lend: Lend) -> torch.Tensor:
-        """[T, H] What the layer gives, computed by one processor; see `Share.compute`."""
-        return self.summed(self.share().compute(module, order, lend))
+
+def compute_together(tokens: Sequence[Grouped], module: Any, order: Sequence[int], lend: Lend) -> list[torch.Tensor]:
+    """[T, H] for the tokens of each call: what the layer gives, computed by one processor; see `compute_shares`."""
+    states = compute_shares([each.share() for each in tokens], module, order, lend)
+    return [each.summed(state) for each, state in zip(tokens, states, strict=True)]

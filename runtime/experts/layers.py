@@ -11,11 +11,10 @@ from typing import Any, Final
 from torch import nn
 
 from ...scheduler.experts.shape import MOST_EXPERTS, ExpertShape, Routing
+from .implementation import IMPLEMENTATION, REPLACED
 
 logger = logging.getLogger(__name__)
 
-REPLACED: Final = "grouped_mm"
-"""The implementation whose results ours has, to the bit: what transformers chooses by itself."""
 _TOP_K: Final = ("num_experts_per_tok", "moe_top_k", "top_k_experts", "num_experts_per_token", "moe_topk", "top_k")
 """Names that configs and routers give to the number of experts of a token."""
 
@@ -93,7 +92,9 @@ def _parts(module: nn.Module, any_implementation: bool) -> tuple[nn.Parameter, n
     marks = module.__dict__
     if not all(name in marks for name in ("config", "has_gate", "has_bias", "is_transposed")):
         return None
-    if not any_implementation and getattr(marks["config"], "_experts_implementation", None) != REPLACED:
+    # Ours is there where another model of the same config streams.
+    said = getattr(marks["config"], "_experts_implementation", None)
+    if not any_implementation and said not in (REPLACED, IMPLEMENTATION):
         return None
     first = module._parameters.get("gate_up_proj" if marks["has_gate"] else "up_proj")
     second = module._parameters.get("down_proj")

@@ -87,6 +87,11 @@ class PlacedExperts:
         """Bytes read from disk for a token that is computed by itself, if all experts were used alike."""
         return self.routing.layers * self.routing.top_k * self.read_nbytes * self.read
 
+    @property
+    def read_for_all(self) -> float:
+        """The same for a sweep that uses all experts."""
+        return self.routing.total * self.read_nbytes * self.read
+
     def uses_of(self, block: int) -> float | None:
         """How often a block is brought to where it is computed per token, likewise; None for one that is no
         expert's."""

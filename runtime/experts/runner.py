@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,8 +22,8 @@ from ...scheduler.executor import Executor
 from ...scheduler.experts.ahead import LookAhead
 from ...scheduler.experts.cache import CacheSetting
 from ...scheduler.experts.costs import ExpertCosts
-from ...scheduler.experts.events import event_of
-from ...scheduler.experts.forecast import ExpertForecast, expected_trace
+from ...scheduler.experts.events import Event, event_of, merged
+from ...scheduler.experts.forecast import NEVER_S, ExpertForecast, expected_trace
 from ...scheduler.experts.layerpass import LayerPass
 from ...scheduler.experts.layerscheduler import LayerScheduler
 from ...scheduler.experts.policies import DEFAULT, policy
@@ -34,7 +34,9 @@ from ...scheduler.experts.trace import Ids
 from ..binding import contiguous_stride, view_of
 from ..devices.base import Device
 from ..dtypes import torch_dtype
-from .grouped import Grouped
+from ..sweep import Sweep
+from .grouped import Grouped, compute_together
+from .implementation import IMPLEMENTATION, put_back, take_over
 from .layers import shape_of
 from .outlook import outlook_of
 from .placed import PlacedExperts
@@ -45,9 +47,15 @@ from .steps import StepOf, step_of
 if TYPE_CHECKING:
     from ..layout import Layout
 
-IMPLEMENTATION: Final = "penstock"
-"""Our name in transformers' registry of experts functions."""
 _MARK: Final = "_penstock_experts"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Asked:
+    """A call of one layer."""
+
+    tokens: Grouped
+    event: Event
 
 
 class ExpertRunner:
@@ -59,10 +67,23 @@ class ExpertRunner:
         host: Of the host's memory; `arena` where that computes.
         device: That computes.
         executor: Brings experts.
+        sweep_here: The sweep that the calling thread is a member of.
     """
 
-    def __init__(self, layout: Layout, arena: AnyArena, host: AnyArena, device: Device, executor: Executor) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        arena: AnyArena,
+        host: AnyArena,
+        device: Device,
+        executor: Executor,
+        sweep_here: Callable[[], Sweep | None],
+    ) -> None:
         assert layout.experts is not None
+        self._leases = layout.leases
+        self._sweep_here = sweep_here
+        self._configs: list[Any] = []
+        """Those in which our name stands."""
         self._placed: PlacedExperts = layout.experts
         self._device = device
         placed = self._placed
@@ -104,6 +125,8 @@ class ExpertRunner:
         self._tap: RouterTap | None = None
         self._ahead: LookAhead | None = None
         self._streams_others = layout.front.slots > 0
+        self.places: tuple[int, ...] = ()
+        """By layer of experts: the last block that is used before it, once installed. Members of a sweep meet there."""
 
     def statistics(self) -> PoolStatistics:
         """What the cache of experts did so far."""
@@ -116,14 +139,23 @@ class ExpertRunner:
         trace = expected_trace(self._placed.routing)
         return outlook_of(self._placed, self._shape, costs, trace, assumed=True, exact=exact)
 
-    def look_ahead(self, costs: ExpertCosts) -> None:
-        """Bring experts before their layer asks, where that gains time by these costs of one tier.
+    def look_ahead(self, costs: ExpertCosts, *, exact: bool = False) -> None:
+        """Bring experts before their layer asks, where that gains time by these costs; beside a device apart also those
+        that the CPU has computed.
 
-        Not where other blocks are streamed, as the drive is never idle then, nor where there is no room beside what
-        passes, nor beside a device apart.
+        Not where other blocks are streamed, as drive and link are never idle then, nor where there is no room beside
+        what passes.
+
+        Args:
+            costs: Of the machine.
+            exact: Whether one processor computes everything.
         """
-        if not self._placed.apart and not self._streams_others and self.pool.spare > 0 and costs.read_s > 0:
-            self._ahead = LookAhead(self.pool, LayerScheduler(costs), clock=time.monotonic)
+        moves = costs.copy_s if costs.separate else costs.read_s
+        if costs.separate is not self._placed.apart or self._streams_others or self.pool.spare <= 0 or moves <= 0:
+            return
+        if costs.separate and exact:
+            costs = replace(costs, cpu_s=lambda rows: NEVER_S)
+        self._ahead = LookAhead(self.pool, LayerScheduler(costs), clock=time.monotonic)
 
     def share_with_cpu(self, costs: ExpertCosts) -> None:
         """Have the CPU compute experts from host memory, beside a device apart, where a layer is done sooner by these
@@ -137,10 +169,21 @@ class ExpertRunner:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
         self._shape = shape_of(module, self._placed.layers[0])
         self._tap = RouterTap(module, self._placed.layers, self._placed.routing.experts)
+        self.places = self._blocks_before(module)
         for number, layer in enumerate(self._placed.layers):
             child: Any = module.get_submodule(layer.path)
             child.__dict__[_MARK] = (self, number)
-            child.config._experts_implementation = {"": IMPLEMENTATION}  # and not that of configs below it
+            if not any(child.config is config for config in self._configs):
+                take_over(child.config)
+                self._configs.append(child.config)
+
+    def _blocks_before(self, module: nn.Module) -> tuple[int, ...]:
+        """By layer of experts: the highest block that is leased by then, in the order of definition."""
+        last, found = 0, {}
+        for path, _ in module.named_modules():
+            last = max((last, *self._leases.get(path, ())))
+            found[path] = last
+        return tuple(found[layer.path] for layer in self._placed.layers)
 
     def begin_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A root call of this thread starts: what its layers will be part of."""
@@ -151,14 +194,23 @@ class ExpertRunner:
         self, number: int, module: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """[T, H] What a layer's experts make of its tokens; arguments as transformers gives them."""
+        if not len(hidden):
+            return torch.zeros_like(hidden)
+        sweep = self._sweep_here()
+        asked = self._asked(number, hidden, chosen, weights, alone=sweep is None)
+        compute = partial(self._compute, module)
+        return compute([asked])[0] if sweep is None else sweep.meet(number, asked, compute)
+
+    def _asked(
+        self, number: int, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, *, alone: bool
+    ) -> _Asked:
+        """A call, with what the router said; `alone` if it is computed by itself."""
         routing = self._placed.routing
         tokens = Grouped(hidden, chosen, weights, routing.experts)
         step: StepOf = getattr(self._calls, "step", None) or StepOf(number=self._steps, sequences=None)
         phase = step.phase(len(hidden), routing)
-        if not len(hidden):
-            return torch.zeros_like(hidden)
         near, scores = self._scores(number, chosen, weights)
-        guesses = self._guesses(number, hidden) if phase == "decode" else None
+        guesses = self._guesses(number, hidden) if phase == "decode" and alone else None
         event = event_of(
             step=step.number,
             layer=number,
@@ -169,17 +221,23 @@ class ExpertRunner:
             scores=scores.cpu().numpy(),
             guesses=guesses,
         )
+        return _Asked(tokens=tokens, event=event)
+
+    def _compute(self, module: nn.Module, asked: Sequence[_Asked]) -> list[torch.Tensor]:
+        """[T, H] for each of some calls of one layer: an expert that several of them need is brought once."""
+        event = asked[0].event if len(asked) == 1 else merged([each.event for each in asked])
+        tokens = [each.tokens for each in asked]
         with self._turn, self.pool.layer(event, shared=splittable(module)) as run:
             if self._ahead is not None:
-                self._ahead.begun(event, run.there)
+                self._ahead.begun(event, run)
             lend = partial(self._weight, run)
             if self._split is not None and run.by_cpu:
-                result = self._split.compute(tokens, module, run, lend, partial(self._host_weight, run))
+                results = self._split.compute(tokens, module, run, lend, partial(self._host_weight, run))
             else:
-                result = tokens.compute(module, run.order, lend)
+                results = compute_together(tokens, module, run.order, lend)
             if self._ahead is not None:
                 self._ahead.ended(event)
-        return result
+        return results
 
     def _guesses(self, number: int, hidden: torch.Tensor) -> Ids | None:
         """[T, K] What the router of the next layer says of this layer's tokens, if somebody wants to know it."""
@@ -223,6 +281,8 @@ class ExpertRunner:
             self._tap.close()
         if self._split is not None:
             self._split.close()
+        while self._configs:
+            put_back(self._configs.pop())
         self._memory = self._host_memory = torch.empty(0)
 
 

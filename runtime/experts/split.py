@@ -6,13 +6,14 @@ to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from ...scheduler.experts.layerpass import LayerPass
-from .grouped import Grouped, Lend
+from .grouped import Grouped, Lend, compute_shares
 
 _CPU = torch.device("cpu")
 
@@ -23,35 +24,42 @@ class Split:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="penstock-experts")
 
-    def compute(self, tokens: Grouped, module: Any, run: LayerPass, lend: Lend, lend_host: Lend) -> torch.Tensor:
-        """[T, H] What a layer gives.
+    def compute(
+        self, tokens: Sequence[Grouped], module: Any, run: LayerPass, lend: Lend, lend_host: Lend
+    ) -> list[torch.Tensor]:
+        """[T, H] for the tokens of each call: what a layer gives.
 
         Args:
-            tokens: Of the call.
+            tokens: Of the calls.
             module: The layer's experts.
             run: Says who computes which.
             lend: Weights on the device.
             lend_host: Weights in host memory.
         """
-        (here, places), (there, others) = tokens.shares(run.by_cpu)
-        own = here.to(_CPU, module)
+        pairs = [each.shares(run.by_cpu) for each in tokens]
+        own = [share.to(_CPU, module) for (share, _), _ in pairs if share.rows]
+        others = [share for _, (share, _) in pairs if share.rows]
 
-        def on_cpu() -> torch.Tensor:
+        def on_cpu() -> list[torch.Tensor]:
             with torch.no_grad():
-                return own.compute(module, run.by_cpu, lend_host)
+                return compute_shares(own, module, run.by_cpu, lend_host)
 
         coming = self._thread.submit(on_cpu)
         try:
-            state = there.compute(module, run.order, lend) if run.order else None
+            on_device = iter(compute_shares(others, module, run.order, lend))
         finally:
             # Whatever the device met: the CPU must have let go of its weights before the layer ends.
             coming.exception()
-        found = coming.result()
-        out = found.new_empty((len(places) + len(others), found.shape[1]), device=others.device)
-        out[places] = found.to(out.device)
-        if state is not None:
-            out[others] = state
-        return tokens.summed(out)
+        by_cpu = iter(coming.result())
+        found = []
+        for each, ((first, places), (second, rest)) in zip(tokens, pairs, strict=True):
+            parts = [(places, next(by_cpu))] if first.rows else []
+            parts += [(rest, next(on_device))] if second.rows else []
+            out = parts[0][1].new_empty((len(places) + len(rest), parts[0][1].shape[1]), device=rest.device)
+            for rows, state in parts:
+                out[rows] = state.to(out.device)
+            found.append(each.summed(out))
+        return found
 
     def close(self) -> None:
         """End the thread."""

@@ -1,17 +1,23 @@
 """Experts of the next layer, brought while this one computes, where a simulation says that it gains time.
 
-On one tier: from disk, behind all that the layer reads itself. What the next layer's router says of this layer's tokens
-is known before the layer computes, so the drive can go on from one to the other. `Prefetcher` decides, and learns what
-that was worth.
+Behind all that the layer moves itself: on one tier from disk, beside a device apart from host memory, over the link.
+What the next layer's router says of this layer's tokens is known before the layer computes, so the drive, or the link,
+can go on from one to the other. `Prefetcher` decides, and learns what that was worth.
+
+Beside a device, what the CPU computes comes first: it is copied to the device, where the cache would have it, while the
+link has nothing else to do (*filled*). What would have to be read from disk for that is left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
+from math import inf
 from typing import Final
 
 from .events import Event
 from .idle import IdleTime
+from .layerpass import LayerPass
 from .layerscheduler import LayerScheduler
 from .pool import ExpertPool
 from .prefetch import Prefetched, Prefetcher, PrefetchStatistics
@@ -27,13 +33,13 @@ class LookAhead:
 
     Args:
         pool: Whose layers run. It has room for one expert more than is brought ahead.
-        scheduler: Plans layers, with what reading and computing an expert takes on this machine.
+        scheduler: Plans layers, with what moving and computing an expert takes on this machine.
         clock: Seconds, monotonic.
     """
 
     def __init__(self, pool: ExpertPool, scheduler: LayerScheduler, *, clock: Callable[[], float]) -> None:
-        assert not scheduler.costs.separate, "experts are brought ahead from disk only"
         self._pool = pool
+        self._separate = scheduler.costs.separate
         self._scheduler = scheduler
         self._clock = clock
         self._prefetcher = Prefetcher(scheduler, most=pool.spare)
@@ -53,26 +59,40 @@ class LookAhead:
         prefetching pauses."""
         return not self._pool.cache.held[layer + 1].all() and not self._prefetcher.pauses()
 
-    def begun(self, event: Event, held: Collection[int]) -> None:
-        """A layer runs: `held` are the experts that its cache had when it began. Called while the pool runs it."""
+    def begun(self, event: Event, run: LayerPass) -> None:
+        """A layer runs. Called while the pool runs it, before anything is computed."""
         now = self._clock()
         if self._ended is not None and self._ended[0] + 1 == event.layer:
             passed = now - self._ended[1]
             before = passed if self._between_s is None else self._between_s
             self._between_s = before + _WEIGHT * (passed - before)
-        here = _tasks(event.experts, event.rows, held)
         layer, ahead = self._ahead
         self._ahead = (-1, ())
         if layer == event.layer and event.phase == "decode":
-            self._prefetcher.settle(here, ahead)
-        if event.phase == "prefill" or event.guesses is None or event.guessed_rows is None or self._between_s is None:
+            self._prefetcher.settle(_without(run.tasks, run.ahead, separate=self._separate), ahead)
+        if event.phase == "prefill" or self._between_s is None or (event.guesses is None and not run.by_cpu):
             return
-        brought = {each.expert for each in ahead} if layer == event.layer else set()
-        plan = self._scheduler.plan(_tasks(event.experts, event.rows, {*held, *brought}))
-        idle = IdleTime.behind(plan, self._scheduler.costs, self._between_s)
+        idle = IdleTime.behind(self._scheduler.plan(run.tasks), self._scheduler.costs, self._between_s)
+        if self._separate:
+            idle.free_s["disk"] = inf
+            self._fill(event, run, idle)
+        if event.guesses is not None and event.guessed_rows is not None:
+            self._bring(event, event.guesses, event.guessed_rows, idle)
+
+    def _fill(self, event: Event, run: LayerPass, idle: IdleTime) -> None:
+        """Bring what the CPU computes, as far as the link has time for it."""
+        for expert in run.by_cpu:
+            if not idle.has_room("link"):
+                return
+            if self._pool.fill(event, expert):
+                idle.take("link")
+
+    def _bring(self, event: Event, guesses: IntArray, rows: IntArray, idle: IdleTime) -> None:
+        """Bring what the next layer is expected to need."""
         following = event.layer + 1
-        expected = _tasks(event.guesses, event.guessed_rows, self._pool.cache.held[following].nonzero()[0].tolist())
-        ranks = None if event.guess_ranks is None else dict(_pairs(event.guesses, event.guess_ranks))
+        held = self._pool.cache.held[following].nonzero()[0].tolist()
+        expected = self._pool.tasks(following, guesses.tolist(), rows.tolist(), held)
+        ranks = None if event.guess_ranks is None else dict(_pairs(guesses, event.guess_ranks))
         chosen = self._prefetcher.choose(expected, idle, ranks=ranks)
         placed = set(self._pool.prefetch(following, [each.expert for each in chosen]))
         self._ahead = following, tuple(each for each in chosen if each.expert in placed)
@@ -86,10 +106,7 @@ def _pairs(keys: IntArray, values: IntArray) -> Iterator[tuple[int, int]]:
     return zip(keys.tolist(), values.tolist(), strict=True)
 
 
-def _tasks(experts: IntArray, rows: IntArray, held: Collection[int]) -> list[ExpertTask]:
-    """Experts, where they would be without being brought ahead."""
-    there = frozenset(held)
-    return [
-        ExpertTask(expert=expert, rows=count, on_device=False, on_host=expert in there)
-        for expert, count in zip(experts.tolist(), rows.tolist(), strict=True)
-    ]
+def _without(tasks: Iterable[ExpertTask], ahead: Collection[int], *, separate: bool) -> list[ExpertTask]:
+    """Tasks where they would be if nothing had been brought ahead."""
+    there = {"on_device": False} if separate else {"on_host": False}
+    return [replace(task, **there) if task.expert in ahead else task for task in tasks]

@@ -93,7 +93,7 @@ class ExpertCache:
         self._routing = routing
         self._setting = setting
         self._policy = policy
-        self._free = min(setting.capacity, routing.total)
+        self._capacity = self._free = min(setting.capacity, routing.total)
         self.minimums: IntArray = minimums(routing.layers, self._free, setting.minimum)
         self._counts: IntArray = np.zeros(routing.layers, np.int64)
         self.held: npt.NDArray[np.bool_] = np.zeros((routing.layers, routing.experts), np.bool_)
@@ -184,6 +184,12 @@ class ExpertCache:
         """Give up a slot: what was to be in it did not come."""
         self._remove((layer, expert))
         self._free += 1
+
+    def recount(self) -> None:
+        """Count anew what is held: whoever was interrupted in between may have left sums behind."""
+        self.origins[~self.held] = 0
+        self._counts[:] = self.held.sum(axis=1)
+        self._free = self._capacity - int(self._counts.sum())
 
     def _free_for(self, layer: int) -> bool:
         """Whether a slot is free that no other layer's minimum is waiting for."""

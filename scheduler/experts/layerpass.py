@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..lease import Lease
 from ..mover import Event as DeviceEvent
+from .timelines import ExpertTask
 
 if TYPE_CHECKING:
     from .pool import ExpertPool
@@ -26,6 +27,7 @@ class LayerPass:
         admitted: Those of them that stay.
         by_cpu: Those that the CPU computes from host memory, beside a device apart.
         kept: Those that host memory has made room for, and that are being read there.
+        tasks: All that the layer needs, each where it is when the layer begins, what was brought ahead included.
     """
 
     def __init__(
@@ -38,8 +40,13 @@ class LayerPass:
         admitted: set[int],
         by_cpu: Sequence[int] = (),
         kept: Sequence[int] = (),
+        tasks: Sequence[ExpertTask] = (),
     ) -> None:
         self._pool = pool
+        self.tasks = tuple(tasks)
+        """What the layer needs, each where it was when the layer began."""
+        self.ahead = tuple(ahead)
+        """Experts that were brought before the layer asked."""
         self.by_cpu = tuple(by_cpu)
         """Experts that the CPU computes; `order` is without them."""
         self.kept = tuple(kept)
@@ -61,8 +68,8 @@ class LayerPass:
         """Whether everything that the layer needs is there or on its way."""
         return not any(self._to_read)
 
-    def advance(self, gone: Sequence[int] = ()) -> None:
-        """Have as much brought as there are slots for; `gone` are blocks whose slots have been freed."""
+    def advance(self) -> None:
+        """Have as much brought as there are slots for."""
         places = []
         for part, waiting in enumerate(self._to_read):
             while waiting:
@@ -71,7 +78,7 @@ class LayerPass:
                     break
                 places.append(placed)
                 waiting.popleft()
-        self._pool.bring(places, gone)
+        self._pool.bring(places)
 
     @contextmanager
     def lent_by_host(self, part: int, expert: int) -> Iterator[Lease]:
@@ -97,4 +104,5 @@ class LayerPass:
         finally:
             self._pool.give_back(lease, computed())
         if expert in self._passing:
-            self.advance(self._pool.vacate(part, self.layer, expert))
+            self._pool.vacate(part, self.layer, expert)
+            self.advance()

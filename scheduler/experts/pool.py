@@ -5,6 +5,10 @@ layer computes the first parts of all its experts before the second of any. Each
 own size. A cache and its policy say whose experts keep their slots. What they pass by goes through the slots that are
 left, one after another: those are read again when they are needed again.
 
+A layer may end anywhere: by an error, or by an interrupt between any two lines. What lies where is therefore told by
+one record alone; what has left it is told to the carrier until the carrier has heard it; and the next layer makes the
+rest agree.
+
 Slots lie where experts are computed. Beside a device apart that is its memory, and host memory keeps experts too: all
 of them, or those on a shelf (`shelf.py`). What lies there can be computed by the CPU, where that is done sooner.
 """
@@ -14,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+
+import numpy as np
 
 from ...memory.arena import Slot
 from ...memory.errors import ClosedError, StallError
@@ -22,6 +27,7 @@ from ..lease import Lease
 from ..mover import Event as DeviceEvent
 from .account import Account, Causes, PhaseResult
 from .cache import CacheSetting, CacheStatistics, ExpertCache, Origin
+from .carrier import Carrier
 from .events import Event
 from .layerpass import LayerPass
 from .layerscheduler import LayerScheduler
@@ -31,33 +37,6 @@ from .shape import Routing
 from .shelf import HostShelf
 from .timelines import ExpertTask
 from .trace import IntArray, Phase
-
-
-class Carrier(Protocol):
-    """Brings blocks: an executor."""
-
-    def bring(
-        self,
-        places: Sequence[tuple[int, Slot]],
-        gone: Sequence[int] = (),
-        *,
-        kept: Sequence[tuple[int, Slot]] = (),
-        urgent: bool = True,
-    ) -> list[int]:
-        """See `Core.bring`."""
-        ...
-
-    def acquire(self, block: int, *, observed: bool, counted: bool = True) -> Lease:
-        """A lease of a block that was brought, waiting for it."""
-        ...
-
-    def acquire_host(self, block: int) -> Lease:
-        """A lease of the host's copy, beside a device apart."""
-        ...
-
-    def release(self, lease: Lease, event: DeviceEvent) -> None:
-        """Give it back; its slot may be refilled after the event."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,17 +94,24 @@ class ExpertPool:
         self._blocks = blocks
         self._capacity = min(setting.capacity, routing.total)
         self._passing = min(len(each) for each in slots) - setting.capacity
-        self._free = [list(reversed(each)) for each in slots]
+        self._slots = [tuple(reversed(each)) for each in slots]
+        self._free = [list(each) for each in self._slots]
         self._lying: dict[int, Slot] = {}
         """By block, of those that have one."""
+        self._untold: dict[int, None] = {}
+        """Blocks that have lost theirs, and the carrier may not have heard of it yet."""
         self._carrier = carrier
         self._causes = Causes(routing)
         self._accounts = {"prefill": Account(), "decode": Account()}
         self._nbytes = expert_nbytes
-        self._open: LayerPass | None = None
+        self._begun: Event | None = None
         """The layer that runs, or one that did not come to its end."""
+        self._open: LayerPass | None = None
+        """The same, once it is known what moves."""
         self._ahead: tuple[int, list[int]] = (-1, [])
         """Experts that were brought before their layer asked, and the layer."""
+        self._filling: set[tuple[int, int]] = set()
+        """(layer, expert) of what was brought for no layer that waited for it."""
         self._apart = apart
         self._shelf = shelf
         self._scheduler: LayerScheduler | None = None
@@ -159,6 +145,7 @@ class ExpertPool:
             shared: Whether the CPU can compute some of it beside a device apart.
         """
         self._recover()
+        self._begun = event
         self._policy.seen(event)
         self.cache.seen(event)
         if self._shelf is not None:
@@ -168,16 +155,8 @@ class ExpertPool:
         near = {*ahead, *(expert for expert in needed if self.cache.held[event.layer, expert])}
         account = self._accounts[event.phase]
         self._causes.count(account, event, self.cache, (expert in near for expert in needed))
-        tasks = [
-            ExpertTask(
-                expert=expert,
-                rows=rows,
-                on_device=self._apart and expert in near,
-                on_host=self._on_host(event.layer, expert, near),
-            )
-            for expert, rows in zip(needed, event.rows.tolist(), strict=True)
-        ]
-        by_cpu, kept = self._divided(event, tasks, shared=shared)
+        tasks = self.tasks(event.layer, needed, event.rows.tolist(), near)
+        by_cpu, kept = self._divided(event, tasks, ahead, shared=shared)
         moved = [task for task in tasks if task.expert not in near and task.expert not in by_cpu]
         missed = [task.expert for task in sorted(moved, key=lambda task: -task.rows)]  # what takes longest first
         admitted, victims = self._admit(event, sorted([*missed, *ahead]))
@@ -185,12 +164,24 @@ class ExpertPool:
         account.reads += sum(not task.on_host and (task in moved or task.expert in by_cpu) for task in tasks)
         account.copies += len(missed) if self._apart else 0
         account.computed_by_cpu += len(by_cpu)
-        stays = [expert for expert in ahead if expert not in by_cpu]
-        self._open = run = LayerPass(self, event.layer, held, stays, missed, admitted, by_cpu, kept)
-        run.advance(self._forget(victims))
+        self._open = run = LayerPass(self, event.layer, held, ahead, missed, admitted, by_cpu, kept, tasks)
+        self._forget(victims)
+        run.advance()
         yield run
-        self._open = None
+        self._open = self._begun = None
         self._causes.passed(event, self.cache)
+
+    def tasks(self, layer: int, experts: Sequence[int], rows: Sequence[int], near: Collection[int]) -> list[ExpertTask]:
+        """Experts of a layer, and where they are: `near` are those in the tier that computes."""
+        return [
+            ExpertTask(
+                expert=expert,
+                rows=count,
+                on_device=self._apart and expert in near,
+                on_host=self._on_host(layer, expert, near),
+            )
+            for expert, count in zip(experts, rows, strict=True)
+        ]
 
     def _on_host(self, layer: int, expert: int, near: Collection[int]) -> bool:
         """Whether it need not be read from disk."""
@@ -198,11 +189,14 @@ class ExpertPool:
             return expert in near
         return self._shelf is None or bool(self._shelf.held[layer, expert])
 
-    def _divided(self, event: Event, tasks: Sequence[ExpertTask], *, shared: bool) -> tuple[list[int], list[int]]:
-        """Experts that the CPU computes, and those that are being read to stay in host memory."""
+    def _divided(
+        self, event: Event, tasks: Sequence[ExpertTask], ahead: Sequence[int], *, shared: bool
+    ) -> tuple[list[int], list[int]]:
+        """Experts that the CPU computes, and those that are being read to stay in host memory. What was brought
+        `ahead` has slots that it is to leave: the device computes it."""
         by_cpu: Collection[int] = ()
         if self._scheduler is not None and shared:
-            by_cpu = frozenset(self._scheduler.plan(tasks).computed_by_cpu)
+            by_cpu = frozenset(self._scheduler.plan(tasks).computed_by_cpu).difference(ahead)
         kept: list[int] = []
         there = {task.expert for task in tasks if task.on_host}
         if self._shelf is not None:
@@ -231,9 +225,9 @@ class ExpertPool:
         for expert in gone:
             for part in range(self.parts):
                 self._is_there(part, self.block(part, layer, expert))  # what is still on its way cannot be forgotten
-        blocks = self._forget([(layer, expert) for expert in gone])
-        self._ahead = (-1, [])  # not before: whoever is interrupted while waiting finds them next time
-        self.bring((), blocks)
+        self._ahead = (-1, [])
+        self._forget([(layer, expert) for expert in gone])
+        self.bring(())
         return [expert for expert in ahead if expert in needed]
 
     @property
@@ -253,33 +247,65 @@ class ExpertPool:
         taken: list[int] = []
         places: list[tuple[int, Slot]] = []
         for expert in experts[: self.spare]:
-            if self.cache.held[layer, expert] or not all(self._free):
+            there = self.cache.held[layer, expert] or (self._apart and not self._on_host(layer, expert, ()))
+            if there or not all(self._free):  # beside a device, what would have to be read first is not brought either
                 continue
             placed = [self.place(part, layer, expert) for part in range(self.parts)]
             places += [each for each in placed if each is not None]
             taken.append(expert)
         self._ahead = layer, taken
-        self._accounts["decode"].reads += len(taken)
+        self._accounts["decode"].copies += len(taken) if self._apart else 0
+        self._accounts["decode"].reads += 0 if self._apart else len(taken)
         if places:
-            self._carrier.bring(places, (), urgent=False)
+            self.bring(places, urgent=False)
         return taken
 
+    def fill(self, event: Event, expert: int) -> bool:
+        """Beside a device apart: bring what the CPU computes for the layer that runs, behind all that it needs, if the
+        cache would have it. Returns whether it is brought."""
+        assert self._open is not None, "no layer runs"
+        assert self._apart, "there is one processor"
+        if not self._open.all_asked_for or self.cache.held[event.layer, expert] or not all(self._free):
+            return False
+        taken = self.cache.admit(event.layer, [expert], needed=event.experts, origin=Origin.FILLED)
+        if not taken:
+            return False
+        self._filling.add((event.layer, expert))
+        self._forget([victim for _, victim in taken if victim is not None])
+        placed = [self.place(part, event.layer, expert) for part in range(self.parts)]
+        self.bring([each for each in placed if each is not None], urgent=False)
+        self._accounts[event.phase].copies += 1
+        return True
+
     def _recover(self) -> None:
-        """Forget what a layer that failed has left half done."""
-        run = self._open
-        if run is None:
+        """Make slots, caches and carrier agree where a layer did not come to its end, wherever it was left."""
+        event, run = self._begun, self._open
+        if event is None:
             return
-        for expert in run.brought:
-            sound = [self._is_there(part, self.block(part, run.layer, expert)) for part in range(self.parts)]
-            kept = bool(self.cache.held[run.layer, expert])
-            if kept and all(sound):
-                continue
-            if kept:
-                self.cache.drop(run.layer, expert)
-            self._carrier.bring((), self._forget([(run.layer, expert)]))
+        self.bring(())
+        for layer, expert in np.argwhere(self.cache.held).tolist():
+            blocks = [self.block(part, layer, expert) for part in range(self.parts)]
+            sound = all(block in self._lying for block in blocks)
+            if layer == event.layer:  # all else has arrived, or was brought in vain and tells who asks for it
+                arrived = [self._is_there(part, block) for part, block in enumerate(blocks)]
+                sound = all(arrived)
+            if not sound:
+                self.cache.drop(layer, expert)
+        self.cache.recount()
+        for part, numbers in enumerate(self._blocks):
+            for layer, expert in np.argwhere(~self.cache.held).tolist():
+                if int(numbers[layer, expert]) in self._lying:
+                    self._is_there(part, int(numbers[layer, expert]))  # what is still on its way cannot be forgotten
+                    self.vacate(part, layer, expert)
+        self._ahead = (-1, [])
+        self.bring(())
+        for part, slots in enumerate(self._slots):
+            taken = {slot.offset for slot in self._lying.values()}
+            self._free[part] = [slot for slot in slots if slot.offset not in taken]
         if self._shelf is not None:
-            self._shelf.refused(run.layer, run.kept)
-        self._open = None
+            doubtful = event.experts.tolist() if run is None else run.kept
+            self._shelf.refused(event.layer, doubtful)
+        self._open = self._begun = None
 
     def _is_there(self, part: int, block: int) -> bool:
         """Whether a block has arrived, which is waited for; what failed on its way has been told to somebody.
@@ -308,13 +334,14 @@ class ExpertPool:
             self._free[part].append(self._lying.pop(block))
             raise
 
-    def _forget(self, experts: Sequence[tuple[int, int]]) -> list[int]:
-        """Free the slots of (layer, expert); the blocks that were in them."""
-        gone = []
+    def _forget(self, experts: Sequence[tuple[int, int]]) -> None:
+        """Free the slots of (layer, expert)."""
         for layer, expert in experts:
             for part in range(self.parts):
-                gone += self.vacate(part, layer, expert)
-        return gone
+                if (layer, expert) in self._filling:  # it may still be on its way, and cannot be forgotten then
+                    self._is_there(part, self.block(part, layer, expert))
+                self.vacate(part, layer, expert)
+            self._filling.discard((layer, expert))
 
     # --- of the layer that runs -------------------------------------------------------------------------------------
 
@@ -331,19 +358,22 @@ class ExpertPool:
         slot = self._lying[block] = self._free[part].pop()
         return block, slot
 
-    def vacate(self, part: int, layer: int, expert: int) -> list[int]:
-        """Free the slot of a part, if it has one: the block that is to be forgotten."""
+    def vacate(self, part: int, layer: int, expert: int) -> None:
+        """Free the slot of a part, if it has one. The carrier hears of it with what is brought next."""
         block = self.block(part, layer, expert)
-        slot = self._lying.pop(block, None)
-        if slot is None:
-            return []
-        self._free[part].append(slot)
-        return [block]
+        slot = self._lying.get(block)
+        if slot is not None:
+            self._untold[block] = None  # first: who is interrupted behind it says once too often what is true
+            del self._lying[block]
+            self._free[part].append(slot)
 
-    def bring(self, places: Sequence[tuple[int, Slot]], gone: Sequence[int]) -> None:
-        """Have blocks brought, and others forgotten."""
+    def bring(self, places: Sequence[tuple[int, Slot]], *, urgent: bool = True) -> None:
+        """Have blocks brought, and those forgotten that have no slot any more."""
+        gone = tuple(self._untold)
         if places or gone:
-            self._carrier.bring(places, gone)
+            self._carrier.bring(places, gone, urgent=urgent)
+            for block in gone:
+                del self._untold[block]
 
     def _expert_of(self, block: int) -> int:
         """Which expert of its layer a block is of."""

@@ -17,8 +17,8 @@ from zoo import Entry, Outputs, differences, load_resident
 from zoo.decoders import LLAMA, greedy, logits, token_ids
 
 import penstock
+from penstock.runtime.experts.implementation import IMPLEMENTATION
 from penstock.runtime.experts.routers import RouterTap
-from penstock.runtime.experts.runner import IMPLEMENTATION
 from penstock.runtime.profiler.metrics import summarise
 from penstock.runtime.profiler.profiler import Profiler
 from penstock.scheduler.experts import prefetch

@@ -14,6 +14,7 @@ from zoo import differences, load_resident
 from zoo.decoders import token_ids
 
 import penstock
+from penstock.runtime.experts.implementation import IMPLEMENTATION, REPLACED
 from penstock.scheduler.experts.costs import ExpertCosts
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("every_core")]
@@ -164,3 +165,93 @@ def test_experts_of_a_module_that_was_built_are_blocks(name: str, device: str, s
         assert all(torch.equal(found[key], expected[key]) for key in expected)
     finally:
         penstock.close(model)
+
+
+def offloaded(model: Any, disk: Path) -> Any:
+    """A built module, half of whose weights are on disk."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    penstock.offload(model, max_memory={"host": weights // 2}, device="cpu", disk=disk)
+    assert model.penstock.plan.expert_passing > 0
+    return model
+
+
+def test_gradients_reach_experts_and_no_graph_keeps_what_was_gathered(shelf: Shelf, tmp_path: Path) -> None:
+    inputs = {"input_ids": token_ids(batch=2, length=9)}
+    resident = load_resident(shelf.checkpoint("mixtral"))
+    model = offloaded(load_resident(shelf.checkpoint("mixtral")), tmp_path)
+    try:
+        losses = [each.model(**inputs).last_hidden_state.square().sum() for each in (resident, model)]
+        assert torch.equal(*losses)
+        gathered = model.penstock.machinery.session.saved._gathered
+        assert gathered
+        assert all(storage.expired() for storage, *_ in gathered.values())
+        for loss in losses:
+            loss.backward()
+        found = dict(model.named_parameters())
+        for name, parameter in resident.named_parameters():
+            if "experts" in name:
+                assert parameter.grad is not None
+                assert found[name].grad is not None
+                assert torch.equal(parameter.grad, found[name].grad)
+    finally:
+        penstock.close(model)
+
+
+def test_frozen_experts_have_the_bits_of_a_model_that_is_frozen_too(shelf: Shelf, tmp_path: Path) -> None:
+    """torch multiplies the last positions of a batch otherwise where the weight wants a gradient: so do both."""
+    expected = run(load_resident(shelf.checkpoint("mixtral")).requires_grad_(False))
+    model = offloaded(load_resident(shelf.checkpoint("mixtral")).requires_grad_(False), tmp_path)
+    try:
+        assert differences(expected, run(model)) == []
+        inputs = {"input_ids": token_ids(seed=2, batch=2, length=9)}
+        assert differences({"2 logits": expected["2 logits"]}, {"2 logits": model(**inputs).logits}) == []
+        assert model.penstock.statistics().experts.prefill.uses > 0
+        assert not model.penstock.machinery.session.saved._gathered
+    finally:
+        penstock.close(model)
+
+
+def test_the_config_says_what_it_said_once_all_models_that_share_it_are_closed(shelf: Shelf, tmp_path: Path) -> None:
+    expected = shelf.answers("mixtral")
+    first, second = (load_resident(shelf.checkpoint("mixtral")) for _ in range(2))
+    config = first.config
+    for module in second.modules():
+        if "config" in vars(module):
+            module.config = config
+    for number, model in enumerate((first, second)):
+        (tmp_path / str(number)).mkdir()
+        offloaded(model, tmp_path / str(number))
+    penstock.close(first)
+    assert config._experts_implementation == IMPLEMENTATION
+    assert differences(expected, run(second)) == []
+    assert second.penstock.statistics().experts.decode.uses > 0
+    penstock.close(second)
+    assert config._experts_implementation == REPLACED
+
+
+LINK_RESTS = ExpertCosts(cpu_s=lambda rows: 1e-6 * rows, device_s=lambda rows: 1e-7, copy_s=2e-6, read_s=1e-6)
+"""Layers take long beside what moving an expert takes: there is always time for it."""
+
+
+@pytest.mark.parametrize(("exact", "host"), [(True, 1.0), (False, 0.5)])
+def test_the_link_brings_what_the_next_layer_needs_and_what_the_cpu_has_computed(
+    exact: bool, host: float, shelf: Shelf
+) -> None:
+    with loaded(shelf.checkpoint("qwen3-moe"), 0.8, host) as model:
+        experts = model.penstock.machinery.session.experts
+        experts.look_ahead(LINK_RESTS, exact=exact)
+        if not exact:
+            experts.share_with_cpu(LINK_RESTS)
+        expected = shelf.answers("qwen3-moe")
+        for _ in range(2):
+            found = run(model)
+            if exact:
+                assert differences(expected, found) == []
+            else:
+                assert torch.allclose(found["1 logits"], expected["1 logits"], rtol=1e-4, atol=1e-5)
+        counted = model.penstock.statistics().experts
+        assert counted.prefetching.asked > 0
+        if exact:
+            assert counted.decode.hits["prefetched"] == counted.prefetching.used > 0
+        else:
+            assert counted.decode.hits["filled"] > 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
-from penstock.runtime.experts.grouped import Grouped
+from penstock.runtime.experts.grouped import Grouped, compute_together
 from penstock.runtime.experts.layers import find_expert_layers
 from penstock.runtime.experts.steps import step_of
 from penstock.scheduler.experts.shape import Routing
@@ -60,7 +60,8 @@ def one_by_one(module: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights:
         yield getattr(module, names[part])[expert]
 
     order = chosen.unique().flip(0).tolist()  # any order will do
-    found = Grouped(hidden, chosen, weights, module.num_experts).compute(module, order, lend)
+    calls = [Grouped(hidden, chosen, weights, module.num_experts)]
+    (found,) = compute_together(calls, module, order, lend)
     assert lent == [(part, expert) for part in (0, 1) for expert in order]
     return found
 

@@ -21,6 +21,7 @@ from penstock.scheduler.microbatches import (
     schedule,
     worth_compacting,
 )
+from penstock.scheduler.mixture import Mixture
 
 FOOTPRINT = Footprint(
     kv_nbytes_per_token=100, activation_nbytes_per_token=40, held_nbytes_per_token=20, logits_nbytes_per_sequence=10
@@ -174,3 +175,28 @@ def test_many_prompts_are_planned_in_no_time() -> None:
     found = schedule(many, FOOTPRINT, machine(10**7))
     assert sum(len(batch.indices) for batch in found.batches) == 5000
     assert found.nbytes <= 10**7
+
+
+def test_a_mixture_moves_the_experts_that_the_tokens_of_a_sweep_use() -> None:
+    mixture = Mixture(share=0.25, nbytes=6 * 10**8, sweep_s=2.0)
+    there = Machine(room_nbytes=GIB, weights_nbytes=10**9, sweep_s=0.5, mixture=mixture, memory_rate=1e9)
+    assert there.moved_s(0, 1) == pytest.approx(0.5 + 2.0 * 0.25)
+    assert there.moved_s(0, 2) == pytest.approx(0.5 + 2.0 * (1 - 0.75**2))
+    assert there.moved_s(0, 100) == pytest.approx(2.5)
+    assert there.pass_s(1) == pytest.approx(0.4 + 0.6 * 0.25)
+    assert there.pass_s(100) == pytest.approx(1.0)
+    unplaced = replace(there, sweep_s=None, room_nbytes=5 * 10**8, disk_rate=1e8)
+    assert unplaced.moved_s(10**8, 100) == pytest.approx(6.0)  # 400 MB of 1000 stay
+    assert unplaced.moved_s(10**8, 1) == pytest.approx(6.0 * 0.25)  # what is missing is experts
+
+
+def test_sharing_a_sweep_is_worth_less_the_fewer_experts_its_tokens_have_in_common() -> None:
+    """With as many experts per token as there are, all is shared; with few of many, little is until there are many."""
+    seconds = []
+    for share in (1.0, 0.01):
+        mixture = Mixture(share=share, nbytes=10**9, sweep_s=1.0)
+        there = Machine(room_nbytes=GIB, weights_nbytes=10**9, sweep_s=0.0, mixture=mixture, memory_rate=1e15)
+        one, eight = (schedule(jobs(*[4] * 8), FOOTPRINT, there, rows=1, lanes=lanes).seconds for lanes in (1, 8))
+        seconds.append(one / eight)
+    assert seconds[0] > 5
+    assert seconds[1] < 1.3

@@ -32,7 +32,7 @@ def event(layer: int, experts: Sequence[int], guesses: Sequence[int] | None) -> 
 
 def run(pool: ExpertPool, ahead: LookAhead, each: Event) -> None:
     with pool.layer(each) as layer:
-        ahead.begun(each, layer.there)
+        ahead.begun(each, layer)
         for part in range(pool.parts):
             for expert in layer.order:
                 with layer.lent(part, expert, lambda: None):
@@ -111,3 +111,63 @@ def test_it_stops_when_routers_guess_wrong() -> None:
     shelves.reads.clear()
     run(pool, ahead, event(0, [1], [2, 4]))
     assert shelves.reads == [1, 1 + 18]
+
+
+def beside_a_device(capacity: int, between_s: float) -> tuple[ExpertPool, Shelves, LookAhead, LayerScheduler]:
+    """A device that computes in no time, a CPU that takes 1 s per token, and a copy as long as one and a half."""
+    pool, shelves = make(capacity, 3, apart=True)
+    clock = Clock()
+    costs = ExpertCosts(cpu_s=lambda rows: 1.0 * rows, device_s=lambda rows: 0.01, copy_s=1.5)
+    scheduler = LayerScheduler(costs)
+    ahead = LookAhead(pool, scheduler, clock=clock)
+    for layer in (0, 1):
+        run(pool, ahead, event(layer, [0], None))
+        clock.now_s += between_s
+    shelves.reads.clear()
+    return pool, shelves, ahead, scheduler
+
+
+def test_what_the_cpu_computes_is_copied_to_the_device_while_the_link_rests() -> None:
+    pool, shelves, ahead, scheduler = beside_a_device(6, between_s=10.0)
+    pool.share_with_cpu(scheduler)
+    run(pool, ahead, event(2, [3], None))  # the CPU has it sooner than a copy
+    assert shelves.reads == [12 + 3, 12 + 3 + 18]
+    counted = pool.statistics().decode
+    assert (counted.computed_by_cpu, counted.copied_nbytes) == (1, 300)
+    run(pool, ahead, event(2, [3], None))
+    assert len(shelves.reads) == 2
+    counted = pool.statistics().decode
+    assert (counted.computed_by_cpu, counted.hits["filled"], counted.copied_nbytes) == (1, 1, 300)
+
+
+def test_what_was_filled_is_waited_for_before_it_goes() -> None:
+    pool, shelves, ahead, scheduler = beside_a_device(3, between_s=10.0)
+    pool.share_with_cpu(scheduler)
+    for step, expert in enumerate((3, 4, 5, 3)):  # one slot of this layer's: each goes for the next one
+        run(pool, ahead, event(2, [expert], None))
+        assert int(pool.cache.held[2].sum()) == 1
+        assert len(shelves.reads) == 2 * (step + 1)
+    assert len(shelves.lying) == 2 * int(pool.cache.held.sum())
+
+
+def test_nothing_is_filled_where_the_link_has_no_time() -> None:
+    pool, shelves, ahead, scheduler = beside_a_device(6, between_s=0.1)
+    pool.share_with_cpu(scheduler)
+    run(pool, ahead, event(2, [3], None))
+    assert shelves.reads == []
+
+
+def test_the_next_layers_experts_are_copied_from_host_memory() -> None:
+    pool, shelves, ahead, _ = beside_a_device(0, between_s=10.0)
+    for _ in range(8):
+        run(pool, ahead, event(0, [1], [2, 4]))
+        run(pool, ahead, event(1, [2, 4], None))
+    shelves.reads.clear()
+    run(pool, ahead, event(0, [1], [2, 4]))
+    assert shelves.reads == [1, 1 + 18, 6 + 2, 6 + 2 + 18, 6 + 4, 6 + 4 + 18]
+    shelves.reads.clear()
+    copied = pool.statistics().decode.copied_nbytes
+    run(pool, ahead, event(1, [2, 4], None))
+    assert shelves.reads == []
+    assert pool.statistics().decode.copied_nbytes == copied
+    assert pool.statistics().decode.read_nbytes == 0
