@@ -1,9 +1,8 @@
 """Room for activations or for weights: whichever makes a step shorter.
 
-Weights that stay save a drive bytes; results of a forward that stay save the processor seconds (SSDTrain and LoHan weigh
-activations alone; weights come first there). A step takes the longer of what the processor does, with what it makes
-again, and of what the drive moves. So where the drive has time to spare, dear results have room before weights, until
-it has none; where the drive is the bound, weights have it.
+Weights that stay save a drive bytes; results of a forward that stay save the processor seconds. A step takes the longer
+of what the processor does, with what it makes again, and of what the drive moves. So where the drive has time to spare,
+dear results have room before weights, until it has none; where the drive is the bound, weights have it.
 """
 
 from __future__ import annotations
