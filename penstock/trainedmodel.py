@@ -32,7 +32,9 @@ from .runtime.training.preparing import (
 from .runtime.training.room import changing, sizes_of
 from .runtime.training.run import Origin, Settings
 from .runtime.training.updateshares import update_shares
+from .runtime.training.weighed import weighing
 from .scheduler.updating import UpdateShares, Where
+from .scheduler.weighing import Weighing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +95,7 @@ def streamed(
     elif beside is None and not opened.separate:
         bones = model if isinstance(model, nn.Module) else outline(model, dtype=dtype, trust_remote_code=asked.trust)
         guess = guessed_saved_nbytes(bones, context=asked.context, batch=asked.batch)
-        trains = partial(trains, saved_nbytes=guess)
+        trains = partial(trains, saved_nbytes=guess, weighing=_weighed(bones, asked, settings, opened, choice))
     common: dict[str, Any] = {
         "wanted": wanted,
         "device": opened,
@@ -140,6 +142,18 @@ def _rehearsed(
             context=asked.context,
             batch=asked.batch,
         )
+
+
+def _weighed(
+    bones: nn.Module, asked: Asked, settings: Settings, device: Device, choice: OptimizerChoice
+) -> Weighing | None:
+    """A step, to weigh activations against weights by: where a plan decides about them, on a machine that has been
+    calibrated."""
+    kept = calibration_cache().read(device).trusted
+    if kept is None or settings.activations != "auto" or asked.context is None:
+        return None
+    tokens = asked.context * (asked.batch or 1)
+    return weighing(bones, kept.hardware, choice, tokens=tokens, accumulate=settings.accumulate)
 
 
 def _itemsize(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dtype, trust: bool) -> int:

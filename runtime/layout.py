@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..memory.image import DeviceImage, Image
 from ..scheduler.residency import Residency
+from ..scheduler.weighing import Before, Weighing
 from .backing import Portion
 from .experts.placed import PlacedExperts
 from .phases import ONCE
@@ -44,6 +45,8 @@ class Changing:
     counts as much as the weights."""
     buffers_nbytes: int = 0
     """Of the buffers that it would pass through on its way to disk, at most."""
+    weighing: Weighing | None = None
+    """Of a step: whether activations have room before weights. None where weights come first."""
     frozen: bool = False
     """Whether weights in blocks only pass on gradients: what is trained (adapters) lies beside them, in no block."""
 
@@ -104,6 +107,8 @@ class Layout:
     """Of that, what is more than it needs: room that weights have left."""
     saved_nbytes: int = 0
     """Of that, what activations could use at most, with their buffers."""
+    before: Before | None = None
+    """Of what is granted, what activations have before weights, and before gradients that could go to disk."""
     all_granted: bool = False
     """Whether that is all that training, activations included, could use."""
     limit_nbytes: int = 0

@@ -18,6 +18,7 @@ from ..memory.layout import ITEMSIZE
 from ..scheduler.plan import Plan
 from ..scheduler.residency import Residency, Sized, choose_residency, smallest_budget
 from ..scheduler.sharing import spread
+from ..scheduler.weighing import weigh
 from .backing import Backing
 from .cutting import Cut, Cutter
 from .experts.layers import find_expert_layers
@@ -65,6 +66,8 @@ class Planner:
         self.module = module
         self._changing = changing
         self._own_device = 0 if changing is None else changing.own_device_nbytes
+        self._before = 0
+        """Host memory that activations have before weights, where not all of these stay."""
         self.work = work
         self.backing = backing
         self.budgets = budgets
@@ -98,7 +101,29 @@ class Planner:
         Raises:
             DoesNotFitError: no layout fits.
         """
-        return self._with_the_rest(self._best())
+        return self._with_the_rest(self._weighed(self._best()))
+
+    def _weighed(self, plain: Layout) -> Layout:
+        """The same blocks, with room for activations before weights where a step is shorter for it."""
+        weighing = None if self._changing is None else self._changing.weighing
+        if weighing is None or self.budgets.device is not None or plain.resident:
+            return plain
+        made = self._cut(plain.limit_nbytes, set())
+        found = {0: plain}
+
+        def streamed(room: int) -> float | None:
+            if room not in found:
+                self._before = room
+                placed = [self._place(made, DEPTH // part) for part in SHALLOWER]
+                fits = [layout for layout in placed if layout is not None]
+                if not fits:
+                    return None
+                found[room] = min(fits, key=self._seconds)
+            return found[room].disk_nbytes
+
+        before = weigh(weighing, streamed)
+        self._before = 0 if before is None else before.nbytes
+        return replace(found[self._before], before=before)
 
     def _with_the_rest(self, layout: Layout) -> Layout:
         """Give to gradients, activations and states what weights have left: a byte of weights that stays saves more."""
@@ -106,13 +131,13 @@ class Planner:
             return layout
         saved = self._changing.saved_nbytes
         saved = (sum(self.sizes.values()) if saved is None else saved) + self._changing.buffers_nbytes
-        wanted = self._changing.more_nbytes + saved
+        wanted = max(0, self._changing.more_nbytes + saved - self._before)
         more = max(0, min(wanted, self.budgets.host - layout.host_nbytes))
         return replace(
             layout,
             own_host_nbytes=layout.own_host_nbytes + more,
             training_nbytes=self._training_nbytes(stays=_all_stays(layout.front, layout.back)) + more,
-            granted_nbytes=more,
+            granted_nbytes=more + self._before,
             all_granted=more == wanted,
             saved_nbytes=saved,
         )
@@ -384,7 +409,7 @@ class Planner:
         changing = self._changing
         if changing is None:
             return 0
-        return changing.own_nbytes - (changing.moving_nbytes if stays else 0)
+        return changing.own_nbytes + (-changing.moving_nbytes if stays else self._before)
 
     def _own(self, staging: int, *, stays: bool = False) -> int:
         """Host memory besides the arena; `stays`: where all weights are in it."""

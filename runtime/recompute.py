@@ -151,6 +151,8 @@ class Segment:
                 f"{type(self._module).__name__} was given a tensor that has been changed in place since, so it cannot "
                 'run again for backward: keep its activations, activations="keep"'
             )
+        if self._rerun is not None and self._rerun.changed:
+            self._rerun = None
         try:
             self._carry_out(self._rerun)
         except DivergedError:

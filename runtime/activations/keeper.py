@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...scheduler.activations import Part, Place
 from .hold import HeldTensor, Hold
-from .operations import NOT_MADE, Kind, OperationLog, Spent
+from .operations import NOT_MADE, Kind, OperationLog, Reads, Spent
 from .records import OUTSIDE, ActivationPlan, Key, Machine, Measured, Places, SegmentRecord, plan_activations
 from .segmentsteps import Recorded, Result, SavedStorage
 from .store import ActivationStore
@@ -194,6 +194,7 @@ class ActivationKeeper:
                         made=partial(self._note_result, call) if call.results else None,
                     )
                     around.enter_context(call.log)
+                    around.enter_context(Reads(call.log))
                 yield call
         finally:
             self.call = before

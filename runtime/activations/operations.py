@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -36,6 +37,9 @@ _BLANK: Final = frozenset(
     )
 )  # fmt: skip
 """Those whose results are there to be written to: one used as it is may have been, by what torch does not see."""
+_READ: Final = frozenset((Tensor.tolist,))
+_SHARED: Final = frozenset((Tensor.numpy, Tensor.__array__))
+"""What gives Python the numbers of a tensor, or its memory, without any operation of torch."""
 NOT_MADE: Final = -1
 """The maker of what was there before, or comes from no numbered operation."""
 Signature = tuple[Any, ...]
@@ -187,6 +191,13 @@ class OperationLog(TorchDispatchMode):
         """The operation that made a tensor's storage, and as which of its results."""
         return self._numbering.maker(tensor)
 
+    def is_read(self, tensor: Tensor, *, shared: bool) -> None:
+        """Python has the numbers of a tensor, and where its memory is `shared` may write there."""
+        number = self.maker(tensor)[0]
+        self.looked_at.add(number)
+        if shared:
+            self.changed.add(number)
+
     def source(self, tensor: Tensor) -> int:
         """The operation that wrote what is in a tensor that is used: NOT_MADE where it was there before."""
         if not self._numbering.is_known(tensor):
@@ -262,6 +273,25 @@ class OperationLog(TorchDispatchMode):
         if draws:
             found.add(self._last_drawn)
         return tuple(sorted(found - {NOT_MADE}))
+
+
+class Reads(TorchFunctionMode):
+    """Tells a log of what Python reads of tensors of the CPU on ways that are no operations: `tolist`, numpy.
+
+    Lengths that a sequence is split by come to Python so; made again, they have to be numbers.
+    """
+
+    def __init__(self, log: OperationLog) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._log = log
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call it, and note what it is given."""
+        if (func in _READ or func in _SHARED) and not self._log.paused and args[0].layout is torch.strided:
+            self._log.is_read(args[0], shared=func in _SHARED)
+        return func(*args, **(kwargs or {}))
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -43,6 +43,12 @@ class Rerun:
     views: frozenset[Any]
     """What has no number: it made no new storage of what it was given."""
 
+    @property
+    def changed(self) -> bool:
+        """Whether a result that would be given has been changed in place since: of those that backward has no use for,
+        nobody else minds that."""
+        return any(each.witness.changed for results in self.held.values() for each in results)
+
 
 def rerun(log: OperationLog, held: Mapping[int, Sequence[HeldTensor]], wanted: Collection[int], *, until: int) -> Rerun:
     """Work out what a second forward has to do.

@@ -48,6 +48,7 @@ from .selection import beside_blocks, shards_in
 from .shards import Shard
 from .trained import Trained
 from .updateshares import update_shares
+from .weighed import weighing
 
 
 class TrainingForesight:
@@ -195,6 +196,10 @@ class TrainingForesight:
             transient += LEAVING + (saved or 0) // max(len(self.segments) - 1, 1)
         shares = self._shares(hardware, work, room)
         changing = self._changing(hardware, work, activations, saved, on_device=shares.any)
+        if not automatic and on_cpu and activations == "auto" and self.adapters is None:
+            tokens = work.batch * work.context
+            step = weighing(self.foresight.model, hardware, work.choice, tokens=tokens, accumulate=work.accumulate)
+            changing = replace(changing, weighing=step)
         budgets = self.foresight.budgets(hardware, room, transient)
         layout = self._layout(hardware, budgets, changing)
         settings = Settings(accumulate=work.accumulate, updates=work.updates, activations=activations, shares=shares)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ...kernels.scratch import SUBCHUNK
 from ...memory.arena import round_up
+from ...scheduler.weighing import Weighing
 from ..activations.store import LEAST_BUFFER, MOST_BUFFER, ActivationStore
 from ..layout import Changing
 from .deviceupdates import DeviceUpdates
@@ -42,6 +43,7 @@ def changing(
     on_device: bool = False,
     activations: Activations = "keep",
     saved_nbytes: int | None = None,
+    weighing: Weighing | None = None,
 ) -> Changing:
     """Host memory that training takes beside weights of so many bytes each.
 
@@ -62,6 +64,7 @@ def changing(
         on_device: Whether that updates some shards.
         activations: What becomes of them. Those that may go to host memory or to disk have a part of what is left.
         saved_nbytes: Of what a forward saves; None where it is not known, and counts as much as the weights.
+        weighing: Of a step: whether activations have room before weights.
     """
     total, largest = sum(weights), max(weights, default=0)
     block = max(largest, min(MOST_BLOCK, total // 16) if limit is None else min(limit, total))
@@ -87,6 +90,7 @@ def changing(
         more_nbytes=more,
         block_nbytes=block,
         limit_nbytes=limit,
+        weighing=weighing,
         own_device_nbytes=DeviceUpdates.needed_nbytes(shard, ARRAYS) if on_device else 0,
     )
 

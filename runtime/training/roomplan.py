@@ -15,7 +15,7 @@ from ...scheduler.sharing import is_taken, share_out
 from ...scheduler.updating import UpdateShares
 from ..activations.store import LEAST_BUFFER, ActivationStore
 from ..build import Machinery
-from ..explain import gib
+from ..explain import gib, seconds
 from ..layout import Layout
 from .early import BEHIND, BESIDE
 from .pipeline import BUFFERS, ShardPipeline
@@ -211,7 +211,8 @@ def _of_sums(layout: Layout, trained: Sequence[Trained], sizes: _Sizes, buffers:
 
 
 def _room_of_activations(layout: Layout, settings: Settings, room: _Room, *, saved_is_known: bool) -> int:
-    """What they have of it beside their buffers: before states, and after gradients.
+    """What they have of it beside their buffers: before states, and after gradients, but for what they have before
+    weights.
 
     Where one memory is for all, a byte of a layer's products saves more than one of state does: of the first, a matrix
     n rows long makes n operations a byte, of the second, a drive moves two bytes that the same cores submit and sum up.
@@ -220,7 +221,8 @@ def _room_of_activations(layout: Layout, settings: Settings, room: _Room, *, sav
     decided = moves_activations(layout, settings, frozen=False)
     if not decided or (settings.activations == "auto" and layout.back is not None):
         return 0
-    left = max(0, room.nbytes - max(room.least, sum(room.kept)))
+    before = 0 if layout.before is None else layout.before.nbytes
+    left = max(0, min(before, room.nbytes - room.least), room.nbytes - max(room.least, sum(room.kept)))
     return min(layout.saved_nbytes, left if saved_is_known else left // 2)
 
 
@@ -253,6 +255,11 @@ def _notes(
 ) -> tuple[str, ...]:
     """What was decided, in sentences; `spilled`: None where gradients are gone with their updates."""
     notes = [] if layout.back is None else [_homes(layout, layout.back.resident)]
+    if (before := layout.before) is not None:
+        notes.append(
+            f"room: activations have {gib(before.nbytes)} before weights: the longer of computing and the drive takes "
+            f"{seconds(before.seconds)} of a step so, and {seconds(before.without_s)} if weights had that room"
+        )
     if spilled is not None:
         on_disk, every = sum(sizes.gradients[index] for index in spilled), sum(sizes.gradients)
         notes.append(f"gradients: {gib(every - on_disk)} of {gib(every)} stay in host memory{_rest(bool(spilled))}")

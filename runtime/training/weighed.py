@@ -1,0 +1,87 @@
+"""What is known of a step before anything is loaded, to weigh room for activations against room for weights.
+
+Of what a layer saves, results of its products are what is dear: per token as many elements as a matrix has outputs, and
+two operations for each of its elements. That is read off the matrices, whatever else a layer does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ...memory.requests import CHUNK
+from ...scheduler.cost import CostModel
+from ...scheduler.hardware import Hardware
+from ...scheduler.operations import Operation
+from ...scheduler.updatework import update_s
+from ...scheduler.weighing import Dear, Weighing
+from ..activations.records import FORWARDS
+from ..recompute import segments_of
+from .loads import update_work
+from .optimizers import OptimizerChoice
+from .preparing import arrays_of
+
+
+def weighing(
+    model: nn.Module, hardware: Hardware, choice: OptimizerChoice, *, tokens: int, accumulate: int
+) -> Weighing | None:
+    """A step on a machine that computes where weights lie, with all masters and states on its drives.
+
+    Args:
+        model: To be trained; its weights may be on the meta device.
+        hardware: The machine, as it was calibrated.
+        choice: The optimizer.
+        tokens: Of a backward pass.
+        accumulate: Backward passes of a step.
+
+    Returns:
+        None where nothing is known of layers (they have no matrices, or there are none in lists), or of drives.
+    """
+    if not hardware.drives or not hardware.cpu.linear:
+        return None
+    cost, arrays = CostModel(hardware=hardware, beside=True), arrays_of(choice)
+    nbytes: dict[int, int] = defaultdict(int)
+    seconds: dict[int, float] = defaultdict(float)
+    computed = 0.0
+    for path in segments_of(model):
+        for matrix in matrices_of(model.get_submodule(path)):
+            outputs, inputs = matrix.shape
+            taken = accumulate * _product_s(cost, matrix, tokens)
+            nbytes[inputs] += tokens * outputs * matrix.itemsize
+            seconds[inputs] += taken
+            computed += FORWARDS * taken
+    if not computed:
+        return None
+    sizes = [each.numel() for each in model.parameters() if each.is_floating_point()]
+    states = 4 * arrays * sum(sizes)
+    update = update_s(
+        update_work(choice), cost, sum(sizes), arrays=arrays, tensors=len(sizes), checked_nbytes=float(states)
+    )
+    read_s, write_s = cost.read_s(1.0, CHUNK), cost.write_s(1.0, CHUNK)
+    dear = [Dear(nbytes=nbytes[width], seconds=seconds[width]) for width in nbytes]
+    return Weighing(
+        dear=sorted(dear, key=lambda each: each.seconds / each.nbytes, reverse=True),
+        compute_s=computed + update,
+        drive_s=states * (read_s + write_s),
+        weight_byte_s=2 * accumulate * read_s + write_s,
+    )
+
+
+def matrices_of(part: nn.Module) -> Iterator[torch.Tensor]:
+    """Those of products that each forward of a part does: not of experts, which come in lists."""
+    lists: list[str] = []
+    for path, module in part.named_modules():
+        if any(path.startswith(f"{each}.") for each in lists):
+            continue
+        if isinstance(module, nn.ModuleList):
+            lists.append(path)
+        elif isinstance(module, nn.Linear):
+            yield module.weight
+
+
+def _product_s(cost: CostModel, matrix: torch.Tensor, tokens: int) -> float:
+    dtype = str(matrix.dtype).removeprefix("torch.")
+    return cost.operation_s(Operation(kind="linear", nbytes=matrix.nbytes, rows=tokens, dtype=dtype), "cpu")
