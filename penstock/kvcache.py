@@ -8,9 +8,10 @@ from typing import Any
 from .arguments import MaxMemory
 from .budget import parse_budget
 from .memory.errors import UsageError
+from .runtime.kv.cache import EXACT, TieredEncoderDecoderCache
 from .runtime.kv.cache import TieredCache as _TieredCache
-from .runtime.kv.cache import TieredEncoderDecoderCache
 from .runtime.kv.memory import KvBudget
+from .scheduler.kv.choice import PolicyChoice, choice_for
 from .scheduler.kv.shape import TOKENS
 
 
@@ -31,9 +32,15 @@ class TieredCache(_TieredCache):
             is free. The host's bound holds for blocks and for reads together.
         block_tokens: Of a block. What is on disk is read in runs of blocks.
         disk: A folder to put a private one (mode 0700) in; None for the user's cache.
+        policy: A policy of selection: "exact" attends to all. All others are lossy: a token attends to what the policy
+            chooses, and only that is read; prompts attend to all, but for "sale". "quest", "quest:4096",
+            "quest:4096,recent=128", or a `PolicyChoice`. Nothing is deleted. What policies keep about keys is in host
+            memory, beside `max_memory`. `statistics().chosen` says what was read, and what part of the attention it got.
+        budget: Tokens that a policy attends to per key-value head, where `policy` does not say so.
 
     Raises:
-        UsageError: a tier or a size without meaning, or a model whose layers keep nothing that grows.
+        UsageError: a tier or a size without meaning, a policy that is not known or a budget that holds nothing, or a
+            model whose layers keep nothing that grows.
         DoesNotFitError: raised with the first tokens, where memory has no room for a block of each sequence.
     """
 
@@ -50,21 +57,32 @@ class TieredCache(_TieredCache):
         max_memory: MaxMemory = "auto",
         block_tokens: int = TOKENS,
         disk: str | os.PathLike[str] | None = None,
+        policy: str | PolicyChoice = EXACT,
+        budget: int | None = None,
     ) -> None:
-        super().__init__(config, **_settings(max_memory=max_memory, block_tokens=block_tokens, disk=disk))
+        settings = _settings(
+            max_memory=max_memory, block_tokens=block_tokens, disk=disk, policy=policy, budget=budget
+        )
+        super().__init__(config, **settings)
 
 
 def _settings(
-    *, max_memory: MaxMemory = "auto", block_tokens: int = TOKENS, disk: str | os.PathLike[str] | None = None
+    *,
+    max_memory: MaxMemory = "auto",
+    block_tokens: int = TOKENS,
+    disk: str | os.PathLike[str] | None = None,
+    policy: str | PolicyChoice = EXACT,
+    budget: int | None = None,
 ) -> dict[str, Any]:
-    budget = parse_budget(max_memory)
-    if budget.device is not None:
+    allowed = parse_budget(max_memory)
+    if allowed.device is not None:
         raise UsageError(
             "keys and values are kept in host memory and on disk; attention to them is the CPU's. Leave device= out"
         )
     folder = None if disk is None else os.fspath(disk)
     return {
-        "budget": KvBudget.of(budget.host, budget.disk, folder),
+        "budget": KvBudget.of(allowed.host, allowed.disk, folder),
         "folder": folder,
         "block_tokens": block_tokens,
+        "choice": choice_for(policy, budget, block_tokens),
     }

@@ -57,9 +57,13 @@ class Asked:
 
 def attend(asked: Asked, blocks: Iterator[Blocks]) -> torch.Tensor:
     """Attention to what is in blocks and to what is new: [rows, Q, heads, value dim], in the queries' dtype."""
+    return finish(asked, merged(asked, blocks))
+
+
+def merged(asked: Asked, blocks: Iterator[Blocks]) -> Merging:
+    """The same as it is merged, sinks left out: [rows, kv_heads, group · Q, value dim], and the log of its sum."""
     rows, heads, count, dim = asked.query.shape
-    kv_heads = heads // asked.group
-    query = asked.query.reshape(rows, kv_heads, asked.group * count, dim).cpu()
+    query = asked.query.reshape(rows, heads // asked.group, asked.group * count, dim).cpu()
     merging = Merging.of((*query.shape[:3], asked.values.shape[3]), query.device)
     parts = _Parts(merging, query)
     for keys, values, spans in blocks:
@@ -69,6 +73,13 @@ def attend(asked: Asked, blocks: Iterator[Blocks]) -> torch.Tensor:
     parts.merge()
     for start, stop, out, lse in _new(asked):
         _add_new(merging, asked, start, stop, out.cpu(), lse.cpu())
+    return merging
+
+
+def finish(asked: Asked, merging: Merging) -> torch.Tensor:
+    """What a model gets of what was merged: [rows, Q, heads, value dim], with sinks, in the queries' dtype."""
+    rows, heads, count, _ = asked.query.shape
+    kv_heads = heads // asked.group
     if asked.sinks is not None:
         sinks = asked.sinks.detach().float().cpu().view(1, kv_heads, asked.group, 1).expand(-1, -1, -1, count)
         _take_for_sinks(merging, sinks.reshape(1, kv_heads, -1))

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from ...memory.errors import UsageError
+from ...scheduler.kv.choice import PolicyChoice
+from ...scheduler.kv.chosen import ChosenFigures
+from ...scheduler.kv.policies.policy import Policy
 from ...scheduler.kv.shape import TOKENS
+from .choosing import Choosing
 from .interface import known_configs, masks_for, switch
 from .layer import TieredLayer, Way
 from .memory import KvBudget
 from .tiers import KvStatistics, KvTiers
 
 logger = logging.getLogger(__name__)
+
+EXACT: Final = PolicyChoice()
+"""Attention to all."""
 
 
 class TieredCache(DynamicCache):
@@ -29,12 +37,22 @@ class TieredCache(DynamicCache):
         budget: Bytes of each tier.
         folder: For files; None for the default one.
         block_tokens: Of a block.
+        choice: A policy of selection; all but `exact` are lossy.
 
     Raises:
-        UsageError: no layer of the model can be kept in tiers.
+        UsageError: no layer of the model can be kept in tiers, or a policy is to choose and its attention cannot be
+            replaced.
     """
 
-    def __init__(self, config: Any, budget: KvBudget, *, folder: str | None = None, block_tokens: int = TOKENS) -> None:
+    def __init__(
+        self,
+        config: Any,
+        budget: KvBudget,
+        *,
+        folder: str | None = None,
+        block_tokens: int = TOKENS,
+        choice: PolicyChoice = EXACT,
+    ) -> None:
         super().__init__(config=config)
         own = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
         plain = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
@@ -43,13 +61,33 @@ class TieredCache(DynamicCache):
                 f"no layer of {config.model_type} keeps keys and values that grow with its context: nothing is there "
                 "to put in tiers; use transformers' own cache"
             )
-        self.tiers = KvTiers(budget, layers=len(plain), folder=folder, block_tokens=block_tokens)
         self._switched = switch(own)
+        if choice.lossy and not self._switched:
+            raise UsageError(
+                f"policy {choice} chooses inside of our attention, and the one that the model was loaded with cannot be "
+                'replaced: load it with attn_implementation="sdpa", or use policy="exact"'
+            )
+        self.choice = choice
+        """The policy of selection."""
+        dense = choice.dense_layers if choice.lossy else len(plain)
+        self.tiers = KvTiers(
+            budget, layers=len(plain), folder=folder, block_tokens=block_tokens, dense_layers=dense
+        )
+        self._figures = ChosenFigures(str(choice)) if choice.lossy else None
         self._known = known_configs().of(own) if self._switched else {}
         self._told = False
         learned = weakref.WeakMethod(self._learn)
+        leaders: dict[int, list[Policy]] = {}
         self._tiered = [
-            TieredLayer(self.tiers, number, known=self._known.get(number, False), learned=_call(learned))
+            TieredLayer(
+                self.tiers,
+                number,
+                known=self._known.get(number, False),
+                learned=_call(learned),
+                choosing=None
+                if self._figures is None or number < dense
+                else Choosing(choice, number, self._figures, leaders),
+            )
             for number in range(len(plain))
         ]
         for index, layer in zip(plain, self._tiered, strict=True):
@@ -106,7 +144,8 @@ class TieredCache(DynamicCache):
 
     def statistics(self) -> KvStatistics:
         """A frozen record of what is where, and of what was read and written."""
-        return self.tiers.statistics()
+        figures = self.tiers.statistics()
+        return figures if self._figures is None else replace(figures, chosen=self._figures.statistics())
 
     def close(self) -> None:
         """Stop reads and writes, remove the files, give all memory back. More than once does no harm."""
@@ -130,8 +169,16 @@ class TieredCache(DynamicCache):
 class TieredEncoderDecoderCache(EncoderDecoderCache):
     """The same for an encoder–decoder: its own keys and values in tiers, those of the encoder's output in memory."""
 
-    def __init__(self, config: Any, budget: KvBudget, *, folder: str | None = None, block_tokens: int = TOKENS) -> None:
-        own = TieredCache(config, budget, folder=folder, block_tokens=block_tokens)
+    def __init__(
+        self,
+        config: Any,
+        budget: KvBudget,
+        *,
+        folder: str | None = None,
+        block_tokens: int = TOKENS,
+        choice: PolicyChoice = EXACT,
+    ) -> None:
+        own = TieredCache(config, budget, folder=folder, block_tokens=block_tokens, choice=choice)
         super().__init__(own, DynamicCache(config=config.get_text_config(decoder=True)))
         self._own = own
 

@@ -6,7 +6,7 @@ the next call finds it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ import torch
 from ...memory.disk import Transfer
 from ...memory.errors import DoesNotFitError, PenstockError
 from ...scheduler.kv.moves import Move, TierStatistics
-from ...scheduler.kv.orders import Cyclic
+from ...scheduler.kv.orders import Cyclic, Recent
 from ...scheduler.kv.table import BlockTable
 from ...scheduler.kv.tiers import Tier, Tiers
 from ...scheduler.kv.writes import TableStatistics, Write
@@ -49,12 +49,16 @@ class LayerStore:
         layout: Of its blocks.
         memory: Of the cache.
         paddings: Of each row: how many positions at its beginning hold nothing.
+        chooses: Whether a policy says in each step what is read: then nothing is read ahead, and what was chosen longest
+            ago leaves host memory first.
 
     Raises:
         DoesNotFitError: its share of host memory is too small for a block of each row.
     """
 
-    def __init__(self, number: int, layout: BlockLayout, memory: KvMemory, paddings: Sequence[int]) -> None:
+    def __init__(
+        self, number: int, layout: BlockLayout, memory: KvMemory, paddings: Sequence[int], *, chooses: bool = False
+    ) -> None:
         memory.require(layout.slot_nbytes, len(paddings))
         self.number = number
         self.layout = layout
@@ -73,9 +77,11 @@ class LayerStore:
             tiers.append(Tier(name="disk", budget_nbytes=memory.disk_share))
         self.tiers = Tiers(tiers, unit)
         self.table = BlockTable(layout.shape, self.tiers, paddings)
-        self._order = Cyclic(self.table)
+        self._recent = Recent() if chooses else None
+        self._order: Cyclic | Recent = self._recent or Cyclic(self.table)
         self._moving: list[tuple[Move, Transfer]] = []
         self._placement: Placement | None = None
+        self.chooses = chooses
         self.written_nbytes = 0
         """To disk, in whole slots."""
 
@@ -142,17 +148,24 @@ class LayerStore:
             try:
                 for write in writes:
                     self._write(write, keys, values, done)
+                self.used(write.block for write in writes)
             finally:
                 if self.table.settle(0) or any(write.copied_from is not None for write in writes):
                     self._placement = None
             done += count
         self._make_room_ahead(total)
 
+    def used(self, blocks: Iterable[int]) -> None:
+        """These blocks were written, or chosen."""
+        if self._recent is not None:
+            for block in blocks:
+                self._recent.used(block)
+
     def crop(self, tokens: int) -> None:
         """Forget all but so many positions."""
         self._collect(wait=True)
         self.table.crop(tokens)
-        self._placement = None
+        self._forget_places()
 
     def reorder(self, sources: Sequence[int]) -> None:
         """Row i goes on as a copy of what row `sources[i]` is now.
@@ -162,7 +175,7 @@ class LayerStore:
         """
         self._memory.require(self.layout.slot_nbytes, len(sources))
         self.table.reorder(sources)
-        self._placement = None
+        self._forget_places()
 
     def close(self) -> None:
         """Give up all blocks. What is being written is waited for, and whatever becomes of it does not matter."""
@@ -175,6 +188,11 @@ class LayerStore:
     def statistics(self) -> tuple[TableStatistics, tuple[TierStatistics, ...]]:
         """Frozen records of its table and tiers."""
         return self.table.statistics(), self.tiers.statistics()
+
+    def _forget_places(self) -> None:
+        self._placement = None
+        if self._recent is not None:
+            self._recent.forget(self.table.has)
 
     def _write(self, write: Write, keys: torch.Tensor, values: torch.Tensor, offset: int) -> None:
         if write.copied_from is not None and write.start:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ...memory.errors import ClosedError, PenstockError, UsageError
+from ...scheduler.kv.chosen import ChosenStatistics
 from ...scheduler.kv.moves import TierStatistics
 from .attention import Blocks
 from .layout import BlockLayout
@@ -16,7 +17,8 @@ from .memory import KvBudget, KvMemory
 from .placement import DISK, HOST, Piece
 from .reading import ReadAhead
 from .spread import Span
-from .store import LayerStore
+from .store import Beginning, LayerStore
+from .stored import StoredRow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +45,8 @@ class KvStatistics:
     """Keys and values of tokens that were added."""
     copied_nbytes: int
     """Beginnings of blocks that were copied, because rows parted."""
+    chosen: ChosenStatistics | None = None
+    """What a policy of selection made of it; None where all is attended to."""
 
 
 class KvTiers:
@@ -53,9 +57,18 @@ class KvTiers:
         layers: How many there are.
         folder: For files; None for the default one.
         block_tokens: Of a block.
+        dense_layers: First layers, of which all is read; None for all of them. Of the others a policy chooses.
     """
 
-    def __init__(self, budget: KvBudget, *, layers: int, folder: str | None, block_tokens: int) -> None:
+    def __init__(
+        self,
+        budget: KvBudget,
+        *,
+        layers: int,
+        folder: str | None,
+        block_tokens: int,
+        dense_layers: int | None = None,
+    ) -> None:
         if block_tokens < 1:
             raise UsageError(f"a block holds a token at least; block_tokens is {block_tokens}")
         self.budget = budget
@@ -63,6 +76,7 @@ class KvTiers:
         self.paddings: tuple[int, ...] | None = None
         """Of each row, as far as masks have told; None before."""
         self._layers = layers
+        self._dense_layers = layers if dense_layers is None else dense_layers
         self._folder = folder
         self._memory: KvMemory | None = None
         self._reading: ReadAhead | None = None
@@ -121,8 +135,42 @@ class KvTiers:
             )
         store.append(keys.detach().cpu(), values.detach().cpu())
 
-    def blocks(self, number: int) -> Iterator[Blocks]:
+    def row(self, number: int, row: int, new: tuple[torch.Tensor, torch.Tensor] | None = None) -> StoredRow:
+        """One sequence in one layer, to read some of it. It is good until something is appended.
+
+        Args:
+            number: Of the layer.
+            row: Of the batch.
+            new: Keys and values [kv_heads, tokens, dim] that follow what is stored.
+
+        Raises:
+            DiskError: what had to leave for it could not be written, or its end cannot be read.
+        """
+        store = self._stores[number]
+        if store is None:
+            assert new is not None, number
+            return StoredRow(None, row, new, _nothing)
+        store.collect()
+        ends = [self._beginning(store, part) for part in store.beginnings() if part.row == row]
+        parts = [(keys[0].clone(), values[0].clone()) for keys, values, _ in ends] + ([] if new is None else [new])
+        if not parts:
+            layout = store.layout
+            dims = (layout.key_dim, layout.value_dim)
+            none = [torch.zeros(layout.heads, 0, dim, dtype=layout.dtype) for dim in dims]
+            parts.append((none[0], none[1]))
+        end = (torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts], dim=1))
+        return StoredRow(store, row, end, lambda wanted: self._ahead(store).some(store, wanted))
+
+    def read_nbytes(self) -> int:
+        """From disk, until now."""
+        return self._reading.read_nbytes if self._reading is not None else 0
+
+    def blocks(self, number: int, *, ahead: bool = True) -> Iterator[Blocks]:
         """All that a layer has: the rest is being read while what is in host memory is attended to.
+
+        Args:
+            number: Of the layer.
+            ahead: Whether to read what the next layers want, too, as far as buffers reach.
 
         Raises:
             DiskError: it could not be read.
@@ -132,7 +180,7 @@ class KvTiers:
             return
         store.collect()  # here and not later: a block that changes its place meanwhile would be missed
         yield from self._beginnings(store)  # first: one that is on disk takes a buffer
-        reads = self._reads(store)
+        reads = self._reads(store, ahead=ahead)
         for piece in store.placement().host:
             part = slice(piece.first, piece.first + len(piece.blocks))
             yield store.keys[part], store.values[part], piece.spans
@@ -244,7 +292,7 @@ class KvTiers:
             disk_nbytes=used(DISK),
             host_budget_nbytes=self.budget.host,
             arena_nbytes=self._memory.arena.nbytes if self._memory is not None else 0,
-            read_nbytes=self._reading.read_nbytes if self._reading is not None else 0,
+            read_nbytes=self.read_nbytes(),
             written_nbytes=sum(store.written_nbytes for store in stores),
             appended_nbytes=sum(table.written_nbytes for _, table, _ in both),
             copied_nbytes=sum(table.copied_nbytes for _, table, _ in both),
@@ -276,16 +324,17 @@ class KvTiers:
         )
         rows = keys.shape[0]
         paddings = self.paddings_of(number, rows)
-        store = self._stores[number] = LayerStore(number, layout, self._memory, paddings)
+        chooses = number >= self._dense_layers
+        store = self._stores[number] = LayerStore(number, layout, self._memory, paddings, chooses=chooses)
         if self.paddings is None:
             self.paddings = paddings
         return store
 
-    def _reads(self, store: LayerStore) -> Iterator[tuple[Piece, torch.Tensor]]:
+    def _reads(self, store: LayerStore, *, ahead: bool) -> Iterator[tuple[Piece, torch.Tensor]]:
         if not store.placement().on_disk:
             return iter(())
         stores = [one for one in self._stores if one is not None]
-        return self._ahead(store).blocks(stores, stores.index(store))
+        return self._ahead(store).blocks(stores, stores.index(store), ahead=ahead)
 
     def _ahead(self, store: LayerStore) -> ReadAhead:
         if self._reading is None:
@@ -295,14 +344,17 @@ class KvTiers:
 
     def _beginnings(self, store: LayerStore) -> Iterator[Blocks]:
         for part in store.beginnings():
-            if part.tier == HOST:
-                keys, values = store.keys[part.slot, None], store.values[part.slot, None]
-            else:
-                slots = self._ahead(store).block(store, part.slot)
-                keys, values = store.layout.keys(slots), store.layout.values(slots)
-            rows, positions = torch.tensor([[part.row]]), torch.tensor([[part.position]])
-            span = Span(first=0, rows=rows, positions=positions, alike=(part.row,))
-            yield keys[:, :, : part.tokens], values[:, :, : part.tokens], (span,)
+            yield self._beginning(store, part)
+
+    def _beginning(self, store: LayerStore, part: Beginning) -> Blocks:
+        if part.tier == HOST:
+            keys, values = store.keys[part.slot, None], store.values[part.slot, None]
+        else:
+            slots = self._ahead(store).block(store, part.slot)
+            keys, values = store.layout.keys(slots), store.layout.values(slots)
+        rows, positions = torch.tensor([[part.row]]), torch.tensor([[part.position]])
+        span = Span(first=0, rows=rows, positions=positions, alike=(part.row,))
+        return keys[:, :, : part.tokens], values[:, :, : part.tokens], (span,)
 
     def _forget_reads(self) -> None:
         if self._reading is not None:
@@ -311,3 +363,9 @@ class KvTiers:
 
 def _of(tiers: tuple[TierStatistics, ...], tier: int) -> int:
     return tiers[tier].used_nbytes if tier < len(tiers) else 0
+
+
+def _nothing(wanted: dict[int, int]) -> Iterator[tuple[Piece, torch.Tensor]]:
+    """Of a layer that has nothing on disk yet."""
+    assert not wanted
+    return iter(())
