@@ -35,7 +35,8 @@ class TieredCache(_TieredCache):
         policy: A policy of selection: "exact" attends to all. All others are lossy: a token attends to what the policy
             chooses, and only that is read; prompts attend to all, but for "sale". "quest", "quest:4096",
             "quest:4096,recent=128", or a `PolicyChoice`. Nothing is deleted. What policies keep about keys is in host
-            memory, beside `max_memory`. `statistics().chosen` says what was read, and what part of the attention it got.
+            memory, beside `max_memory`. `statistics().chosen` says what was read, and how much of the attention was
+            kept.
         budget: Tokens that a policy attends to per key-value head, where `policy` does not say so.
 
     Raises:
@@ -60,9 +61,7 @@ class TieredCache(_TieredCache):
         policy: str | PolicyChoice = EXACT,
         budget: int | None = None,
     ) -> None:
-        settings = _settings(
-            max_memory=max_memory, block_tokens=block_tokens, disk=disk, policy=policy, budget=budget
-        )
+        settings = _settings(max_memory=max_memory, block_tokens=block_tokens, disk=disk, policy=policy, budget=budget)
         super().__init__(config, **settings)
 
 

@@ -203,9 +203,7 @@ def carry_out(request: ChatRequest, output: Output) -> None:
         check_continues(model, [], 1)
         request = _within_positions(request, model, output)
         output.notes.print(explain(model))
-        kv = request.kv or KvOption(
-            host=_whole_context(model, request.context), disk=0, choice=request.policy
-        )
+        kv = request.kv or KvOption(host=_whole_context(model, request.context), disk=0, choice=request.policy)
         cache = make_cache(model, kv, request.disk)
         stack.callback(cache.close)
         if request.sampling.seed is not None:

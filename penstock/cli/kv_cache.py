@@ -68,6 +68,6 @@ def render_chosen(chosen: ChosenStatistics) -> str:
         )
     return (
         f"LOSSY policy {chosen.policy}: {format_size(read)} of {format_size(chosen.whole_nbytes)} read where it chose "
-        f"({format_size(chosen.read_nbytes)} from disk, in whole blocks), and {format_size(chosen.scored_nbytes)} looked "
-        f"at to choose; {kept}"
+        f"({format_size(chosen.read_nbytes)} from disk, in whole blocks), and {format_size(chosen.scored_nbytes)} "
+        f"looked at to choose; {kept}"
     )

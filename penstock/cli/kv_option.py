@@ -31,8 +31,8 @@ KvPolicy = Annotated[
     str | None,
     typer.Option(
         metavar="NAME[:TOKENS]",
-        help="LOSSY: attend to so many tokens of the context, as this policy chooses them (quest, snapkv, window, …: see "
-        "docs/kv.md), and read no others. Default: exact, all of them.",
+        help="LOSSY: attend to so many tokens of the context, as this policy chooses them (quest, snapkv, window, …: "
+        "see docs/kv.md), and read no others. Default: exact, all of them.",
         rich_help_panel=PANEL,
     ),
 ]

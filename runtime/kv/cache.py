@@ -64,15 +64,13 @@ class TieredCache(DynamicCache):
         self._switched = switch(own)
         if choice.lossy and not self._switched:
             raise UsageError(
-                f"policy {choice} chooses inside of our attention, and the one that the model was loaded with cannot be "
-                'replaced: load it with attn_implementation="sdpa", or use policy="exact"'
+                f"policy {choice} chooses inside of our attention, and the one that the model was loaded with cannot "
+                'be replaced: load it with attn_implementation="sdpa", or use policy="exact"'
             )
         self.choice = choice
         """The policy of selection."""
         dense = choice.dense_layers if choice.lossy else len(plain)
-        self.tiers = KvTiers(
-            budget, layers=len(plain), folder=folder, block_tokens=block_tokens, dense_layers=dense
-        )
+        self.tiers = KvTiers(budget, layers=len(plain), folder=folder, block_tokens=block_tokens, dense_layers=dense)
         self._figures = ChosenFigures(str(choice)) if choice.lossy else None
         self._known = known_configs().of(own) if self._switched else {}
         self._told = False

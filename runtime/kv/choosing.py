@@ -1,7 +1,7 @@
 """Attention of one layer by policies of selection: one for each row, which read what they choose and nothing else.
 
-Prompts (calls with several tokens) attend to all, unless the policy is one for prompts; then policies hear what the last
-queries attended to, if they want to. A call with one token attends to what was chosen. Nothing is deleted.
+Prompts (calls with several tokens) attend to all, unless the policy is one for prompts; then policies hear what the
+last queries attended to, if they want to. A call with one token attends to what was chosen. Nothing is deleted.
 """
 
 from __future__ import annotations

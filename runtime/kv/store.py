@@ -49,8 +49,8 @@ class LayerStore:
         layout: Of its blocks.
         memory: Of the cache.
         paddings: Of each row: how many positions at its beginning hold nothing.
-        chooses: Whether a policy says in each step what is read: then nothing is read ahead, and what was chosen longest
-            ago leaves host memory first.
+        chooses: Whether a policy says in each step what is read: then nothing is read ahead, and what was chosen
+            longest ago leaves host memory first.
 
     Raises:
         DoesNotFitError: its share of host memory is too small for a block of each row.
@@ -240,7 +240,7 @@ class LayerStore:
                 return  # who appends them will be told, or take fewer at once
 
     def _evict(self, slots: int) -> None:
-        moves = list(self.tiers.make_room(HOST, slots, self._order.farness))
+        moves = list(self.tiers.make_room(HOST, slots, self._farness))
         self._placement = None  # clean copies may have been dropped
         while moves:
             try:
@@ -250,6 +250,12 @@ class LayerStore:
                     self.tiers.finish(move, failed=True)
                 raise
             self._moving.append((moves.pop(0), transfer))
+
+    def _farness(self, block: int) -> tuple[int, ...]:
+        """The first tokens are chosen in each step by all policies: their block goes last."""
+        if self._recent is not None and not self.table.block(block).index:
+            return (-1,)
+        return self._order.farness(block)
 
     def _collect(self, *, wait: bool) -> None:
         """Hear of what has been written; the first failure is raised, and that block stays where it was."""

@@ -1,7 +1,7 @@
 """One row of one layer, of which some keys and values are read, and no others.
 
-What lies in host memory is gathered token by token. Of what only the disk has, blocks are read that somebody wants, as a
-whole, and tokens gathered from those. What is read is counted where it is read.
+What lies in host memory is gathered token by token. Of what only the disk has, blocks are read that somebody wants, as
+a whole, and tokens gathered from those. What is read is counted where it is read.
 """
 
 from __future__ import annotations
