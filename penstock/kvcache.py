@@ -38,10 +38,13 @@ class TieredCache(_TieredCache):
             memory, beside `max_memory`. `statistics().chosen` says what was read, and how much of the attention was
             kept.
         budget: Tokens that a policy attends to per key-value head, where `policy` does not say so.
+        codec: "int8" or "int4": lossy. Full blocks are kept in so many bits in every tier, keys with a range for each
+            channel of a block, values with one for each token; the last block of a sequence is as it was made, beside
+            `max_memory`.
 
     Raises:
-        UsageError: a tier or a size without meaning, a policy that is not known or a budget that holds nothing, or a
-            model whose layers keep nothing that grows.
+        UsageError: a tier or a size without meaning, a codec or a policy that is not known, a budget that holds nothing,
+            or a model whose layers keep nothing that grows.
         DoesNotFitError: raised with the first tokens, where memory has no room for a block of each sequence.
     """
 
@@ -60,8 +63,11 @@ class TieredCache(_TieredCache):
         disk: str | os.PathLike[str] | None = None,
         policy: str | PolicyChoice = EXACT,
         budget: int | None = None,
+        codec: str | None = None,
     ) -> None:
-        settings = _settings(max_memory=max_memory, block_tokens=block_tokens, disk=disk, policy=policy, budget=budget)
+        settings = _settings(
+            max_memory=max_memory, block_tokens=block_tokens, disk=disk, policy=policy, budget=budget, codec=codec
+        )
         super().__init__(config, **settings)
 
 
@@ -72,6 +78,7 @@ def _settings(
     disk: str | os.PathLike[str] | None = None,
     policy: str | PolicyChoice = EXACT,
     budget: int | None = None,
+    codec: str | None = None,
 ) -> dict[str, Any]:
     allowed = parse_budget(max_memory)
     if allowed.device is not None:
@@ -83,5 +90,6 @@ def _settings(
         "budget": KvBudget.of(allowed.host, allowed.disk, folder),
         "folder": folder,
         "block_tokens": block_tokens,
+        "codec": codec,
         "choice": choice_for(policy, budget, block_tokens),
     }

@@ -38,6 +38,7 @@ class TieredCache(DynamicCache):
         folder: For files; None for the default one.
         block_tokens: Of a block.
         choice: A policy of selection; all but `exact` are lossy.
+        codec: Of full blocks, "int8" or "int4", which are lossy; None to keep them as they are.
 
     Raises:
         UsageError: no layer of the model can be kept in tiers, or a policy is to choose and its attention cannot be
@@ -52,6 +53,7 @@ class TieredCache(DynamicCache):
         folder: str | None = None,
         block_tokens: int = TOKENS,
         choice: PolicyChoice = EXACT,
+        codec: str | None = None,
     ) -> None:
         super().__init__(config=config)
         own = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
@@ -70,7 +72,9 @@ class TieredCache(DynamicCache):
         self.choice = choice
         """The policy of selection."""
         dense = choice.dense_layers if choice.lossy else len(plain)
-        self.tiers = KvTiers(budget, layers=len(plain), folder=folder, block_tokens=block_tokens, dense_layers=dense)
+        self.tiers = KvTiers(
+            budget, layers=len(plain), folder=folder, block_tokens=block_tokens, dense_layers=dense, codec=codec
+        )
         self._figures = ChosenFigures(str(choice)) if choice.lossy else None
         self._known = known_configs().of(own) if self._switched else {}
         self._told = False
@@ -175,8 +179,9 @@ class TieredEncoderDecoderCache(EncoderDecoderCache):
         folder: str | None = None,
         block_tokens: int = TOKENS,
         choice: PolicyChoice = EXACT,
+        codec: str | None = None,
     ) -> None:
-        own = TieredCache(config, budget, folder=folder, block_tokens=block_tokens, choice=choice)
+        own = TieredCache(config, budget, folder=folder, block_tokens=block_tokens, choice=choice, codec=codec)
         super().__init__(own, DynamicCache(config=config.get_text_config(decoder=True)))
         self._own = own
 

@@ -172,7 +172,7 @@ class Choosing:
             start = own.stored.gathered_nbytes
             self._attend_row(asked, own, merging)
             self._figures.gathered_nbytes += own.stored.gathered_nbytes - start
-            self._figures.whole_nbytes += own.tokens * _token_nbytes(asked)
+            self._figures.whole_nbytes += own.tokens * _token_nbytes(asked, tiers, self._number)
         self._figures.read_nbytes += tiers.read_nbytes() - before
         self._figures.steps += 1
         if self._calls % self._choice.recall_every == 0:
@@ -221,7 +221,11 @@ class Choosing:
 _CPU: Final = torch.device("cpu")
 
 
-def _token_nbytes(asked: Asked) -> int:
+def _token_nbytes(asked: Asked, tiers: KvTiers, number: int) -> int:
+    """Keys and values of a token as they are stored; as they will be, before any are."""
+    store = tiers.store(number)
+    if store is not None:
+        return store.layout.stored_token_nbytes
     heads, dims = asked.keys.shape[1], asked.keys.shape[3] + asked.values.shape[3]
     return heads * dims * asked.keys.dtype.itemsize
 

@@ -21,6 +21,7 @@ from ...scheduler.kv.orders import Cyclic, Recent
 from ...scheduler.kv.table import BlockTable
 from ...scheduler.kv.tiers import Tier, Tiers
 from ...scheduler.kv.writes import TableStatistics, Write
+from .coded import CodedLayout
 from .layout import BlockLayout
 from .memory import KvMemory
 from .placement import DISK, HOST, Placement
@@ -70,8 +71,11 @@ class LayerStore:
             slots = memory.tensor[start : start + (stop - start) // unit * unit]
             self.slots = slots.view(-1, unit)
             """[slots, bytes] of host memory."""
-            self.keys, self.values = layout.keys(slots), layout.values(slots)
-        """[slots, heads, tokens, dim] of host memory."""
+            self._coded = layout if isinstance(layout, CodedLayout) else None
+            self._views = None if self._coded else (layout.keys(slots), layout.values(slots))
+        """[slots, heads, tokens, dim] of host memory, where they are not coded."""
+        self._tails: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Of coded layers, keys and values [heads, tokens, dim] of blocks that grow, by slot: those are not coded."""
         tiers = [Tier(name="host", budget_nbytes=stop - start)]
         if memory.disk_share >= unit:
             tiers.append(Tier(name="disk", budget_nbytes=memory.disk_share))
@@ -89,6 +93,11 @@ class LayerStore:
     def rows(self) -> int:
         """Sequences."""
         return self.table.rows
+
+    @property
+    def coded(self) -> bool:
+        """Whether full blocks are coded."""
+        return self._coded is not None
 
     @property
     def tokens(self) -> int:
@@ -113,6 +122,22 @@ class LayerStore:
         if self._placement is None:
             self._placement = Placement(self.table)
         return self._placement
+
+    def parts(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in slots of host memory that follow each other: [slots, heads, tokens, dim]."""
+        part = slice(first, first + count)
+        if self._views is not None:
+            return self._views[0][part], self._views[1][part]
+        slots = self.slots[part].reshape(-1)
+        return self.layout.keys(slots), self.layout.values(slots)
+
+    def beginning(self, part: Beginning) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the end of a row that is in host memory: [1, heads, tokens, dim]."""
+        if part.slot in self._tails:
+            keys, values = self._tails[part.slot]
+            return keys[None, :, : part.tokens], values[None, :, : part.tokens]
+        keys, values = self.parts(part.slot, 1)
+        return keys[:, :, : part.tokens], values[:, :, : part.tokens]
 
     def beginnings(self) -> list[Beginning]:
         """What rows end with, where that is no whole block."""
@@ -150,7 +175,9 @@ class LayerStore:
                     self._write(write, keys, values, done)
                 self.used(write.block for write in writes)
             finally:
-                if self.table.settle(0) or any(write.copied_from is not None for write in writes):
+                sealed = self.table.settle(0)
+                self._code(sealed)
+                if sealed or any(write.copied_from is not None for write in writes):
                     self._placement = None
             done += count
         self._make_room_ahead(total)
@@ -199,12 +226,48 @@ class LayerStore:
             assert write.source_slot is not None
             if write.source_tier == DISK:  # all of it comes: what is beyond the beginning is written anew
                 self.file.read(write.source_slot, 1, self._view(write.slot), urgent=True).wait()
+                self._begin(write, write.slot)
             else:
-                for room in (self.keys, self.values):
-                    room[write.slot, :, : write.start] = room[write.source_slot, :, : write.start]
+                self._begin(write, write.source_slot)
         at = offset + write.position
-        for room, new in ((self.keys, keys), (self.values, values)):
-            room[write.slot, :, write.start : write.start + write.tokens] = new[write.row, :, at : at + write.tokens]
+        for room, new in zip(self._room(write.slot, fresh=not write.start), (keys, values), strict=True):
+            room[:, write.start : write.start + write.tokens] = new[write.row, :, at : at + write.tokens]
+
+    def _begin(self, write: Write, source: int) -> None:
+        """Copy the beginning of what a block goes on from; from the place itself only where it has to be decoded."""
+        if self._coded is None and source == write.slot:
+            return
+        grows = self._tails.get(source) if source != write.slot else None
+        before = grows if grows is not None else tuple(part[0] for part in self.parts(source, 1))
+        for room, part in zip(self._room(write.slot, fresh=True), before, strict=True):
+            room[:, : write.start] = part[:, : write.start]
+
+    def _room(self, slot: int, *, fresh: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where keys and values of a block that grows are written: [heads, tokens, dim]."""
+        if self._views is not None:
+            return self._views[0][slot], self._views[1][slot]
+        if fresh or slot not in self._tails:
+            layout, shape = self.layout, (self.layout.heads, self.layout.block_tokens)
+            with torch.inference_mode(False):  # as blocks in slots
+                self._tails[slot] = (
+                    torch.zeros(*shape, layout.key_dim, dtype=layout.dtype),
+                    torch.zeros(*shape, layout.value_dim, dtype=layout.dtype),
+                )
+        return self._tails[slot]
+
+    def _code(self, sealed: Sequence[int]) -> None:
+        """Code blocks that are full; what grows stays as it is, and what is nobody's any more goes."""
+        if self._coded is None:
+            return
+        for block in sealed:
+            slot = self.tiers.slot(block, HOST)
+            assert slot is not None, block
+            tail = self._tails.pop(slot, None)
+            if tail is not None:  # there is none after an error, and then the cache has to be reset
+                self._coded.write(self.slots[slot], *tail)
+        lasts = [self.table.last(row, 0) for row in range(self.rows)]
+        alive = {self.tiers.slot(part.block, HOST) for part in lasts if part is not None}
+        self._tails = {slot: tail for slot, tail in self._tails.items() if slot in alive}
 
     def _view(self, slot: int) -> memoryview:
         unit = self.layout.slot_nbytes
@@ -231,7 +294,8 @@ class LayerStore:
                 self._finish_first()
 
     def _make_room_ahead(self, tokens: int) -> None:
-        tokens = min(tokens, AT_ONCE * self.layout.block_tokens)
+        # After a prompt tokens come one by one, and a policy wants the last ones: those must not leave for a next chunk.
+        tokens = min(tokens, (1 if self._recent is not None else AT_ONCE) * self.layout.block_tokens)
         missing = self.table.missing(0, tokens)
         if missing > self.tiers.free(HOST):
             try:

@@ -97,7 +97,8 @@ class StoredRow:
                 room[head, whole : len(tokens)] = self._end[part][head, at]
                 if len(there):
                     room[head, torch.from_numpy(there)] = self._in_host(part, head, tokens[there])
-                self.gathered_nbytes += (len(tokens) - len(from_disk[head])) * room.shape[2] * room.itemsize
+                self.gathered_nbytes += (len(tokens) - whole) * room.shape[2] * room.itemsize
+                self.gathered_nbytes += self._taken_nbytes(blocks[there], part)
         if self._store is not None:
             whole_ids = np.unique(np.concatenate([one[one < self._whole] // self._size for one in ids]))
             self._store.used(self._places.blocks[whole_ids].tolist())
@@ -112,24 +113,32 @@ class StoredRow:
         assert self._store is not None
         slots = self._places.slots[wanted].tolist()
         for piece, raw in self._read(dict(zip(slots, self._places.blocks[wanted].tolist(), strict=True))):
-            views = (self._store.layout.keys(raw), self._store.layout.values(raw))
+            layout = self._store.layout
             for head, (tokens, at) in enumerate(zip(ids, places, strict=True)):
                 slot = self._places.slots[tokens[at] // self._size] - piece.first
                 mine = (slot >= 0) & (slot < len(piece.blocks))
                 if mine.any():
                     where, inside = torch.from_numpy(slot[mine]), torch.from_numpy(tokens[at[mine]] % self._size)
-                    for room, view in zip(rooms, views, strict=False):
-                        room[head, torch.from_numpy(at[mine])] = view[where, head, inside]
+                    for part, room in enumerate(rooms):
+                        found = layout.take(raw, where, head, inside, values=part == 1)
+                        room[head, torch.from_numpy(at[mine])] = found
 
     def _in_host(self, part: int, head: int, tokens: IntArray, channels: torch.Tensor | None = None) -> torch.Tensor:
         """Keys (0) or values (1) of tokens in whole blocks in host memory."""
-        assert self._store is not None
-        view = self._store.values if part else self._store.keys
+        store = self._store
+        assert store is not None
         slots = torch.from_numpy(self._places.slots[tokens // self._size])
         inside = torch.from_numpy(tokens % self._size)
-        if channels is None:
-            return view[slots, head, inside]
-        return view[slots[:, None], head, inside[:, None], channels]
+        if channels is None or store.coded:
+            found = store.layout.take(store.slots.view(-1), slots, head, inside, values=part == 1)
+            return found if channels is None else found[:, channels]
+        return store.parts(0, len(store.slots))[part][slots[:, None], head, inside[:, None], channels]
+
+    def _taken_nbytes(self, blocks: IntArray, part: int) -> int:
+        """What tokens in these blocks take, one for each, where they lie in host memory."""
+        if self._store is None:
+            return 0
+        return self._store.layout.taken_nbytes(len(blocks), len(np.unique(blocks)), values=part == 1)
 
     def _hold(self, tokens: IntArray) -> None:
         """Read the blocks of these tokens that only the disk has and that are not held yet."""

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.kv_codec import BITS
 from ...memory.errors import ClosedError, PenstockError, UsageError
 from ...scheduler.kv.chosen import ChosenStatistics
 from ...scheduler.kv.moves import TierStatistics
 from .attention import Blocks
+from .coded import CodedLayout
 from .layout import BlockLayout
 from .memory import KvBudget, KvMemory
 from .placement import DISK, HOST, Piece
@@ -58,6 +60,7 @@ class KvTiers:
         folder: For files; None for the default one.
         block_tokens: Of a block.
         dense_layers: First layers, of which all is read; None for all of them. Of the others a policy chooses.
+        codec: Of full blocks, see `kv_codec`; None to keep them as they are.
     """
 
     def __init__(
@@ -68,11 +71,17 @@ class KvTiers:
         folder: str | None,
         block_tokens: int,
         dense_layers: int | None = None,
+        codec: str | None = None,
     ) -> None:
         if block_tokens < 1:
             raise UsageError(f"a block holds a token at least; block_tokens is {block_tokens}")
         self.budget = budget
+        if codec is not None and codec not in BITS:
+            raise UsageError(
+                f"codec {codec!r} is not known: use {', '.join(BITS)}, or none for keys and values as they are"
+            )
         self.block_tokens = block_tokens
+        self.codec = codec
         self.paddings: tuple[int, ...] | None = None
         """Of each row, as far as masks have told; None before."""
         self._layers = layers
@@ -182,8 +191,7 @@ class KvTiers:
         yield from self._beginnings(store)  # first: one that is on disk takes a buffer
         reads = self._reads(store, ahead=ahead)
         for piece in store.placement().host:
-            part = slice(piece.first, piece.first + len(piece.blocks))
-            yield store.keys[part], store.values[part], piece.spans
+            yield *store.parts(piece.first, len(piece.blocks)), piece.spans
         for piece, slots in reads:
             yield store.layout.keys(slots), store.layout.values(slots), piece.spans
 
@@ -314,14 +322,7 @@ class KvTiers:
             self._memory = KvMemory(
                 self.budget, layers=self._layers, folder=self._folder, owner=f"keys and values {id(self):x}"
             )
-        layout = BlockLayout(
-            layer=number,
-            heads=keys.shape[1],
-            key_dim=keys.shape[3],
-            value_dim=values.shape[3],
-            dtype=keys.dtype,
-            block_tokens=self.block_tokens,
-        )
+        layout = self._layout(number, keys, values)
         rows = keys.shape[0]
         paddings = self.paddings_of(number, rows)
         chooses = number >= self._dense_layers
@@ -329,6 +330,18 @@ class KvTiers:
         if self.paddings is None:
             self.paddings = paddings
         return store
+
+    def _layout(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> BlockLayout:
+        known = {
+            "layer": number,
+            "heads": keys.shape[1],
+            "key_dim": keys.shape[3],
+            "value_dim": values.shape[3],
+            "block_tokens": self.block_tokens,
+        }
+        if self.codec is None:
+            return BlockLayout(dtype=keys.dtype, **known)
+        return CodedLayout(dtype=keys.dtype, codec=self.codec, **known)
 
     def _reads(self, store: LayerStore, *, ahead: bool) -> Iterator[tuple[Piece, torch.Tensor]]:
         if not store.placement().on_disk:
@@ -348,7 +361,7 @@ class KvTiers:
 
     def _beginning(self, store: LayerStore, part: Beginning) -> Blocks:
         if part.tier == HOST:
-            keys, values = store.keys[part.slot, None], store.values[part.slot, None]
+            keys, values = store.beginning(part)
         else:
             slots = self._ahead(store).block(store, part.slot)
             keys, values = store.layout.keys(slots), store.layout.values(slots)
