@@ -43,8 +43,8 @@ class TieredCache(_TieredCache):
             `max_memory`.
 
     Raises:
-        UsageError: a tier or a size without meaning, a codec or a policy that is not known, a budget that holds nothing,
-            or a model whose layers keep nothing that grows.
+        UsageError: a tier or a size without meaning, a codec or a policy that is not known, a budget that holds
+            nothing, or a model whose layers keep nothing that grows.
         DoesNotFitError: raised with the first tokens, where memory has no room for a block of each sequence.
     """
 

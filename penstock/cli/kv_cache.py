@@ -58,16 +58,16 @@ def render(figures: KvStatistics) -> str:
 def render_chosen(chosen: ChosenStatistics) -> str:
     """A line about what a policy of selection read, and what it kept."""
     if not chosen.steps:
-        return f"LOSSY policy {chosen.policy}: nothing was chosen; all was attended to"
+        return f"LOSSY policy {chosen.policy} had nothing to choose, and all was attended to"
     read = chosen.gathered_nbytes + chosen.read_nbytes
-    kept = "attention kept was not measured"
+    kept = "how much of the attention was kept was not measured"
     if chosen.recall is not None and chosen.least_recall is not None:
         kept = (
             f"{chosen.recall:.1%} of the attention was kept, {chosen.least_recall:.1%} by the worst head, in "
             f"{chosen.compared_steps} of {chosen.steps} steps of layers, which were compared with attention to all"
         )
     return (
-        f"LOSSY policy {chosen.policy}: {format_size(read)} of {format_size(chosen.whole_nbytes)} read where it chose "
-        f"({format_size(chosen.read_nbytes)} from disk, in whole blocks), and {format_size(chosen.scored_nbytes)} "
-        f"looked at to choose; {kept}"
+        f"LOSSY policy {chosen.policy} read {format_size(read)} of {format_size(chosen.whole_nbytes)} where it chose "
+        f"({format_size(chosen.read_nbytes)} from disk, in whole blocks), and looked at "
+        f"{format_size(chosen.scored_nbytes)} to choose; {kept}"
     )

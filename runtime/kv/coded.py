@@ -94,11 +94,11 @@ class CodedLayout(BlockLayout):
         unit, wide = self.slot_nbytes, width(dim, self.bits)
         shape = (self.heads, self.block_tokens, wide)
         count = self.heads * self.block_tokens * wide
-        levels = slots.view(-1, unit)[:, first : first + count].unflatten(1, shape)
+        levels = slots.view(-1, unit)[:, first : first + count].view(-1, *shape)
         ranges = self.block_tokens if values else dim
         words = slots.view(torch.float32).view(-1, unit // 4)[:, second // 4 :]
         low, step = words[:, : self.heads * ranges], words[:, self.heads * ranges : 2 * self.heads * ranges]
-        return levels, low.unflatten(1, (self.heads, ranges)), step.unflatten(1, (self.heads, ranges))
+        return levels, low.view(-1, self.heads, ranges), step.view(-1, self.heads, ranges)
 
     def _decoded(self, levels: torch.Tensor, low: torch.Tensor, step: torch.Tensor, dim: int) -> torch.Tensor:
         return decode(levels, low, step, bits=self.bits, dim=dim, dtype=self.dtype)

@@ -294,7 +294,7 @@ class LayerStore:
                 self._finish_first()
 
     def _make_room_ahead(self, tokens: int) -> None:
-        # After a prompt tokens come one by one, and a policy wants the last ones: those must not leave for a next chunk.
+        # After a prompt tokens come one by one, and a policy wants the last ones: they do not leave for a next chunk.
         tokens = min(tokens, (1 if self._recent is not None else AT_ONCE) * self.layout.block_tokens)
         missing = self.table.missing(0, tokens)
         if missing > self.tiers.free(HOST):
