@@ -99,7 +99,7 @@ def _flash(
     """torch's kernel for CPUs. It is not public, and the only one that gives ℓ."""
     bias = None
     if mask is not None:
-        bias = _bias(mask, query.dtype)
+        bias = bias_of(mask, query.dtype)
         shape = (query.shape[0], 1 if bias.dim() < 4 else bias.shape[-3], query.shape[2], keys.shape[2])
         bias = bias.expand(shape if shape[1] in (1, query.shape[1]) else (*shape[:1], query.shape[1], *shape[2:]))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -139,10 +139,10 @@ def _scores(
     scores = query @ keys.transpose(-1, -2) * scale
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
-    return scores if mask is None else scores + _bias(mask, scores.dtype)
+    return scores if mask is None else scores + bias_of(mask, scores.dtype)
 
 
-def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def bias_of(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What is added to scores. A floating mask means by its least number that nothing is seen: nothing is, then."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     if mask.dtype == torch.bool:

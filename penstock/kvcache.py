@@ -12,9 +12,10 @@ from .budget import parse_budget
 from .devices import open_device
 from .memory.errors import UsageError
 from .runtime.devices.base import Device
+from .runtime.kv.cache import EXACT, TieredEncoderDecoderCache
 from .runtime.kv.cache import TieredCache as _TieredCache
-from .runtime.kv.cache import TieredEncoderDecoderCache
 from .runtime.kv.memory import KvBudget
+from .scheduler.kv.choice import PolicyChoice, choice_for
 from .scheduler.kv.shape import TOKENS
 
 
@@ -40,9 +41,19 @@ class TieredCache(_TieredCache):
         disk: A folder to put a private one (mode 0700) in; None for the user's cache.
         device: Of `device=` in the budget: what the model runs on, as `penstock.load` has it. For a model that penstock
             runs, `model.penstock.device` is the one whose links they share.
+        policy: A policy of selection: "exact" attends to all. All others are lossy: a token attends to what the policy
+            chooses, and only that is read; prompts attend to all, but for "sale". "quest", "quest:4096",
+            "quest:4096,recent=128", or a `PolicyChoice`. Nothing is deleted. What policies keep about keys is in host
+            memory, beside `max_memory`. `statistics().chosen` says what was read, and how much of the attention was
+            kept.
+        budget: Tokens that a policy attends to per key-value head, where `policy` does not say so.
+        codec: "int8" or "int4": lossy. Full blocks are kept in so many bits in every tier, keys with a range for each
+            channel of a block, values with one for each token; the last block of a sequence is as it was made, beside
+            `max_memory`.
 
     Raises:
-        UsageError: a device without memory of its own in the budget; a tier or a size without meaning; a model whose
+        UsageError: a device without memory of its own in the budget, or a device beside a policy or a codec; a tier or
+            a size without meaning, a codec or a policy that is not known, a budget that holds nothing, or a model whose
             layers keep nothing that grows.
         DoesNotFitError: raised with the first tokens, where memory has no room for a block of each sequence.
     """
@@ -61,10 +72,20 @@ class TieredCache(_TieredCache):
         block_tokens: int = TOKENS,
         disk: str | os.PathLike[str] | None = None,
         device: str | torch.device | Device = "auto",
+        policy: str | PolicyChoice = EXACT,
+        budget: int | None = None,
+        codec: str | None = None,
     ) -> None:
-        super().__init__(
-            config, **_settings(max_memory=max_memory, block_tokens=block_tokens, disk=disk, device=device)
+        settings = _settings(
+            max_memory=max_memory,
+            block_tokens=block_tokens,
+            disk=disk,
+            device=device,
+            policy=policy,
+            budget=budget,
+            codec=codec,
         )
+        super().__init__(config, **settings)
 
 
 def _settings(
@@ -73,23 +94,33 @@ def _settings(
     block_tokens: int = TOKENS,
     disk: str | os.PathLike[str] | None = None,
     device: str | torch.device | Device = "auto",
+    policy: str | PolicyChoice = EXACT,
+    budget: int | None = None,
+    codec: str | None = None,
 ) -> dict[str, Any]:
-    budget = parse_budget(max_memory)
+    allowed = parse_budget(max_memory)
     folder = None if disk is None else os.fspath(disk)
-    settings = {
-        "budget": KvBudget.of(budget.host, budget.disk, folder, device=budget.device or 0),
+    settings: dict[str, Any] = {
+        "budget": KvBudget.of(allowed.host, allowed.disk, folder, device=allowed.device or 0),
         "folder": folder,
         "block_tokens": block_tokens,
+        "codec": codec,
+        "choice": choice_for(policy, budget, block_tokens),
     }
-    if not budget.device:
+    if not allowed.device:
         return settings
+    if settings["choice"].lossy or codec is not None:
+        raise UsageError(
+            f"device={allowed.device} in the budget of keys and values: policies of selection and codecs work in host "
+            "memory and on disk. Leave it out, or the policy and the codec"
+        )
     owned = isinstance(device, str | torch.device)
     opened: Device = open_device(device) if isinstance(device, str | torch.device) else device
     if not opened.separate:
         if owned:
             opened.close()
         raise UsageError(
-            f"device={budget.device} in the budget of keys and values: {opened.name} has no memory of its own. Leave "
+            f"device={allowed.device} in the budget of keys and values: {opened.name} has no memory of its own. Leave "
             "it out, or name the device that the model runs on (device=…)"
         )
     return settings | {"device": opened, "owned": owned}

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from ..memory.errors import UsageError
+from ..scheduler.kv.choice import PolicyChoice
 from ..sizes import parse_size
-from .kv_option import PANEL, Kv, KvOption, read_kv
+from .kv_option import PANEL, Kv, KvOption, KvPolicy, read_kv, read_policy
 from .options import Checkpoint, Device, Disk, Dtype, MaxMemory, TrustRemoteCode
 from .output import Output
 from .prompt_options import Seed, Temperature, TopK, TopP
@@ -46,6 +47,8 @@ class ChatRequest:
     context: int
     kv: KvOption | None
     """Budgets of keys and values; None for host memory alone, as much as the context takes."""
+    policy: PolicyChoice
+    """Of selection."""
     store: Path | None
     """Folder of the prefix store; None for the default one."""
     capacity_nbytes: int | None
@@ -67,6 +70,7 @@ def chat(
     seed: Seed = None,
     context: _Context = _DEFAULT_CONTEXT,
     kv: Kv = None,
+    kv_policy: KvPolicy = None,
     store: _Store = None,
     store_capacity: _Capacity = None,
     no_store: _NoStore = False,
@@ -88,13 +92,15 @@ def chat(
     """
     if no_store and (store is not None or store_capacity is not None):
         raise UsageError("--no-store keeps nothing: leave out --store and --store-capacity, or --no-store")
+    policy = read_policy(kv_policy)
     request = ChatRequest(
         checkpoint=checkpoint,
         system=system,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
         context=context,
-        kv=read_kv(kv),
+        kv=read_kv(kv, policy),
+        policy=policy,
         store=store,
         capacity_nbytes=None if store_capacity is None else parse_size(store_capacity),
         use_store=not no_store,

@@ -25,7 +25,7 @@ from ..runtime.pretrained import locate
 from ..scheduler.kv.shape import TOKENS
 from .chat import ChatRequest
 from .generation import check_continues
-from .kv_cache import chunks, make_cache, planned_context
+from .kv_cache import chunks, make_cache, planned_context, render_chosen
 from .kv_option import KvOption
 from .output import Output
 from .text import Relay, find_tokenizer, writer_for
@@ -203,7 +203,7 @@ def carry_out(request: ChatRequest, output: Output) -> None:
         check_continues(model, [], 1)
         request = _within_positions(request, model, output)
         output.notes.print(explain(model))
-        kv = request.kv or KvOption(host=_whole_context(model, request.context), disk=0)
+        kv = request.kv or KvOption(host=_whole_context(model, request.context), disk=0, choice=request.policy)
         cache = make_cache(model, kv, request.disk, request.device)
         stack.callback(cache.close)
         if request.sampling.seed is not None:
@@ -212,6 +212,9 @@ def carry_out(request: ChatRequest, output: Output) -> None:
         if prefixes is not None:
             cache.look_at(model)
         _talk(Conversation(model, tokenizer, cache, request), cache, prefixes, output)
+        chosen = cache.statistics().chosen
+        if chosen is not None:
+            output.notes.print(render_chosen(chosen), markup=False)
 
 
 def _within_positions(request: ChatRequest, model: Any, output: Output) -> ChatRequest:
@@ -262,7 +265,9 @@ def _prefixes(
             raise UsageError("this model keeps more than keys and values of blocks")
         store = _open_store(request)
         stack.callback(store.close)
-        return Prefixes(store, identity_of(folder, model.config, model.dtype, block_tokens=TOKENS), output)
+        salt = f"policy {request.policy}" if request.policy.lossy else ""  # what it computes is nobody else's
+        identity = identity_of(folder, model.config, model.dtype, block_tokens=TOKENS, salt=salt)
+        return Prefixes(store, identity, output)
     except PenstockError as error:
         if request.store is not None:
             raise

@@ -12,6 +12,7 @@ from ..kvcache import TieredCache
 from ..runtime.cachesize import cache_size
 from ..runtime.kv.identity import rope_depends_on_length
 from ..runtime.kv.tiers import KvStatistics
+from ..scheduler.kv.chosen import ChosenStatistics
 from ..sizes import format_size
 from .kv_option import KvOption
 
@@ -22,7 +23,8 @@ CHUNK_TOKENS: Final = 2048
 def make_cache(model: Any, option: KvOption, disk: Path | None, device: str) -> Any:
     """A cache for one run of a model that was loaded for such a device, and shares its links."""
     there = model.penstock.device or device
-    return TieredCache(model.config, max_memory=option.max_memory(), disk=disk, device=there)
+    budget = option.max_memory()
+    return TieredCache(model.config, max_memory=budget, disk=disk, device=there, policy=option.choice)
 
 
 def planned_context(folder: str, option: KvOption | None, context: int, *, dtype: str, trust_remote_code: bool) -> int:
@@ -46,16 +48,35 @@ def chunks(prompt_tokens: int, model: Any) -> dict[str, Any]:
 
 
 def render(figures: KvStatistics) -> str:
-    """A line about what became of keys and values."""
+    """What became of keys and values: a line, and another one about a policy of selection."""
     there = crossed = ""
     if figures.device_budget_nbytes:
         there = f"{format_size(figures.device_nbytes)} on the device (of {format_size(figures.device_budget_nbytes)}), "
         crossed = (
             f"; {format_size(figures.fetched_nbytes)} to the device, {format_size(figures.sent_nbytes)} back from it"
         )
-    return (
+    line = (
         f"keys and values: {format_size(figures.kv_nbytes)} of {figures.tokens} tokens, {there}"
         f"{format_size(figures.host_nbytes)} in host memory (of {format_size(figures.host_budget_nbytes)}), "
         f"{format_size(figures.disk_nbytes)} on disk; {format_size(figures.read_nbytes)} read, "
         f"{format_size(figures.written_nbytes)} written{crossed}"
+    )
+    return line if figures.chosen is None else f"{line}\n{render_chosen(figures.chosen)}"
+
+
+def render_chosen(chosen: ChosenStatistics) -> str:
+    """A line about what a policy of selection read, and what it kept."""
+    if not chosen.steps:
+        return f"LOSSY policy {chosen.policy} had nothing to choose, and all was attended to"
+    read = chosen.gathered_nbytes + chosen.read_nbytes
+    kept = "how much of the attention was kept was not measured"
+    if chosen.recall is not None and chosen.least_recall is not None:
+        kept = (
+            f"{chosen.recall:.1%} of the attention was kept, {chosen.least_recall:.1%} by the worst head, in "
+            f"{chosen.compared_steps} of {chosen.steps} steps of layers, which were compared with attention to all"
+        )
+    return (
+        f"LOSSY policy {chosen.policy} read {format_size(read)} of {format_size(chosen.whole_nbytes)} where it chose "
+        f"({format_size(chosen.read_nbytes)} from disk, in whole blocks), and looked at "
+        f"{format_size(chosen.scored_nbytes)} to choose; {kept}"
     )

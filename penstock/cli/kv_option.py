@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import typer
 
 from ..budget import parse_budget
 from ..memory.errors import UsageError
+from ..scheduler.kv.choice import PolicyChoice, choice_for
 
 PANEL = "Context"
 
@@ -26,6 +27,15 @@ Kv = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+KvPolicy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[:TOKENS]",
+        help="LOSSY: attend to so many tokens of the context, as this policy chooses them (quest, snapkv, window, …: "
+        "see docs/kv.md), and read no others. Default: exact, all of them.",
+        rich_help_panel=PANEL,
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +45,8 @@ class KvOption:
     host: int
     disk: int
     device: int = 0
+    choice: PolicyChoice = field(default_factory=PolicyChoice)
+    """A policy of selection."""
 
     def max_memory(self) -> dict[str, int | str]:
         """As `penstock.TieredCache` takes it."""
@@ -42,7 +54,16 @@ class KvOption:
         return there | {"host": self.host, "disk": self.disk}
 
 
-def read_kv(text: str | None) -> KvOption | None:
+def read_policy(text: str | None) -> PolicyChoice:
+    """What `--kv-policy` says; attention to all where it says nothing.
+
+    Raises:
+        UsageError: there is none of that name, or its budget holds nothing.
+    """
+    return PolicyChoice() if text is None else choice_for(text, None)
+
+
+def read_kv(text: str | None, policy: PolicyChoice | None = None) -> KvOption | None:
     """What was asked for; None where nothing was.
 
     Raises:
@@ -53,7 +74,7 @@ def read_kv(text: str | None) -> KvOption | None:
     budget = parse_budget(text)
     if budget.host is None:
         raise UsageError(f"--kv {text}: say how much host memory keys and values may take, for example host=2GiB")
-    return KvOption(host=budget.host, disk=budget.disk or 0, device=budget.device or 0)
+    return KvOption(host=budget.host, disk=budget.disk or 0, device=budget.device or 0, choice=policy or PolicyChoice())
 
 
 def check_context(context: int | None, tokens: int) -> int:

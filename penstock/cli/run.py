@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..memory.errors import UsageError
-from .kv_option import Context, Kv, read_kv
+from .kv_option import Context, Kv, KvPolicy, read_kv, read_policy
 from .options import MACHINE, Checkpoint, Device, Disk, Dtype, MaxMemory, TrustRemoteCode
 from .output import Output
 from .prompt_options import (
@@ -75,6 +75,7 @@ def run(
     exact: _Exact = False,
     context: Context = None,
     kv: Kv = None,
+    kv_policy: KvPolicy = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: _AsJson = False,
 ) -> None:
@@ -103,9 +104,10 @@ def run(
         others = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompt-ids": prompt_ids}
         if given := [name for name, value in others.items() if value is not None]:
             raise UsageError(f"--prompts and {given[0]} exclude each other: give one of them")
-        if plan is not None or exact or context is not None or kv is not None:
+        if plan is not None or exact or context is not None or kv is not None or kv_policy is not None:
             raise UsageError(
-                "--plan, --exact, --context and --kv are about one prompt: many are planned and cut by themselves"
+                "--plan, --exact, --context, --kv and --kv-policy are about one prompt: many are planned and cut by "
+                "themselves"
             )
         _run_many(ManyRequest(file=prompts, output=results, resume=resume, force=force, chat=chat, **common))
         return
@@ -113,8 +115,13 @@ def run(
         raise UsageError("--output, --resume and --force are about results of many prompts: give those by --prompts")
     if exact and kv is not None:
         raise UsageError("--exact forbids what is equal to rounding only, as attention over tiers is: leave out --kv")
+    policy = read_policy(kv_policy)
+    if policy.lossy and kv is None:
+        raise UsageError(
+            f"--kv-policy {kv_policy} chooses among keys and values in tiers: add --kv host=2GiB, and disk=… for more"
+        )
     asked = read_prompt(text=prompt, file=prompt_file, ids=prompt_ids, chat=chat)
-    request = Request(prompt=asked, plan=plan, exact=exact, context=context, kv=read_kv(kv), **common)
+    request = Request(prompt=asked, plan=plan, exact=exact, context=context, kv=read_kv(kv, policy), **common)
     output = Output()
     with output.busy("starting"):
         from .generation import carry_out  # torch and transformers take seconds

@@ -62,9 +62,13 @@ def attend(asked: Asked, blocks: Iterator[Blocks]) -> torch.Tensor:
 
     Blocks are attended to by the processor in whose memory they are.
     """
+    return finish(asked, merged(asked, blocks))
+
+
+def merged(asked: Asked, blocks: Iterator[Blocks]) -> Merging:
+    """The same as it is merged, sinks left out: [rows, kv_heads, group · Q, value dim], and the log of its sum."""
     rows, heads, count, dim = asked.query.shape
-    kv_heads = heads // asked.group
-    query = asked.query.reshape(rows, kv_heads, asked.group * count, dim)
+    query = asked.query.reshape(rows, heads // asked.group, asked.group * count, dim)
     shape = (*query.shape[:3], asked.values.shape[3])
     sides: dict[torch.device, _Parts] = {}
     for keys, values, spans in blocks:
@@ -77,11 +81,18 @@ def attend(asked: Asked, blocks: Iterator[Blocks]) -> torch.Tensor:
     merging = _together(sides, shape, query.device)
     for start, stop, out, lse in _new(asked):
         _add_new(merging, asked, start, stop, out, lse)
+    return merging
+
+
+def finish(asked: Asked, merging: Merging) -> torch.Tensor:
+    """What a model gets of what was merged: [rows, Q, heads, value dim], with sinks, in the queries' dtype."""
+    rows, heads, count, _ = asked.query.shape
+    kv_heads = heads // asked.group
     if asked.sinks is not None:
-        sinks = asked.sinks.detach().to(query.device, torch.float32).view(1, kv_heads, asked.group, 1)
+        sinks = asked.sinks.detach().to(merging.lse.device, torch.float32).view(1, kv_heads, asked.group, 1)
         _take_for_sinks(merging, sinks.expand(-1, -1, -1, count).reshape(1, kv_heads, -1))
     out = merging.out.view(rows, kv_heads, asked.group, count, -1).permute(0, 3, 1, 2, 4)
-    return out.reshape(rows, count, heads, -1).to(asked.query.dtype)
+    return out.reshape(rows, count, heads, -1).to(device=asked.query.device, dtype=asked.query.dtype)
 
 
 def _together(sides: dict[torch.device, _Parts], shape: tuple[int, ...], home: torch.device) -> Merging:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from ...memory.errors import UsageError
+from ...scheduler.kv.choice import PolicyChoice
+from ...scheduler.kv.chosen import ChosenFigures
+from ...scheduler.kv.policies.policy import Policy
 from ...scheduler.kv.shape import TOKENS
 from ..devices.base import Device
+from .choosing import Choosing
 from .interface import known_configs, masks_for, switch
 from .layer import TieredLayer, Way
 from .memory import KvBudget
@@ -19,6 +24,9 @@ from .probe import probe
 from .tiers import KvStatistics, KvTiers
 
 logger = logging.getLogger(__name__)
+
+EXACT: Final = PolicyChoice()
+"""Attention to all."""
 
 
 class TieredCache(DynamicCache):
@@ -33,9 +41,12 @@ class TieredCache(DynamicCache):
         block_tokens: Of a block.
         device: Whose memory the budget names; None where it names none.
         owned: Whether it is closed with the cache.
+        choice: A policy of selection; all but `exact` are lossy.
+        codec: Of full blocks, "int8" or "int4", which are lossy; None to keep them as they are.
 
     Raises:
-        UsageError: no layer of the model can be kept in tiers.
+        UsageError: no layer of the model can be kept in tiers, or a policy is to choose and its attention cannot be
+            replaced.
     """
 
     def __init__(
@@ -47,6 +58,8 @@ class TieredCache(DynamicCache):
         block_tokens: int = TOKENS,
         device: Device | None = None,
         owned: bool = False,
+        choice: PolicyChoice = EXACT,
+        codec: str | None = None,
     ) -> None:
         super().__init__(config=config)
         own = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
@@ -56,15 +69,40 @@ class TieredCache(DynamicCache):
                 f"no layer of {config.model_type} keeps keys and values that grow with its context: nothing is there "
                 "to put in tiers; use transformers' own cache"
             )
-        self.tiers = KvTiers(
-            budget, layers=len(plain), folder=folder, block_tokens=block_tokens, device=device, owned=owned
-        )
         self._switched = switch(own)
+        if choice.lossy and not self._switched:
+            raise UsageError(
+                f"policy {choice} chooses inside of our attention, and the one that the model was loaded with cannot "
+                'be replaced: load it with attn_implementation="sdpa", or use policy="exact"'
+            )
+        self.choice = choice
+        """The policy of selection."""
+        dense = choice.dense_layers if choice.lossy else len(plain)
+        self.tiers = KvTiers(
+            budget,
+            layers=len(plain),
+            folder=folder,
+            block_tokens=block_tokens,
+            device=device,
+            owned=owned,
+            dense_layers=dense,
+            codec=codec,
+        )
+        self._figures = ChosenFigures(str(choice)) if choice.lossy else None
         self._known = known_configs().of(own) if self._switched else {}
         self._told = False
         learned = weakref.WeakMethod(self._learn)
+        leaders: dict[int, list[Policy]] = {}
         self._tiered = [
-            TieredLayer(self.tiers, number, known=self._known.get(number, False), learned=_call(learned))
+            TieredLayer(
+                self.tiers,
+                number,
+                known=self._known.get(number, False),
+                learned=_call(learned),
+                choosing=None
+                if self._figures is None or number < dense
+                else Choosing(choice, number, self._figures, leaders),
+            )
             for number in range(len(plain))
         ]
         for index, layer in zip(plain, self._tiered, strict=True):
@@ -136,7 +174,8 @@ class TieredCache(DynamicCache):
 
     def statistics(self) -> KvStatistics:
         """A frozen record of what is where, and of what was read and written."""
-        return self.tiers.statistics()
+        figures = self.tiers.statistics()
+        return figures if self._figures is None else replace(figures, chosen=self._figures.statistics())
 
     def close(self) -> None:
         """Stop reads and writes, remove the files, give all memory back. More than once does no harm."""

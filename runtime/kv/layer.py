@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ...memory.errors import PenstockError, UsageError
 from .attention import Asked, attend
+from .choosing import Choosing
 from .tiers import KvTiers
 
 
@@ -61,11 +62,20 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         number: Of the layer among those in tiers.
         known: Whether models with this config are known to pass on what they get.
         learned: Called when that is found out.
+        choosing: Policies of selection; None where all is attended to.
     """
 
     is_croppable = True
 
-    def __init__(self, tiers: KvTiers, number: int, *, known: bool, learned: Callable[[int, bool], None]) -> None:
+    def __init__(
+        self,
+        tiers: KvTiers,
+        number: int,
+        *,
+        known: bool,
+        learned: Callable[[int, bool], None],
+        choosing: Choosing | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.way = Way.BLOCKS if known else Way.UNKNOWN
         self._tiers = tiers
@@ -73,6 +83,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.config: Any = None
         """Of the model's decoder, where that is known."""
         self._learned = learned
+        self._choosing = choosing
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         """New keys and values that `update` gave back and that are not in blocks yet."""
         self._shown: tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None = None
@@ -91,7 +102,8 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Add tokens [rows, kv_heads, tokens, dim]; gives back what the model is to attend to.
 
         Raises:
-            UsageError: a gradient is wanted, or tokens of another shape.
+            UsageError: a gradient is wanted, or tokens of another shape; or a policy is to choose, and the model does
+                not let it.
             PenstockError: the model did not attend to what it was given before, or a call was interrupted.
             DoesNotFitError: budgets have no room.
             DiskError: a drive failed.
@@ -104,6 +116,11 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._require_consumed(_calls.layer)
         _calls.layer = self
         self.learn()
+        if self._choosing is not None and self.way is Way.WHOLE:
+            raise UsageError(
+                f"layer {self._number} of the model does more with its keys and values than to attend to them, so that "
+                'it needs all of them, and a policy of selection cannot choose: make a cache with policy="exact"'
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._tiers.require_in_step(self._number, key_states.shape[2])
@@ -188,7 +205,10 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             before=before,
         )
         with self._tiers.in_whole():
-            out = attend(asked, self._tiers.blocks(self._number, queries=asked.group * keys.shape[2]))
+            if self._choosing is None:
+                out = attend(asked, self._tiers.blocks(self._number, queries=asked.group * keys.shape[2]))
+            else:
+                out = self._choosing.attend(asked, self._tiers)
             self._tiers.append(self._number, keys, values)
         _calls.layer = None
         return out
@@ -204,11 +224,12 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._require_consumed(self)
         if keep < length:
             self._tiers.crop(self._number, max(keep, 0))
+            if self._choosing is not None:
+                self._choosing.cropped(max(keep, 0), self._tiers)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i goes on as a copy of row `beam_idx[i]`: blocks are shared."""
-        self._require_consumed(self)
-        self._tiers.reorder(self._number, [int(row) for row in beam_idx.tolist()])
+        self._select([int(row) for row in beam_idx.tolist()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
@@ -226,6 +247,8 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             _calls.layer = None
         self.is_initialized = False
         self._tiers.reset(self._number)
+        if self._choosing is not None:
+            self._choosing.reset()
 
     def offload(self) -> None:
         """Nothing: blocks are where they belong."""
@@ -252,7 +275,11 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _select(self, rows: Sequence[int]) -> None:
         self._require_consumed(self)
+        if self._choosing is not None:
+            self._choosing.require_apart(rows)
         self._tiers.reorder(self._number, rows)
+        if self._choosing is not None:
+            self._choosing.reordered(rows)
 
     def _require_consumed(self, layer: TieredLayer | None) -> None:
         if layer is None or layer._pending is None:

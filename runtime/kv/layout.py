@@ -28,6 +28,11 @@ class BlockLayout:
         return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
     @property
+    def stored_token_nbytes(self) -> int:
+        """Of one token in a slot."""
+        return self.token_nbytes
+
+    @property
     def slot_nbytes(self) -> int:
         """Bytes of a slot: whole pages."""
         return round_up(self.token_nbytes * self.block_tokens)
@@ -46,6 +51,24 @@ class BlockLayout:
     def values(self, slots: torch.Tensor) -> torch.Tensor:
         """A view of their values, [slots, heads, tokens, value dim]."""
         return self._view(slots, self.heads * self.block_tokens * self.key_dim, self.value_dim)
+
+    def take(
+        self, slots: torch.Tensor, where: torch.Tensor, head: int, inside: torch.Tensor, *, values: bool
+    ) -> torch.Tensor:
+        """Keys or values of some tokens of a head, and no others: [tokens, dim].
+
+        Args:
+            slots: Bytes of slots that follow each other.
+            where: Number of each token's slot among them.
+            head: Of keys and values.
+            inside: Place of each token in its block.
+            values: Whether values are wanted.
+        """
+        return (self.values(slots) if values else self.keys(slots))[where, head, inside]
+
+    def taken_nbytes(self, tokens: int, blocks: int, *, values: bool) -> int:
+        """What taking so many tokens of so many blocks reads, of one head."""
+        return tokens * (self.value_dim if values else self.key_dim) * self.dtype.itemsize
 
     def _view(self, slots: torch.Tensor, start: int, dim: int) -> torch.Tensor:
         elements = slots.view(self.dtype)

@@ -8,6 +8,9 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Final
 
+import numpy as np
+
+from ...scheduler.kv.policies.policy import IntArray
 from ...scheduler.kv.table import BlockTable
 from .spread import Span, Use, spans
 
@@ -41,6 +44,17 @@ class Piece:
     spans: tuple[Span, ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Places:
+    """Where the blocks of one row are, in their order: [blocks] each."""
+
+    blocks: IntArray
+    tiers: IntArray
+    """The fastest that has each of them."""
+    slots: IntArray
+    """In that tier."""
+
+
 class Placement:
     """The whole blocks of all rows, at this moment. Beginnings of blocks are told by `BlockTable.last`.
 
@@ -54,10 +68,13 @@ class Placement:
         self.uses: dict[int, list[Use]] = {}
         """Of each block."""
         self._table = table
+        self._rows: list[list[int]] = [[] for _ in range(table.rows)]
+        self._places: dict[int, Places] = {}
         for row in range(table.rows):
             for part in table.parts(row, 0):
                 if part.tokens == table.shape.block_tokens:
                     self.uses.setdefault(part.block, []).append(Use(row=row, position=part.position))
+                    self._rows[row].append(part.block)
         self._most = piece_blocks or max(1, PIECE_NBYTES // table.tiers.slot_nbytes)
         self._on_device = {} if numbers.device is None else self._slots(numbers.device)
         self._in_host = self._slots(numbers.host)
@@ -80,6 +97,19 @@ class Placement:
         if self._disk is None:
             self._disk = self.pieces(self.on_disk, most)
         return self._disk
+
+    def places(self, row: int) -> Places:
+        """Where the whole blocks of a row are."""
+        if row not in self._places:
+            tiers = self._table.tiers
+            blocks = self._rows[row]
+            where = [tiers.fastest(block) for block in blocks]
+            slots = [tiers.slot(block, tier) for block, tier in zip(blocks, where, strict=True)]
+            assert None not in slots, row
+            self._places[row] = Places(
+                blocks=np.array(blocks, np.int64), tiers=np.array(where, np.int64), slots=np.array(slots, np.int64)
+            )
+        return self._places[row]
 
     def pieces(self, slots: dict[int, int], most: int) -> tuple[Piece, ...]:
         """Slots and their blocks, cut into runs of at most so many."""

@@ -190,6 +190,11 @@ def _require_all_in_tiers(cache: TieredCache) -> None:
 
 
 def _require_blocks(tiers: KvTiers, identity: KvIdentity) -> None:
+    if tiers.codec is not None:
+        raise UsageError(
+            f"the cache keeps its blocks as {tiers.codec}, and a prefix store has them as they were made: make the "
+            "cache without a codec"
+        )
     if tiers.block_tokens != identity.block_tokens:
         raise UsageError(
             f"the cache has blocks of {tiers.block_tokens} tokens and the identity says {identity.block_tokens}: make "

@@ -53,12 +53,15 @@ class ReadAhead:
         """In the order in which they were asked for."""
         self.read_nbytes = 0
 
-    def blocks(self, stores: Sequence[LayerStore], at: int) -> Iterator[tuple[Piece, torch.Tensor]]:
+    def blocks(
+        self, stores: Sequence[LayerStore], at: int, *, ahead: bool = True
+    ) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Ask for what a layer has on disk only, and for what the next ones have, as far as buffers reach.
 
         Args:
             stores: Of all layers, in their order.
             at: Number of the layer.
+            ahead: Whether to ask for what the next ones have.
 
         Returns:
             Pieces, and their bytes, which are good until the next one is asked for.
@@ -70,9 +73,29 @@ class ReadAhead:
         placement = store.placement()
         mine = self._wanted(store, placement)
         waiting = deque(self._not_asked(store, placement, tuple(mine)))
-        reads = _Reads(store=store, placement=placement, mine=mine, waiting=waiting)
+        reads = _Reads(store=store, placement=placement, mine=mine, waiting=waiting, ahead=ahead)
         self._ask_more(reads, stores, at)
         return self._arriving(reads, stores, at)
+
+    def some(self, store: LayerStore, wanted: dict[int, int]) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """Read these slots of a layer, and no others: those that follow each other together.
+
+        Args:
+            store: Of the layer.
+            wanted: Slots on disk and their blocks.
+
+        Returns:
+            Pieces, and their bytes, which are good until the next one is asked for.
+
+        Raises:
+            DiskError: they could not be read, or asked for.
+        """
+        for run in [run for run in self._runs if run.store is store]:
+            self._drop(run)
+        placement = store.placement()
+        waiting = deque(placement.pieces(wanted, self._size // store.layout.slot_nbytes))
+        reads = _Reads(store=store, placement=placement, mine=deque(), waiting=waiting, ahead=False)
+        return self._arriving(reads, (), 0)
 
     def _arriving(self, reads: _Reads, stores: Sequence[LayerStore], at: int) -> Iterator[tuple[Piece, torch.Tensor]]:
         while reads.mine or reads.waiting:
@@ -93,7 +116,7 @@ class ReadAhead:
     def _ask_more(self, reads: _Reads, stores: Sequence[LayerStore], at: int) -> None:
         while reads.waiting and self._have_buffer(reads.store):
             reads.mine.append(self._ask(reads.store, reads.placement, reads.waiting.popleft(), urgent=True))
-        if not reads.waiting:
+        if reads.ahead and not reads.waiting:
             self._look_ahead(stores, at)
 
     def block(self, store: LayerStore, slot: int) -> torch.Tensor:
@@ -143,6 +166,8 @@ class ReadAhead:
             if not self._free:
                 return
             store = stores[(at + step) % len(stores)]
+            if store.chooses:
+                continue  # what it will want is not known before it is asked
             placement = store.placement()
             mine = [run for run in self._runs if run.store is store]
             for piece in self._not_asked(store, placement, mine):
@@ -194,6 +219,8 @@ class _Reads:
     """Asked for."""
     waiting: deque[Piece]
     """For a buffer."""
+    ahead: bool
+    """Whether buffers that are left go to the next layers."""
 
 
 def _still(run: Run, placement: Placement) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ disk, while other layers run. So after tokens were appended, room is made for as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +17,11 @@ import torch
 from ...memory.arena import HostArena
 from ...memory.errors import DoesNotFitError, PenstockError
 from ...scheduler.kv.moves import Move, TierStatistics
-from ...scheduler.kv.orders import Cyclic
+from ...scheduler.kv.orders import Cyclic, Recent
 from ...scheduler.kv.table import BlockTable
 from ...scheduler.kv.tiers import Tier, Tiers
 from ...scheduler.kv.writes import TableStatistics, Write
+from .coded import CodedLayout
 from .layout import BlockLayout
 from .memory import KvMemory
 from .placement import Numbers, Piece, Placement
@@ -62,12 +63,16 @@ class LayerStore:
         layout: Of its blocks.
         memory: Of the cache.
         paddings: Of each row: how many positions at its beginning hold nothing.
+        chooses: Whether a policy says in each step what is read: then nothing is read ahead, and what was chosen
+            longest ago leaves host memory first.
 
     Raises:
         DoesNotFitError: its share of host memory, or of the device's, is too small for a block of each row.
     """
 
-    def __init__(self, number: int, layout: BlockLayout, memory: KvMemory, paddings: Sequence[int]) -> None:
+    def __init__(
+        self, number: int, layout: BlockLayout, memory: KvMemory, paddings: Sequence[int], *, chooses: bool = False
+    ) -> None:
         memory.require(layout.slot_nbytes, len(paddings))
         self.number = number
         self.layout = layout
@@ -79,8 +84,11 @@ class LayerStore:
             slots = memory.tensor[start : start + (stop - start) // unit * unit]
             self.slots = slots.view(-1, unit)
             """[slots, bytes] of host memory."""
-            self._rooms = (layout.keys(slots), layout.values(slots))
-            """[slots, heads, tokens, dim] of host memory."""
+            self._coded = layout if isinstance(layout, CodedLayout) else None
+            self._views = None if self._coded else (layout.keys(slots), layout.values(slots))
+        """[slots, heads, tokens, dim] of host memory, where they are not coded."""
+        self._tails: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Of coded layers, keys and values [heads, tokens, dim] of blocks that grow, by slot: those are not coded."""
         tiers = [Tier(name="host", budget_nbytes=stop - start)]
         self.device_slots: torch.Tensor | None = None
         """[slots, bytes] of the device's."""
@@ -100,9 +108,11 @@ class LayerStore:
             tiers.append(Tier(name="disk", budget_nbytes=memory.disk_share))
         self.tiers = Tiers(tiers, unit)
         self.table = BlockTable(layout.shape, self.tiers, paddings)
-        self._order = Cyclic(self.table)
+        self._recent = Recent() if chooses else None
+        self._order: Cyclic | Recent = self._recent or Cyclic(self.table)
         self._moving: list[tuple[Move, Moving]] = []
         self._placement: Placement | None = None
+        self.chooses = chooses
         self.written_nbytes = 0
         """To disk, in whole slots."""
 
@@ -110,6 +120,11 @@ class LayerStore:
     def rows(self) -> int:
         """Sequences."""
         return self.table.rows
+
+    @property
+    def coded(self) -> bool:
+        """Whether full blocks are coded."""
+        return self._coded is not None
 
     @property
     def tokens(self) -> int:
@@ -137,19 +152,35 @@ class LayerStore:
 
     def here(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor, tuple[Span, ...]]:
         """Keys, values [blocks, heads, tokens, dim] and users of a piece in host memory."""
-        return self._part(self._rooms, piece)
+        return *self.parts(piece.first, len(piece.blocks)), piece.spans
 
     def there(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor, tuple[Span, ...]]:
         """The same of a piece in the device's."""
         assert self._device_rooms is not None, self.number
-        return self._part(self._device_rooms, piece)
+        part = slice(piece.first, piece.first + len(piece.blocks))
+        return self._device_rooms[0][part], self._device_rooms[1][part], piece.spans
+
+    def parts(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in slots of host memory that follow each other: [slots, heads, tokens, dim]."""
+        part = slice(first, first + count)
+        if self._views is not None:
+            return self._views[0][part], self._views[1][part]
+        slots = self.slots[part].reshape(-1)
+        return self.layout.keys(slots), self.layout.values(slots)
 
     def grown(self, part: Beginning) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Keys and values [1, heads, tokens, dim] of the block of a beginning; None where only the disk has it."""
-        rooms = self._device_rooms if part.tier == self.numbers.device else self._rooms
-        if part.tier == self.numbers.disk or rooms is None:
+        """Keys and values [1, heads, tokens, dim] of the end of a row; None where only the disk has it."""
+        if part.tier == self.numbers.disk:
             return None
-        return rooms[0][part.slot, None], rooms[1][part.slot, None]
+        if part.tier == self.numbers.device:
+            assert self._device_rooms is not None, part
+            keys, values = (room[part.slot, None, :, : part.tokens] for room in self._device_rooms)
+            return keys, values
+        if part.slot in self._tails:
+            keys, values = self._tails[part.slot]
+            return keys[None, :, : part.tokens], values[None, :, : part.tokens]
+        keys, values = self.parts(part.slot, 1)
+        return keys[:, :, : part.tokens], values[:, :, : part.tokens]
 
     def held(self, tier: int, slot: int) -> torch.Tensor | None:
         """The bytes of a slot in memory; None where the tier is the disk."""
@@ -166,7 +197,7 @@ class LayerStore:
     @property
     def home(self) -> torch.device:
         """Where tokens are written."""
-        return self._newest[0].device
+        return torch.device("cpu") if self._newest is None else self._newest[0].device
 
     def beginnings(self) -> list[Beginning]:
         """What rows end with, where that is no whole block."""
@@ -220,17 +251,26 @@ class LayerStore:
             try:
                 for write in writes:
                     put(write, done)
+                self.used(write.block for write in writes)
             finally:
-                if self.table.settle(0) or any(write.copied_from is not None for write in writes):
+                sealed = self.table.settle(0)
+                self._code(sealed)
+                if sealed or any(write.copied_from is not None for write in writes):
                     self._placement = None
             done += count
         self._make_room_ahead(total)
+
+    def used(self, blocks: Iterable[int]) -> None:
+        """These blocks were written, or chosen."""
+        if self._recent is not None:
+            for block in blocks:
+                self._recent.used(block)
 
     def crop(self, tokens: int) -> None:
         """Forget all but so many positions."""
         self._collect(wait=True)
         self.table.crop(tokens)
-        self._placement = None
+        self._forget_places()
 
     def reorder(self, sources: Sequence[int]) -> None:
         """Row i goes on as a copy of what row `sources[i]` is now.
@@ -240,7 +280,7 @@ class LayerStore:
         """
         self._memory.require(self.layout.slot_nbytes, len(sources))
         self.table.reorder(sources)
-        self._placement = None
+        self._forget_places()
 
     def close(self) -> None:
         """Give up all blocks. What is being written is waited for, and whatever becomes of it does not matter."""
@@ -254,48 +294,93 @@ class LayerStore:
         """Frozen records of its table and tiers."""
         return self.table.statistics(), self.tiers.statistics()
 
+    def _forget_places(self) -> None:
+        self._placement = None
+        if self._recent is not None:
+            self._recent.forget(self.table.has)
+
     def _write(self, write: Write, keys: torch.Tensor, values: torch.Tensor, offset: int) -> None:
         if write.copied_from is not None and write.start:
             assert write.source_slot is not None
             self._copy_beginning(write, write.source_slot)
         at = offset + write.position
-        for room, new in zip(self._newest, (keys, values), strict=True):
-            room[write.slot, :, write.start : write.start + write.tokens] = new[write.row, :, at : at + write.tokens]
+        for room, new in zip(self._room(write.slot, fresh=not write.start), (keys, values), strict=True):
+            room[:, write.start : write.start + write.tokens] = new[write.row, :, at : at + write.tokens]
+
+    def _put_beginning(self, write: Write, source: int) -> None:
+        """Copy the beginning of what a block goes on from; from the place itself only where it has to be decoded."""
+        if self._coded is None and source == write.slot:
+            return
+        grows = self._tails.get(source) if source != write.slot else None
+        before = grows if grows is not None else tuple(part[0] for part in self.parts(source, 1))
+        for room, part in zip(self._room(write.slot, fresh=True), before, strict=True):
+            room[:, : write.start] = part[:, : write.start]
+
+    def _room(self, slot: int, *, fresh: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where keys and values of a block that grows are written: [heads, tokens, dim]."""
+        newest = self._newest
+        if newest is not None:
+            return newest[0][slot], newest[1][slot]
+        if fresh or slot not in self._tails:
+            layout, shape = self.layout, (self.layout.heads, self.layout.block_tokens)
+            with torch.inference_mode(False):  # as blocks in slots
+                self._tails[slot] = (
+                    torch.zeros(*shape, layout.key_dim, dtype=layout.dtype),
+                    torch.zeros(*shape, layout.value_dim, dtype=layout.dtype),
+                )
+        return self._tails[slot]
+
+    def _code(self, sealed: Sequence[int]) -> None:
+        """Code blocks that are full; what grows stays as it is, and what is nobody's any more goes."""
+        if self._coded is None:
+            return
+        for block in sealed:
+            slot = self.tiers.slot(block, self.numbers.host)
+            assert slot is not None, block
+            tail = self._tails.pop(slot, None)
+            if tail is not None:  # there is none after an error, and then the cache has to be reset
+                self._coded.write(self.slots[slot], *tail)
+        lasts = [self.table.last(row, 0) for row in range(self.rows)]
+        alive = {self.tiers.slot(part.block, self.numbers.host) for part in lasts if part is not None}
+        self._tails = {slot: tail for slot, tail in self._tails.items() if slot in alive}
 
     def _copy_beginning(self, write: Write, source: int) -> None:
         """What a new block begins with, from the tier that has it."""
-        if write.source_tier != self.numbers.disk:
-            rooms = self._device_rooms if write.source_tier == self.numbers.device else self._rooms
-            assert rooms is not None, write
-            for room, other in zip(self._newest, rooms, strict=True):
-                room[write.slot, :, : write.start] = other[source, :, : write.start]
-        elif self.device_slots is None:  # all of it comes: what is beyond the beginning is written anew
+        if self._device_rooms is not None:
+            for room, before in zip(self._device_rooms, self._before(write, source), strict=True):
+                room[write.slot, :, : write.start] = before[0, :, : write.start]
+        elif write.source_tier == self.numbers.disk:  # all of it comes: what is beyond it is written anew
             self.file.read(source, 1, self._view(write.slot), urgent=True).wait()
+            self._put_beginning(write, write.slot)
         else:
-            unit = self.layout.slot_nbytes
-            arena = HostArena(unit)
-            try:
-                self.file.read(source, 1, arena.view(0, unit), urgent=True).wait()
-                self.device_slots[write.slot].copy_(torch.frombuffer(arena.buffer, dtype=torch.uint8)[:unit])
-            finally:
-                arena.close()
+            self._put_beginning(write, source)
+
+    def _before(self, write: Write, source: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [1, heads, tokens, dim] of the block that one on a device goes on from, in any tier."""
+        assert self._device_rooms is not None, write
+        if write.source_tier == self.numbers.device:
+            return self._device_rooms[0][source, None], self._device_rooms[1][source, None]
+        if write.source_tier == self.numbers.host:
+            return self.parts(source, 1)
+        unit = self.layout.slot_nbytes
+        arena = HostArena(unit)
+        try:
+            self.file.read(source, 1, arena.view(0, unit), urgent=True).wait()
+            slot = torch.frombuffer(arena.buffer, dtype=torch.uint8)[:unit].clone()
+        finally:
+            arena.close()
+        return self.layout.keys(slot), self.layout.values(slot)
 
     @property
-    def _newest(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the tier in which blocks grow."""
-        return self._rooms if self._device_rooms is None else self._device_rooms
-
-    @staticmethod
-    def _part(
-        rooms: tuple[torch.Tensor, torch.Tensor], piece: Piece
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[Span, ...]]:
-        part = slice(piece.first, piece.first + len(piece.blocks))
-        return rooms[0][part], rooms[1][part], piece.spans
+    def _newest(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values of the tier in which blocks grow; None where they are coded when they are full."""
+        return self._views if self._device_rooms is None else self._device_rooms
 
     def _copy(self, write: Write, slots: torch.Tensor, offset: int) -> None:
         number, start = divmod(offset + write.position, self.layout.block_tokens)
         assert start == write.start, write
         slot = slots[number]
+        assert self._newest is not None, "prefixes are of blocks as they were made"
         for room, new in zip(self._newest, (self.layout.keys(slot), self.layout.values(slot)), strict=True):
             room[write.slot, :, start : start + write.tokens] = new[0, :, start : start + write.tokens]
 
@@ -323,7 +408,8 @@ class LayerStore:
                 self._finish_first()
 
     def _make_room_ahead(self, tokens: int) -> None:
-        tokens = min(tokens, AT_ONCE * self.layout.block_tokens)
+        # After a prompt tokens come one by one, and a policy wants the last ones: they do not leave for a next chunk.
+        tokens = min(tokens, (1 if self._recent is not None else AT_ONCE) * self.layout.block_tokens)
         missing = self.table.missing(0, tokens)
         if missing > self.tiers.free(0):
             with suppress(DoesNotFitError):  # who appends them will be told, or take fewer at once
@@ -346,7 +432,7 @@ class LayerStore:
         self._evict(0, slots)
 
     def _evict(self, tier: int, slots: int) -> None:
-        moves = list(self.tiers.make_room(tier, slots, self._order.farness))
+        moves = list(self.tiers.make_room(tier, slots, self._farness))
         self._placement = None  # clean copies may have been dropped
         while moves:
             try:
@@ -364,6 +450,12 @@ class LayerStore:
         assert self.device_slots is not None
         assert self._memory.device is not None
         return self._memory.device.send(self.device_slots[move.source_slot], self.slots[move.target_slot])
+
+    def _farness(self, block: int) -> tuple[int, ...]:
+        """The first tokens are chosen in each step by all policies: their block goes last."""
+        if self._recent is not None and not self.table.block(block).index:
+            return (-1,)
+        return self._order.farness(block)
 
     def _collect(self, *, wait: bool) -> None:
         """Hear of what has been written; the first failure is raised, and that block stays where it was."""

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.kv_codec import BITS
 from ...memory.errors import ClosedError, PenstockError, UsageError
+from ...scheduler.kv.chosen import ChosenStatistics
 from ..devices.base import Device
 from .attention import Blocks
+from .coded import CodedLayout
 from .crossing import Crossing
 from .layout import BlockLayout
 from .memory import KvBudget, KvMemory
 from .placement import Piece
 from .reading import ReadAhead
 from .spread import Span
-from .store import LayerStore
+from .store import Beginning, LayerStore
+from .stored import StoredRow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +56,8 @@ class KvStatistics:
     """Keys and values of tokens that were added."""
     copied_nbytes: int
     """Beginnings of blocks that were copied, because rows parted."""
+    chosen: ChosenStatistics | None = None
+    """What a policy of selection made of it; None where all is attended to."""
 
 
 class KvTiers:
@@ -64,6 +70,8 @@ class KvTiers:
         block_tokens: Of a block.
         device: Whose memory the budget names; None where it names none.
         owned: Whether it is closed with them.
+        dense_layers: First layers, of which all is read; None for all of them. Of the others a policy chooses.
+        codec: Of full blocks, see `kv_codec`; None to keep them as they are.
     """
 
     def __init__(
@@ -75,14 +83,22 @@ class KvTiers:
         block_tokens: int,
         device: Device | None = None,
         owned: bool = False,
+        dense_layers: int | None = None,
+        codec: str | None = None,
     ) -> None:
         if block_tokens < 1:
             raise UsageError(f"a block holds a token at least; block_tokens is {block_tokens}")
         self.budget = budget
+        if codec is not None and codec not in BITS:
+            raise UsageError(
+                f"codec {codec!r} is not known: use {', '.join(BITS)}, or none for keys and values as they are"
+            )
         self.block_tokens = block_tokens
+        self.codec = codec
         self.paddings: tuple[int, ...] | None = None
         """Of each row, as far as masks have told; None before."""
         self._layers = layers
+        self._dense_layers = layers if dense_layers is None else dense_layers
         self._folder = folder
         self._device = device
         self._owned = owned
@@ -160,13 +176,44 @@ class KvTiers:
             )
         return store
 
-    def blocks(self, number: int, *, queries: int | None = None) -> Iterator[Blocks]:
+    def row(self, number: int, row: int, new: tuple[torch.Tensor, torch.Tensor] | None = None) -> StoredRow:
+        """One sequence in one layer, to read some of it. It is good until something is appended.
+
+        Args:
+            number: Of the layer.
+            row: Of the batch.
+            new: Keys and values [kv_heads, tokens, dim] that follow what is stored.
+
+        Raises:
+            DiskError: what had to leave for it could not be written, or its end cannot be read.
+        """
+        store = self._stores[number]
+        if store is None:
+            assert new is not None, number
+            return StoredRow(None, row, new, _nothing)
+        store.collect()
+        ends = [self._beginning(store, part) for part in store.beginnings() if part.row == row]
+        parts = [(keys[0].clone(), values[0].clone()) for keys, values, _ in ends] + ([] if new is None else [new])
+        if not parts:
+            layout = store.layout
+            dims = (layout.key_dim, layout.value_dim)
+            none = [torch.zeros(layout.heads, 0, dim, dtype=layout.dtype) for dim in dims]
+            parts.append((none[0], none[1]))
+        end = (torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts], dim=1))
+        return StoredRow(store, row, end, lambda wanted: self._ahead(store).some(store, wanted))
+
+    def read_nbytes(self) -> int:
+        """From disk, until now."""
+        return self._reading.read_nbytes if self._reading is not None else 0
+
+    def blocks(self, number: int, *, queries: int | None = None, ahead: bool = True) -> Iterator[Blocks]:
         """All that a layer has: the rest is being read while what is in memory is attended to.
 
         Args:
             number: Of the layer.
             queries: That use each key: by them a part of what is in host memory crosses to the device. None where
                 nobody attends.
+            ahead: Whether to read what the next layers want, too, as far as buffers reach.
 
         Raises:
             DiskError: it could not be read.
@@ -176,7 +223,7 @@ class KvTiers:
             return
         store.collect()  # here and not later: a block that changes its place meanwhile would be missed
         yield from self._beginnings(store)  # first: one that is on disk takes a buffer
-        reads = self._reads(store)
+        reads = self._reads(store, ahead=ahead)
         placement = store.placement()
         for piece in placement.device:
             yield store.there(piece)
@@ -298,7 +345,7 @@ class KvTiers:
             device_budget_nbytes=self.budget.device,
             host_budget_nbytes=self.budget.host,
             arena_nbytes=self._memory.arena.nbytes if self._memory is not None else 0,
-            read_nbytes=self._reading.read_nbytes if self._reading is not None else 0,
+            read_nbytes=self.read_nbytes(),
             written_nbytes=sum(store.written_nbytes for store in stores),
             sent_nbytes=there.sent_nbytes if there is not None else 0,
             fetched_nbytes=there.fetched_nbytes if there is not None else 0,
@@ -330,17 +377,11 @@ class KvTiers:
                 owner=f"keys and values {id(self):x}",
                 device=self._device,
             )
-        layout = BlockLayout(
-            layer=number,
-            heads=keys.shape[1],
-            key_dim=keys.shape[3],
-            value_dim=values.shape[3],
-            dtype=keys.dtype,
-            block_tokens=self.block_tokens,
-        )
+        layout = self._layout(number, keys, values)
         rows = keys.shape[0]
         paddings = self.paddings_of(number, rows)
-        store = self._stores[number] = LayerStore(number, layout, self._memory, paddings)
+        chooses = number >= self._dense_layers
+        store = self._stores[number] = LayerStore(number, layout, self._memory, paddings, chooses=chooses)
         if self.paddings is None:
             self.paddings = paddings
         if self._memory.device is not None:
@@ -349,11 +390,23 @@ class KvTiers:
             store.piece_blocks = self._crossing.piece_blocks
         return store
 
-    def _reads(self, store: LayerStore) -> Iterator[tuple[Piece, torch.Tensor]]:
+    def _layout(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> BlockLayout:
+        known = {
+            "layer": number,
+            "heads": keys.shape[1],
+            "key_dim": keys.shape[3],
+            "value_dim": values.shape[3],
+            "block_tokens": self.block_tokens,
+        }
+        if self.codec is None:
+            return BlockLayout(dtype=keys.dtype, **known)
+        return CodedLayout(dtype=keys.dtype, codec=self.codec, **known)
+
+    def _reads(self, store: LayerStore, *, ahead: bool) -> Iterator[tuple[Piece, torch.Tensor]]:
         if not store.placement().on_disk:
             return iter(())
         stores = [one for one in self._stores if one is not None]
-        return self._ahead(store).blocks(stores, stores.index(store))
+        return self._ahead(store).blocks(stores, stores.index(store), ahead=ahead)
 
     def _ahead(self, store: LayerStore) -> ReadAhead:
         if self._reading is None:
@@ -363,16 +416,24 @@ class KvTiers:
 
     def _beginnings(self, store: LayerStore) -> Iterator[Blocks]:
         for part in store.beginnings():
-            grown = store.grown(part)
-            if grown is not None:
-                keys, values = grown
-            else:
-                slots = self._ahead(store).block(store, part.slot)
-                keys, values = store.layout.keys(slots), store.layout.values(slots)
-            rows, positions = torch.tensor([[part.row]]), torch.tensor([[part.position]])
-            span = Span(first=0, rows=rows, positions=positions, alike=(part.row,))
-            yield keys[:, :, : part.tokens], values[:, :, : part.tokens], (span,)
+            yield self._beginning(store, part)
+
+    def _beginning(self, store: LayerStore, part: Beginning) -> Blocks:
+        grown = store.grown(part)
+        if grown is None:
+            slots = self._ahead(store).block(store, part.slot)
+            grown = store.layout.keys(slots), store.layout.values(slots)
+        keys, values = grown
+        rows, positions = torch.tensor([[part.row]]), torch.tensor([[part.position]])
+        span = Span(first=0, rows=rows, positions=positions, alike=(part.row,))
+        return keys[:, :, : part.tokens], values[:, :, : part.tokens], (span,)
 
     def _forget_reads(self) -> None:
         if self._reading is not None:
             self._reading.forget()
+
+
+def _nothing(wanted: dict[int, int]) -> Iterator[tuple[Piece, torch.Tensor]]:
+    """Of a layer that has nothing on disk yet."""
+    assert not wanted
+    return iter(())

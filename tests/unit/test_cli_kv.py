@@ -87,6 +87,8 @@ def test_a_run_with_keys_and_values_on_a_device(checkpoint: Path, capsys: pytest
         (("--kv", "host=1G"), "ambiguous"),
         (("--kv", "host=1GiB", "--exact"), "--exact forbids"),
         (("--context", "3"), "--context 3 is less than the 68 tokens"),
+        (("--kv-policy", "window:100"), "add --kv"),
+        (("--kv", "host=1GiB", "--kv-policy", "best"), "use exact, window"),
     ],
 )
 def test_what_is_refused(
@@ -94,6 +96,24 @@ def test_what_is_refused(
 ) -> None:
     assert run(checkpoint, "--prompt-ids", "1,2,3,4", *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_policy_is_named_lossy_and_says_what_it_kept(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], chat: Callable[..., int]
+) -> None:
+    common = ("--prompt-ids", PROMPT, "--max-new-tokens", "6")
+    assert run(checkpoint, *common, "--kv", KV, "--kv-policy", "window:100,dense=0") == 0
+    out, error = capsys.readouterr()
+    chosen = json.loads(out)["kv"]["chosen"]
+    assert chosen["policy"] == "window:100"
+    assert chosen["steps"] > 0
+    assert 0 < chosen["gathered_nbytes"] + chosen["read_nbytes"] < chosen["whole_nbytes"]
+    assert 0 < chosen["least_recall"] <= chosen["recall"] <= 1
+    said = " ".join(error.split())
+    assert "LOSSY policy window:100" in said
+    assert "of the attention was kept" in said
+    assert chat("word " * 80, options=("--kv-policy", "window:100,dense=0")) == 0
+    assert "LOSSY policy window:100" in capsys.readouterr().err
 
 
 def test_too_little_memory_is_said_with_what_to_change(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

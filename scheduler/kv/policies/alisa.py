@@ -23,6 +23,8 @@ class Alisa(Base):
 
     name: ClassVar[str] = "alisa"
     summary: ClassVar[str] = "what the last queries attended to, and as many recent tokens"
+    hears_prompts: bool = True
+    hears_steps: bool = True
 
     def __init__(self, heads: Heads, setting: Setting) -> None:
         half = replace(setting, recent=max(setting.recent, setting.budget_tokens // 2 - setting.sinks))

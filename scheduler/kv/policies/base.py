@@ -10,6 +10,10 @@ from .policy import FloatArray, Heads, IntArray, Keys, Query, Seen, Setting
 class Base:
     """Keeps heads and setting, and overlooks what happens. A policy overrides what it looks at."""
 
+    hears_prompts: bool = False
+    hears_steps: bool = False
+    for_prompts: bool = False
+
     def __init__(self, heads: Heads, setting: Setting) -> None:
         self.heads = heads
         self.setting = setting

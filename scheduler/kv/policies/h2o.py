@@ -22,6 +22,8 @@ class H2o(Base):
 
     name: ClassVar[str] = "h2o"
     summary: ClassVar[str] = "what got most attention so far, and as many recent tokens"
+    hears_prompts: bool = True
+    hears_steps: bool = True
 
     def __init__(self, heads: Heads, setting: Setting) -> None:
         half = replace(setting, recent=max(setting.recent, setting.budget_tokens // 2 - setting.sinks))

@@ -113,6 +113,12 @@ class Policy(Protocol):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    hears_prompts: bool
+    """Whether it wants to know what the last queries of a prompt attended to: keys are read once more for that."""
+    hears_steps: bool
+    """Whether it wants to know what each later step attended to."""
+    for_prompts: bool
+    """Whether it chooses for prompts as well. All others leave those as they are."""
 
     def __init__(self, heads: Heads, setting: Setting) -> None: ...
 

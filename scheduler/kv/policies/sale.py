@@ -26,6 +26,7 @@ class Sale(Base):
 
     name: ClassVar[str] = "sale"
     summary: ClassVar[str] = "blocks that get a part of attention by 4-bit estimates: for prompts"
+    for_prompts: bool = True
 
     def __init__(self, heads: Heads, setting: Setting) -> None:
         super().__init__(heads, setting)

@@ -23,6 +23,7 @@ class SnapKv(Base):
 
     name: ClassVar[str] = "snapkv"
     summary: ClassVar[str] = "what the last queries of the prompt attended to"
+    hears_prompts: bool = True
 
     def __init__(self, heads: Heads, setting: Setting) -> None:
         super().__init__(heads, setting)

@@ -26,6 +26,7 @@ class WindowKv(Base):
 
     name: ClassVar[str] = "windowkv"
     summary: ClassVar[str] = "runs of 8 tokens that the end of the prompt attended to, alike in 8 layers"
+    hears_prompts: bool = True
 
     def __init__(self, heads: Heads, setting: Setting) -> None:
         super().__init__(heads, setting)
@@ -36,6 +37,7 @@ class WindowKv(Base):
     def follow(self, leader: WindowKv) -> None:
         """Take the choice of a layer that runs before this one in each step."""
         self._leader = leader
+        self.hears_prompts = False
 
     def appended(self, keys: FloatArray) -> None:
         """See `Policy`."""
