@@ -169,9 +169,7 @@ def _attention_rate(cache: Any, model: Any, arguments: argparse.Namespace) -> fl
     from penstock.runtime.kv.attention import Asked, attend
 
     store = cache.tiers.store(0)
-    pieces = [
-        (*store.parts(piece.first, len(piece.blocks)), piece.spans) for piece in store.placement().host
-    ]
+    pieces = [(*store.parts(piece.first, len(piece.blocks)), piece.spans) for piece in store.placement().host]
     nbytes = sum(keys.numel() + values.numel() for keys, values, _ in pieces) * 2
     query = torch.randn(1, HEADS * arguments.group, 1, DIM).to(torch.bfloat16)
     new = torch.randn(1, HEADS, 1, DIM).to(torch.bfloat16)
