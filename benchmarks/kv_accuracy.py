@@ -93,11 +93,11 @@ def modelled(model: Any, arguments: argparse.Namespace) -> Iterable[Row]:
     kinds += [(codec, 1.0, PolicyChoice(), codec) for codec in ("int8", "int4")]
     for name in MODELLED:
         for share in SHARES:
-            budget = max(LEAST, int(share * contexts.shape[1]))
+            budget = max(LEAST, int(share * (contexts.shape[1] + 1)))  # the question is one token more
             choice = PolicyChoice(
                 name=name, budget_tokens=budget, sinks=SINKS, recent=RECENT, dense_layers=0, recall_every=1
             )
-            kinds.append((name, budget / contexts.shape[1], choice, None))
+            kinds.append((name, budget / (contexts.shape[1] + 1), choice, None))
     warm = cache_for(model, PolicyChoice(), None)  # from the second call on all calls are ours
     answers(model, contexts[:1, :4], asked[:1, :1], expected[:1, :1], warm)
     warm.close()
@@ -198,7 +198,7 @@ def main() -> None:
     console.print(table_of(rows))
     whole = next(row.answers for row in rows if row.name == "exact")
     said = f"attention to all answers {whole:.3f} of the questions (chance: {1 / VALUES:.3f})"
-    quarter = [row for row in rows if row.task == "model" and row.attention is not None and row.share <= 0.25]
+    quarter = [row for row in rows if row.task == "model" and row.attention is not None and row.share <= SHARES[2]]
     if best := max((row for row in quarter if row.name != "oracle"), key=lambda row: row.answers, default=None):
         said += f"; best with a quarter: {best.name}, {best.answers:.3f}; the goal is {GOAL} of what all answers"
     console.print(said, markup=False, emoji=False)

@@ -70,7 +70,7 @@ def _train(steps: int, tell: Callable[[str], None]) -> Any:
         optimizer.step()
         optimizer.zero_grad()
         if step % 25 == 0 or step == steps - 1:
-            tell(f"step {step}, {length} tokens, loss {float(loss):.3f}, {time.monotonic() - begin:.0f} s")
+            tell(f"step {step}, {length} tokens, loss {float(loss.detach()):.3f}, {time.monotonic() - begin:.0f} s")
     return model
 
 
