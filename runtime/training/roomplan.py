@@ -259,7 +259,8 @@ def _notes(
     if (before := layout.before) is not None and decided and (spilled is not None or not layout.resident):
         notes.append(
             f"room: activations have {gib(before.nbytes)} before weights and gradients: computing or the drive, "
-            f"whichever is longer, takes {seconds(before.seconds)} of a step so, and {seconds(before.without_s)} without"
+            f"whichever is longer, takes {seconds(before.seconds)} of a step so, "
+            f"and {seconds(before.without_s)} without"
         )
     if spilled is not None:
         on_disk, every = sum(sizes.gradients[index] for index in spilled), sum(sizes.gradients)

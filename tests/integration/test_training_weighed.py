@@ -1,4 +1,4 @@
-"""Activations that have room before weights and gradients: weights stream, less is made again, the bits are the same."""
+"""Activations with room before weights and gradients: weights stream, less is made again, the bits are the same."""
 
 from __future__ import annotations
 
