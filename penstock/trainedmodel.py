@@ -153,7 +153,8 @@ def _weighed(
     if kept is None or settings.activations != "auto" or asked.context is None:
         return None
     tokens = asked.context * (asked.batch or 1)
-    return weighing(bones, kept.hardware, choice, tokens=tokens, accumulate=settings.accumulate)
+    early = settings.updates == "backward"
+    return weighing(bones, kept.hardware, choice, tokens=tokens, accumulate=settings.accumulate, early=early)
 
 
 def _itemsize(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dtype, trust: bool) -> int:

@@ -104,10 +104,14 @@ class Planner:
         return self._with_the_rest(self._weighed(self._best()))
 
     def _weighed(self, plain: Layout) -> Layout:
-        """The same blocks, with room for activations before weights where a step is shorter for it."""
+        """The same blocks, with room for activations before weights where a step is shorter for it; where all weights
+        stay, of what these leave, before gradients."""
         weighing = None if self._changing is None else self._changing.weighing
-        if weighing is None or self.budgets.device is not None or plain.resident:
+        if weighing is None or self.budgets.device is not None:
             return plain
+        if plain.resident:
+            free = self.budgets.host - plain.host_nbytes
+            return replace(plain, before=weigh(weighing, lambda room: 0.0 if room <= free else None))
         made = self._cut(plain.limit_nbytes, set())
         found = {0: plain}
 

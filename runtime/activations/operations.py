@@ -37,8 +37,8 @@ _BLANK: Final = frozenset(
     )
 )  # fmt: skip
 """Those whose results are there to be written to: one used as it is may have been, by what torch does not see."""
-_READ: Final = frozenset((Tensor.tolist,))
-_SHARED: Final = frozenset((Tensor.numpy, Tensor.__array__))
+_READ: Final[frozenset[Any]] = frozenset((Tensor.tolist,))
+_SHARED: Final[frozenset[Any]] = frozenset[Any]((Tensor.numpy, Tensor.__array__))
 """What gives Python the numbers of a tensor, or its memory, without any operation of torch."""
 NOT_MADE: Final = -1
 """The maker of what was there before, or comes from no numbered operation."""
@@ -282,7 +282,7 @@ class Reads(TorchFunctionMode):
     """
 
     def __init__(self, log: OperationLog) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._log = log
 
     def __torch_function__(

@@ -198,7 +198,14 @@ class TrainingForesight:
         changing = self._changing(hardware, work, activations, saved, on_device=shares.any)
         if not automatic and on_cpu and activations == "auto" and self.adapters is None:
             tokens = work.batch * work.context
-            step = weighing(self.foresight.model, hardware, work.choice, tokens=tokens, accumulate=work.accumulate)
+            step = weighing(
+                self.foresight.model,
+                hardware,
+                work.choice,
+                tokens=tokens,
+                accumulate=work.accumulate,
+                early=work.updates == "backward",
+            )
             changing = replace(changing, weighing=step)
         budgets = self.foresight.budgets(hardware, room, transient)
         layout = self._layout(hardware, budgets, changing)

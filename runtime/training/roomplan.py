@@ -255,10 +255,12 @@ def _notes(
 ) -> tuple[str, ...]:
     """What was decided, in sentences; `spilled`: None where gradients are gone with their updates."""
     notes = [] if layout.back is None else [_homes(layout, layout.back.resident)]
-    if (before := layout.before) is not None:
+    decided = moves_activations(layout, settings, frozen=False)
+    if (before := layout.before) is not None and decided and (spilled is not None or not layout.resident):
         notes.append(
-            f"room: activations have {gib(before.nbytes)} before weights: the longer of computing and the drive takes "
-            f"{seconds(before.seconds)} of a step so, and {seconds(before.without_s)} if weights had that room"
+            f"room: activations have {gib(before.nbytes)} before weights and gradients: computing or the drive, "
+            f"whichever is longer, takes {seconds(before.seconds)} of a step so, "
+            f"and {seconds(before.without_s)} without"
         )
     if spilled is not None:
         on_disk, every = sum(sizes.gradients[index] for index in spilled), sum(sizes.gradients)

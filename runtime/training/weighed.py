@@ -26,9 +26,10 @@ from .preparing import arrays_of
 
 
 def weighing(
-    model: nn.Module, hardware: Hardware, choice: OptimizerChoice, *, tokens: int, accumulate: int
+    model: nn.Module, hardware: Hardware, choice: OptimizerChoice, *, tokens: int, accumulate: int, early: bool
 ) -> Weighing | None:
-    """A step on a machine that computes where weights lie, with all masters and states on its drives.
+    """A step on a machine that computes where weights lie, with all masters and states on its drives: the least time
+    that these have to spare.
 
     Args:
         model: To be trained; its weights may be on the meta device.
@@ -36,6 +37,7 @@ def weighing(
         choice: The optimizer.
         tokens: Of a backward pass.
         accumulate: Backward passes of a step.
+        early: Whether updates begin in backward; else all gradients are counted as if they went to disk.
 
     Returns:
         None where nothing is known of layers (they have no matrices, or there are none in lists), or of drives.
@@ -60,12 +62,13 @@ def weighing(
     update = update_s(
         update_work(choice), cost, sum(sizes), arrays=arrays, tensors=len(sizes), checked_nbytes=float(states)
     )
+    gradients = accumulate * sum(each.nbytes for each in model.parameters()) if not early else 0
     read_s, write_s = cost.read_s(1.0, CHUNK), cost.write_s(1.0, CHUNK)
     dear = [Dear(nbytes=nbytes[width], seconds=seconds[width]) for width in nbytes]
     return Weighing(
         dear=sorted(dear, key=lambda each: each.seconds / each.nbytes, reverse=True),
         compute_s=computed + update,
-        drive_s=states * (read_s + write_s),
+        drive_s=(states + gradients) * (read_s + write_s),
         weight_byte_s=2 * accumulate * read_s + write_s,
     )
 

@@ -20,15 +20,18 @@ from penstock.runtime.foresight import Foresight, Room
 from penstock.runtime.pretrained import outline
 from penstock.runtime.programs import training_program
 from penstock.runtime.rehearsal import make_fake
+from penstock.runtime.training import forecast as forecast_module
 from penstock.runtime.training.adapters import changing_on
 from penstock.runtime.training.adapters import put as put_adapters
 from penstock.runtime.training.forecast import TrainingForesight
-from penstock.runtime.training.foreseen import Adapters, TrainingWork
+from penstock.runtime.training.foreseen import Adapters, TrainingForecast, TrainingWork
 from penstock.runtime.training.loads import update_work
 from penstock.runtime.training.optimizers import SGD, AdamW, Lion
+from penstock.runtime.training.weighed import weighing
 from penstock.scheduler.datasheet import parse_hardware
 from penstock.scheduler.hardware import Hardware
 from penstock.scheduler.sizes import Workload
+from penstock.scheduler.weighing import Dear, Weighing
 
 MIB = 2**20
 GPU: dict[str, Any] = {
@@ -125,6 +128,35 @@ def test_bytes_per_parameter_are_those_of_the_page(folder: Path, training: Train
     assert sum(block.states_nbytes for block in streamed.load.trained()) == pytest.approx(12 * count, rel=0.01)
     assert streamed.disk_nbytes == pytest.approx(24 * count, rel=0.01)  # arrays begin on pages
     assert streamed.wear.step_nbytes == pytest.approx(traffic.written)
+
+
+def test_activations_have_room_before_weights_where_the_drive_has_time(
+    folder: Path, training: TrainingForesight, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forecast(step: Weighing | None) -> TrainingForecast:
+        monkeypatch.setattr(forecast_module, "weighing", lambda *_, **__: step)
+        return training.forecast(machine(folder), WORK, room=Room(host=(least + 6) * MIB))
+
+    plain = forecast(None)
+    step = Weighing(dear=[Dear(nbytes=4 * MIB, seconds=5.0)], compute_s=10.0, drive_s=0.0, weight_byte_s=1e-9)
+    found = forecast(step)
+    assert found.plan.disk_nbytes_per_sweep > plain.plan.disk_nbytes_per_sweep
+    assert found.room.activations_nbytes >= 4 * MIB
+    assert found.plan.host_nbytes <= (least + 6) * MIB
+    assert any(note.startswith("room: activations have 4.00 MiB before weights") for note in found.plan.notes)
+    assert forecast(replace(step, drive_s=15.0)).plan == plain.plan
+
+
+def test_what_is_dear_is_what_products_make(folder: Path, foresight: Foresight) -> None:
+    step = weighing(foresight.model, machine(folder), AdamW(), tokens=64, accumulate=1, early=True)
+    assert step is not None
+    layers = foresight.model.get_submodule("model.layers")
+    outputs = sum(each.out_features for each in layers.modules() if isinstance(each, torch.nn.Linear))
+    assert sum(each.nbytes for each in step.dear) == 64 * 2 * outputs
+    assert step.again_s(0) > step.again_s(step.rooms()[-1]) == 0
+    clipped = weighing(foresight.model, machine(folder), AdamW(), tokens=64, accumulate=1, early=False)
+    assert clipped is not None
+    assert clipped.drive_s > step.drive_s
 
 
 def test_optimizers_differ_by_their_states(folder: Path, training: TrainingForesight) -> None:
