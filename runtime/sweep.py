@@ -5,8 +5,8 @@ block that is not shared now (`scheduler/turnstile.py` says to whom), so the mod
 has the CPU, where parts of the model are computed from host memory. To the executor a sweep is one root call, and a
 shared block one lease.
 
-Where members would each bring what depends on what they compute, as experts do, they meet: the last one to come has it
-done for all of them.
+Where members would each bring what depends on what they compute, as experts do, they meet: once nobody else comes, one
+of them has it done for all.
 """
 
 from __future__ import annotations
