@@ -4,8 +4,8 @@
     python -m benchmarks.kv_first_token --context 512 --rounds 1                # tries the harness
 
 The model of `kv_decode`. Its keys and values are made up and stored once; then each round is a conversation that begins:
-a model of which nothing is known, an empty cache, the prefix, and the tokens after it. ratio = s to the first token over
-bytes read / raw O_DIRECT rate of the same files, the better of before and after.
+a model of which nothing is known, an empty cache, the prefix, and the tokens after it. ratio = s to the first token
+over bytes read / raw O_DIRECT rate of the same files, the better of before and after.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     .venv/bin/python -m benchmarks.kv_prefill --json prefill.json
     python -m benchmarks.kv_prefill --context 1024 --host 8MiB --rounds 1       # tries the harness
 
-The model of `kv_decode`; the prompt is random. Rounds alternate between transformers' own cache, which keeps everything,
-and ours; slowdown = median of ours over median of its own, less 1.
+The model of `kv_decode`; the prompt is random. Rounds alternate between transformers' own cache, which keeps
+everything, and ours; slowdown = median of ours over median of its own, less 1.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> Result:
     budget = {"host": arguments.host, "disk": arguments.disk}
 
     def tiered() -> Any:
-        return penstock.TieredCache(
-            model.config, max_memory=budget, block_tokens=arguments.block_tokens, disk=folder
-        )
+        return penstock.TieredCache(model.config, max_memory=budget, block_tokens=arguments.block_tokens, disk=folder)
 
     resident_s, tiered_s, difference, written_nbytes = [], [], 0.0, 0
     with torch.no_grad():

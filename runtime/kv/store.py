@@ -148,7 +148,8 @@ class LayerStore:
             DiskError: likewise.
         """
         size = self.layout.block_tokens
-        assert self.rows == 1 and not self.tokens % size, (self.rows, self.tokens)
+        assert self.rows == 1, self.rows
+        assert not self.tokens % size, self.tokens
         self._append(slots.shape[0] * size, lambda write, done: self._copy(write, slots, done))
 
     def _append(self, total: int, put: Callable[[Write, int], None]) -> None:

@@ -29,9 +29,7 @@ def joined(blocks: torch.Tensor) -> torch.Tensor:
     [[(0,)] * 5, [(0, 1)] * 3 + [(0,), (1,), (1,)], [(0, 1, 2), (2,), (), (1, 2), (0,)]],
     ids=["one row", "two that part", "three"],
 )
-def test_rows_attend_to_what_is_theirs(
-    dtype: torch.dtype, group: int, users: Sequence[tuple[int, ...]]
-) -> None:
+def test_rows_attend_to_what_is_theirs(dtype: torch.dtype, group: int, users: Sequence[tuple[int, ...]]) -> None:
     rows, heads, tokens, dim = 1 + max(max(who, default=0) for who in users), 2, 8, 64
     keys, values = (made(len(users), heads, tokens, dim, dtype=dtype, seed=seed) for seed in (1, 2))
     new = [made(rows, heads, 1, dim, dtype=dtype, seed=seed) for seed in (3, 4)]
