@@ -5,8 +5,8 @@
 
 The model of `kv_decode`. Its keys and values are made up and stored once. Each round is a conversation that begins: a
 model of which nothing is known is looked at, as when one is loaded, and the clock starts; then come the prefix, into an
-empty cache, and the tokens after it. ratio = s to the first token over bytes read / raw O_DIRECT rate of the same files,
-the better of before and after.
+empty cache, and the tokens after it. ratio = s to the first token over bytes read / raw O_DIRECT rate of the same
+files, the better of before and after.
 """
 
 from __future__ import annotations
