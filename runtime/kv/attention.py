@@ -12,14 +12,13 @@ from typing import Final
 
 import torch
 
-from ...kernels.attention_few import few, widens
 from ...kernels.attention_merge import Merging, merge
 from ...kernels.attention_paged import paged_partial
 from ...kernels.attention_partial import causal, flashes, partial
 from .spread import Span
 
 FEW_ROWS: Final = 32
-"""Queries of a head, up to which blocks are read where they lie. With more, they are put together first: their copy
+"""Queries of a head, up to which each block is a part of its own. With more, blocks are put together first: their copy
 costs less than merging so many results."""
 PARTS_NBYTES: Final = 16 * 2**20
 """Of results that wait to be merged: those of a layer, in decoding."""
@@ -149,7 +148,7 @@ class _Parts:
 def _attend_span(parts: _Parts, asked: Asked, keys: torch.Tensor, values: torch.Tensor, span: Span) -> None:
     if span.alike is not None:
         _attend_alike(parts, asked, keys, values, span.alike, span.positions)
-    elif asked.mask is None and span.rows.shape[1] * parts.query.shape[2] <= FEW_ROWS and not widens(keys.dtype):
+    elif asked.mask is None and span.rows.shape[1] * parts.query.shape[2] <= FEW_ROWS:
         _attend_each(parts, asked, keys, values, span)
     else:
         for rows in torch.unique(span.rows, dim=0):
@@ -173,9 +172,6 @@ def _attend_alike(
         slots = torch.arange(blocks, dtype=torch.int32, device=keys.device)[None]
         lengths = torch.full((1,), blocks * tokens, dtype=torch.int32, device=keys.device)
         parts.add(rows, *paged_partial(together, keys, values, slots, lengths, scale=asked.scale))
-        return
-    if small and keys.device.type == "cpu" and widens(keys.dtype):
-        parts.add(rows, *few(together[0], keys, values, scale=asked.scale, cap=asked.cap))
         return
     if small:
         wide = together.expand(blocks, -1, -1, -1)
