@@ -158,7 +158,7 @@ def test_arguments(tmp_path: Path) -> None:
     cache.close()
 
 
-@pytest.mark.parametrize("lossy", [{"policy": "quest:64"}, {"codec": "int8"}])
+@pytest.mark.parametrize("lossy", [{"policy": "quest:256"}, {"codec": "int8"}])
 def test_policies_and_codecs_are_refused_beside_a_device(lossy: dict[str, str]) -> None:
     budget = {"device": "1MiB", "host": "1MiB"}
     with pytest.raises(penstock.UsageError, match="work in host memory and on disk"):
