@@ -178,7 +178,7 @@ def table_of(rows: Sequence[Row]) -> Table:
 def main() -> None:
     """Train or load, ask, tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500, help="of training; a model of other steps is another one")
+    parser.add_argument("--steps", type=int, default=3000, help="of training, at most")
     parser.add_argument("--length", type=int, default=2 * KEYS, help="tokens of a context: pairs of a key and a value")
     parser.add_argument("--rows", type=int, default=8, help="contexts")
     parser.add_argument("--questions", type=int, default=32, help="of each")

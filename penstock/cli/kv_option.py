@@ -54,13 +54,22 @@ class KvOption:
         return there | {"host": self.host, "disk": self.disk}
 
 
-def read_policy(text: str | None) -> PolicyChoice:
+def read_policy(text: str | None, *, needs_tiers: bool = False) -> PolicyChoice:
     """What `--kv-policy` says; attention to all where it says nothing.
 
+    Args:
+        text: As it was given.
+        needs_tiers: Whether there is nothing to choose among.
+
     Raises:
-        UsageError: there is none of that name, or its budget holds nothing.
+        UsageError: there is none of that name, its budget holds nothing, or it is lossy and there are no tiers.
     """
-    return PolicyChoice() if text is None else choice_for(text, None)
+    choice = PolicyChoice() if text is None else choice_for(text, None)
+    if choice.lossy and needs_tiers:
+        raise UsageError(
+            f"--kv-policy {text} chooses among keys and values in tiers: add --kv host=2GiB, and disk=… for more"
+        )
+    return choice
 
 
 def read_kv(text: str | None, policy: PolicyChoice | None = None) -> KvOption | None:

@@ -115,13 +115,9 @@ def run(
         raise UsageError("--output, --resume and --force are about results of many prompts: give those by --prompts")
     if exact and kv is not None:
         raise UsageError("--exact forbids what is equal to rounding only, as attention over tiers is: leave out --kv")
-    policy = read_policy(kv_policy)
-    if policy.lossy and kv is None:
-        raise UsageError(
-            f"--kv-policy {kv_policy} chooses among keys and values in tiers: add --kv host=2GiB, and disk=… for more"
-        )
+    tiers = read_kv(kv, read_policy(kv_policy, needs_tiers=kv is None))
     asked = read_prompt(text=prompt, file=prompt_file, ids=prompt_ids, chat=chat)
-    request = Request(prompt=asked, plan=plan, exact=exact, context=context, kv=read_kv(kv, policy), **common)
+    request = Request(prompt=asked, plan=plan, exact=exact, context=context, kv=tiers, **common)
     output = Output()
     with output.busy("starting"):
         from .generation import carry_out  # torch and transformers take seconds
