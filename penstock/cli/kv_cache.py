@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from ..kvcache import TieredCache
 from ..runtime.cachesize import cache_size
+from ..runtime.kv.figures import KvStatistics
 from ..runtime.kv.identity import rope_depends_on_length
-from ..runtime.kv.tiers import KvStatistics
 from ..scheduler.kv.chosen import ChosenStatistics
 from ..sizes import format_size
 from .kv_option import KvOption

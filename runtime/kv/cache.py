@@ -17,11 +17,12 @@ from ...scheduler.kv.policies.policy import Policy
 from ...scheduler.kv.shape import TOKENS
 from ..devices.base import Device
 from .choosing import Choosing
+from .figures import KvStatistics
 from .interface import known_configs, masks_for, switch
 from .layer import TieredLayer, Way
 from .memory import KvBudget
 from .probe import probe
-from .tiers import KvStatistics, KvTiers
+from .tiers import KvTiers
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 
 from ...memory.arena import HostArena
-from ...memory.errors import DoesNotFitError, PenstockError
+from ...memory.errors import DoesNotFitError
 from ...scheduler.kv.moves import Move, TierStatistics
 from ...scheduler.kv.orders import Cyclic, Recent
 from ...scheduler.kv.table import BlockTable
@@ -23,6 +23,7 @@ from ...scheduler.kv.tiers import Tier, Tiers
 from ...scheduler.kv.writes import TableStatistics, Write
 from .coded import CodedLayout
 from .layout import BlockLayout
+from .leaving import Leaving, Moving
 from .memory import KvMemory
 from .placement import Numbers, Piece, Placement
 from .spill import SpillFile
@@ -30,18 +31,6 @@ from .spread import Span
 
 AT_ONCE: Final = 16
 """Blocks of each row that are appended at once, at most: what was appended can be evicted only then."""
-
-
-class Moving(Protocol):
-    """A block on its way to a slower tier."""
-
-    def done(self) -> bool:
-        """Whether it is there, or never will be."""
-        ...
-
-    def wait(self) -> bool:
-        """Wait until then; raises what it met."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,11 +99,16 @@ class LayerStore:
         self.table = BlockTable(layout.shape, self.tiers, paddings)
         self._recent = Recent() if chooses else None
         self._order: Cyclic | Recent = self._recent or Cyclic(self.table)
-        self._moving: list[tuple[Move, Moving]] = []
+        self._leaving = Leaving(
+            self.tiers,
+            self.numbers,
+            spills=memory.disk_share >= unit,
+            begin=self._begin,
+            farness=self._farness,
+            changed=self._replace,
+        )
         self._placement: Placement | None = None
         self.chooses = chooses
-        self.written_nbytes = 0
-        """To disk, in whole slots."""
 
     @property
     def rows(self) -> int:
@@ -125,6 +119,11 @@ class LayerStore:
     def coded(self) -> bool:
         """Whether full blocks are coded."""
         return self._coded is not None
+
+    @property
+    def written_nbytes(self) -> int:
+        """To disk, in whole slots."""
+        return self._leaving.written_nbytes
 
     @property
     def tokens(self) -> int:
@@ -142,7 +141,7 @@ class LayerStore:
         Raises:
             DiskError: it could not be written.
         """
-        self._collect(wait=False)
+        self._leaving.collect(wait=False)
 
     def placement(self) -> Placement:
         """Where all whole blocks are now; the same object until one comes or goes, and so while it is attended to."""
@@ -268,7 +267,7 @@ class LayerStore:
 
     def crop(self, tokens: int) -> None:
         """Forget all but so many positions."""
-        self._collect(wait=True)
+        self._leaving.collect(wait=True)
         self.table.crop(tokens)
         self._forget_places()
 
@@ -284,15 +283,17 @@ class LayerStore:
 
     def close(self) -> None:
         """Give up all blocks. What is being written is waited for, and whatever becomes of it does not matter."""
-        while self._moving:
-            with suppress(PenstockError):
-                self._finish_first()
+        self._leaving.abandon()
         self.table.clear()
         self._placement = None
 
     def statistics(self) -> tuple[TableStatistics, tuple[TierStatistics, ...]]:
         """Frozen records of its table and tiers."""
         return self.table.statistics(), self.tiers.statistics()
+
+    def _replace(self) -> None:
+        """Blocks have come or gone."""
+        self._placement = None
 
     def _forget_places(self) -> None:
         self._placement = None
@@ -393,19 +394,18 @@ class LayerStore:
             missing = self.table.missing(0, tokens)
             if missing <= self.tiers.free(0):
                 return tokens
-            self._collect(wait=False)
+            self._leaving.collect(wait=False)
             try:
-                self._make_way(missing)
+                self._leaving.free(missing)
             except DoesNotFitError:
-                if self._moving:
-                    self._collect(wait=True)
+                if self._leaving.under_way:
+                    self._leaving.collect(wait=True)
                 elif tokens == 1:
                     raise
                 else:
                     tokens = -(-tokens // 2)
                 continue
-            while self._moving and self.tiers.free(0) < missing:
-                self._finish_first()
+            self._leaving.wait_for(0, missing)
 
     def _make_room_ahead(self, tokens: int) -> None:
         # After a prompt tokens come one by one, and a policy wants the last ones: they do not leave for a next chunk.
@@ -413,35 +413,10 @@ class LayerStore:
         missing = self.table.missing(0, tokens)
         if missing > self.tiers.free(0):
             with suppress(DoesNotFitError):  # who appends them will be told, or take fewer at once
-                self._make_way(missing)
+                self._leaving.free(missing)
         if self.device_slots is not None and missing > self.tiers.free(self.numbers.host):
             with suppress(DoesNotFitError):
-                self._evict(self.numbers.host, missing)
-
-    def _make_way(self, slots: int) -> None:
-        """Begin to free slots of the fastest tier. What leaves a device needs a place in host memory first: nothing
-        goes from there to disk at once."""
-        if self.device_slots is not None:
-            host, leaving = self.numbers.host, slots - self.tiers.free(0)
-            if leaving > self.tiers.free(host) and self._memory.disk_share >= self.layout.slot_nbytes:
-                self._evict(host, leaving)
-                while self._moving and self.tiers.free(host) < leaving:
-                    self._finish_first()
-                if self.tiers.free(host) < leaving:
-                    raise self.tiers.no_room(host, leaving)
-        self._evict(0, slots)
-
-    def _evict(self, tier: int, slots: int) -> None:
-        moves = list(self.tiers.make_room(tier, slots, self._farness))
-        self._placement = None  # clean copies may have been dropped
-        while moves:
-            try:
-                moving = self._begin(moves[0])
-            except BaseException:
-                for move in moves:
-                    self.tiers.finish(move, failed=True)
-                raise
-            self._moving.append((moves.pop(0), moving))
+                self._leaving.evict(self.numbers.host, missing)
 
     def _begin(self, move: Move) -> Moving:
         if move.source != self.numbers.device:
@@ -456,20 +431,3 @@ class LayerStore:
         if self._recent is not None and not self.table.block(block).index:
             return (-1,)
         return self._order.farness(block)
-
-    def _collect(self, *, wait: bool) -> None:
-        """Hear of what has been written; the first failure is raised, and that block stays where it was."""
-        while self._moving and (wait or self._moving[0][1].done()):
-            self._finish_first()
-
-    def _finish_first(self) -> None:
-        move, transfer = self._moving.pop(0)
-        failed = True
-        try:
-            transfer.wait()
-            failed = False
-        finally:
-            self.tiers.finish(move, failed=failed)
-            self._placement = None
-        if move.target == self.numbers.disk:
-            self.written_nbytes += move.nbytes

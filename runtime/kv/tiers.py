@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
 from ...kernels.kv_codec import BITS
 from ...memory.errors import ClosedError, PenstockError, UsageError
-from ...scheduler.kv.chosen import ChosenStatistics
 from ..devices.base import Device
 from .attention import Blocks
 from .coded import CodedLayout
 from .crossing import Crossing
+from .figures import KvStatistics
 from .layout import BlockLayout
 from .memory import KvBudget, KvMemory
 from .placement import Piece
@@ -22,42 +21,6 @@ from .reading import ReadAhead
 from .spread import Span
 from .store import Beginning, LayerStore
 from .stored import StoredRow
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KvStatistics:
-    """What a cache holds at this moment, and what it has moved, in bytes. Those of tiers are whole slots."""
-
-    tokens: int
-    """Positions of each row, padding counted."""
-    rows: int
-    kv_nbytes: int
-    """Keys and values of all tokens, as if nothing were shared."""
-    host_nbytes: int
-    """Of blocks in host memory."""
-    disk_nbytes: int
-    """Of blocks on disk, those that faster tiers have too among them."""
-    device_nbytes: int
-    """Of blocks in the device's memory."""
-    device_budget_nbytes: int
-    """0 where nothing is kept there."""
-    host_budget_nbytes: int
-    arena_nbytes: int
-    """Of the one allocation that all blocks and reads go to."""
-    read_nbytes: int
-    """From disk."""
-    written_nbytes: int
-    """To disk."""
-    sent_nbytes: int
-    """From the device to host memory."""
-    fetched_nbytes: int
-    """From host memory to the device, to be attended to there."""
-    appended_nbytes: int
-    """Keys and values of tokens that were added."""
-    copied_nbytes: int
-    """Beginnings of blocks that were copied, because rows parted."""
-    chosen: ChosenStatistics | None = None
-    """What a policy of selection made of it; None where all is attended to."""
 
 
 class KvTiers:
