@@ -61,7 +61,12 @@ class TieredCache(_TieredCache):
     def __new__(cls, config: Any, *args: Any, **kwargs: Any) -> Any:
         """A cache of the kind that the model takes."""
         if config.is_encoder_decoder:
-            return TieredEncoderDecoderCache(config, **_settings(*args, **kwargs))
+            settings = _settings(*args, **kwargs)
+            try:
+                return TieredEncoderDecoderCache(config, **settings)
+            except BaseException:
+                _close_owned(settings)
+                raise
         return super().__new__(cls)
 
     def __init__(
@@ -85,7 +90,11 @@ class TieredCache(_TieredCache):
             budget=budget,
             codec=codec,
         )
-        super().__init__(config, **settings)
+        try:
+            super().__init__(config, **settings)
+        except BaseException:
+            _close_owned(settings)
+            raise
 
 
 def _settings(
@@ -114,6 +123,11 @@ def _settings(
             f"device={allowed.device} in the budget of keys and values: policies of selection and codecs work in host "
             "memory and on disk. Leave it out, or the policy and the codec"
         )
+    if allowed.host is None:
+        raise UsageError(
+            f"device={allowed.device} in the budget of keys and values: say how much host memory they may take as well "
+            "(host=2GiB, for example), all of which is registered with the device at once"
+        )
     owned = isinstance(device, str | torch.device)
     opened: Device = open_device(device) if isinstance(device, str | torch.device) else device
     if not opened.separate:
@@ -124,3 +138,9 @@ def _settings(
             "it out, or name the device that the model runs on (device=…)"
         )
     return settings | {"device": opened, "owned": owned}
+
+
+def _close_owned(settings: dict[str, Any]) -> None:
+    """The device that was opened for a cache that did not come to be."""
+    if settings.get("owned"):
+        settings["device"].close()

@@ -25,6 +25,8 @@ PARTS_NBYTES: Final = 16 * 2**20
 QUERIES: Final = 512
 """Of new tokens that attend to each other at once: a mask is as large as the square of it."""
 
+_CPU: Final = torch.device("cpu")
+
 Blocks = tuple[torch.Tensor, torch.Tensor, tuple[Span, ...]]
 """Keys and values [blocks, kv_heads, tokens, dim], and whose they are."""
 
@@ -49,6 +51,9 @@ class Asked:
     """Of each row, in positions."""
     before: int = 0
     """S."""
+    cold: bool = True
+    """Whether blocks may lie outside of the device that computes: queries are brought down first then, before it has
+    work of its own to end."""
 
     @property
     def group(self) -> int:
@@ -70,6 +75,8 @@ def merged(asked: Asked, blocks: Iterator[Blocks]) -> Merging:
     query = asked.query.reshape(rows, heads // asked.group, asked.group * count, dim)
     shape = (*query.shape[:3], asked.values.shape[3])
     sides: dict[torch.device, _Parts] = {}
+    if asked.cold and asked.before and query.device != _CPU:
+        sides[_CPU] = _Parts(Merging.of(shape, _CPU), query.to(_CPU))
     for keys, values, spans in blocks:
         parts = sides.get(keys.device)
         if parts is None:
@@ -123,7 +130,8 @@ class _Parts:
     def together(self, rows: tuple[int, ...]) -> torch.Tensor:
         """Queries of these rows as rows of one product: [1, kv_heads, queries, dim]."""
         if rows not in self._together:
-            those = self.query[list(rows)]
+            # An index would have to be sent to a device, and that be waited for.
+            those = self.query if rows == tuple(range(len(self.query))) else self.query[list(rows)]
             self._together[rows] = those.transpose(0, 1).reshape(1, those.shape[1], -1, those.shape[3])
         return self._together[rows]
 
@@ -140,7 +148,7 @@ class _Parts:
             out, lse = merge(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
             out = out.view(out.shape[0], len(rows), -1, out.shape[-1]).transpose(0, 1)
             lse = lse.view(out.shape[1], len(rows), -1).transpose(0, 1)
-            self.merging.add(out, lse, torch.tensor(rows))
+            self.merging.add(out, lse, None if rows == tuple(range(len(self.query))) else torch.tensor(rows))
         self._parts.clear()
         self._nbytes = 0
 

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ...memory.arena import HostArena, debug_enabled
+from ...memory.arena import PAGE, HostArena, debug_enabled
+from ...memory.errors import UsageError
 from ...scheduler.kv.balance import Balance, Seen
 from ...scheduler.mover import Event
 from .attention import Blocks
@@ -35,21 +36,33 @@ class Crossing:
     Args:
         memory: Of the device.
         host: The arena that pieces come from.
-        slot_nbytes: Of the largest block.
+        balance: How much of what is there crosses.
+        slot_nbytes: Of the first layer's blocks, or of larger ones.
     """
 
-    def __init__(self, memory: DeviceMemory, host: HostArena, slot_nbytes: int) -> None:
+    def __init__(self, memory: DeviceMemory, host: HostArena, balance: Balance, slot_nbytes: int) -> None:
         self._memory = memory
         self._host = host
-        most = max(1, min(PIECE_NBYTES, memory.ring_nbytes // PIECES) // slot_nbytes)
-        self.piece_blocks = most
-        """Blocks of a piece, at most."""
-        self._size = most * slot_nbytes
+        self.balance = balance
+        self._size = max(slot_nbytes, min(PIECE_NBYTES, memory.ring_nbytes // PIECES) // PAGE * PAGE)
+        """Of a buffer."""
         self._free: deque[tuple[int, Event]] = deque(
             (buffer, None) for buffer in range(memory.ring_nbytes // self._size)
         )
         """Buffers, and events until which they are read; those that were free longest first."""
-        self.balance = Balance()
+
+    def piece_blocks(self, slot_nbytes: int) -> int:
+        """How many blocks of this size cross at once, at most.
+
+        Raises:
+            UsageError: not one does: layers before this one have much smaller blocks.
+        """
+        if slot_nbytes > self._size:
+            raise UsageError(
+                f"a layer has blocks of {slot_nbytes} bytes, and what crosses to the device is cut into {self._size}, "
+                "by the blocks of layers before it: use fewer tokens per block (block_tokens=…), or leave device= out"
+            )
+        return self._size // slot_nbytes
 
     def blocks(self, store: LayerStore, pieces: Sequence[Piece], queries: int) -> Iterator[Blocks]:
         """Pieces of a layer in host memory, on the side that is to attend to them.
@@ -83,6 +96,7 @@ class Crossing:
                 link_s = time.perf_counter() - began_s if waited else link_s
                 yield from self._land(store, flights)
                 self._send(store, cross, flights)
+            assert not cross, "a ring without buffers"
         finally:
             # Slots that pieces came from may be given to other blocks when this ends.
             while flights:
@@ -99,11 +113,14 @@ class Crossing:
         """Have as many pieces under way as the ring has buffers."""
         unit = store.layout.slot_nbytes
         while cross and self._free:
-            buffer, used = self._free.popleft()
-            piece = cross.popleft()
+            piece = cross[0]
+            assert len(piece.blocks) * unit <= self._size, (piece, unit, self._size)
+            buffer, used = self._free[0]
             arrived = self._memory.fetch(
                 self._host, store.address(piece.first), buffer * self._size, len(piece.blocks) * unit, after=used
             )
+            self._free.popleft()
+            cross.popleft()
             flights.append(_Flight(piece=piece, buffer=buffer, arrived=arrived))
 
     def _land(self, store: LayerStore, flights: deque[_Flight]) -> Iterator[Blocks]:

@@ -203,6 +203,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             sinks=sinks,
             paddings=self._tiers.paddings_of(self._number, keys.shape[0]),
             before=before,
+            cold=self._tiers.cold(self._number),
         )
         with self._tiers.in_whole():
             if self._choosing is None:

@@ -154,11 +154,13 @@ class KvMemory:
         try:
             self.engine.close()
         finally:
-            if self.device is not None:
-                self.device.close()
-            self.tensor = torch.empty(0, dtype=torch.uint8)
-            self.arena.close()
-            for reservation in reservations:
-                reservation.release()
+            try:
+                if self.device is not None:
+                    self.device.close()
+            finally:
+                self.tensor = torch.empty(0, dtype=torch.uint8)
+                self.arena.close()
+                for reservation in reservations:
+                    reservation.release()
             if self._scratch is not None:
                 self._scratch.close()

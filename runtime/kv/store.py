@@ -25,7 +25,7 @@ from .coded import CodedLayout
 from .layout import BlockLayout
 from .leaving import Leaving, Moving
 from .memory import KvMemory
-from .placement import Numbers, Piece, Placement
+from .placement import PIECE_NBYTES, Numbers, Piece, Placement
 from .spill import SpillFile
 from .spread import Span
 
@@ -92,7 +92,10 @@ class LayerStore:
         self.numbers = Numbers.of(device=memory.device is not None)
         """Of its tiers."""
         self.piece_blocks: int | None = None
-        """Of what is attended to in host memory at once, where a device takes its part of that."""
+        """Of what is attended to in host memory at once, where a device takes its part of that, or it is decoded."""
+        if self._coded is not None:
+            decoded = layout.heads * (layout.key_dim + layout.value_dim) * layout.dtype.itemsize * layout.block_tokens
+            self.piece_blocks = max(1, PIECE_NBYTES // decoded)
         if memory.disk_share >= unit:
             tiers.append(Tier(name="disk", budget_nbytes=memory.disk_share))
         self.tiers = Tiers(tiers, unit)
@@ -408,12 +411,14 @@ class LayerStore:
             self._leaving.wait_for(0, missing)
 
     def _make_room_ahead(self, tokens: int) -> None:
-        # After a prompt tokens come one by one, and a policy wants the last ones: they do not leave for a next chunk.
-        tokens = min(tokens, (1 if self._recent is not None else AT_ONCE) * self.layout.block_tokens)
+        # After a prompt tokens come one by one. A policy wants the last ones, and what left a device does not come
+        # back: they do not leave for a next chunk.
+        one = self._recent is not None or self.device_slots is not None
+        tokens = min(tokens, (1 if one else AT_ONCE) * self.layout.block_tokens)
         missing = self.table.missing(0, tokens)
         if missing > self.tiers.free(0):
             with suppress(DoesNotFitError):  # who appends them will be told, or take fewer at once
-                self._leaving.free(missing)
+                self._leaving.free(missing, ahead=True)
         if self.device_slots is not None and missing > self.tiers.free(self.numbers.host):
             with suppress(DoesNotFitError):
                 self._leaving.evict(self.numbers.host, missing)

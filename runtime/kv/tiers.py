@@ -9,6 +9,7 @@ import torch
 
 from ...kernels.kv_codec import BITS
 from ...memory.errors import ClosedError, PenstockError, UsageError
+from ...scheduler.kv.balance import Balance
 from ..devices.base import Device
 from .attention import Blocks
 from .coded import CodedLayout
@@ -66,6 +67,7 @@ class KvTiers:
         self._device = device
         self._owned = owned
         self._crossing: Crossing | None = None
+        self._balance = Balance()
         self._memory: KvMemory | None = None
         self._reading: ReadAhead | None = None
         self._stores: list[LayerStore | None] = [None] * layers
@@ -198,6 +200,15 @@ class KvTiers:
         for piece, slots in reads:
             yield store.layout.keys(slots), store.layout.values(slots), piece.spans
 
+    def cold(self, number: int) -> bool:
+        """Whether any of a layer is to be attended to outside of the device's memory."""
+        store = self._stores[number]
+        if store is None or store.numbers.device is None:
+            return store is not None
+        placement = store.placement()
+        ends = any(part.tier != store.numbers.device for part in store.beginnings())
+        return ends or bool(placement.host) or bool(placement.on_disk)
+
     def whole(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer, put together: [rows, kv_heads, positions, dim]; 0 where padding is."""
         store = self._stores[number]
@@ -322,11 +333,13 @@ class KvTiers:
         memory, self._memory, self._reading = self._memory, None, None
         self._crossing = None
         self._stores = [None] * self._layers
-        if memory is not None:
-            memory.close()
         device, self._device = self._device, None
-        if device is not None and self._owned:
-            device.close()
+        try:
+            if memory is not None:
+                memory.close()
+        finally:
+            if device is not None and self._owned:
+                device.close()
 
     def _make(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> LayerStore:
         self._require_open()
@@ -349,8 +362,8 @@ class KvTiers:
             self.paddings = paddings
         if self._memory.device is not None:
             if self._crossing is None:
-                self._crossing = Crossing(self._memory.device, self._memory.arena, layout.slot_nbytes)
-            store.piece_blocks = self._crossing.piece_blocks
+                self._crossing = Crossing(self._memory.device, self._memory.arena, self._balance, layout.slot_nbytes)
+            store.piece_blocks = self._crossing.piece_blocks(layout.slot_nbytes)
         return store
 
     def _layout(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> BlockLayout:

@@ -77,6 +77,16 @@ def test_what_fits_the_device_never_leaves_it(caches: Callable[..., Any]) -> Non
     assert figures.host_nbytes == figures.disk_nbytes == 0
 
 
+def test_a_device_that_a_prompt_just_fits_is_not_emptied_for_a_next_one(caches: Callable[..., Any]) -> None:
+    model = model_of(llama)
+    with torch.no_grad():
+        cache = caches(model, device="512KiB")  # shares of 37 slots of a page; 100 tokens are 25
+        model(**prompts(1), past_key_values=cache)
+        figures = cache.statistics()
+    assert figures.sent_nbytes == 0
+    assert figures.device_nbytes == 3 * 25 * 4096
+
+
 def test_each_block_is_sent_once_and_written_once(caches: Callable[..., Any]) -> None:
     model = model_of(llama)
     cache = caches(model)
