@@ -28,8 +28,8 @@ def make_cache(model: Any, option: KvOption, disk: Path | None, device: str) -> 
 
 
 def planned_context(folder: str, option: KvOption | None, context: int, *, dtype: str, trust_remote_code: bool) -> int:
-    """How many tokens' keys and values the plan is to leave memory for, on the device where there is one: as many as
-    the cache may hold there."""
+    """How many tokens' keys and values the plan is to leave memory for: as many as the cache may hold on the device,
+    where it is to hold any there, and else in host memory."""
     if option is None:
         return context
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -37,7 +37,10 @@ def planned_context(folder: str, option: KvOption | None, context: int, *, dtype
     named = getattr(torch, dtype, None)
     itemsize = (named if isinstance(named, torch.dtype) else own).itemsize
     token_nbytes = cache_size(config).token_elements * itemsize
-    return max(1, min(context, (option.device or option.host) // max(token_nbytes, 1)))
+    token_nbytes = max(token_nbytes, 1)
+    if option.device:  # which the cache takes as a whole, however short the prompt is
+        return max(1, -(-option.device // token_nbytes))
+    return max(1, min(context, option.host // token_nbytes))
 
 
 def chunks(prompt_tokens: int, model: Any) -> dict[str, Any]:
