@@ -83,6 +83,11 @@ def read_kv(text: str | None, policy: PolicyChoice | None = None) -> KvOption | 
     budget = parse_budget(text)
     if budget.host is None:
         raise UsageError(f"--kv {text}: say how much host memory keys and values may take, for example host=2GiB")
+    if budget.device and policy is not None and policy.lossy:
+        raise UsageError(
+            f"--kv {text} beside --kv-policy {policy}: policies of selection work in host memory and on disk; leave "
+            "device= out, or the policy"
+        )
     return KvOption(host=budget.host, disk=budget.disk or 0, device=budget.device or 0, choice=policy or PolicyChoice())
 
 

@@ -83,6 +83,7 @@ def test_a_run_with_keys_and_values_on_a_device(checkpoint: Path, capsys: pytest
     ("options", "message"),
     [
         (("--kv", "device=1GiB,host=1GiB"), "has no memory of its own"),
+        (("--kv", "device=1GiB,host=1GiB", "--kv-policy", "quest:256"), "beside --kv-policy quest:256"),
         (("--kv", "disk=1GiB"), "say how much host memory"),
         (("--kv", "host=1G"), "ambiguous"),
         (("--kv", "host=1GiB", "--exact"), "--exact forbids"),
