@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderC
 from ...memory.errors import UsageError
 from ...scheduler.kv.choice import PolicyChoice
 from ...scheduler.kv.chosen import ChosenFigures
+from ...scheduler.kv.policies import POLICIES
 from ...scheduler.kv.policies.policy import Policy
 from ...scheduler.kv.shape import TOKENS
 from ..devices.base import Device
@@ -47,7 +48,7 @@ class TieredCache(DynamicCache):
 
     Raises:
         UsageError: no layer of the model can be kept in tiers, or a policy is to choose and its attention cannot be
-            replaced.
+            replaced; or the policy reads from every key, and the budget names a disk.
     """
 
     def __init__(
@@ -75,6 +76,12 @@ class TieredCache(DynamicCache):
             raise UsageError(
                 f"policy {choice} chooses inside of our attention, and the one that the model was loaded with cannot "
                 'be replaced: load it with attn_implementation="sdpa", or use policy="exact"'
+            )
+        if budget.disk and POLICIES[choice.name].reads_all_keys:
+            raise UsageError(
+                f"policy {choice} reads from every key in each step, and the budget has {budget.disk} bytes of disk, "
+                'where keys would be read whole each time: give "disk": 0 and enough host memory for all keys and '
+                "values, or use a policy that chooses by less (quest, landmark, vq)"
             )
         self.choice = choice
         """The policy of selection."""
