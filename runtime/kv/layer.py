@@ -275,11 +275,12 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _select(self, rows: Sequence[int]) -> None:
         self._require_consumed(self)
-        if self._choosing is not None:
-            self._choosing.require_apart(rows)
-        self._tiers.reorder(self._number, rows)
-        if self._choosing is not None:
-            self._choosing.reordered(rows)
+        with self._tiers.in_whole():  # layers before this one have been reordered already
+            if self._choosing is not None:
+                self._choosing.require_apart(rows)
+            self._tiers.reorder(self._number, rows)
+            if self._choosing is not None:
+                self._choosing.reordered(rows)
 
     def _require_consumed(self, layer: TieredLayer | None) -> None:
         if layer is None or layer._pending is None:
