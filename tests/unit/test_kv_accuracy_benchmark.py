@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.kv_accuracy import answers
 
+from benchmarks.kv_accuracy import answers
 from penstock.scheduler.kv.choice import PolicyChoice
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,8 +29,7 @@ from kv_selections import (
 
 from penstock.memory.errors import UsageError
 from penstock.scheduler.kv.arraykeys import ArrayKeys
-from penstock.scheduler.kv.policies import policies, policy, sale
-from penstock.scheduler.kv.policies.alisa import Alisa
+from penstock.scheduler.kv.policies import policies, policy
 from penstock.scheduler.kv.policies.codebook import assign, fit_codebook
 from penstock.scheduler.kv.policies.policy import (
     FloatArray,
@@ -43,7 +41,6 @@ from penstock.scheduler.kv.policies.policy import (
 )
 from penstock.scheduler.kv.policies.quest import upper_bounds
 from penstock.scheduler.kv.policies.sale import quantised, restored
-from penstock.scheduler.kv.policies.sentences import Sentences
 from penstock.scheduler.kv.policies.snapkv import pooled
 from penstock.scheduler.kv.policies.vectors import Vectors
 from penstock.scheduler.kv.recall import attention
@@ -210,34 +207,6 @@ def test_alisa_takes_nothing_from_tokens_that_are_new_at_old_places() -> None:
         assert selection.ids[head].tolist() == [*range(4), *top(sums, 32), *range(TOKENS - 28, TOKENS)]
 
 
-def test_alisa_keeps_no_record_of_each_query() -> None:
-    setting = replace(SETTING, budget_tokens=2048)
-    made = policy("alisa", HEADS, setting, layer=5)
-    assert isinstance(made, Alisa)
-    made.appended(np.zeros((2, 3000, HEADS.dim), np.float32))
-    ids: IntArray = np.arange(2048)
-    for _ in range(1100):
-        made.attended(Seen(tokens=(ids,) * 2, mass=(np.ones(2048, np.float32),) * 2))
-    assert len(made._older) < 8
-    held = sum(sums.nbytes for _, sums in made._older)
-    assert held + made._newest._held.nbytes + made._sums._held.nbytes <= 11 * 2 * 3000 * FP32
-    assert made._sums.values[:, :2048].tolist() == [[7 * 128 + 1100 % 128] * 2048] * 2
-    assert not made._sums.values[:, 2048:].any()
-
-
-def test_sentences_are_closed_while_a_prompt_comes() -> None:
-    """Keys of a long prompt are not held: at most what came last, and a sentence."""
-    keys = some_keys()
-    made, at_once = (policy("sentencekv", HEADS, SETTING, layer=5) for _ in range(2))
-    assert isinstance(made, Sentences)
-    for at in range(0, TOKENS, 7):
-        made.appended(keys[:, at : at + 7])
-        assert made._tail.shape[1] < 7 + SETTING.block_tokens
-    at_once.appended(keys)
-    found, expected = (one.select(some_query(), ArrayKeys(HEADS, keys)) for one in (made, at_once))
-    assert [ids.tolist() for ids in found.ids] == [ids.tolist() for ids in expected.ids]
-
-
 def test_sentences_are_taken_whole() -> None:
     keys, setting = some_keys(), replace(SETTING, block_tokens=16)
     ends = [9, 15, 40, 61, 70, 75, 90, 100, 130, 144, 160, 171, 180, 188, 199]
@@ -354,23 +323,6 @@ def test_sale_keeps_blocks_that_get_a_part() -> None:
     sharp = replace(query, values=40 * keys[:, :1].repeat(3, axis=1))  # all attention goes to the first token
     few = prepared("sale", keys).select(sharp, ArrayKeys(HEADS, keys))
     assert [len(ids) for ids in few.ids] == [1 + 26 - 24] * 2
-
-
-def test_sale_looks_at_a_piece_of_keys_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys, query = some_keys() * 3, some_query()
-    whole = prepared("sale", keys).select(query, ArrayKeys(HEADS, keys))
-    looked: list[int] = []
-
-    def look(codes: npt.NDArray[np.uint8], scales: FloatArray, dim: int) -> FloatArray:
-        looked.append(codes.shape[1])
-        return restored(codes, scales, dim)
-
-    monkeypatch.setattr(sale, "restored", look)
-    monkeypatch.setattr(sale, "LOOK_TOKENS", 20)
-    pieces = prepared("sale", keys).select(query, ArrayKeys(HEADS, keys))
-    assert looked == [16] * 12 + [11]
-    assert [ids.tolist() for ids in pieces.ids] == [ids.tolist() for ids in whole.ids]
-    assert pieces.scored_nbytes == whole.scored_nbytes
 
 
 def test_sparq_reads_the_largest_channels_only() -> None:
