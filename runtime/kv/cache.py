@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -165,6 +166,34 @@ class TieredCache(DynamicCache):
             return False
         return self.tiers.pad(leading.tolist())
 
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i goes on as a copy of row `beam_idx[i]`.
+
+        Raises:
+            UsageError: rows are to become two, and a policy follows each by itself; nothing has changed then.
+        """
+        self._require_apart([int(row) for row in beam_idx.tolist()])
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row.
+
+        Raises:
+            UsageError: see `reorder_cache`.
+        """
+        self._require_apart([0] * repeats)
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows.
+
+        Raises:
+            UsageError: see `reorder_cache`.
+        """
+        store = self.tiers.store(0)
+        self._require_apart(torch.arange(0 if store is None else store.rows)[indices.cpu()].tolist())
+        super().batch_select_indices(indices)
+
     def look_at(self, model: Any) -> None:
         """Find out how a model attends before it is called: a cache that is filled first cannot see it in time.
 
@@ -188,6 +217,11 @@ class TieredCache(DynamicCache):
     def close(self) -> None:
         """Stop reads and writes, remove the files, give all memory back. More than once does no harm."""
         self._finalizer()
+
+    def _require_apart(self, sources: Sequence[int]) -> None:
+        """Ask all layers before the first one changes."""
+        for layer in self._tiered:
+            layer.require_apart(sources)
 
     def _learn(self, number: int, passes: bool) -> None:
         self._known[number] = passes

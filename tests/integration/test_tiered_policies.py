@@ -25,8 +25,7 @@ from penstock.scheduler.kv.policies.policy import Selection
 
 TOKENS, NEW, BLOCK, HEADS, TOKEN_NBYTES = 700, 5, 32, 2, 128
 LOSSY = [name for name in POLICIES if name != "exact"]
-READ_ALL = ("sparq", "oracle")
-"""Which take no disk."""
+READ_ALL = ("sparq", "oracle")  # which take no disk
 SMALL = "160,recent=8,dense=0,recall=1"
 
 
@@ -324,22 +323,24 @@ def test_layers_that_choose_have_half_of_the_ring(caches: Callable[..., Any], mo
     monkeypatch.setattr(ReadAhead, "some", reading)
     cache = caches(deep, "random:160,recent=8,dense=2,recall=1000", host="256KiB")
     steps(deep, cache, ids, [TOKENS - NEW] + [1] * NEW)
-    assert len(free) >= NEW
-    assert any(runs for _, runs in free), "something was read ahead"
+    assert sum(runs > 0 for _, runs in free) >= NEW, "something was read ahead"
     assert all(empty >= (empty + runs) // 2 for empty, runs in free)
 
 
-def test_a_refused_copy_of_rows_asks_for_a_reset(model: Any, caches: Callable[..., Any]) -> None:
-    """The first layer has its rows twice then, the second one has not."""
+def test_a_refused_copy_of_rows_changes_no_layer(model: Any, caches: Callable[..., Any]) -> None:
+    """Not the first one either, which attends to all and could."""
     ids = inputs()["input_ids"]
     cache = caches(model, "quest:160,recent=8,dense=1")
     steps(model, cache, ids, [40])
-    with pytest.raises(penstock.UsageError, match="num_beams=1"):
-        cache.batch_repeat_interleave(2)
-    with pytest.raises(penstock.PenstockError, match="reset it"):
-        steps(model, cache, ids.repeat(2, 1), [1])
-    cache.reset()
-    steps(model, cache, ids, [40, 1])
+    for refused in (
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.reorder_cache(torch.tensor([0, 0])),
+        lambda: cache.batch_select_indices(torch.tensor([0, 0])),
+    ):
+        with pytest.raises(penstock.UsageError, match="num_beams=1"):
+            refused()
+    got = steps(model, cache, ids[:, 40:], [1])
+    assert float((got[0] - steps(model, None, ids, [41])[0][:, -1:]).abs().max()) <= 1e-5
 
 
 def test_the_command_line_knows_how_a_model_attends_before_its_prompt() -> None:
