@@ -166,7 +166,7 @@ class TieredCache(DynamicCache):
             return False
         return self.tiers.pad(leading.tolist())
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i goes on as a copy of row `beam_idx[i]`.
 
         Raises:
