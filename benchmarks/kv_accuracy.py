@@ -5,7 +5,8 @@
 
 A model of two layers learns to look up pairs: a key comes again, and its value is to follow (`kv_accuracy_model`). It
 is kept in the user's cache. Then each key of a context is there once, a question is one token that is computed with a
-policy, and the answer is right or not. What was asked is cropped again, so all questions see the same context.
+policy, and the answer is right or not. What was asked is cropped again, so all questions see the same context; for
+policies that hear of each step (h2o, alisa) the context is computed anew, since those remember what was asked.
 
 Constructed keys need no model: is the one key that a query looks for among those that were chosen? Policies that choose
 by votes have nothing to choose by there, and are left out. Keys are drawn one by one, or in runs that are much alike.
@@ -73,11 +74,18 @@ def cache_for(model: Any, choice: PolicyChoice, codec: str | None) -> Any:
 def answers(
     model: Any, contexts: torch.Tensor, asked: torch.Tensor, expected: torch.Tensor, cache: Any
 ) -> tuple[float, Any]:
-    """The part of questions [rows, questions] that is answered rightly, each of them in the same context."""
+    """The part of questions [rows, questions] that is answered rightly, each of them in the same context.
+
+    Policies that hear steps would remember the questions before, which a crop does not undo: for them the context is
+    computed again for each.
+    """
     right = 0
+    anew = POLICIES[cache.choice.name].hears_steps
     with torch.no_grad():
-        model(input_ids=contexts, past_key_values=cache, use_cache=True)
         for number in range(asked.shape[1]):
+            if anew or not number:
+                cache.reset()
+                model(input_ids=contexts, past_key_values=cache, use_cache=True)
             some = asked[:, number : number + 1]
             logits = model(input_ids=some, past_key_values=cache, use_cache=True).logits[:, -1]
             right += int((logits.argmax(dim=-1) == expected[:, number]).sum())

@@ -53,8 +53,9 @@ class TieredCache(_TieredCache):
 
     Raises:
         UsageError: a device without memory of its own in the budget, or a device beside a policy or a codec; a tier or
-            a size without meaning, a codec or a policy that is not known, a budget that holds nothing, or a model whose
-            layers keep nothing that grows.
+            a size without meaning, a codec or a policy that is not known, a budget that holds nothing, a policy that
+            reads from every key ("sparq", "oracle") and a disk in `max_memory`, or a model whose layers keep nothing
+            that grows.
         DoesNotFitError: raised with the first tokens, where memory has no room for a block of each sequence.
     """
 

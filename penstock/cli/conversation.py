@@ -265,7 +265,7 @@ def _prefixes(
             raise UsageError("this model keeps more than keys and values of blocks")
         store = _open_store(request)
         stack.callback(store.close)
-        salt = f"policy {request.policy}" if request.policy.lossy else ""  # what it computes is nobody else's
+        salt = request.policy.salt  # what a lossy policy computes is nobody else's
         identity = identity_of(folder, model.config, model.dtype, block_tokens=TOKENS, salt=salt)
         return Prefixes(store, identity, output)
     except PenstockError as error:

@@ -24,7 +24,10 @@ def make_cache(model: Any, option: KvOption, disk: Path | None, device: str) -> 
     """A cache for one run of a model that was loaded for such a device, and shares its links."""
     there = model.penstock.device or device
     budget = option.max_memory()
-    return TieredCache(model.config, max_memory=budget, disk=disk, device=there, policy=option.choice)
+    cache = TieredCache(model.config, max_memory=budget, disk=disk, device=there, policy=option.choice)
+    if option.choice.lossy and isinstance(cache, TieredCache):  # an encoder–decoder's is of another kind
+        cache.look_at(model)  # a first call would be the model's own, and policies would not hear of the prompt's end
+    return cache
 
 
 def planned_context(folder: str, option: KvOption | None, context: int, *, dtype: str, trust_remote_code: bool) -> int:

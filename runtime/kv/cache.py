@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderC
 from ...memory.errors import UsageError
 from ...scheduler.kv.choice import PolicyChoice
 from ...scheduler.kv.chosen import ChosenFigures
+from ...scheduler.kv.policies import POLICIES
 from ...scheduler.kv.policies.policy import Policy
 from ...scheduler.kv.shape import TOKENS
 from ..devices.base import Device
@@ -47,7 +49,7 @@ class TieredCache(DynamicCache):
 
     Raises:
         UsageError: no layer of the model can be kept in tiers, or a policy is to choose and its attention cannot be
-            replaced.
+            replaced; or the policy reads from every key, and the budget names a disk.
     """
 
     def __init__(
@@ -75,6 +77,12 @@ class TieredCache(DynamicCache):
             raise UsageError(
                 f"policy {choice} chooses inside of our attention, and the one that the model was loaded with cannot "
                 'be replaced: load it with attn_implementation="sdpa", or use policy="exact"'
+            )
+        if budget.disk and POLICIES[choice.name].reads_all_keys:
+            raise UsageError(
+                f"policy {choice} reads from every key in each step, and the budget has {budget.disk} bytes of disk, "
+                'where keys would be read whole each time: give "disk": 0 and enough host memory for all keys and '
+                "values, or use a policy that chooses by less (quest, landmark, vq)"
             )
         self.choice = choice
         """The policy of selection."""
@@ -158,6 +166,34 @@ class TieredCache(DynamicCache):
             return False
         return self.tiers.pad(leading.tolist())
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i goes on as a copy of row `beam_idx[i]`.
+
+        Raises:
+            UsageError: rows are to become two, and a policy follows each by itself; nothing has changed then.
+        """
+        self._require_apart([int(row) for row in beam_idx.tolist()])
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row.
+
+        Raises:
+            UsageError: see `reorder_cache`.
+        """
+        self._require_apart([0] * repeats)
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows.
+
+        Raises:
+            UsageError: see `reorder_cache`.
+        """
+        store = self.tiers.store(0)
+        self._require_apart(torch.arange(0 if store is None else store.rows)[indices.cpu()].tolist())
+        super().batch_select_indices(indices)
+
     def look_at(self, model: Any) -> None:
         """Find out how a model attends before it is called: a cache that is filled first cannot see it in time.
 
@@ -181,6 +217,11 @@ class TieredCache(DynamicCache):
     def close(self) -> None:
         """Stop reads and writes, remove the files, give all memory back. More than once does no harm."""
         self._finalizer()
+
+    def _require_apart(self, sources: Sequence[int]) -> None:
+        """Ask all layers before the first one changes."""
+        for layer in self._tiered:
+            layer.require_apart(sources)
 
     def _learn(self, number: int, passes: bool) -> None:
         self._known[number] = passes

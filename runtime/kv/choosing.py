@@ -6,7 +6,7 @@ last queries attended to, if they want to. A call with one token attends to what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,6 +32,9 @@ QUERIES: Final = 64
 """Of a prompt, for which a policy for prompts chooses at once."""
 PIECE_TOKENS: Final = 1024
 """Of stored keys that are looked at once, outside of attention."""
+
+_Chosen = tuple[int, int, list[IntArray]]
+"""First query and the one after the last, and the tokens that they attend to, of each head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,16 +184,33 @@ class Choosing:
         return finish(asked, merging)
 
     def _attend_row(self, asked: Asked, own: _Own, merging: Merging) -> None:
+        for chosen in self._choices(asked, own):
+            self._attend_to(asked, own, merging, chosen)
+
+    def _choices(self, asked: Asked, own: _Own) -> Iterator[list[_Chosen]]:
+        """Choices for some queries after another, as many together as want no more than twice the budget.
+
+        Those of one prompt want much the same, which is gathered once then, and a long prompt is not gathered whole.
+        """
         count = asked.query.shape[2]
-        chosen: list[tuple[int, int, list[IntArray]]] = []
+        together: list[_Chosen] = []
+        wanted: list[IntArray] = []
         for start in range(own.skip, count, QUERIES):
             stop = min(start + QUERIES, count)
             tokens = own.tokens - count + stop
             selection = own.policy.select(_query(asked, own.row, start, stop, tokens), own.stored)
             self._figures.scored_nbytes += selection.scored_nbytes
-            chosen.append((start, stop, [selection.tokens(head, tokens) for head in range(len(selection.ids))]))
-        if not chosen:
-            return  # nothing but padding
+            ids = [selection.tokens(head, tokens) for head in range(len(selection.ids))]
+            wanted = [np.union1d(*pair) for pair in zip(wanted, ids, strict=True)] if together else ids
+            if together and max(map(len, wanted)) > 2 * self._choice.budget_tokens:
+                yield together
+                together, wanted = [], ids
+            together.append((start, stop, ids))
+        if together:  # else nothing but padding
+            yield together
+
+    def _attend_to(self, asked: Asked, own: _Own, merging: Merging, chosen: list[_Chosen]) -> None:
+        count = asked.query.shape[2]
         wanted = [np.unique(np.concatenate(of_head)) for of_head in zip(*(ids for _, _, ids in chosen), strict=True)]
         keys, values = own.stored.gather(wanted)
         for start, stop, ids in chosen:

@@ -251,6 +251,15 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if self._choosing is not None:
             self._choosing.reset()
 
+    def require_apart(self, sources: Sequence[int]) -> None:
+        """See that no row is to become two where a policy follows each by itself.
+
+        Raises:
+            UsageError: one is.
+        """
+        if self._choosing is not None:
+            self._choosing.require_apart(sources)
+
     def offload(self) -> None:
         """Nothing: blocks are where they belong."""
 
@@ -276,11 +285,11 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _select(self, rows: Sequence[int]) -> None:
         self._require_consumed(self)
-        if self._choosing is not None:
-            self._choosing.require_apart(rows)
-        self._tiers.reorder(self._number, rows)
-        if self._choosing is not None:
-            self._choosing.reordered(rows)
+        self.require_apart(rows)
+        with self._tiers.in_whole():  # layers before this one have been reordered already
+            self._tiers.reorder(self._number, rows)
+            if self._choosing is not None:
+                self._choosing.reordered(rows)
 
     def _require_consumed(self, layer: TieredLayer | None) -> None:
         if layer is None or layer._pending is None:

@@ -161,17 +161,22 @@ class ReadAhead:
         return iter(placement.pieces(missing, self._size // store.layout.slot_nbytes))
 
     def _look_ahead(self, stores: Sequence[LayerStore], at: int) -> None:
-        """Ask for runs of the layers after this one, until buffers are gone or all of them are on their way."""
+        """Ask for runs of the layers after this one, until buffers are gone or all of them are on their way.
+
+        Half of the ring is left to layers in between that choose, whose reads would wait for each other else.
+        """
+        left = 0
         for step in range(1, len(stores)):
-            if not self._free:
-                return
             store = stores[(at + step) % len(stores)]
             if store.chooses:
+                left = (len(self._free) + len(self._runs)) // 2
                 continue  # what it will want is not known before it is asked
+            if len(self._free) <= left:
+                return
             placement = store.placement()
             mine = [run for run in self._runs if run.store is store]
             for piece in self._not_asked(store, placement, mine):
-                if not self._free:
+                if len(self._free) <= left:
                     return
                 self._ask(store, placement, piece, urgent=False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
 from ...memory.errors import UsageError
@@ -47,6 +47,17 @@ class PolicyChoice:
     def lossy(self) -> bool:
         """Whether anything is left out."""
         return self.name != Exact.name
+
+    @property
+    def salt(self) -> str:
+        """All that changes what is computed, for names of what was computed; nothing where that is attention to all.
+
+        `recall_every` only measures.
+        """
+        if not self.lossy:
+            return ""
+        told = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "recall_every"}
+        return "policy " + " ".join(f"{name}={value}" for name, value in told.items())
 
     def setting(self, block_tokens: int) -> Setting:
         """What the policy of a layer is given.

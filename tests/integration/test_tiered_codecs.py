@@ -43,8 +43,8 @@ def model() -> Any:
 def caches(tmp_path: Path, model: Any) -> Iterator[Callable[..., Any]]:
     made = []
 
-    def make(codec: str | None, *, host: str = "512KiB", **settings: Any) -> Any:
-        budget = {"host": host, "disk": "16MiB"}
+    def make(codec: str | None, *, host: str = "512KiB", disk: str | int = "16MiB", **settings: Any) -> Any:
+        budget = {"host": host, "disk": disk}
         cache = penstock.TieredCache(
             model.config, max_memory=budget, block_tokens=BLOCK, disk=tmp_path, codec=codec, **settings
         )
@@ -112,7 +112,8 @@ def test_blocks_take_fewer_bytes_everywhere(model: Any, caches: Callable[..., An
 def test_policies_choose_among_coded_blocks(codec: str, model: Any, caches: Callable[..., Any]) -> None:
     """With a budget that holds all the same comes out; with a small one fewer bytes are read."""
     call(model, caches(None), ids(1))
-    some = [caches(codec), caches(codec, policy="quest:1000,dense=0"), caches(codec, policy="oracle:100,dense=0")]
+    some = [caches(codec), caches(codec, policy="quest:1000,dense=0")]
+    some.append(caches(codec, policy="oracle:100,dense=0", host="1MiB", disk=0))
     got = []
     for cache in some:
         call(model, cache, ids())

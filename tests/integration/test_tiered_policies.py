@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,13 +14,18 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import penstock
+from penstock.cli.kv_cache import make_cache
+from penstock.cli.kv_option import KvOption, read_policy
 from penstock.runtime.kv.placement import Numbers
+from penstock.runtime.kv.reading import ReadAhead
 from penstock.runtime.kv.spill import SpillFile
+from penstock.runtime.kv.stored import StoredRow
 from penstock.scheduler.kv.policies import POLICIES
 from penstock.scheduler.kv.policies.policy import Selection
 
 TOKENS, NEW, BLOCK, HEADS, TOKEN_NBYTES = 700, 5, 32, 2, 128
 LOSSY = [name for name in POLICIES if name != "exact"]
+READ_ALL = ("sparq", "oracle")  # which take no disk
 SMALL = "160,recent=8,dense=0,recall=1"
 
 
@@ -74,7 +81,9 @@ class Cache:
 def caches(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     made = []
 
-    def make(model: Any, policy: str, *, host: str = "128KiB", disk: str = "16MiB", **settings: Any) -> Any:
+    def make(model: Any, policy: str, *, host: str = "128KiB", disk: str | int = "16MiB", **settings: Any) -> Any:
+        if policy.startswith(READ_ALL):
+            host, disk = "1MiB", 0
         cache = Cache(model, tmp_path, host=host, disk=disk, policy=policy, **settings).cache
         made.append(cache)
         return cache
@@ -120,7 +129,7 @@ def test_a_budget_that_holds_all_gives_what_attention_to_all_gives(
     worst = max(float((a - b).abs().max()) for a, b in zip(got.logits, expected.logits, strict=True))
     assert worst <= 1e-5
     figures = cache.statistics()
-    assert figures.read_nbytes > 0
+    assert (figures.read_nbytes > 0) == (name not in READ_ALL)
     assert figures.chosen.recall == pytest.approx(1.0, abs=1e-5)
     assert figures.chosen.policy == f"{name}:1000"
 
@@ -277,6 +286,72 @@ def test_sparse_prompts_read_less(model: Any, caches: Callable[..., Any]) -> Non
     chosen = cache.statistics().chosen
     assert chosen.steps == 14
     assert 0 < chosen.gathered_nbytes + chosen.read_nbytes < chosen.whole_nbytes
+
+
+def test_a_long_prompt_is_not_gathered_whole(
+    model: Any, caches: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What some queries after another want is gathered together, up to twice the budget."""
+    gathered, gather = [], StoredRow.gather
+
+    def gathering(row: Any, ids: Any, *, values: bool = True) -> Any:
+        if values:
+            gathered.append(max(map(len, ids)))
+        return gather(row, ids, values=values)
+
+    monkeypatch.setattr(StoredRow, "gather", gathering)
+    steps(model, caches(model, f"sale:{SMALL[:-1]}1000"), inputs()["input_ids"], [TOKENS])
+    assert max(gathered) <= 2 * 160
+    assert 2 < len(gathered) < 2 * -(-TOKENS // 64)
+
+
+def test_policies_that_read_all_keys_take_no_disk(model: Any, tmp_path: Path) -> None:
+    for name in READ_ALL:
+        with pytest.raises(penstock.UsageError, match='give "disk": 0'):
+            Cache(model, tmp_path, host="1MiB", disk="1MiB", policy=name)
+
+
+def test_layers_that_choose_have_half_of_the_ring(caches: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What dense layers read ahead does not take all buffers from those between them."""
+    deep, ids = known(llama(4)), inputs()["input_ids"]
+    free, some = [], ReadAhead.some
+
+    def reading(ring: Any, *args: Any) -> Any:
+        free.append((len(ring._free), len(ring._runs)))
+        return some(ring, *args)
+
+    monkeypatch.setattr(ReadAhead, "some", reading)
+    cache = caches(deep, "random:160,recent=8,dense=2,recall=1000", host="256KiB")
+    steps(deep, cache, ids, [TOKENS - NEW] + [1] * NEW)
+    assert sum(runs > 0 for _, runs in free) >= NEW, "something was read ahead"
+    assert all(empty >= (empty + runs) // 2 for empty, runs in free)
+
+
+def test_a_refused_copy_of_rows_changes_no_layer(model: Any, caches: Callable[..., Any]) -> None:
+    """Not the first one either, which attends to all and could."""
+    ids = inputs()["input_ids"]
+    cache = caches(model, "quest:160,recent=8,dense=1")
+    steps(model, cache, ids, [40])
+    for refused in (
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.reorder_cache(torch.tensor([0, 0])),
+        lambda: cache.batch_select_indices(torch.tensor([0, 0])),
+    ):
+        with pytest.raises(penstock.UsageError, match="num_beams=1"):
+            refused()
+    got = steps(model, cache, ids[:, 40:], [1])
+    assert float((got[0] - steps(model, None, ids, [41])[0][:, -1:]).abs().max()) <= 1e-5
+
+
+def test_the_command_line_knows_how_a_model_attends_before_its_prompt() -> None:
+    """Else policies that choose by votes would hear of the second call first."""
+    unknown = llama(2)
+    unknown.penstock = SimpleNamespace(device=None)
+    option = KvOption(host=2**20, disk=0, choice=read_policy("snapkv:160,dense=0"))
+    with closing(make_cache(unknown, option, None, "cpu")) as cache:
+        assert cache.attends_in_blocks
+        steps(unknown, cache, inputs()["input_ids"], [200, 1])
+        assert cache.statistics().chosen.steps == 2
 
 
 def test_rows_may_leave_and_may_not_become_two(model: Any, caches: Callable[..., Any]) -> None:

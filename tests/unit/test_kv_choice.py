@@ -23,6 +23,17 @@ def test_choices_as_people_write_them() -> None:
     assert str(read_choice("quest:512,recent=8")) == "quest:512"
 
 
+def test_what_changes_what_is_computed_has_a_name_of_its_own() -> None:
+    base = "quest:512,recent=8,sinks=2,dense=1"
+    others = ("landmark:512,recent=8,sinks=2,dense=1", "quest:513,recent=8,sinks=2,dense=1")
+    others += ("quest:512,recent=9,sinks=2,dense=1", "quest:512,recent=8,sinks=3,dense=1")
+    others += ("quest:512,recent=8,sinks=2,dense=0",)
+    salts = {read_choice(text).salt for text in (base, *others)}
+    assert len(salts) == 1 + len(others)
+    assert read_choice(f"{base},recall=3").salt == read_choice(base).salt
+    assert PolicyChoice().salt == ""
+
+
 @pytest.mark.parametrize(
     ("text", "budget", "message"),
     [

@@ -175,11 +175,14 @@ def test_alisa_forgets() -> None:
     keys = some_keys()
     made = policy("alisa", HEADS, SETTING, layer=5)
     made.appended(keys)
-    steps = [attend(made, keys, TOKENS, seed=seed, prompt=False) for seed in range(50)]
-    selection = made.select(some_query(), ArrayKeys(HEADS, keys))
-    for head in range(2):
-        sums = {token: float(sum(step[head][token] for step in steps[-32:])) for token in range(4, TOKENS - 28)}
-        assert selection.ids[head].tolist() == [*range(4), *top(sums, 32), *range(TOKENS - 28, TOKENS)]
+    steps = []
+    for more, last in ((52, 32), (2, 30), (3, 29)):  # the window moves by 4
+        first = len(steps)
+        steps += [attend(made, keys, TOKENS, seed=seed, prompt=False) for seed in range(first, first + more)]
+        selection = made.select(some_query(), ArrayKeys(HEADS, keys))
+        for head in range(2):
+            sums = {token: float(sum(step[head][token] for step in steps[-last:])) for token in range(4, TOKENS - 28)}
+            assert selection.ids[head].tolist() == [*range(4), *top(sums, 32), *range(TOKENS - 28, TOKENS)]
     made.cropped(100, ArrayKeys(HEADS, keys))
     for _ in range(40):  # what was attended to behind the crop is forgotten as well
         made.attended(Seen(tokens=(np.arange(0),) * 2, mass=(np.zeros(0, np.float32),) * 2))
@@ -193,7 +196,7 @@ def test_alisa_takes_nothing_from_tokens_that_are_new_at_old_places() -> None:
     keys = some_keys()
     made = policy("alisa", HEADS, SETTING, layer=5)
     made.appended(keys)
-    for seed in range(31):
+    for seed in range(32):
         attend(made, keys, TOKENS, seed=seed, prompt=False)
     made.cropped(60, ArrayKeys(HEADS, keys))
     made.appended(keys[:, 60:])

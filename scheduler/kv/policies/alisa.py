@@ -13,9 +13,15 @@ from .growing import Growing
 from .keeping import everything, token_candidates
 from .policy import FloatArray, Heads, Keys, Query, Seen, Selection, Setting
 
+PARTS = 8
+"""Of the window, each with a sum of its own. The oldest is forgotten as a whole."""
+
 
 class Alisa(Base):
     """k = half of the budget. The last k tokens, and those with the largest sums of attention over the last k queries.
+
+    The window moves by an eighth of itself: sums are over the last 7/8 of k to k queries, and take 4 bytes per token
+    and part instead of a record of each query. Queries that came together stay together.
 
     Unlike H2O's, sums forget: what mattered long ago leaves. The paper's policy, which keeps part of the tokens by
     computing them again, is a matter of cost, not of choice.
@@ -30,33 +36,40 @@ class Alisa(Base):
         half = replace(setting, recent=max(setting.recent, setting.budget_tokens // 2 - setting.sinks))
         super().__init__(heads, half)
         self._sums = Growing(heads.kv_heads)
-        self._steps: deque[Seen] = deque()
-        self._queries = 0
+        """Over all parts."""
+        self._newest = Growing(heads.kv_heads)
+        self._newest_queries = 0
+        self._older: deque[tuple[int, FloatArray]] = deque()
+        """Queries of each, and their sums, [kv_heads, tokens that there were then]; the oldest first."""
 
     @property
     def window(self) -> int:
-        """Queries whose attention is summed."""
+        """Queries whose attention is summed, at most, but for those of one call."""
         return self.setting.budget_tokens // 2
 
     def appended(self, keys: FloatArray) -> None:
         """See `Policy`."""
-        self._sums.append(np.zeros(keys.shape[:2], np.float32))
+        for sums in (self._sums, self._newest):
+            sums.append(np.zeros(keys.shape[:2], np.float32))
 
     def attended(self, seen: Seen) -> None:
         """See `Policy`."""
-        seen = _below(seen, self._sums.length)  # some may have been cropped since
-        self._steps.append(seen)
-        self._queries += seen.queries
-        self._add(seen, 1)
-        while self._queries - self._steps[0].queries >= self.window:
-            oldest = self._steps.popleft()
-            self._queries -= oldest.queries
-            self._add(oldest, -1)
+        if self._newest_queries * PARTS >= self.window:
+            self._older.append((self._newest_queries, self._newest.values.copy()))
+            self._newest.values[:] = 0
+            self._newest_queries = 0
+        self._newest_queries += seen.queries
+        self._forget()
+        for head, (tokens, mass) in enumerate(zip(seen.tokens, seen.mass, strict=True)):
+            there = tokens < self._sums.length  # some may have been cropped since
+            for sums in (self._sums, self._newest):
+                sums.values[head, tokens[there]] += mass[there]
 
     def cropped(self, tokens: int, keys: Keys) -> None:
         """See `Policy`."""
         self._sums.crop(tokens)
-        self._steps = deque(_below(seen, tokens) for seen in self._steps)
+        self._newest.crop(tokens)
+        self._older = deque((queries, sums[:, :tokens]) for queries, sums in self._older)
 
     def select(self, query: Query, keys: Keys) -> Selection:
         """See `Policy`."""
@@ -66,16 +79,14 @@ class Alisa(Base):
         sums = self._sums.values[:, among.start : among.stop]
         return among.select(sums, unit_tokens=1, scored_nbytes=sums.nbytes)
 
-    def _add(self, seen: Seen, sign: int) -> None:
-        for head, (tokens, mass) in enumerate(zip(seen.tokens, seen.mass, strict=True)):
-            self._sums.values[head, tokens] += sign * mass
-
-
-def _below(seen: Seen, count: int) -> Seen:
-    """Without tokens from `count` on, whose numbers others have later."""
-    kept = [tokens < count for tokens in seen.tokens]
-    return replace(
-        seen,
-        tokens=tuple(tokens[there] for tokens, there in zip(seen.tokens, kept, strict=True)),
-        mass=tuple(mass[there] for mass, there in zip(seen.mass, kept, strict=True)),
-    )
+    def _forget(self) -> None:
+        """Drop the parts that are older than the window, and add up what is left: subtracting would leave rounding."""
+        queries = self._newest_queries + sum(queries for queries, _ in self._older)
+        before = len(self._older)
+        while self._older and (len(self._older) >= PARTS or queries - self._older[0][0] >= self.window):
+            queries -= self._older.popleft()[0]
+        if len(self._older) == before:
+            return
+        self._sums.values[:] = self._newest.values
+        for _, sums in self._older:
+            self._sums.values[:, : sums.shape[1]] += sums

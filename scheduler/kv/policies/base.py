@@ -13,6 +13,7 @@ class Base:
     hears_prompts: bool = False
     hears_steps: bool = False
     for_prompts: bool = False
+    reads_all_keys: bool = False
 
     def __init__(self, heads: Heads, setting: Setting) -> None:
         self.heads = heads

@@ -16,6 +16,7 @@ class Oracle(Base):
 
     name: ClassVar[str] = "oracle"
     summary: ClassVar[str] = "what gets most attention, found by reading every key"
+    reads_all_keys: bool = True
 
     def select(self, query: Query, keys: Keys) -> Selection:
         """See `Policy`."""

@@ -119,6 +119,8 @@ class Policy(Protocol):
     """Whether it wants to know what each later step attended to."""
     for_prompts: bool
     """Whether it chooses for prompts as well. All others leave those as they are."""
+    reads_all_keys: bool
+    """Whether it reads from every stored key in each step: those have to be in memory."""
 
     def __init__(self, heads: Heads, setting: Setting) -> None: ...
 

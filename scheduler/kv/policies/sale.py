@@ -13,6 +13,8 @@ from .policy import FloatArray, Heads, Keys, Query, Selection, Setting
 
 THRESHOLD = 0.004
 """Of the attention that first and last tokens get: a block that gets less from every query is left out."""
+LOOK_TOKENS = 1024
+"""Whose scores are there at once, about: all queries of a block have one for each token."""
 
 
 class Sale(Base):
@@ -50,20 +52,38 @@ class Sale(Base):
         among = block_candidates(self.setting, query.tokens)
         if among is None:
             return everything(self.heads.kv_heads, query.tokens)
-        codes, scales = self._codes[:, : query.tokens], self._scales[:, : query.tokens]
-        size, dim = self.setting.block_tokens, self.heads.dim
-        logits = query.values @ restored(codes, scales, dim).transpose(0, 2, 1) / np.float32(np.sqrt(dim))
-        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        middle = weights[:, :, among.start * size : among.stop * size]
-        kept = weights.sum(axis=-1) - middle.sum(axis=-1)
-        blocks = middle.reshape(*middle.shape[:2], among.stop - among.start, size).sum(axis=-1)
-        shares = (blocks / np.maximum(kept, 1e-30)[:, :, None]).max(axis=1)
+        of_blocks = self._of_blocks(query)
+        kept = np.concatenate([of_blocks[:, :, : among.start], of_blocks[:, :, among.stop :]], axis=-1)
+        shares = (of_blocks[:, :, among.start : among.stop] - _log_sum(kept)[:, :, None]).max(axis=1)
         ids = []
         for row in shares:
-            worth = np.flatnonzero(row >= THRESHOLD)
+            worth = np.flatnonzero(row >= np.log(THRESHOLD))
             order = worth[np.argsort(-row[worth], kind="stable")][: among.room]
             ids.append(among.with_kept(order + among.start))
-        return Selection(ids=tuple(ids), unit_tokens=size, scored_nbytes=codes.nbytes + scales.nbytes)
+        nbytes = self._codes[:, : query.tokens].nbytes + self._scales[:, : query.tokens].nbytes
+        return Selection(ids=tuple(ids), unit_tokens=self.setting.block_tokens, scored_nbytes=nbytes)
+
+    def _of_blocks(self, query: Query) -> FloatArray:
+        """Logarithms of what each block gets from each query, not normalised: [kv_heads, rows, blocks]."""
+        size, dim = self.setting.block_tokens, self.heads.dim
+        found = []
+        step = max(1, LOOK_TOKENS // size) * size
+        for first in range(0, query.tokens, step):
+            some = slice(first, min(first + step, query.tokens))
+            keys = restored(self._codes[:, some], self._scales[:, some], dim)
+            scores = query.values @ keys.transpose(0, 2, 1) / np.float32(np.sqrt(dim))
+            beyond = -scores.shape[2] % size
+            scores = np.pad(scores, ((0, 0), (0, 0), (0, beyond)), constant_values=-np.inf)
+            found.append(_log_sum(scores.reshape(*scores.shape[:2], -1, size)))
+        of_blocks: FloatArray = np.concatenate(found, axis=-1)
+        return of_blocks
+
+
+def _log_sum(scores: FloatArray) -> FloatArray:
+    """The logarithm of the sum of exponentials over the last axis, one of which is finite."""
+    most = scores.max(axis=-1)
+    logs: FloatArray = most + np.log(np.exp(scores - most[..., None]).sum(axis=-1))
+    return logs
 
 
 def quantised(keys: FloatArray) -> tuple[npt.NDArray[np.uint8], FloatArray]:

@@ -40,6 +40,7 @@ class Sentences(Base):
 
     def appended(self, keys: FloatArray) -> None:
         """See `Policy`."""
+        self._close_full()  # of keys that came earlier, whose ends were told: a long prompt is not held whole
         self._tail = np.concatenate([self._tail, keys.astype(np.float32, copy=False)], axis=1)
 
     def ended(self, tokens: IntArray) -> None:

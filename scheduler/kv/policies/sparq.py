@@ -23,6 +23,7 @@ class SparQ(Base):
 
     name: ClassVar[str] = "sparq"
     summary: ClassVar[str] = "what scores most in the channels where the query is large"
+    reads_all_keys: bool = True
 
     def __init__(self, heads: Heads, setting: Setting) -> None:
         super().__init__(heads, setting)
