@@ -123,7 +123,8 @@ class Hosted(Shelves):
 def beside(capacity: int, passing: int, held: int) -> tuple[ExpertPool, Hosted, HostShelf]:
     """A pool of a device apart, and host memory for so many experts."""
     arena = AnyArena(tier="host", nbytes=PAGE * held * PARTS)
-    shelves, made = Hosted(strict=False), []
+    shelves = Hosted(strict=False)
+    made: list[HostShelf] = []
 
     def below(ranks: Policy) -> HostShelf:
         made.append(
@@ -159,7 +160,7 @@ def test_host_memory_loses_no_slot_wherever_a_layer_was_interrupted(busy: bool) 
     at = 0
     while True:
         found, shelves, below = beside(3, 2, 6)
-        for step, layer, experts in ((0, 0, [1, 4]), (0, 1, [2, 3, 5]), (1, 0, [0, 1])):
+        for step, layer, experts in ((0, 0, [1, 4]), (0, 1, [2, 3, 5]), (0, 2, [1, 2]), (1, 0, [0, 1])):
             compute(found, event(layer, experts, step=step))
         shelves.busy = busy
         if not struck(found, at, [0, 1, 5], [1, 2], prefill=False):
