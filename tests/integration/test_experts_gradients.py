@@ -48,7 +48,7 @@ def test_experts_that_alone_are_trained_have_their_gradients(other: str, folder:
         model.requires_grad_(False)
         for each in experts.values():
             each.requires_grad_(True)
-        model(**inputs).logits.square().sum().backward()
+        model.model(**inputs).last_hidden_state.square().sum().backward()
         return {name: each.grad for name, each in experts.items()}
 
     resident = load_resident(folder)
@@ -61,4 +61,7 @@ def test_experts_that_alone_are_trained_have_their_gradients(other: str, folder:
     assert expected.keys() == found.keys()
     for name, gradient in found.items():
         assert gradient is not None, name
-        assert torch.equal(expected[name], gradient), name  # type: ignore[arg-type]
+        if other == "batched_mm":  # torch adds up what it copied of an expert in the order in which threads come
+            torch.testing.assert_close(gradient, expected[name])
+        else:
+            assert torch.equal(gradient, expected[name]), name  # type: ignore[arg-type]
