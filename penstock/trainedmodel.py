@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -35,6 +36,8 @@ from .runtime.training.updateshares import update_shares
 from .runtime.training.weighed import weighing
 from .scheduler.updating import UpdateShares, Where
 from .scheduler.weighing import Weighing
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +153,13 @@ def _weighed(
     """A step, to weigh activations against weights by: where a plan decides about them, on a machine that has been
     calibrated."""
     kept = calibration_cache().read(device).trusted
-    if kept is None or settings.activations != "auto" or asked.context is None:
+    if kept is None or settings.activations != "auto":
+        return None
+    if asked.context is None:
+        logger.info(
+            "weights come before activations: how many tokens a backward pass has is not known, so the two cannot be "
+            "weighed. Say it with context= and batch="
+        )
         return None
     tokens = asked.context * (asked.batch or 1)
     early = settings.updates == "backward"

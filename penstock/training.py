@@ -87,7 +87,9 @@ def prepare(
             may depend on the processor.
         nonfinite: What `step()` does where a gradient is infinite or not a number: raise, or skip that step.
         context: Tokens per sequence to leave room for, in automatic budgets: activations, logits and their gradients.
-        batch: Sequences of a backward pass to leave room for, likewise.
+            In a named budget of a CPU, what activations are weighed by against weights, where the machine is
+            calibrated; without it weights come first.
+        batch: Sequences of a backward pass, likewise; 1 where it is not said.
         trust_remote_code: Run code that comes with the checkpoint.
 
     Raises:
@@ -159,7 +161,7 @@ def resume(
         update_on: Likewise.
         scheduler: Called with the optimizer to make the learning rate's scheduler, which then goes on; it becomes
             `optimizer.scheduler`.
-        context: As for `prepare`.
+        context: As for `prepare`: it is not kept with the run.
         batch: Likewise.
         trust_remote_code: Run code that comes with the checkpoint.
 

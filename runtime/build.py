@@ -439,6 +439,7 @@ def _tables(machinery: Machinery, backing: Backing) -> dict[int, Table]:
             pieces=[],
             resident_rows=rows_of,
             engine=machinery.engine,
+            of_experts=True,
         )
     for name, blocks in machinery.layout.tables.items():
         parameter = machinery.parameters[name]

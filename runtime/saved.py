@@ -61,7 +61,8 @@ class _Rows:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of a table, whose gradient is the parameter's."""
+    """Rows of experts, whose gradient is the parameter's. Lookups and pieces of other tables have no history: with what
+    is gathered alone a tied table would have a part of its gradient, and nobody would notice."""
 
     @staticmethod
     def forward(ctx: Any, parameter: torch.Tensor, table: Table) -> torch.Tensor:
@@ -130,7 +131,8 @@ class SavedTensors:
         where in that memory it begins, in elements."""
 
     def gathered(self, table: Table) -> torch.Tensor:
-        """All rows of a table for a call that gradients may pass through: read again for backward, and not kept."""
+        """All experts of a layer for a call that gradients may pass through: read again for backward, and not kept."""
+        assert table.of_experts
         if table.parameter.requires_grad:
             whole: torch.Tensor = _Gather.apply(table.parameter, table)  # type: ignore[no-untyped-call]
         else:

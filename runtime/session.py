@@ -373,8 +373,9 @@ class Session:
         return not ring or kept + len(ring) <= spare
 
     def _call_table(self, table: Table, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        graph = table.of_experts and torch.is_grad_enabled()
         rows = rows_wanted(func, args, kwargs)
-        if rows is not None:
+        if rows is not None and not (graph and table.parameter.requires_grad):  # what is looked up has no history
             return table.lookup(rows, wrap=func is torch.Tensor.__getitem__)
         if is_linear(func):
             x = args[0] if args else kwargs["input"]
@@ -390,7 +391,7 @@ class Session:
                 if served or together or table.splits(x, biased=inside is not None):
                     elsewhere = None if self.on_cpu is None else self.on_cpu.product(x, inside)
                     return unfolded(table.product(x, inside, self._lend_piece, elsewhere), whole_x, bias)
-        whole = self.saved.gathered(table) if torch.is_grad_enabled() else table.whole()
+        whole = self.saved.gathered(table) if graph else table.whole()
         swapped = [swap(value, {id(table.parameter): whole}) for value in args]
         named = {name: swap(value, {id(table.parameter): whole}) for name, value in kwargs.items()}
         return func(*swapped, **named)  # another table may be among the arguments: torch finds it

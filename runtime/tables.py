@@ -49,6 +49,8 @@ class Table:
     resident_rows: Callable[[Piece], torch.Tensor | None]
     """The rows of a piece if it is in memory for good, on whichever tier."""
     engine: DiskEngine
+    of_experts: bool = False
+    """Whether its rows are the experts of a layer, whose blocks are lent to products alone."""
     rows_read_nbytes: int = 0
     """Bytes read for lookups so far, rounding included."""
     _exact: dict[tuple[object, ...], bool] = field(default_factory=dict)

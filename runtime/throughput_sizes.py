@@ -94,12 +94,15 @@ def with_buffers(footprint: Footprint, wide_from: int | None) -> Footprint:
 def with_meetings(footprint: Footprint, shape: ExpertShape, routing: Routing) -> Footprint:
     """`footprint` of a mixture of experts. A layer of them computes the tokens of all micro-batches of a sweep at once,
     so that each expert is brought once, and what that takes is there for all of them: for each token and expert of its
-    own the values that go in, both results of products, what lies between, and what comes out, weighted once more."""
+    own the values that go in, both results of products, what lies between, and what comes out, weighted once more. That
+    is so of prompts and of tokens that go on."""
     wide = 2 if shape.gated else 1
     each = routing.top_k * (3 * shape.hidden + (wide + 1) * shape.ffn) * shape.itemsize * SLACK
     held = footprint.held_nbytes_per_token + each
     most = max(footprint.activation_nbytes_per_token, held)
-    return replace(footprint, activation_nbytes_per_token=most, held_nbytes_per_token=held)
+    return replace(
+        footprint, activation_nbytes_per_token=most, held_nbytes_per_token=held, meeting_nbytes_per_token=each
+    )
 
 
 def with_mixture(footprint: Footprint, model: nn.Module) -> tuple[Footprint, Mixture | None]:

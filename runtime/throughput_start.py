@@ -22,7 +22,7 @@ from .throughput import Work
 from .throughput_batch import Row, Ways, ways_of
 from .throughput_choice import Choice, Sampling, warpers_for
 from .throughput_sizes import footprint_of, free_host_nbytes, with_buffers, with_meetings
-from .widening import MEASURING_NBYTES, Products, measure_products
+from .widening import Products, measure_products, measuring_nbytes
 
 logger = logging.getLogger(__name__)
 
@@ -146,18 +146,31 @@ def products_for(model: Any, prompts: Sequence[Asked], *, room_nbytes: int) -> P
     if model.device.type not in ("cpu", "meta"):
         return None
     tokens = sum(len(asked.ids) + asked.new_tokens for asked in prompts)
-    by_inputs: Counter[int] = Counter()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            by_inputs[parameter.shape[-1]] += parameter.numel()
-    weights = by_inputs.total()
-    if 2 * weights * tokens < WORTH_MEASURING:
-        return None
-    if room_nbytes < MEASURING_NBYTES:
-        logger.info("%d bytes are too little to measure products in, which takes %d", room_nbytes, MEASURING_NBYTES)
+    by_inputs = _weights_by_inputs(model)
+    if 2 * by_inputs.total() * tokens < WORTH_MEASURING:
         return None
     ((inputs, _),) = by_inputs.most_common(1)
+    needed = measuring_nbytes(model.dtype, inputs)
+    if room_nbytes < needed:
+        logger.info("%d bytes are too little to measure products in, which takes %d", room_nbytes, needed)
+        return None
     return measure_products(model.dtype, inputs)
+
+
+def _weights_by_inputs(model: Any) -> Counter[int]:
+    """How many weights have so many inputs each. Some models have their experts as [experts, inputs, outputs]."""
+    turned = {
+        id(parameter)
+        for module in model.modules()
+        if getattr(module, "is_transposed", False)
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+    found: Counter[int] = Counter()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            found[parameter.shape[-2 if id(parameter) in turned else -1]] += parameter.numel()
+    return found
 
 
 def _room_nbytes(machinery: Machinery | None, limits: Limits) -> int:

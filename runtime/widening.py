@@ -28,8 +28,6 @@ SECONDS: Final = 1.0
 """For each of the two ways."""
 LANE_NBYTES: Final = 3 * PIECE_NBYTES
 """That each lane which multiplies in fp32 keeps."""
-MEASURING_NBYTES: Final = NBYTES + LANE_NBYTES + 16 * 2**20
-"""That measuring takes: the weights, the buffers, and some hundred rows of activations with their products."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +40,13 @@ class Products:
     """Rows from which fp32 is the faster way; None where it never is."""
 
 
+def measuring_nbytes(dtype: torch.dtype, inputs: int) -> int:
+    """What `measure_products` takes: the weights, the buffers, and the most rows of activations with their products."""
+    return NBYTES + LANE_NBYTES + ROWS[-1] * (inputs + CPU_SHAPE.outputs) * dtype.itemsize
+
+
 def measure_products(dtype: torch.dtype, inputs: int) -> Products:
-    """Measure the CPU, in some seconds and MEASURING_NBYTES: the run that is decided by it takes minutes.
+    """Measure the CPU, in some seconds and `measuring_nbytes`: the run that is decided by it takes minutes.
 
     Args:
         dtype: Of the model.

@@ -48,6 +48,9 @@ class Footprint:
     logits_nbytes_per_sequence: float
     lane_nbytes: int = 0
     """What each micro-batch under way keeps besides, however many sequences it has."""
+    meeting_nbytes_per_token: float = 0
+    """What a token takes while it waits for those of all other micro-batches, to be computed with them; 0 where each
+    micro-batch is computed by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -292,6 +295,7 @@ def _options(
             needed = footprint.kv_nbytes_per_token * sum(kv[:count])
             needed += footprint.activation_nbytes_per_token * prefill[0]
             needed += footprint.held_nbytes_per_token * (at_once - prefill[0])
+            needed += footprint.meeting_nbytes_per_token * (count - 1) * rows  # of those that decode meanwhile
             needed += footprint.logits_nbytes_per_sequence * rows + footprint.lane_nbytes * count
             sweeps = max(-(-steps // count), longest) + -(-together // at_once) - 1
             moved = machine.moved_s(needed, count * usual_rows)

@@ -301,7 +301,11 @@ def experts_forward(
     budget.
     """
     found = module.__dict__.get(_MARK)
-    passes = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
+    passes = torch.is_grad_enabled() and (
+        hidden_states.requires_grad
+        or top_k_weights.requires_grad
+        or any(parameter.requires_grad for parameter in module.parameters())  # which may be all that is trained
+    )
     if found is None or passes:
         whole: torch.Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
         return whole

@@ -216,14 +216,16 @@ def _room_of_activations(layout: Layout, settings: Settings, room: _Room, *, sav
 
     Where one memory is for all, a byte of a layer's products saves more than one of state does: of the first, a matrix
     n rows long makes n operations a byte, of the second, a drive moves two bytes that the same cores submit and sum up.
-    Beside a device apart with "auto", they have what states leave.
+    Beside a device apart with "auto", they have what states leave. Where it is not known what a forward saves, they
+    have half of what gradients leave; what was weighed counts the tokens of a batch, and is had whole.
     """
     decided = moves_activations(layout, settings, frozen=False)
     if not decided or (settings.activations == "auto" and layout.back is not None):
         return 0
     before = 0 if layout.before is None else layout.before.nbytes
-    left = max(0, min(before, room.nbytes - room.least), room.nbytes - max(room.least, sum(room.kept)))
-    return min(layout.saved_nbytes, left if saved_is_known else left // 2)
+    free = max(0, room.nbytes - max(room.least, sum(room.kept)))
+    left = max(0, min(before, room.nbytes - room.least), free if saved_is_known else free // 2)
+    return min(layout.saved_nbytes, left)
 
 
 def _all_wait(room: _Room, sizes: _Sizes) -> _Room:

@@ -21,13 +21,14 @@ class LayerPass:
     Args:
         pool: Whose it is.
         layer: Its number.
-        there: Experts that the cache has.
+        there: Experts that the cache has and the CPU does not compute, without `ahead`.
         ahead: Those that were brought before the layer asked.
-        missed: Those that must be read, in the order in which they are.
+        missed: Those that must be brought, in the order in which they are.
         admitted: Those of them that stay.
         by_cpu: Those that the CPU computes from host memory, beside a device apart.
         kept: Those that host memory has made room for, and that are being read there.
-        tasks: All that the layer needs, each where it is when the layer begins, what was brought ahead included.
+        tasks: All that the layer needs, each where it is when the layer begins: what was brought ahead is where
+            it was brought to, though it may still be on its way.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class LayerPass:
     ) -> None:
         self._pool = pool
         self.tasks = tuple(tasks)
-        """What the layer needs, each where it was when the layer began."""
+        """What the layer needs, each where it was, or was on its way to, when the layer began."""
         self.ahead = tuple(ahead)
         """Experts that were brought before the layer asked."""
         self.by_cpu = tuple(by_cpu)
@@ -54,13 +55,10 @@ class LayerPass:
         self.layer = layer
         # Those that stay have slots at once, so that many reads are under way; the others wait for each other.
         read = sorted(missed, key=lambda expert: expert not in admitted)
-        self.there = tuple(there)
-        """Experts that the cache had."""
-        self.brought = (*ahead, *read)
-        """Experts that it had not."""
-        self.order = (*there, *self.brought)
+        brought = (*ahead, *read)
+        self.order = (*there, *brought)
         """Experts in the order in which they are to be computed, the same in every part."""
-        self._passing = set(self.brought) - admitted
+        self._passing = set(brought) - admitted
         self._to_read = [deque(read) for _ in range(pool.parts)]
 
     @property

@@ -305,6 +305,7 @@ class ExpertPool:
         if self._shelf is not None:
             doubtful = event.experts.tolist() if run is None else run.kept
             self._shelf.refused(event.layer, doubtful)
+            self._shelf.recover()
         self._open = self._begun = None
 
     def _is_there(self, part: int, block: int) -> bool:

@@ -44,7 +44,8 @@ class HostShelf:
         assert all(len(each) == setting.capacity for each in slots), "every expert of the cache has a slot"
         self.cache = ExpertCache(routing, setting, policy)
         self._blocks = blocks
-        self._free = [list(reversed(each)) for each in slots]
+        self._slots = [tuple(reversed(each)) for each in slots]
+        self._free = [list(each) for each in self._slots]
         self._lying: dict[int, tuple[int, Slot]] = {}
         """By block of what is kept: its part, and its slot."""
         self._leaving: dict[int, tuple[int, Slot]] = {}
@@ -86,11 +87,27 @@ class HostShelf:
                 self.cache.drop(layer, expert)
             self._leave(layer, expert)
 
+    def recover(self) -> None:
+        """Make slots and the cache agree where a layer did not come to its end, wherever it was left. What such a layer
+        was to have kept has been `refused`."""
+        for block in self._leaving:
+            self._lying.pop(block, None)
+        for layer, expert in np.argwhere(self.held).tolist():
+            if not all(int(numbers[layer, expert]) in self._lying for numbers in self._blocks):
+                self.cache.drop(layer, expert)
+        self.cache.recount()
+        for layer, expert in np.argwhere(~self.held).tolist():
+            self._leave(layer, expert)
+        for part, slots in enumerate(self._slots):
+            taken = {slot.offset for _, slot in (*self._lying.values(), *self._leaving.values())}
+            self._free[part] = [slot for slot in slots if slot.offset not in taken]
+
     def _leave(self, layer: int, expert: int) -> None:
         for numbers in self._blocks:
             block = int(numbers[layer, expert])
             if block in self._lying:
-                self._leaving[block] = self._lying.pop(block)
+                self._leaving[block] = self._lying[block]  # first: who is interrupted behind it still knows the slot
+                del self._lying[block]
 
     def _reap(self) -> None:
         """Free the slots of what has left."""

@@ -93,6 +93,15 @@ def test_what_each_lane_keeps_counts_against_the_room() -> None:
         schedule(jobs(*[32] * 12), more, machine(plain.nbytes), rows=4, lanes=3)
 
 
+def test_tokens_of_other_lanes_that_wait_to_be_computed_together_count_against_the_room() -> None:
+    """Two lanes of four prompts meet a third."""
+    more = replace(FOOTPRINT, meeting_nbytes_per_token=700)
+    for lanes in (1, 3):
+        plain = schedule(jobs(*[32] * 12), FOOTPRINT, machine(GIB), rows=4, lanes=lanes)
+        found = schedule(jobs(*[32] * 12), more, machine(GIB), rows=4, lanes=lanes)
+        assert found.nbytes == plain.nbytes + (lanes - 1) * 4 * 700
+
+
 def test_a_long_prompt_is_prefilled_in_pieces() -> None:
     found = schedule(jobs(1000), FOOTPRINT, machine(1008 * 100 + 256 * 40 + 10))
     (batch,) = found.batches

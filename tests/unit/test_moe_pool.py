@@ -5,7 +5,7 @@ The carrier is a slow, obvious one: it remembers what each slot was filled with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,13 +18,17 @@ from penstock.memory.errors import DiskError, PenstockError, StallError
 from penstock.scheduler.experts.cache import ADMISSIONS, CacheSetting, ExpertCache
 from penstock.scheduler.experts.events import Event, event_of
 from penstock.scheduler.experts.policies import POLICIES, policy
+from penstock.scheduler.experts.policies.policy import Policy
 from penstock.scheduler.experts.pool import ExpertPool
 from penstock.scheduler.experts.shape import Routing
+from penstock.scheduler.experts.shelf import HostShelf
 from penstock.scheduler.lease import Lease
 from penstock.scheduler.residence import Residence
 
 ROUTING = Routing(layers=3, experts=6, top_k=2)
 PARTS = 2
+_FIRST = np.arange(ROUTING.total, dtype=np.int64).reshape(ROUTING.layers, ROUTING.experts)
+BLOCKS = [_FIRST + part * ROUTING.total for part in range(PARTS)]
 
 
 @dataclass(eq=False)
@@ -94,20 +98,22 @@ def make(
     minimum: float = 1.0,
     admission: str = "adaptive",
     apart: bool = False,
+    shelves: Shelves | None = None,
+    shelf: Callable[[Policy], HostShelf] | None = None,
 ) -> tuple[ExpertPool, Shelves]:
-    shelves = Shelves()
-    count = capacity + passing
+    shelves = shelves or Shelves()
+    count, ranks = capacity + passing, policy(name, ROUTING)
     arena = AnyArena(tier="host", nbytes=PAGE * count * PARTS)
-    numbers = np.arange(ROUTING.total, dtype=np.int64).reshape(ROUTING.layers, ROUTING.experts)
     pool = ExpertPool(
         routing=ROUTING,
         setting=CacheSetting(capacity=capacity, minimum=minimum, admission=admission),  # type: ignore[arg-type]
-        policy=policy(name, ROUTING),
-        blocks=[numbers + part * ROUTING.total for part in range(PARTS)],
+        policy=ranks,
+        blocks=BLOCKS,
         slots=[[arena.cut(PAGE) for _ in range(count)] for _ in range(PARTS)],
         carrier=shelves,
         expert_nbytes=100,
         apart=apart,
+        shelf=None if shelf is None else shelf(ranks),
     )
     return pool, shelves
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import pytest
-from test_moe_pool import PARTS, ROUTING, Shelves, compute, event, make
+from test_moe_pool import BLOCKS, PARTS, ROUTING, Shelves, compute, event, make
 
-from penstock.scheduler.experts import cache, layerpass, pool
+from penstock.memory.arena import PAGE, AnyArena, Slot
+from penstock.scheduler.experts import cache, layerpass, pool, shelf
+from penstock.scheduler.experts.cache import CacheSetting
+from penstock.scheduler.experts.policies.policy import Policy
 from penstock.scheduler.experts.pool import ExpertPool
+from penstock.scheduler.experts.shelf import HostShelf
 
-FILES = {module.__file__ for module in (cache, layerpass, pool)}
+FILES = {module.__file__ for module in (cache, layerpass, pool, shelf)}
 LEASES = {"lent", "lend", "give_back", "_acquire", "_is_there"}
 """Where a lease is held: whoever is interrupted between having one and giving it back loses it, here as anywhere."""
 
@@ -80,5 +85,91 @@ def test_the_next_layers_are_right_wherever_one_was_interrupted(capacity: int, p
             for layer in range(ROUTING.layers):
                 compute(found, event(layer, [0, 1, 2, 5], step=step))
         agree(found, shelves, capacity + passing)
+        at += 1
+    assert at > 100
+
+
+@dataclass(eq=False)
+class Hosted(Shelves):
+    """The same with host memory below it."""
+
+    host: dict[int, Slot] = field(default_factory=dict)
+    """By block, of what lies there."""
+    busy: bool = False
+    """Whether copies of all that lies there are under way."""
+
+    def bring(
+        self,
+        places: Sequence[tuple[int, Slot]],
+        gone: Sequence[int] = (),
+        *,
+        kept: Sequence[tuple[int, Slot]] = (),
+        urgent: bool = True,
+    ) -> list[int]:
+        super().bring(places, gone, urgent=urgent)
+        taken = [each for each in kept if each[0] not in self.host]
+        for block, slot in taken:
+            assert slot.offset not in {other.offset for other in self.host.values()}, "two blocks in one slot"
+            self.host[block] = slot
+        return [block for block, _ in taken]
+
+    def let_go(self, blocks: Sequence[int]) -> list[int]:
+        free = [block for block in blocks if block not in self.host or not self.busy]
+        for block in free:
+            self.host.pop(block, None)
+        return free
+
+
+def beside(capacity: int, passing: int, held: int) -> tuple[ExpertPool, Hosted, HostShelf]:
+    """A pool of a device apart, and host memory for so many experts."""
+    arena = AnyArena(tier="host", nbytes=PAGE * held * PARTS)
+    shelves = Hosted(strict=False)
+    made: list[HostShelf] = []
+
+    def below(ranks: Policy) -> HostShelf:
+        made.append(
+            HostShelf(
+                routing=ROUTING,
+                setting=CacheSetting(capacity=held),
+                policy=ranks,
+                blocks=BLOCKS,
+                slots=[[arena.cut(PAGE) for _ in range(held)] for _ in range(PARTS)],
+                let_go=shelves.let_go,
+            )
+        )
+        return made[0]
+
+    found, _ = make(capacity, passing, apart=True, shelves=shelves, shelf=below)
+    return found, shelves, made[0]
+
+
+def host_agrees(below: HostShelf, shelves: Hosted, slots: int) -> None:
+    held = {int(numbers[place]) for place in zip(*below.held.nonzero(), strict=True) for numbers in BLOCKS}
+    assert held == below._lying.keys() <= shelves.host.keys()
+    assert len(held) == PARTS * below.cache.statistics().held
+    known = below._lying | below._leaving
+    assert len(known) == len(below._lying) + len(below._leaving)
+    assert all(known[block][1] is slot for block, slot in shelves.host.items())
+    for part, free in enumerate(below._free):
+        offsets = [slot.offset for slot in free] + [slot.offset for at, slot in known.values() if at == part]
+        assert len(offsets) == len(set(offsets)) == slots
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["still", "copied"])
+def test_host_memory_loses_no_slot_wherever_a_layer_was_interrupted(busy: bool) -> None:
+    at = 0
+    while True:
+        found, shelves, below = beside(3, 2, 6)
+        for step, layer, experts in ((0, 0, [1, 4]), (0, 1, [2, 3, 5]), (0, 2, [1, 2]), (1, 0, [0, 1])):
+            compute(found, event(layer, experts, step=step))
+        shelves.busy = busy
+        if not struck(found, at, [0, 1, 5], [1, 2], prefill=False):
+            break
+        shelves.busy = False
+        for step in (2, 3):
+            for layer in range(ROUTING.layers):
+                compute(found, event(layer, [0, 1, 2, 5], step=step))
+        agree(found, shelves, 3 + 2)
+        host_agrees(below, shelves, 6)
         at += 1
     assert at > 100
