@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from .simulated import Moved
@@ -37,6 +37,23 @@ class Setting:
     itself."""
     spare_slots: int = 0
     """Slots of the device's ring that leases may hold for who comes back from the CPU."""
+
+    def root_of(self, rows: float) -> int:
+        """What a call of as many rows is known by: the least threshold that it stays below; 0 where the CPU computes
+        nothing of it. Calls of few rows use fewer blocks of the device's, in an order of their own."""
+        return min((each for each in self.on_cpu.values() if rows < each), default=0)
+
+    def guess(self, root: int, part: Collection[int]) -> tuple[int, ...]:
+        """The blocks that such a call uses on the device, as they are defined.
+
+        Args:
+            root: See `root_of`.
+            part: The blocks that the CPU computes where it computes no others; empty for all that it can.
+        """
+        paths = dict.fromkeys((*self.uses, *self.pieces))
+        used = (block for path in paths for held in (self.uses, self.pieces) for block in held.get(path, ()))
+        here = (b for b in used if not root or self.on_cpu.get(b, 0) < root or (part and b not in part))
+        return tuple(dict.fromkeys(here))
 
     def parts(self) -> Mapping[str, tuple[int, ...]]:
         """What the CPU computes as a whole."""

@@ -113,7 +113,7 @@ class Caller:
         stack: list[_Frame] = [_Frame(path="", began_ns=0, where="gpu")]
         pending: list[Operation] = []
         done: list[tuple[_Frame, int, int]] = []
-        await self._gate.begin()
+        await self._gate.begin(self._setting.root_of(rows_of_root(program)))
         for event in program.events:
             frame = stack[-1]
             if isinstance(event, Operation):
@@ -237,6 +237,13 @@ def rows_of(program: Program) -> Mapping[str, float]:
             for path in stack:
                 found.setdefault(path, event.rows)
     return _Default(found)
+
+
+def rows_of_root(program: Program) -> float:
+    """The rows that a call is made with: of its first product."""
+    products = (event for event in program.events if isinstance(event, Operation) and event.kind == "linear")
+    first = next(products, None)
+    return float("inf") if first is None else first.rows
 
 
 class _Default(dict[str, float]):

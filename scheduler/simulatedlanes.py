@@ -24,8 +24,8 @@ Granted = Callable[[Lease | Wish], Awaitable[Lease]]
 class Gate(Protocol):
     """One caller's way to blocks and processors."""
 
-    async def begin(self) -> None:
-        """A root call starts."""
+    async def begin(self, root: int) -> None:
+        """A root call starts; see `Setting.root_of`."""
         ...
 
     async def end(self) -> None:
@@ -67,9 +67,9 @@ class Alone:
         self._computed = computed
         self._lending_s = lending_s
 
-    async def begin(self) -> None:
+    async def begin(self, root: int) -> None:
         """The executor is told."""
-        self._core.begin(0)
+        self._core.begin(root)
 
     async def end(self) -> None:
         """The executor is told."""
@@ -140,6 +140,7 @@ class Lanes:
         self._shared: dict[int, Lease] = {}
         self._accesses = [Counter[int]() for _ in range(members)]
         self._told = Counter[int]()
+        self._next = 0
         for member in range(members):
             self._turnstile.join(member)
 
@@ -162,8 +163,9 @@ class Lanes:
         self._turnstile.leave(member)
         self._hand_on(member)
 
-    async def begin(self, member: int) -> None:
-        """Wait for the next sweep."""
+    async def begin(self, member: int, root: int) -> None:
+        """Wait for the next sweep, whose calls are all of one root."""
+        self._next = root
         self._turnstile.arrive(member, 0)
         await self._pass_on(member)
 
@@ -241,7 +243,7 @@ class Lanes:
             self._told.clear()
             for accesses in self._accesses:
                 accesses.clear()
-            self._core.begin(0)
+            self._core.begin(self._next)
             self._swept(True)
         for each in (turn.member, turn.cpu):
             if each is not None and each != member:
@@ -256,9 +258,9 @@ class Lane:
         self._lanes = lanes
         self._number = number
 
-    async def begin(self) -> None:
+    async def begin(self, root: int) -> None:
         """See `Lanes`; so all of these."""
-        await self._lanes.begin(self._number)
+        await self._lanes.begin(self._number, root)
 
     async def end(self) -> None:
         """It keeps the device."""

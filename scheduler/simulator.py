@@ -11,7 +11,7 @@ import asyncio
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 from ..memory.arena import AnyArena
 from ..memory.requests import CHUNK
@@ -23,7 +23,7 @@ from .program import Program
 from .residence import Tier
 from .setting import Ring, Setting
 from .simulated import Moved, SimulatedMover
-from .simulatedcall import Caller, Span, Stage
+from .simulatedcall import Caller, Span, Stage, rows_of_root
 from .simulatedlanes import Alone, Lanes
 from .tally import ExecutorStatistics
 from .timeline import Record, Timeline
@@ -88,11 +88,12 @@ def simulate(
         lanes: Micro-batches that each make all these calls, and share sweeps. A turn is a sweep then.
         part: Of several lanes: blocks that the CPU computes for some while others go on on the device.
     """
-    return _Simulation(setting, cost).run(programs, started, until_steady, lanes, part)
+    first = setting.root_of(rows_of_root(programs[0])) if programs else 0
+    return _Simulation(setting, cost, first, part).run(programs, started, until_steady, lanes, part)
 
 
 class _Simulation:
-    def __init__(self, setting: Setting, cost: CostModel) -> None:
+    def __init__(self, setting: Setting, cost: CostModel, first: int, part: Collection[int]) -> None:
         self._setting = setting
         self._cost = cost
         self._loop = loop = VirtualLoop()
@@ -110,13 +111,12 @@ class _Simulation:
         )
         separate = cost.hardware.gpu is not None and setting.back is not None
         self._stage = Stage(loop, contention, cost, self._mover, separate=separate)
-        order = tuple(dict.fromkeys(block for blocks in setting.uses.values() for block in blocks))
         self._core = Core(
             front=_tier("device" if setting.back else "host", setting.front, setting.moved),
             back=_tier("host", setting.back, setting.moved) if setting.back else None,
             nbytes={block: moved.read_nbytes for block, moved in setting.moved.items()},
             mover=self._mover,
-            orders=AccessOrders(lambda root: order, first=0),
+            orders=AccessOrders(lambda root: setting.guess(cast(int, root), part), first=first),
             clock=loop.nanoseconds,
             timeline=timeline,
             on_cpu=sorted(setting.on_cpu),
