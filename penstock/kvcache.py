@@ -124,20 +124,20 @@ def _settings(
             f"device={allowed.device} in the budget of keys and values: policies of selection and codecs work in host "
             "memory and on disk. Leave it out, or the policy and the codec"
         )
-    if allowed.host is None:
-        raise UsageError(
-            f"device={allowed.device} in the budget of keys and values: say how much host memory they may take as well "
-            "(host=2GiB, for example), all of which is registered with the device at once"
-        )
     owned = isinstance(device, str | torch.device)
     opened: Device = open_device(device) if isinstance(device, str | torch.device) else device
+    problem: str | None = None
     if not opened.separate:
+        problem = f"{opened.name} has no memory of its own. Leave it out, or name the model's device (device=…)"
+    elif allowed.host is None:
+        problem = (
+            "say how much host memory they may take as well (host=2GiB, for example), all of which is registered with "
+            "the device at once"
+        )
+    if problem is not None:
         if owned:
             opened.close()
-        raise UsageError(
-            f"device={allowed.device} in the budget of keys and values: {opened.name} has no memory of its own. Leave "
-            "it out, or name the device that the model runs on (device=…)"
-        )
+        raise UsageError(f"device={allowed.device} in the budget of keys and values: {problem}")
     return settings | {"device": opened, "owned": owned}
 
 

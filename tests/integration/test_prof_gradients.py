@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,7 +46,7 @@ def test_bytes_are_those_that_were_there_when_it_was_looked_at(actions: list[tup
                 changes: Counter[tuple[Tier, int]] = Counter()
                 if not whole.pass_by(owner, gradient is not None, changes):
                     assert gradient is not None
-                    assert owner.gradient is None
+                    assert owner.gradient is None or whole._counted.get(owner.gradient.key) is not owner.gradient
                     whole.hold(owner, gradient)
                 for (tier, _), nbytes in changes.items():
                     recorder.memory(nbytes, tier, Category.GRADIENT)
@@ -71,6 +73,7 @@ def test_bytes_are_those_that_were_there_when_it_was_looked_at(actions: list[tup
 
 def test_gradients_come_and_go_in_steps_of_light_that_are_not_looked_at(tmp_path: Path) -> None:
     """At each step's optimizer all of them are there, and none in the forward after `zero_grad`."""
+    gc.collect()  # models of other tests have gradients too
     net = nn.Sequential(nn.Sequential(*(nn.Linear(32, 32) for _ in range(4))))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     weights = sum(p.nbytes for p in net.parameters())
@@ -95,7 +98,8 @@ def test_gradients_come_and_go_in_steps_of_light_that_are_not_looked_at(tmp_path
             note()
     assert looked == [True] * FIRST_STEPS + [False] * 5
     rows = profiler.profile()[Memory]
-    gradients = rows.where(rows.category == Category.GRADIENT)
+    own = [profiler.profile().module_path(number) in {"0.0", "0.1", "0.2", "0.3"} for number in rows.module.tolist()]
+    gradients = rows.where((rows.category == Category.GRADIENT) & np.array(own))
     without, with_all = held[2::2], held[3::2]  # the first step made them
     assert {after - before for before, after in zip(without, with_all, strict=True)} == {weights}
     assert len(set(without)) == 1

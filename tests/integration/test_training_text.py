@@ -22,8 +22,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),  # transformers' own
 ]
 STEPS, BATCH, LENGTH = 140, 4, 64
-CHANCE, LEARNT = 5.4, 2.8
-"""Nats per byte: a little less than ln 256, and less than who knows only how frequent each byte is (3.1)."""
+CHANCE, LEARNT = 5.4, 2.9
+"""Nats per byte: a little less than ln 256, and less than who knows only how frequent each byte is (3.1). Where
+it ends depends on how a processor rounds: 2.82 on one, less than 2.8 on others."""
 TEXT = torch.frombuffer(bytearray(inspect.getsource(heapq).encode()), dtype=torch.uint8).long()
 
 
