@@ -15,6 +15,7 @@ import torch
 from ...kernels.attention_merge import Merging, merge
 from ...kernels.attention_paged import paged_partial
 from ...kernels.attention_partial import causal, flashes, partial
+from ...kernels.attention_wide import Widening
 from .spread import Span
 
 FEW_ROWS: Final = 32
@@ -123,6 +124,7 @@ class _Parts:
     def __init__(self, merging: Merging, query: torch.Tensor) -> None:
         self.merging = merging
         self.query = query
+        self.widening = Widening()
         self._together: dict[tuple[int, ...], torch.Tensor] = {}
         self._parts: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._nbytes = 0
@@ -181,6 +183,9 @@ def _attend_alike(
         lengths = torch.full((1,), blocks * tokens, dtype=torch.int32, device=keys.device)
         parts.add(rows, *paged_partial(together, keys, values, slots, lengths, scale=asked.scale))
         return
+    if small and asked.cap is None and Widening.suits(together, keys, values):
+        parts.add(rows, *parts.widening.joined(together, keys, values, scale=asked.scale))
+        return
     if small:
         wide = together.expand(blocks, -1, -1, -1)
         parts.add(rows, *partial(wide, keys, values, scale=asked.scale, cap=asked.cap))
@@ -195,7 +200,10 @@ def _attend_each(parts: _Parts, asked: Asked, keys: torch.Tensor, values: torch.
     blocks, users = span.rows.shape
     heads, count, dim = parts.query.shape[1:]
     those = parts.query[span.rows].transpose(1, 2).reshape(blocks, heads, users * count, dim)
-    out, lse = partial(those, keys, values, scale=asked.scale, cap=asked.cap)
+    if asked.cap is None and Widening.suits(those, keys, values):
+        out, lse = parts.widening.each(those, keys, values, scale=asked.scale)
+    else:
+        out, lse = partial(those, keys, values, scale=asked.scale, cap=asked.cap)
     out = out.view(blocks, heads, users, count, -1).transpose(1, 2)
     lse = lse.view(blocks, heads, users, count).transpose(1, 2)
     for row in torch.unique(span.rows).tolist():

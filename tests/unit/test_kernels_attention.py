@@ -8,9 +8,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from penstock.kernels import attention_merge, attention_partial
+from penstock.kernels import attention_merge, attention_partial, attention_wide
 from penstock.kernels.attention_merge import EMPTY, Merging, merge
 from penstock.kernels.attention_partial import partial
+from penstock.kernels.attention_wide import ELEMENTS, Widening
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 
@@ -54,6 +55,42 @@ def test_masks(kind: str, heads: int) -> None:
     torch.testing.assert_close(lse, expected_lse, atol=3e-6, rtol=3e-6)
     assert (out[0, :, 2] == 0).all()
     assert (lse[0, :, 2] == EMPTY).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (192, 128)])
+@pytest.mark.parametrize("same", [True, False])
+def test_halves_that_are_widened_lose_nothing(
+    dtype: torch.dtype, rows: int, dim: int, value_dim: int, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven blocks, three at a time, between other things in their slots; as exact as fp32, not as the halves."""
+    monkeypatch.setattr(attention_wide, "ELEMENTS", 3 * 2 * 40 * (dim + value_dim) + 5)
+    slots = made(7, 2, 48, dim + value_dim + 3, dtype=dtype)
+    keys, values = slots[:, :, 3:43, :dim], slots[:, :, 3:43, dim : dim + value_dim]
+    widening = Widening()
+    for _ in range(2):
+        query = made(1 if same else 7, 2, rows, dim, dtype=dtype, seed=1)
+        out, lse = (widening.joined if same else widening.each)(query, keys, values, scale=dim**-0.5)
+        if same:
+            assert len(out) == 3
+            out, lse = merge(out, lse)
+        expected, expected_lse = attention_partial.reference(query.expand(7, -1, -1, -1), keys, values, scale=dim**-0.5)
+        if same:
+            expected, expected_lse = attention_merge.reference(expected, expected_lse)
+        torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-6)
+        torch.testing.assert_close(lse, expected_lse, atol=4e-6, rtol=1e-5)
+
+
+def test_what_is_widened() -> None:
+    def suits(rows: int, tokens: int, dtype: torch.dtype) -> bool:
+        return Widening.suits(made(1, 2, rows, 64, dtype=dtype), *[made(1, 2, tokens, 64, dtype=dtype)] * 2)
+
+    most = ELEMENTS // (2 * 128)
+    assert suits(16, most, torch.bfloat16)
+    assert not suits(17, 64, torch.bfloat16), "many queries"
+    assert not suits(1, most + 1, torch.bfloat16), "one block is too large"
+    assert not suits(1, 64, torch.float32), "wide already"
 
 
 def test_no_tokens_give_nothing() -> None:
