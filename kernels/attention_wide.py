@@ -1,6 +1,6 @@
 """Attention of a few queries to blocks in half precision on a CPU, widened piece by piece in the processor's cache.
 
-torch's kernels for CPUs read halves at a fraction of memory's rate where queries are few: every product with a vector is
+torch's kernels for CPUs read halves at a fraction of memory's rate where queries are few: each product with a vector is
 prepared by itself. Widening a piece to fp32 where it stays in cache, and multiplying there, takes less. It is computed
 in fp32 then, not rounded to halves between the two products.
 """
