@@ -27,9 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from penstock.memory.arena import HostArena
-from penstock.memory.disk import DiskEngine, Transfer
+from penstock.memory.disk import DiskEngine
 from penstock.memory.image import whole_window
 from penstock.memory.requests import CHUNK, THREADS
+from penstock.memory.transfer import Transfer
 
 from .inference import parse_nbytes
 from .reference_checkpoint import default_folder, require_free_disk

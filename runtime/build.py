@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 
 import torch
 from torch import nn
 
-from ..memory.arena import AnyArena, HostArena, debug_enabled, round_up
+from ..memory.arena import AnyArena, HostArena, debug_enabled
 from ..memory.disk import DiskEngine
 from ..memory.image import DeviceImage, Image
-from ..memory.layout import FileSpan
 from ..memory.ledger import Reservation
 from ..memory.requests import CHUNK, THREADS
 from ..memory.trim import return_free_memory
@@ -24,17 +22,18 @@ from ..scheduler.cost import CostModel
 from ..scheduler.executor import Executor
 from ..scheduler.order import AccessOrders
 from ..scheduler.plan import Plan
-from ..scheduler.residence import Tier
 from ..scheduler.timeline import Timeline
 from .backing import Backing, ModuleBacking, Portion
 from .binding import Binding, Bound, placeholder
 from .devices.base import Device
 from .experts.runner import ExpertRunner
 from .guess import guess_of
-from .layout import Changing, Draft, Layout
+from .layout import Changing, Layout
 from .mover import BlockMover
 from .oncpu import OnCpu
 from .partition import callable_module
+from .places import Places, droppable
+from .preloading import Preload
 from .session import Session
 from .tables import Piece, Table
 from .units import find_units
@@ -82,28 +81,44 @@ class Machinery:
         self._on_close: list[Callable[[], None]] = []
         self._before_close: list[Callable[[], None]] = []
         with ExitStack() as made:
-            self._make(layout, backing, module, share, made)
+            self._make_memory(module, backing, made)
+            self._make_executor(module, made)
+            self._make_session(backing)
             made.pop_all()
 
-    def _make(self, layout: Layout, backing: Backing, module: nn.Module, share: Reservation, made: ExitStack) -> None:
-        device = self.device
-        self.host, self.front_arena = _arenas(device, layout, made)
+    def _make_memory(self, module: nn.Module, backing: Backing, made: ExitStack) -> None:
+        """Arenas, and what reads and writes them; what is in memory already moves into them."""
+        device, layout = self.device, self.layout
+        self.units = find_units(module, layout, device.torch_device)
+        drops = frozenset[int]() if self.trains else droppable(layout, backing)
+        self.places = places = Places(device, layout, on_cpu=self.units.on_cpu.keys(), droppable=drops, made=made)
+        self.host, self.front_arena = places.host, places.front_arena
+        self.front, self.back = places.front, places.back
         self._counted: set[AnyArena] = {self.host, self.front_arena}
-        share.touched = partial(_touched, self._counted, layout.own_host_nbytes - layout.granted_nbytes)
+        self.share.touched = partial(_touched, self._counted, layout.own_host_nbytes - layout.granted_nbytes)
         self.engine = DiskEngine(throttle=device.disk_throttle, staging_nbytes=layout.staging_nbytes)
         made.callback(self.engine.close)  # before the arenas: it joins the threads that use them
-        droppable = frozenset() if self.trains else _droppable(layout, backing)
-        self.units = find_units(module, layout, device.torch_device)
-        on_cpu = self.units.on_cpu
-        self.front, self.back = _tiers(layout, self.host, self.front_arena, droppable, on_cpu.keys())
-        self.images = _images(self, backing)
         self.parameters = dict(module.named_parameters())
+        self.images = {block.id: block.image for block in layout.blocks}
         if isinstance(backing, ModuleBacking):
-            _preload(self, backing)
+            preload = Preload(
+                device=device,
+                layout=layout,
+                places=places,
+                backing=backing,
+                parameters=self.parameters,
+                engine=self.engine,
+                trains=self.trains,
+            )
+            self.images = preload.images()
+            preload.run(self.images)
         return_free_memory()  # of the originals, or of what building the model took
-        self.bindings = _bindings(self, backing)
+
+    def _make_executor(self, module: nn.Module, made: ExitStack) -> None:
+        """What brings blocks."""
+        layout, on_cpu = self.layout, self.units.on_cpu
         self.mover = BlockMover(
-            device=device,
+            device=self.device,
             engine=self.engine,
             images=self.images,
             device_images={b.id: b.device_image for b in layout.blocks if b.device_image is not None},
@@ -126,6 +141,11 @@ class Machinery:
         )
         self.executor = Executor(core, self.mover)
         made.callback(self.executor.close)
+
+    def _make_session(self, backing: Backing) -> None:
+        """What lends their bytes while the module runs."""
+        device, layout = self.device, self.layout
+        self.bindings = _bindings(self, backing)
         self.tables = _tables(self, backing)
         self.session = Session(
             device=device,
@@ -141,7 +161,7 @@ class Machinery:
             self.session.experts = ExpertRunner(
                 layout, self.front_arena, self.host, device, self.executor, self.session.sweep_here
             )
-        if on_cpu:
+        if self.units.on_cpu:
             self.session.on_cpu = OnCpu(self.session, self.units, self.host)
 
     def start(self, module: nn.Module) -> None:
@@ -233,156 +253,9 @@ def _ancestors(paths: Iterable[str]) -> set[str]:
     return found
 
 
-def _arenas(device: Device, layout: Layout, made: ExitStack) -> tuple[HostArena, AnyArena]:
-    host = device.host_arena((layout.back or layout.front).nbytes + layout.expert_host_nbytes)
-    made.callback(host.close)
-    if layout.back is None:
-        return host, host
-    front = device.device_arena(layout.front.nbytes + layout.expert_device_nbytes)
-    made.callback(front.close)
-    return host, front
-
-
 def _touched(arenas: Iterable[AnyArena], own_nbytes: int) -> int:
     """Bytes of a model's host memory that the system has provided; staging and buffers count from the start."""
     return own_nbytes + sum(arena.resident_nbytes() for arena in arenas if isinstance(arena, HostArena))
-
-
-def _droppable(layout: Layout, backing: Backing) -> frozenset[int]:
-    """Blocks that need not stay where the plan keeps them, if others turn out to be used more often.
-
-    Not those of a built module, whose only copy is in the arena, nor pieces of tables, whose rows are looked up where
-    they stay without a lease, nor experts, which are in no order.
-    """
-    if isinstance(backing, ModuleBacking):
-        return frozenset()
-    fixed = {0}.union(*layout.tables.values())
-    passes = layout.front.slot_nbytes if layout.back is None else layout.back.slot_nbytes
-    return frozenset(
-        block.id
-        for block in layout.blocks
-        if block.id not in fixed and not layout.is_expert(block) and block.image.nbytes <= passes
-    )
-
-
-def _tiers(
-    layout: Layout, host: HostArena, front_arena: AnyArena, droppable: frozenset[int], on_cpu: Set[int]
-) -> tuple[Tier, Tier | None]:
-    front = Tier(
-        name="device" if layout.back else "host",
-        permanent={b.id: front_arena.cut(b.front_nbytes) for b in layout.blocks if b.id in layout.front.resident},
-        ring=[front_arena.cut(layout.front.slot_nbytes) for _ in range(layout.front.slots)],
-        sizes={b.id: b.front_nbytes for b in layout.blocks},
-        droppable=droppable,
-    )
-    if layout.back is None:
-        return front, None
-    back = Tier(
-        name="host",
-        permanent={b.id: host.cut(b.image.nbytes) for b in layout.blocks if b.id in layout.back.resident},
-        ring=[host.cut(layout.back.slot_nbytes) for _ in range(layout.back.slots)],
-        sizes={b.id: b.image.nbytes for b in layout.blocks},
-        droppable=droppable - on_cpu,  # they are idle only for the device
-    )
-    return front, back
-
-
-def _images(machinery: Machinery, backing: Backing) -> dict[int, Image]:
-    """Host images by block. What goes to a scratch file gets its place there."""
-    images = {block.id: block.image for block in machinery.layout.blocks}
-    if isinstance(backing, ModuleBacking):
-        for block in machinery.layout.blocks:
-            if not _stays(machinery, block):
-                images[block.id] = backing.place(block.image)
-    return images
-
-
-def _preload(machinery: Machinery, backing: ModuleBacking) -> None:
-    """Move a built module's parameters to where they will live.
-
-    What goes to disk is written first, while the originals are still there: if that fails, the module is as it was.
-    Then each original is freed as soon as its last piece has been copied.
-    """
-    layout = machinery.layout
-    for name in layout.tables:
-        _write_table(machinery, name, backing.place_table(name))
-    stays = [block for block in layout.blocks if _stays(machinery, block)]
-    for block in layout.blocks:
-        if block not in stays:
-            _write_block(machinery, backing, block)
-    left = Counter(portion.name for block in stays for portion in block.portions)
-    for name in machinery.parameters:
-        if not left[name] and backing.holds(name):
-            _free(machinery, name)
-    for block in stays:
-        _keep_block(machinery, backing, block)
-        for portion in block.portions:
-            left[portion.name] -= 1
-            if not left[portion.name]:
-                _free(machinery, portion.name)
-
-
-def _stays(machinery: Machinery, block: Draft) -> bool:
-    """Whether the only copy of a built module's block is in an arena."""
-    back = machinery.back
-    on_device = block.id in machinery.front.permanent and not (machinery.trains and back is not None)
-    return on_device or (back is not None and block.id in back.permanent)
-
-
-def _free(machinery: Machinery, name: str) -> None:
-    parameter = machinery.parameters[name]
-    parameter.data = placeholder(parameter, machinery.device.torch_device)
-
-
-def _write_block(machinery: Machinery, backing: ModuleBacking, block: Draft) -> None:
-    (window,) = machinery.images[block.id].windows
-    if machinery.layout.is_expert(block) and machinery.back is None:
-        offset = machinery.host.nbytes - round_up(window.nbytes)  # where slots of experts will be, which come last
-    else:
-        offset = (machinery.back or machinery.front).free[0].offset
-    _fill(machinery.host, offset, backing, block)
-    view = machinery.host.view(offset, window.nbytes)
-    machinery.engine.write(window.path, window.file_offset, view).wait()
-
-
-def _keep_block(machinery: Machinery, backing: ModuleBacking, block: Draft) -> None:
-    device, front, back = machinery.device, machinery.front, machinery.back
-    if back is None:
-        _fill(machinery.host, front.preload(block.id).offset, backing, block)
-    elif block.id in back.permanent:
-        _fill(machinery.host, back.preload(block.id).offset, backing, block)
-    else:
-        passing = back.free[0]
-        _fill(machinery.host, passing.offset, backing, block)
-        slot = front.preload(block.id)
-        assert block.device_image is not None
-        for start, offset, nbytes in block.device_image.parts(0, block.image.nbytes):
-            device.copy(machinery.host, passing.offset + start, slot.arena, slot.offset + offset, nbytes)
-        device.wait(device.copied())
-
-
-def _fill(arena: HostArena, offset: int, backing: ModuleBacking, block: Draft) -> None:
-    for portion in block.portions:
-        value = backing.value(portion)
-        place = block.image.places[portion.key]
-        if place.nbytes:
-            torch.frombuffer(arena.view(offset + place.offset, place.nbytes), dtype=torch.uint8).copy_(value)
-
-
-def _write_table(machinery: Machinery, name: str, span: FileSpan) -> None:
-    """Write a table to its scratch file through a small aligned buffer."""
-    parameter = machinery.parameters[name]
-    row = parameter.nbytes // parameter.shape[0]
-    staging = HostArena(max(1 << 20, row + 4096), tier="staging")
-    try:
-        raw = torch.as_strided(parameter.detach().contiguous(), (parameter.numel(),), (1,)).cpu().view(torch.uint8)
-        for start in range(0, parameter.nbytes, staging.nbytes):
-            piece = raw[start : start + staging.nbytes]
-            torch.frombuffer(staging.view(0, len(piece)), dtype=torch.uint8).copy_(piece)
-            padded = -(-len(piece) // 4096) * 4096
-            machinery.engine.write(span.path, span.offset + start, staging.view(0, padded)).wait()
-    finally:
-        staging.close()
 
 
 def _bindings(machinery: Machinery, backing: Backing) -> dict[int, Binding]:
@@ -406,55 +279,48 @@ def _bindings(machinery: Machinery, backing: Backing) -> dict[int, Binding]:
 
 
 def _tables(machinery: Machinery, backing: Backing) -> dict[int, Table]:
-    by_id = {block.id: block for block in machinery.layout.blocks}
+    layout, parameters = machinery.layout, machinery.parameters
+    rows_of = _resident_rows(machinery)
+    drafts = {block.id: block for block in layout.blocks}
+    experts = () if layout.experts is None else layout.experts.layers
+    # of what is served by rows the pieces; of experts none: whoever asks for the parameter itself has it gathered
+    pieces: dict[str, list[Piece]] = {name: [] for layer in experts for name in layer.parts}
+    of_experts = frozenset(pieces)
+    for name, blocks in layout.tables.items():
+        spans = [(b, drafts[b].portions[0].rows) for b in blocks]
+        pieces[name] = [Piece(block=b, start=rows[0], stop=rows[1]) for b, rows in spans if rows is not None]
+    return {
+        id(parameters[name]): Table(
+            name=name,
+            parameter=parameters[name],
+            source=backing.source(name),
+            dtype=backing.dtype(name),
+            skew=backing.skew(Portion(name=name)),
+            pieces=each,
+            resident_rows=rows_of,
+            engine=machinery.engine,
+            of_experts=name in of_experts,
+        )
+        for name, each in pieces.items()
+    }
+
+
+def _resident_rows(machinery: Machinery) -> Callable[[Piece], torch.Tensor | None]:
+    """What gives the rows of a piece, if they are in memory for good."""
+    drafts = {block.id: block for block in machinery.layout.blocks}
+    device, parameters, places = machinery.device, machinery.parameters, machinery.places
 
     def rows_of(piece: Piece) -> torch.Tensor | None:
-        for tier, arena, images in (
-            (machinery.front, machinery.front_arena, "front"),
-            (machinery.back, machinery.host, "host"),
-        ):
-            held = None if tier is None else tier.holding.get(piece.block)
-            if held is not None and held.permanent and held.ready:
-                draft = by_id[piece.block]
-                image: Image | DeviceImage = draft.image
-                if images == "front" and draft.device_image is not None:
-                    image = draft.device_image
-                (portion,) = draft.portions
-                machinery.device.compute_waits(held.event)
-                place = image.places[portion.key]
-                flat = machinery.device.tensor(arena)[held.slot.offset + place.offset :][: place.nbytes]
-                return flat.view(machinery.parameters[portion.name].dtype).view(place.shape)
+        draft = drafts[piece.block]
+        (portion,) = draft.portions
+        for arena, held in places.staying(piece.block):
+            image: Image | DeviceImage = draft.image
+            if arena is places.front_arena and draft.device_image is not None:
+                image = draft.device_image
+            device.compute_waits(held.event)
+            place = image.places[portion.key]
+            flat = device.tensor(arena)[held.slot.offset + place.offset :][: place.nbytes]
+            return flat.view(parameters[portion.name].dtype).view(place.shape)
         return None
 
-    tables = {}
-    experts = machinery.layout.experts
-    for name in () if experts is None else (name for layer in experts.layers for name in layer.parts):
-        parameter = machinery.parameters[name]
-        tables[id(parameter)] = Table(  # whoever asks for the parameter itself has it gathered
-            name=name,
-            parameter=parameter,
-            source=backing.source(name),
-            dtype=backing.dtype(name),
-            skew=backing.skew(Portion(name=name)),
-            pieces=[],
-            resident_rows=rows_of,
-            engine=machinery.engine,
-            of_experts=True,
-        )
-    for name, blocks in machinery.layout.tables.items():
-        parameter = machinery.parameters[name]
-        tables[id(parameter)] = Table(
-            name=name,
-            parameter=parameter,
-            source=backing.source(name),
-            dtype=backing.dtype(name),
-            skew=backing.skew(Portion(name=name)),
-            pieces=[
-                Piece(block=b, start=rows[0], stop=rows[1])
-                for b in blocks
-                if (rows := by_id[b].portions[0].rows) is not None
-            ],
-            resident_rows=rows_of,
-            engine=machinery.engine,
-        )
-    return tables
+    return rows_of

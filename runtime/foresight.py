@@ -7,7 +7,7 @@ uses, and the run is simulated with the executor's own decisions at the machine'
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
@@ -217,17 +217,10 @@ class Foresight:
         calls = self.programs(workload, prompt)
         setting = setting_of(layout, units)
         links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
-        experts = None
-        if layout.experts is not None:
-            shape = shape_of(self.model, layout.experts.layers[0])
-            routed = trace or self._expected(layout.experts.routing, batch, prompt)
-            experts = outlook_of(layout.experts, shape, cost, routed, assumed=trace is None, batch=batch, exact=exact)
-        elif trace is not None and find_expert_layers(self.model, self.sizes) is None:
-            raise UsageError(f"{self.name} has no experts whose routing a trace could foretell: leave it out")
-        name = device_name(hardware)
+        experts = self._experts(layout, cost, trace, batch=batch, prompt=prompt, exact=exact)
         plan = make_plan(
             layout,
-            name,
+            device_name(hardware),
             budgets,
             links,
             self.weights_nbytes,
@@ -243,6 +236,8 @@ class Foresight:
         part = units.part(split.cpu_share, {block.id: block.image.data_nbytes for block in layout.blocks})
         answer = (*calls[:-1], *[calls[-1]] * DECODED)
         prediction = simulate(setting, answer, cost, started=warm, until_steady=True, lanes=lanes, part=part)
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        here = units.on_cpu.keys() if lanes == 1 else part
         return Forecast(
             hardware=hardware,
             plan=plan,
@@ -254,19 +249,26 @@ class Foresight:
             warm=warm,
             headroom_nbytes=headroom,
             experts=experts,
-            busy_s=_busy(
-                layout,
-                calls,
-                cost,
-                rows,
-                str(self.model.dtype).removeprefix("torch."),
-                lanes=lanes,
-                here=units.on_cpu.keys() if lanes == 1 else part,
-                experts=experts,
-            ),
+            busy_s=_busy(layout, calls[-1], cost, rows, dtype, lanes=lanes, here=here, experts=experts),
             lanes=lanes,
             cpu_share=split.cpu_share,
         )
+
+    def _experts(
+        self, layout: Layout, cost: CostModel, trace: Trace | None, *, batch: int, prompt: int, exact: bool
+    ) -> ExpertForecast | None:
+        """What routers will ask for and is not there, where experts are blocks of their own.
+
+        Raises:
+            UsageError: there is a trace of the routing of experts, and the model has none.
+        """
+        if layout.experts is not None:
+            shape = shape_of(self.model, layout.experts.layers[0])
+            routed = trace or self._expected(layout.experts.routing, batch, prompt)
+            return outlook_of(layout.experts, shape, cost, routed, assumed=trace is None, batch=batch, exact=exact)
+        if trace is not None and find_expert_layers(self.model, self.sizes) is None:
+            raise UsageError(f"{self.name} has no experts whose routing a trace could foretell: leave it out")
+        return None
 
     def _layout(
         self, hardware: Hardware, budgets: Budgets, decisions: Decisions | None, beside_nbytes: int
@@ -352,7 +354,7 @@ def device_name(hardware: Hardware) -> str:
 
 def _busy(
     layout: Layout,
-    calls: Sequence[Program],
+    call: Program,
     cost: CostModel,
     rows: int,
     dtype: str,
@@ -361,10 +363,10 @@ def _busy(
     here: Collection[int],
     experts: ExpertForecast | None,
 ) -> dict[str, float]:
-    """What the last call takes of each resource, if so many lanes make it, and the CPU computes `here` for all."""
+    """What a call takes of each resource, if so many lanes make it, and the CPU computes `here` for all."""
     fixed = [block for block in layout.on_disk() if not layout.is_expert(block)]
     where = "GPU" if cost.hardware.gpu is not None else "CPU"
-    found = {where: lanes * cost.compute_s(calls[-1].operations(), "gpu")}
+    found = {where: lanes * cost.compute_s(call.operations(), "gpu")}
     on_cpu = [b for b in layout.streamed() if b.id in here and layout.on_cpu.get(b.id, 0) > rows]
     if on_cpu:
         products = [

@@ -84,7 +84,7 @@ class AbsentParameter(nn.Parameter):
         if session is not None and session.running_here() and reads_values(func, len(args) + len(kwargs or ())):
             missing = _found(cls, args if not kwargs else (*args, *kwargs.values()))
             if missing:
-                return session.call_with(missing, func, args, dict(kwargs or {}))
+                return session.stray.call(missing, func, args, dict(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs) if kwargs else func(*args)
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Final
 
 from ..memory.arena import HostArena
-from ..memory.disk import DiskEngine, Transfer
+from ..memory.disk import DiskEngine
 from ..memory.image import whole_window
 from ..memory.requests import CHUNK
+from ..memory.transfer import Transfer
 from ..scheduler.calibration import Calibration
 from .calibration.cache import CalibrationCache
 from .devices.base import Device

@@ -22,7 +22,6 @@ from .deciding import Decisions
 from .devices.base import Device
 from .dtypes import stored_dtype
 from .experts.layers import shape_of
-from .experts.runner import ExpertRunner
 from .handle import Handle
 from .headroom import headroom_nbytes, kv_nbytes
 from .launch import launch
@@ -78,14 +77,7 @@ def load(
             kv = kv_nbytes(bones.config, bones.model.dtype, context=context, batch=batch)
         model, backing = _weightless(bones, on_disk(bones, disk, wanted.disk, held), device, beside)
         links = Links(disk_read=disk_read_rate(backing.files(), cache, device), h2d=link_rate(device, cache))
-        budgets = resolve_budgets(
-            wanted,
-            device,
-            headroom_nbytes=headroom,
-            disk_rate=links.disk_read,
-            link_rate=links.h2d,
-            on_cpu=decisions is not None and not decisions.exact,
-        )
+        budgets = _budgets(wanted, device, links, headroom, decisions)
         changing = _changing(model, backing, device, trains, beside)
         planner = Planner(
             model,
@@ -98,13 +90,7 @@ def load(
             beside_nbytes=kv,
             experts=changing is None,
         )
-        layout = planner.best() if plan is None else planner.as_planned(plan)
-        if decisions is not None and processors is None and plan is None:
-            processors = decisions.processors
-        room = None if decisions is None else budgets.host - kv
-        layout, notes = settled(model, layout, device.torch_device, processors, host_nbytes=room)
-        if plan is not None:
-            check_fits(layout, budgets)  # with the copies of small tensors that the CPU needs
+        layout, notes = _laid_out(planner, device, plan, processors, decisions, kv)
         left = None if wanted.host is None else budgets.host - layout.host_nbytes
         most_keys = 1.0 if left is None else left / max(kv, 1)
         launch(
@@ -118,11 +104,7 @@ def load(
             held=held,
             changing=changing,
         )
-        handle: Handle = model.penstock  # type: ignore[assignment]
-        if handle.machinery is not None:
-            handle.machinery.costs = costs
-            handle.machinery.host_left_nbytes = left
-            _costs_to_experts(handle.machinery.session.experts, model, layout, costs, decisions)
+        _tell_costs(model, layout, costs, decisions, host_left=left)
         if layout.resident and changing is None:
             _as_pretrained(model)
     return model
@@ -143,6 +125,18 @@ def _weightless(
     return model, CheckpointBacking(sources, dtypes, {name: source.shape for name, source in sources.items()})
 
 
+def _budgets(wanted: Wanted, device: Device, links: Links, headroom: int, decisions: Decisions | None) -> Budgets:
+    """Bytes of each tier that the model may take."""
+    return resolve_budgets(
+        wanted,
+        device,
+        headroom_nbytes=headroom,
+        disk_rate=links.disk_read,
+        link_rate=links.h2d,
+        on_cpu=decisions is not None and not decisions.exact,
+    )
+
+
 def _changing(
     model: nn.Module, backing: CheckpointBacking, device: Device, trains: Trains | None, beside: Beside | None
 ) -> Changing | None:
@@ -152,6 +146,26 @@ def _changing(
     if trains is None:
         return None
     return trains(backing.sizes(), max(backing.itemsizes(), default=1))
+
+
+def _laid_out(
+    planner: Planner,
+    device: Device,
+    plan: Plan | None,
+    processors: Processors | None,
+    decisions: Decisions | None,
+    kv: int,
+) -> tuple[Layout, tuple[str, ...]]:
+    """Where blocks lie and what computes them, as planned or by what is best, and notes on what stays where it is."""
+    layout = planner.best() if plan is None else planner.as_planned(plan)
+    if decisions is not None and processors is None and plan is None:
+        processors = decisions.processors
+    budgets = planner.budgets
+    room = None if decisions is None else budgets.host - kv
+    layout, notes = settled(planner.module, layout, device.torch_device, processors, host_nbytes=room)
+    if plan is not None:
+        check_fits(layout, budgets)  # with the copies of small tensors that the CPU needs
+    return layout, notes
 
 
 def _planned(
@@ -184,10 +198,17 @@ def _planned(
     return decisions.with_lanes(plan, model, layout, units, most_keys=most_keys)
 
 
-def _costs_to_experts(
-    experts: ExpertRunner | None, model: nn.Module, layout: Layout, costs: CostModel | None, decisions: Decisions | None
+def _tell_costs(
+    model: nn.Module, layout: Layout, costs: CostModel | None, decisions: Decisions | None, *, host_left: int | None
 ) -> None:
-    """Let experts that are blocks of their own be read ahead, and be computed by a CPU, by what that costs here."""
+    """Let whoever decides while the model runs know what that costs here: experts that are blocks of their own are read
+    ahead by it, and computed by a CPU."""
+    handle: Handle = model.penstock  # type: ignore[assignment]
+    if handle.machinery is None:
+        return
+    handle.machinery.costs = costs
+    handle.machinery.host_left_nbytes = host_left
+    experts = handle.machinery.session.experts
     if experts is None or layout.experts is None or costs is None:
         return
     each = expert_costs(costs, shape_of(model, layout.experts.layers[0]))

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from ..memory.arena import HostArena, Slot
-from ..memory.disk import DiskEngine, Transfer
+from ..memory.disk import DiskEngine
 from ..memory.image import DeviceImage, Image
+from ..memory.transfer import Transfer
 from ..scheduler.mover import Event
 from .devices.base import Device
 

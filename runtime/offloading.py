@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from .devices.base import Device
 from .handle import Handle
 from .headroom import FRAMEWORK, headroom_nbytes
 from .launch import check_room, launch, open_scratch, scratch_files
-from .layout import Layout, Trains
+from .layout import Changing, Layout, Trains
 from .links import LinkCache, disk_read_rate, link_rate
 from .partition import streamable
 from .planned import make_plan, untouched_plan
@@ -63,28 +63,20 @@ def offload(
         resident = {} if beside is None else trained_in(module)
         parameters = {name: parameter for name, parameter in streamable(module).items() if name not in resident}
         total = sum(parameter.nbytes for parameter in parameters.values())
-        config = getattr(module, "config", None)
-        dtype = next((p.dtype for p in parameters.values()), torch.float32)
         if headroom is None:
-            headroom = FRAMEWORK if config is None else headroom_nbytes(config, dtype, context=context, batch=batch)
+            headroom = _headroom(module, parameters, context=context, batch=batch)
         rate = link_rate(device, cache)
         budgets = resolve_budgets(wanted, device, headroom_nbytes=headroom, disk_rate=None, link_rate=rate)
         backing = ModuleBacking(parameters)
-        widest = max((parameter.itemsize for parameter in parameters.values()), default=1)
-        changing = trains and trains([parameter.nbytes for parameter in parameters.values()], widest)
+        changing = _changing(parameters, trains)
         if beside is not None:
             changing = beside.changing(list(resident.values()), device)
         changes = changing is not None and changing.weights_change
-        layout = Planner(
-            module,
-            backing,
-            budgets,
-            buffers_nbytes=0,
-            keep_skew=skewed(device),
-            changing=changing,
-            experts=changing is None,
-        ).best()
-        layout, stays = settled(module, layout, device.torch_device, processors)
+        skew = skewed(device)
+        planner = Planner(
+            module, backing, budgets, buffers_nbytes=0, keep_skew=skew, changing=changing, experts=changing is None
+        )
+        layout, stays = settled(module, planner.best(), device.torch_device, processors)
         if layout.resident and not device.separate and changing is None:
             untouched = untouched_plan(device.name, budgets, total, "everything fits: the module was left as it is")
             module.penstock = Handle(module, untouched, None)  # type: ignore[assignment]
@@ -93,19 +85,15 @@ def offload(
         if needs_scratch(layout, trains=changes):
             scratches = open_scratch(disk, held)
             export_folder = os.fspath(scratches[0].path)
-            kept = kept_in_memory(layout, trains=changes)
-            needed = sum(block.image.nbytes for block in layout.blocks if block.id not in kept)
-            needed += sum(parameters[name].nbytes for name in layout.tables)
-            check_room(scratches, needed, wanted.disk)
+            check_room(scratches, _scratch_nbytes(layout, parameters, trains=changes), wanted.disk)
             backing.store_in(scratch_files(scratches, "weights.bin"))
-        where_buffers_were = buffers_to(module, device.torch_device)
 
         def plan() -> Plan:
             disk_rate = disk_read_rate(backing.paths, cache, device) if backing.paths else None
             return make_plan(layout, device.name, budgets, Links(disk_read=disk_rate, h2d=rate), total, stays)
 
         freed = sum(parameter.nbytes for parameter in parameters.values() if parameter.device.type == "cpu")
-        try:
+        with _buffers_on(module, device.torch_device):
             launch(
                 module,
                 owner=type(module).__name__,
@@ -118,13 +106,28 @@ def offload(
                 freed_nbytes=freed,
                 changing=changing,
             )
-        except BaseException:
-            for child, name, buffer in where_buffers_were:
-                child._buffers[name] = buffer
-            raise
         for parameter in resident.values():
             parameter.data = parameter.data.to(device.torch_device)
     return module
+
+
+def _headroom(
+    module: nn.Module, parameters: Mapping[str, nn.Parameter], *, context: int | None, batch: int | None
+) -> int:
+    """Bytes that automatic budgets leave free for inference; little is known of a module without a config."""
+    config = getattr(module, "config", None)
+    if config is None:
+        return FRAMEWORK
+    dtype = next((p.dtype for p in parameters.values()), torch.float32)
+    return headroom_nbytes(config, dtype, context=context, batch=batch)
+
+
+def _changing(parameters: Mapping[str, nn.Parameter], trains: Trains | None) -> Changing | None:
+    """What weights that will change take beside them; None where they are only read."""
+    if trains is None:
+        return None
+    widest = max((parameter.itemsize for parameter in parameters.values()), default=1)
+    return trains([parameter.nbytes for parameter in parameters.values()], widest)
 
 
 def kept_in_memory(layout: Layout, *, trains: bool) -> frozenset[int]:
@@ -140,8 +143,16 @@ def needs_scratch(layout: Layout, *, trains: bool = False) -> bool:
     return bool(layout.tables) or any(block.id not in kept for block in layout.blocks)
 
 
-def buffers_to(module: nn.Module, device: torch.device) -> list[tuple[nn.Module, str, torch.Tensor]]:
-    """Move all buffers, which never stream, to the device that computes. Returns owner, name and old values of each."""
+def _scratch_nbytes(layout: Layout, parameters: Mapping[str, nn.Parameter], *, trains: bool) -> int:
+    """Bytes of what lives in scratch files."""
+    kept = kept_in_memory(layout, trains=trains)
+    blocks = sum(block.image.nbytes for block in layout.blocks if block.id not in kept)
+    return blocks + sum(parameters[name].nbytes for name in layout.tables)
+
+
+@contextmanager
+def _buffers_on(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move all buffers, which never stream, to the device that computes; back, if what follows fails."""
     found = [
         (child, name, buffer)
         for child in module.modules()
@@ -150,7 +161,12 @@ def buffers_to(module: nn.Module, device: torch.device) -> list[tuple[nn.Module,
     ]
     for child, name, buffer in found:
         child._buffers[name] = buffer.to(device)
-    return found
+    try:
+        yield
+    except BaseException:
+        for child, name, buffer in found:
+            child._buffers[name] = buffer
+        raise
 
 
 def _check(module: nn.Module) -> None:

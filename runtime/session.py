@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,13 +27,14 @@ from .binding import Binding
 from .calls import Frame, RootCall
 from .devices.base import Device
 from .experts.runner import ExpertRunner
-from .intercept import absent_class, is_linear, rows_wanted
+from .intercept import absent_class
 from .oncpu import OnCpu
-from .operands import copy_in_place_of, folded, storage_address, swap, unfolded
+from .operands import storage_address
 from .saved import SavedTensors
+from .stray import StrayUses
 from .sweep import Sweep
 from .tables import Table
-from .views import aliases, without_views
+from .views import without_views
 
 logger = logging.getLogger(__name__)
 
@@ -61,22 +62,22 @@ class Session:
         pretrained: bool,
     ) -> None:
         self._spare_slots = spare_slots
-        self._pretrained = pretrained
+        self.pretrained = pretrained
         self.device = device
         self.executor = executor
         self.bindings = bindings
         self.tables = tables
-        self._homes: dict[int, int | Table] = {id(table.parameter): table for table in tables.values()}
-        """By id of each parameter: its block, or the table that serves it."""
         self.arena = device.tensor(front)
-        self._base = storage_address(self.arena)
-        self._absent_class = absent_class(self)
+        self.base = storage_address(self.arena)
+        """Of the arena: whatever begins there is a view of a slot."""
+        self.absent_class = absent_class(self)
+        """Of parameters whose bytes are away."""
         for binding in bindings.values():
             for bound in binding.tensors:
-                self._homes.setdefault(id(bound.parameter), binding.block)  # pieces of a table stay the table's
                 self.vanish(bound.parameter)
         for table in tables.values():
             self.vanish(table.parameter)
+        self.stray = StrayUses(self)
         self.saved = SavedTensors(self)
         self._root = threading.RLock()
         self._runs: dict[int, RootCall] = {}
@@ -115,7 +116,7 @@ class Session:
                         result = inner(*args, **kwargs)
                 else:
                     result = inner(*args, **kwargs)
-                result = without_views(result, self._base)
+                result = without_views(result, self.base)
                 failed = False
                 return result
             finally:
@@ -154,7 +155,7 @@ class Session:
         frames = self._frames()
         assert frames[-1] is frame, "frames do not nest"
         try:
-            self._release(frame.leases)
+            self.release(frame.leases)
         finally:
             frames.pop()
             if not frames:
@@ -163,16 +164,6 @@ class Session:
     def _frames(self) -> list[Frame]:
         """The calls under way in the root call of this thread."""
         return self._runs[threading.get_ident()].frames
-
-    def _release(self, leases: list[Lease]) -> None:
-        failure: BaseException | None = None
-        while leases:
-            try:
-                self.take_back(leases.pop())
-            except BaseException as error:  # the others must be given back all the same
-                failure = error
-        if failure is not None:
-            raise failure
 
     def _begin(self, key: Hashable) -> None:
         if os.getpid() != self.pid:
@@ -261,6 +252,11 @@ class Session:
         sweep = self._sweep
         return sweep if sweep is not None and sweep.takes_part() else None
 
+    @property
+    def in_sweep(self) -> bool:
+        """Whether calls go on together."""
+        return self._sweep is not None
+
     def running_here(self) -> bool:
         """Whether the calling thread is inside a root call."""
         return threading.get_ident() in self._runs
@@ -271,13 +267,13 @@ class Session:
         torch chooses by that flag how it multiplies a strided operand (the last positions of a batch, before the output
         projection): without it the weight is copied once per sequence, and the last bit of the result differs.
         """
-        return self._pretrained and not torch.is_grad_enabled()
+        return self.pretrained and not torch.is_grad_enabled()
 
     # --- leases -----------------------------------------------------------------------------------------------------
 
     def lend(self, block: int, *, observed: bool = True) -> Lease:
         """Acquire a block and lend its bytes to its parameters; `observed` if it is part of the model's own run."""
-        lease = self._acquire(block, observed=observed)
+        lease = self.acquire(block, observed=observed)
         try:
             self.device.compute_waits(lease.residence.event)
             binding = self.bindings[block]
@@ -296,16 +292,18 @@ class Session:
                     raise
             return lease
         except BaseException:  # an interrupt while the copy was waited for must not cost a slot
-            self._give_back(lease, None)
+            self.give_back(lease, None)
             raise
 
-    def _acquire(self, block: int, *, observed: bool = True) -> Lease:
+    def acquire(self, block: int, *, observed: bool = True) -> Lease:
+        """A lease, of the sweep's where this is part of one."""
         run = self._runs.get(threading.get_ident())
         if not observed or run is None or run.sweep is None:
             return self.executor.acquire(block, observed=observed)
         return run.sweep.acquire(block)
 
-    def _give_back(self, lease: Lease, event: Event) -> None:
+    def give_back(self, lease: Lease, event: Event) -> None:
+        """The end of such a lease; what used the block is done with `event`."""
         giver = self.executor if self._sweep is None else self._sweep
         giver.release(lease, event)
 
@@ -319,7 +317,31 @@ class Session:
                 finally:
                     self._mark_absent(binding)
         finally:
-            self._give_back(lease, self.device.computed())
+            self.give_back(lease, self.device.computed())
+
+    def release(self, leases: list[Lease]) -> None:
+        """Take all of them back, the last one first, whatever fails with one."""
+        failure: BaseException | None = None
+        while leases:
+            try:
+                self.take_back(leases.pop())
+            except BaseException as error:  # the others must be given back all the same
+                failure = error
+        if failure is not None:
+            raise failure
+
+    def keep(self, leases: list[Lease]) -> bool:
+        """Hold leases until the calling module returns, if slots are to spare; those of blocks that stay always are."""
+        run = self._runs.get(threading.get_ident())
+        if run is None or not run.frames:
+            return False
+        ring = [lease for lease in leases if not lease.residence.permanent]
+        kept = sum(not lease.residence.permanent for frame in run.frames for lease in frame.leases[frame.own :])
+        spare = self._spare_slots if run.sweep is None else 0  # each member would take its own
+        if ring and kept + len(ring) > spare:
+            return False
+        run.frames[-1].leases.extend(leases)
+        return True
 
     def appear(self, parameter: nn.Parameter) -> None:
         """Its bytes are there, or about to be: operations use them as they are."""
@@ -327,86 +349,12 @@ class Session:
 
     def vanish(self, parameter: nn.Parameter) -> None:
         """Its bytes are away: operations that use it are to be caught."""
-        parameter.__class__ = self._absent_class
+        parameter.__class__ = self.absent_class
 
     def _mark_absent(self, binding: Binding) -> None:
         if not binding.uses:
             for bound in binding.tensors:
                 self.vanish(bound.parameter)
-
-    # --- stray uses -------------------------------------------------------------------------------------------------
-
-    def call_with(
-        self, missing: list[nn.Parameter], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run a torch call that uses parameters which are not there (called by the interception)."""
-        for parameter in missing:
-            home = self._homes.get(id(parameter))
-            if isinstance(home, Table):
-                return self._call_table(home, func, args, kwargs)
-        leases: list[Lease] = []
-        try:
-            for block in dict.fromkeys(h for p in missing if isinstance(h := self._homes.get(id(p)), int)):
-                leases.append(self.lend(block))
-            result = func(*args, **kwargs)
-            if aliases(
-                result, self._base
-            ):  # a view was taken: it must stay valid until the module that took it returns
-                if self._can_keep(leases):
-                    self._frames()[-1].leases.extend(leases)
-                    leases = []
-                else:
-                    copies = {id(p): copy_in_place_of(p) for p in missing}
-                    result = func(*(swap(v, copies) for v in args), **{k: swap(v, copies) for k, v in kwargs.items()})
-            return result
-        finally:
-            self._release(leases)
-
-    def _can_keep(self, leases: list[Lease]) -> bool:
-        """Whether slots are to spare for leases that last longer than a call; slots of resident blocks always are."""
-        run = self._runs.get(threading.get_ident())
-        if run is None or not run.frames:
-            return False
-        ring = [lease for lease in leases if not lease.residence.permanent]
-        kept = sum(not lease.residence.permanent for frame in run.frames for lease in frame.leases[frame.own :])
-        spare = self._spare_slots if run.sweep is None else 0  # each member would take its own
-        return not ring or kept + len(ring) <= spare
-
-    def _call_table(self, table: Table, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        graph = table.of_experts and torch.is_grad_enabled()
-        rows = rows_wanted(func, args, kwargs)
-        if rows is not None and not (graph and table.parameter.requires_grad):  # what is looked up has no history
-            return table.lookup(rows, wrap=func is torch.Tensor.__getitem__)
-        if is_linear(func):
-            x = args[0] if args else kwargs["input"]
-            bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if weight is table.parameter and not isinstance(bias, self._absent_class):
-                whole_x = x
-                if self._pretrained or weight.requires_grad:
-                    x = folded(x, bias)
-                inside = bias if x is whole_x else None
-                served = self.on_cpu is not None and self.on_cpu.serves(table, x)
-                together = self._sweep is not None and bool(table.pieces)  # a sweep is equal to rounding
-                if served or together or table.splits(x, biased=inside is not None):
-                    elsewhere = None if self.on_cpu is None else self.on_cpu.product(x, inside)
-                    return unfolded(table.product(x, inside, self._lend_piece, elsewhere), whole_x, bias)
-        whole = self.saved.gathered(table) if graph else table.whole()
-        swapped = [swap(value, {id(table.parameter): whole}) for value in args]
-        named = {name: swap(value, {id(table.parameter): whole}) for name, value in kwargs.items()}
-        return func(*swapped, **named)  # another table may be among the arguments: torch finds it
-
-    def _lend_piece(self, block: int) -> tuple[torch.Tensor, Callable[[], None]]:
-        lease = self._acquire(block)
-        try:
-            self.device.compute_waits(lease.residence.event)
-            binding = self.bindings[block]
-            view = binding.views(self.arena, lease.residence.slot)[0].detach()
-            view.requires_grad_(binding.tensors[0].parameter.requires_grad)
-        except BaseException:
-            self._give_back(lease, None)
-            raise
-        return view, lambda: self._give_back(lease, self.device.computed())
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -424,4 +372,4 @@ class Session:
                     self.appear(bound.parameter)
             for table in self.tables.values():
                 self.appear(table.parameter)
-            self.arena, self._base = torch.empty(0), -1
+            self.arena, self.base = torch.empty(0), -1

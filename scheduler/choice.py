@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from ..memory.errors import DoesNotFitError
@@ -12,6 +11,7 @@ from .lease import Wish
 from .order import AccessOrders
 from .prefetch import first_unloaded, next_fetch, victim_for_demand
 from .residence import Residence, Tier
+from .wishes import Wishes
 
 HORIZON: Final = 1024
 """Predicted accesses that a decision looks at."""
@@ -27,7 +27,8 @@ class Choice:
         inflight_nbytes: Prefetches under way are kept below this, so that a demand does not queue behind them.
         on_cpu: Blocks that stay in `back` and are brought although no order of the device's may ever name them.
         ordered: How many of the blocks orders can name.
-        grant: Called for a wish whose block is there.
+        away: Blocks that nobody may have, because their bytes change.
+        wishes: Of consumers that wait.
     """
 
     def __init__(
@@ -40,7 +41,8 @@ class Choice:
         inflight_nbytes: int,
         on_cpu: Iterable[int],
         ordered: int,
-        grant: Callable[[Wish, Residence], None],
+        away: Mapping[int, object],
+        wishes: Wishes,
     ) -> None:
         self._front, self._back = front, back
         self._orders = orders
@@ -49,13 +51,8 @@ class Choice:
         self._horizon_blocks = min(ordered + 1, HORIZON)
         self._unasked = deque(on_cpu)
         """Those of `on_cpu` that nobody has asked for yet."""
-        self._grant = grant
-        self.wishes: list[Wish] = []
-        """Of consumers that wait."""
-        self.failed: dict[int, Exception] = {}
-        """What became of blocks that nobody waited for."""
-        self.away: dict[int, Future[None]] = {}
-        """Blocks that nobody may have, because their bytes change; done as soon as nobody has them any more."""
+        self._away = away
+        self._wishes = wishes
 
     def for_front(self) -> list[Residence]:
         """Places in the tier that consumers lease from."""
@@ -64,14 +61,13 @@ class Choice:
     def _serve_wishes(self) -> list[Residence]:
         """Places for blocks that consumers wait for and that are neither held nor on their way."""
         placed = []
-        for wish in [wish for wish in self.wishes if not wish.host and wish.block not in self.away]:
+        for wish in [wish for wish in self._wishes.waiting if not wish.host and wish.block not in self._away]:
             held = self._front.holding.get(wish.block)
             if held is not None:
                 if held.ready:  # it arrived between the consumer's look and now
-                    self._grant(wish, held)
+                    self._wishes.grant(wish, held)
                 elif held.error is not None:  # a guest that failed while nobody waited for it
-                    self.wishes.remove(wish)
-                    wish.granted.set_exception(held.error)
+                    self._wishes.refuse(wish, held.error)
                     self._front.drop(held.block)
                 continue
             victim = None
@@ -88,9 +84,9 @@ class Choice:
         held = [self._front.holding[block] for block in self._front.in_ring()]
         if not held or not all(h.leases and h.ready for h in held):
             return
-        self.wishes.remove(wish)
         slot = held[0].slot.nbytes
-        wish.granted.set_exception(
+        self._wishes.refuse(
+            wish,
             DoesNotFitError(
                 f"block {wish.block} is needed while all {len(held)} {self._front.name} slots of {slot} bytes are in "
                 f"use at once: raise the {self._front.name} budget by at least {slot} bytes, or gather fewer modules "
@@ -98,7 +94,7 @@ class Choice:
                 tier=self._front.name,
                 needed_nbytes=slot * (len(held) + 1),
                 available_nbytes=slot * len(held),
-            )
+            ),
         )
 
     def _prefetch(self, tier: Tier) -> list[Residence]:
@@ -125,7 +121,7 @@ class Choice:
 
     def _upcoming(self) -> Iterator[int]:
         """The next accesses as predicted, without blocks that cannot be brought."""
-        without = self.failed.keys() | self.away.keys()
+        without = self._wishes.failed.keys() | self._away.keys()
         return (block for block in self._orders.upcoming(self._horizon()) if block not in without)
 
     def _is_sooner(self, block: int, other: int) -> bool:
@@ -138,15 +134,14 @@ class Choice:
     def _serve_host_wishes(self, back: Tier) -> list[Residence]:
         """Places for blocks that are waited for where they stay."""
         placed = []
-        for wish in [wish for wish in self.wishes if wish.host and wish.block not in self.away]:
+        for wish in [wish for wish in self._wishes.waiting if wish.host and wish.block not in self._away]:
             held = back.holding.get(wish.block)
             if held is None:
                 placed.append(back.place(wish.block, urgent=True))
             elif held.ready:
-                self._grant(wish, held)
+                self._wishes.grant(wish, held)
             elif held.error is not None:  # a guest that failed while nobody waited for it
-                self.wishes.remove(wish)
-                wish.granted.set_exception(held.error)
+                self._wishes.refuse(wish, held.error)
                 back.drop(held.block)
         return placed
 
@@ -174,7 +169,7 @@ class Choice:
             if block in back.permanent or back.free:
                 placed.append(back.place(block, urgent=False))
                 flying += self._nbytes[block]
-        while self._unasked and self._unasked[0] not in self.away and flying < self._inflight_limit:
+        while self._unasked and self._unasked[0] not in self._away and flying < self._inflight_limit:
             block = self._unasked.popleft()
             if block in back.unloaded:
                 placed.append(back.place(block, urgent=False))

@@ -12,24 +12,25 @@ import logging
 import threading
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, Final
+from typing import Any
 
 from ..memory.arena import Slot
 from ..memory.errors import ClosedError, PenstockError
+from .adapting import Adapting
 from .choice import Choice
-from .exchange import exchanges
+from .guests import Guests
 from .lease import Lease, Wish
+from .loop import Loop
 from .mover import Event, Mover
 from .order import AccessOrders
 from .residence import Residence, Tier
+from .sources import Sources
 from .tally import ExecutorStatistics, Tally, who_waits
 from .timeline import Kind, Timeline
+from .wishes import Wishes
+from .withdrawals import Withdrawals
 
 logger = logging.getLogger(__name__)
-
-REPEATS: Final = 3
-"""Calls of one steady order before what stays is chosen anew: parts that run a few times each in turn must not push
-each other out."""
 
 
 class Core:
@@ -66,6 +67,11 @@ class Core:
         self.orders = orders
         self.timeline = timeline
         self._tally = Tally(timeline=timeline, clock=clock, nbytes=nbytes)
+        self._wishes = Wishes(self._tally, clock)
+        self._withdrawals = Withdrawals(front, back)
+        self._away = self._withdrawals.away
+        self._guests = Guests(front, back)
+        self._adapting = Adapting(front, back, orders, self._tally)
         self._choice = Choice(
             front=front,
             back=back,
@@ -74,28 +80,16 @@ class Core:
             inflight_nbytes=inflight_nbytes,
             on_cpu=on_cpu,
             ordered=len(nbytes) - unordered,
-            grant=self._grant,
+            away=self._away,
+            wishes=self._wishes,
         )
         self._mover = mover
         self._clock = clock
         self._poison = poison
         self._ordered = len(nbytes) - unordered
-        self._steady: frozenset[int] = frozenset()
-        self._repeats = 0
-        """How many calls in a row ended a steady order of these blocks."""
-        self._adapted: frozenset[int] = frozenset()
-        """The blocks of the order for which what stays was chosen last."""
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._loop_thread = 0
-        self._pump_scheduled = False
+        self._loop = Loop(self._pump, self._task_failed)
         self._broken: Exception | None = None
-        self._guests: list[Residence] = []
-        """What is to be brought into slots of somebody else's."""
-        self._host_guests: list[Residence] = []
-        """Likewise, into such in host memory above which there is a device."""
-        self._placed = asyncio.Event()
-        """Set, and replaced, whenever a block gets a slot in `back`."""
+        self._sources = None if back is None else Sources(back, self.lock, self._withdrawals, self._loop)
 
     # --- called by consumers, from any thread -----------------------------------------------------------------------
 
@@ -117,14 +111,13 @@ class Core:
                 raise PenstockError(
                     f"block {block} is asked for and has no slot: it comes only to who brings it into one of theirs"
                 )
-            self._choice.failed.pop(
-                block, None
-            )  # what a prefetch met may be over; if it is not, this demand meets it again
+            # what a prefetch met may be over; if it is not, this demand meets it again
+            self._wishes.failed.pop(block, None)
             if backward:
                 observed = self.orders.begin_backward()
             predicted = not observed or self.orders.observe(block)
             held = self.front.holding.get(block)
-            if held is not None and held.ready and (held.leases or block not in self._choice.away):
+            if held is not None and held.ready and (held.leases or block not in self._away):
                 held.leases += 1
                 if counted:
                     held.used = True
@@ -138,12 +131,10 @@ class Core:
                     self._tally.demanded += 1
                 elif counted:
                     self._tally.late += 1
-                wish = Wish(block=block, since_ns=self._clock(), counted=counted)
-                self._choice.wishes.append(wish)
-                result = wish
+                result = self._wishes.add(block, counted=counted)
             if not predicted:
                 self._tally.instant("mismatch" if held is not None else "demand", block)
-        self.wake()
+        self._loop.rouse()
         return result
 
     def acquire_host_nowait(self, block: int) -> Lease | Wish:
@@ -157,23 +148,21 @@ class Core:
             assert block in back.permanent or (there is not None and there.guest), (
                 f"block {block} only passes through the host"
             )
-            self._choice.failed.pop(block, None)
+            self._wishes.failed.pop(block, None)
             self._tally.on_cpu += 1
             held = back.holding.get(block)
-            if held is not None and held.ready and (held.leases or block not in self._choice.away):
+            if held is not None and held.ready and (held.leases or block not in self._away):
                 held.leases += 1
                 held.used = True
                 return Lease(residence=held)
-            wish = Wish(block=block, since_ns=self._clock(), host=True)
-            self._choice.wishes.append(wish)
-        self.wake()
+            wish = self._wishes.add(block, host=True)
+        self._loop.rouse()
         return wish
 
     def forget(self, wish: Wish) -> None:
         """The consumer that waited was interrupted."""
         with self.lock:
-            if wish in self._choice.wishes:
-                self._choice.wishes.remove(wish)
+            if self._wishes.forget(wish):
                 return
         if wish.granted.done() and wish.granted.exception() is None:
             self.release(wish.granted.result(), None)
@@ -189,9 +178,9 @@ class Core:
                 held.slot.guard = event
             # a slot of somebody else's is nothing to decide about
             idle = held.leases == 0 and not held.permanent and not held.guest
-            self._retire(held.block)
+            self._withdrawals.retire(held.block)
         if idle:
-            self.wake()
+            self._loop.rouse()
 
     def bring(
         self,
@@ -223,16 +212,12 @@ class Core:
         with self.lock:
             if self._broken is not None:
                 raise self._broken
-            for block in gone:
-                if block in self.front.holding:
-                    self.front.drop(block)
-            taken = [each for each in kept if self.back is not None and each[0] not in self.back.holding]
-            if self.back is not None:
-                self._host_guests += [self.back.take_in(block, slot) for block, slot in taken]
-            self._guests += [self.front.take_in(block, slot, urgent=urgent) for block, slot in places]
+            self._guests.forget(gone)
+            taken = self._guests.keep(kept)
+            self._guests.take_in(places, urgent=urgent)
         if places or taken:
-            self.wake()
-        return [block for block, _ in taken]
+            self._loop.rouse()
+        return taken
 
     def let_go(self, blocks: Iterable[int]) -> list[int]:
         """Forget host copies that `bring` was to keep, as far as nobody uses them and nothing moves them.
@@ -240,18 +225,8 @@ class Core:
         Returns:
             Those whose slots are free now; the others are to be asked for again later.
         """
-        back = self.back
-        assert back is not None, "there is one tier: what is brought is forgotten by `bring`"
-        free = []
         with self.lock:
-            for block in blocks:
-                held = back.holding.get(block)
-                if held is None or not held.guest:  # it could not be read
-                    free.append(block)
-                elif block not in back.arriving and not held.leases and not held.pins:
-                    back.drop(block)
-                    free.append(block)
-        return free
+            return self._guests.let_go(blocks)
 
     def withdraw(self, block: int) -> Future[None]:
         """Let nobody have a block until `readmit`: its bytes are about to change.
@@ -261,38 +236,18 @@ class Core:
         for a block that is still leased: who holds it may need it twice.
         """
         with self.lock:
-            assert block not in self._choice.away, f"block {block} is withdrawn already"
-            gone: Future[None] = Future()
-            self._choice.away[block] = gone
-            self._retire(block)
-        return gone
+            return self._withdrawals.begin(block)
 
     def leaving(self, block: int) -> Future[None]:
         """What `withdraw` gave for a block."""
         with self.lock:
-            return self._choice.away[block]
+            return self._away[block]
 
     def readmit(self, block: int) -> None:
         """Its bytes are what they are to be, in host memory if it stays there, and on disk."""
         with self.lock:
-            gone = self._choice.away.pop(block)
-            assert gone.done(), f"block {block} was not gone yet"
-        self.wake()
-
-    def _retire(self, block: int) -> None:
-        """Drop the copies of a withdrawn block as soon as nobody uses them."""
-        gone = self._choice.away.get(block)
-        if gone is None or gone.done():
-            return
-        home = self.front if self.back is None else self.back
-        copies = [(tier, tier.holding[block]) for tier in (self.front, self.back) if tier and block in tier.holding]
-        if any(not held.ready or held.leases or held.pins for _, held in copies):
-            return
-        for tier, held in copies:
-            if tier is not home or not held.permanent:
-                held.used = True  # it was brought for nothing, but not by a wrong guess
-                tier.drop(block)
-        gone.set_result(None)
+            self._withdrawals.end(block)
+        self._loop.rouse()
 
     def begin(self, root: Hashable) -> None:
         """A root call starts."""
@@ -300,7 +255,7 @@ class Core:
             if self.orders.in_backward:
                 self._learn()
             self.orders.begin(root)
-        self.wake()
+        self._loop.rouse()
 
     def end(self, *, failed: bool) -> None:
         """A root call returned, or raised."""
@@ -309,108 +264,59 @@ class Core:
                 self.orders.abort()
             else:
                 self._learn()
-        self.wake()
+        self._loop.rouse()
 
     def _learn(self) -> None:
         """A root call is over, or a backward pass."""
         if self.orders.end():
             self._tally.instant("relearn", -1)
-        self._adapt()
-
-    def _adapt(self) -> None:
-        """Once the same call repeats: let blocks that it uses stay, in the place of those that it does not."""
-        order = self.orders.steady() or ()
-        used = frozenset(order)  # of a cycle of calls each one ends with another rotation of the order
-        self._repeats = self._repeats + 1 if used == self._steady else 1
-        self._steady = used
-        if not used or used == self._adapted or self._repeats < REPEATS:
-            return
-        self._adapted = used
-        for tier in (self.front, self.back):
-            if tier is None:
-                continue
-            here = order if tier is self.front else tuple(b for b in order if b not in self.front.permanent)
-            slots = {block: slot.nbytes for block, slot in tier.permanent.items()}
-            for change in exchanges(here, slots=slots, idle=tier.movable(), sizes=tier.sizes):
-                tier.exchange(change.leaves, change.comes)
-                self._tally.exchanged += 1
-                self._tally.instant("exchange", change.comes)
-
-    def wake(self) -> None:
-        """Have the loop look again, once however often it is asked."""
-        if self._pump_scheduled or self._loop is None:
-            return
-        self._pump_scheduled = True
-        try:
-            if threading.get_ident() == self._loop_thread:
-                self._loop.call_soon(self._pump)  # without the system calls that rouse a loop from outside
-            else:
-                self._loop.call_soon_threadsafe(self._pump)
-        except RuntimeError:  # the loop was closed meanwhile: `stop` has told every waiter
-            self._pump_scheduled = False
+        self._adapting.call_ended()
 
     # --- in the loop ------------------------------------------------------------------------------------------------
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Run in this loop, which is the calling thread's, from now on."""
-        self._loop = loop
-        self._loop_thread = threading.get_ident()
-        self.wake()
+        self._loop.attach(loop)
 
     async def stop(self, reason: Exception) -> None:
         """Cancel everything under way and tell every waiter why."""
         self.fail(reason)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._loop.cancel()
 
     def fail(self, reason: Exception) -> None:
         """Give nothing out any more; tell every waiter why."""
         with self.lock:
             self._broken = self._broken or reason
-            wishes, self._choice.wishes = self._choice.wishes, []
-            for gone in self._choice.away.values():
-                if not gone.done():
-                    gone.set_exception(reason)
+            wishes, self._wishes.waiting = self._wishes.waiting, []
+            self._withdrawals.fail(reason)
         for wish in wishes:
             wish.granted.set_exception(reason)
 
     def _pump(self) -> None:
-        self._pump_scheduled = False
         if self._broken is not None:
             return
         starts: list[Callable[[], Coroutine[Any, Any, None]]] = []
         with self.lock:
             now = self._clock()
-            guests, self._guests = self._guests, []
-            for held in (*guests, *self._choice.for_front()):
+            for held in (*self._guests.for_front(), *self._choice.for_front()):
                 held.issued_ns = now
                 starts.append(lambda held=held: self._copy(held) if self.back else self._read(self.front, held))  # type: ignore[misc]
-            if self.back is not None:
-                kept, self._host_guests = self._host_guests, []
-                fed = [*kept, *self._choice.for_back()]
+            if self.back is not None and self._sources is not None:
+                fed = [*self._guests.for_back(), *self._choice.for_back()]
                 for held in fed:
                     held.issued_ns = now
                     starts.append(lambda held=held: self._read(self.back, held))  # type: ignore[misc]
                 if fed:
-                    self._placed.set()
-                    self._placed = asyncio.Event()
+                    self._sources.placed()
         for start in starts:
-            self._spawn(start())
+            self._loop.spawn(start())
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        assert self._loop is not None
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:  # a bug of ours: nobody may wait for ever
-            logger.error("the executor failed", exc_info=task.exception())
-            error = ClosedError(f"the executor stopped after an internal error: {task.exception()!r}")
-            error.__cause__ = task.exception()
-            self.fail(error)
+    def _task_failed(self, failure: BaseException) -> None:
+        """A bug of ours: nobody may wait for ever."""
+        logger.error("the executor failed", exc_info=failure)
+        error = ClosedError(f"the executor stopped after an internal error: {failure!r}")
+        error.__cause__ = failure
+        self.fail(error)
 
     async def _read(self, tier: Tier, held: Residence) -> None:
         """Fill a host slot from disk."""
@@ -431,11 +337,12 @@ class Core:
 
     async def _copy(self, held: Residence) -> None:
         """Take a block from its host slot to its device slot, part by part as parts arrive."""
+        assert self._sources is not None
         error: Exception | None = None
         source: Residence | None = None
         start, started = self._clock(), False
         try:
-            source = await self._source(held.block)
+            source = await self._sources.pin(held.block)
             self._mover.before_copy(held.slot)
             if self._poison:
                 self._mover.poison(held.slot)
@@ -453,34 +360,7 @@ class Core:
         await self._mover.wait(held.event if error is None else self._mover.copied())
         kind: Kind = "copy" if error is None else "error"
         self._tally.span(kind, held.block, start, issued_ns=held.issued_ns, urgent=held.urgent)
-        self._unpin(source)
-
-    async def _source(self, block: int) -> Residence:
-        """The host residence of a block, pinned, as soon as it has a slot."""
-        assert self.back is not None
-        while True:
-            with self.lock:
-                held = self.back.holding.get(block)
-                if held is not None and held.error is None:  # one that failed goes with its last copy
-                    held.pins += 1
-                    return held
-                if held is not None and held.error is not None and held.guest and not held.pins:
-                    self.back.drop(block)  # nobody else will: nothing brings a guest but who has given it its slot
-                    raise held.error
-            self.wake()
-            await self._placed.wait()
-
-    def _unpin(self, source: Residence) -> None:
-        assert self.back is not None
-        with self.lock:
-            source.pins -= 1
-            passes = not source.permanent and not source.guest
-            gone = source.error is not None or (source.ready and passes)  # not while it is still filled
-            if gone and not source.pins and self.back.holding.get(source.block) is source:
-                source.used = True
-                self.back.drop(source.block)
-            self._retire(source.block)
-        self.wake()
+        self._sources.unpin(source)
 
     def _settle(self, tier: Tier, held: Residence, error: Exception | None) -> None:
         """A block has arrived, or will not: tell whoever waits."""
@@ -491,38 +371,25 @@ class Core:
             # a read ahead of need fails for the consumer too: nobody would notice, and it would be tried for ever
             unseen = error is not None and not held.pins and held.block not in self.front.holding
             here = tier is self.back
-            waiting = [w for w in self._choice.wishes if w.block == held.block and (unseen or w.host == here)]
+            waiting = [w for w in self._wishes.waiting if w.block == held.block and (unseen or w.host == here)]
             for wish in waiting:
-                if error is None:
-                    if held.block not in self._choice.away:
-                        self._grant(wish, held)
-                else:
-                    self._choice.wishes.remove(wish)
-                    wish.granted.set_exception(error)
+                if error is not None:
+                    self._wishes.refuse(wish, error)
+                elif held.block not in self._away:
+                    self._wishes.grant(wish, held)
             if error is not None and not waiting and (unseen or not here) and not held.guest:
-                self._choice.failed[held.block] = error
+                self._wishes.failed[held.block] = error
             if error is not None and not held.pins and (waiting or not held.guest):  # a guest tells who asks for it
                 tier.drop(held.block)
-            self._retire(held.block)
-        self.wake()
-
-    def _grant(self, wish: Wish, held: Residence) -> None:
-        waited = self._clock() - wish.since_ns
-        held.leases += 1
-        held.used = held.used or wish.counted
-        self._tally.waited_ns += waited
-        self._choice.wishes.remove(wish)
-        self._tally.span("wait", wish.block, wish.since_ns)
-        if not wish.host and wish.counted:
-            self._tally.used(held, wish.since_ns)
-        wish.granted.set_result(Lease(residence=held, waited_ns=waited))
+            self._withdrawals.retire(held.block)
+        self._loop.rouse()
 
     # --- telling ----------------------------------------------------------------------------------------------------
 
     def report(self) -> str:
         """Who waits for what, on one line: the watchdog's text."""
         with self.lock:
-            return who_waits(self._choice.wishes, self.front, self.back)
+            return who_waits(self._wishes.waiting, self.front, self.back)
 
     def statistics(self) -> ExecutorStatistics:
         """A frozen record of the totals."""

@@ -12,11 +12,12 @@ from itertools import pairwise
 from typing import Final
 
 from ..arena import round_up
-from ..disk import DiskEngine, Transfer
+from ..disk import DiskEngine
 from ..errors import PenstockError, StoreDamagedError, UsageError
 from ..files import is_shortage
 from ..image import Window
 from ..store.checksum import checksum
+from ..transfer import Transfer
 from .index import Place
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,10 @@ from typing import Final
 
 from ..memory.arena import HostArena
 from ..memory.capacity import disk_capacity
-from ..memory.disk import DiskEngine, Transfer
+from ..memory.disk import DiskEngine
 from ..memory.errors import PenstockError
 from ..memory.image import whole_window
+from ..memory.transfer import Transfer
 from .machine import LinkRate
 
 FILE_NBYTES: Final = 256 * 2**20

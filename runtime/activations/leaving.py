@@ -9,9 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from ...memory.arena import Slot, round_up
-from ...memory.disk import Transfer
 from ...memory.errors import DiskError
 from ...memory.store.checksum import checksum
+from ...memory.transfer import Transfer
 from ..training.watch import failure_of
 from .hold import Hold, Piece, Where, flat_of
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...memory.arena import Slot, round_up
-from ...memory.disk import Transfer
 from ...memory.errors import ClosedError, CorruptBlockError, DiskError, PenstockError, StallError
 from ...memory.image import whole_window
 from ...memory.store.checksum import checksum
+from ...memory.transfer import Transfer
 from .hold import Hold, Piece, flat_of
 from .leaving import GO_ON, lost
 

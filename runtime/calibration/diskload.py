@@ -9,10 +9,11 @@ from typing import Final
 
 from ...memory.arena import HostArena
 from ...memory.capacity import disk_capacity
-from ...memory.disk import DiskEngine, Transfer
+from ...memory.disk import DiskEngine
 from ...memory.errors import UsageError
 from ...memory.image import whole_window
 from ...memory.scratch import process_scratch
+from ...memory.transfer import Transfer
 
 PIECE: Final = 16 * 2**20
 """What is asked for at a time; the engine cuts it into requests."""

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from ...memory.arena import debug_enabled
-from ...memory.disk import Transfer
 from ...memory.errors import PenstockError
+from ...memory.transfer import Transfer
 from .memory import RUN_NBYTES, RUNS, KvMemory
 from .placement import Piece, Placement
 from .store import LayerStore

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ...memory.disk import DiskEngine, Transfer
+from ...memory.disk import DiskEngine
 from ...memory.image import Window
+from ...memory.transfer import Transfer
 
 
 class SpillFile:

@@ -26,6 +26,7 @@ from torch.nn.modules import module as torch_module
 
 from .clocks import Clock
 from .guard import harmless
+from .hooks import ModuleHooks
 from .paths import above, is_element, layers
 from .recorder import Recorder
 from .schema import NONE, Phase
@@ -122,8 +123,8 @@ class ModuleWatch:
         self._listeners: list[Listener] = []
         self._of_results: list[Returned] = []
         self._of_graphs: list[Returned] = []
-        self._hooks: dict[int, tuple[Any, Any]] = {}
-        """By id of a recorded module: the handles of its hooks."""
+        self._hooks = ModuleHooks(self._before, self._after)
+        """On modules that are recorded."""
         self._stacks: dict[int, _Stack] = {}
         """By row of a root."""
         self._registration: Any = None
@@ -149,7 +150,7 @@ class ModuleWatch:
         warnings.filterwarnings("ignore", message=_OF_GLOBAL_HOOKS, category=UserWarning)
         self._on = True
         self._registration = torch_module.register_module_parameter_registration_hook(self._parameter_came)
-        self._script, torch.jit.script = torch.jit.script, self._scripted
+        self._hooks.__enter__()
         self._find(self._every)
         return self
 
@@ -158,14 +159,9 @@ class ModuleWatch:
         filters[:] = [f for f in filters if getattr(f[1], "pattern", "") != _OF_GLOBAL_HOOKS]
         self._on = False
         self._registration.remove()
-        if torch.jit.script == self._scripted:
-            torch.jit.script = self._script
         if self._finder is not None:
             self._finder.remove()
-        for handles in self._hooks.values():
-            for handle in handles:
-                handle.remove()
-        self._hooks.clear()
+        self._hooks.__exit__(*failure)
 
     def __deepcopy__(self, memo: object) -> ModuleWatch:
         return self  # a program may copy its model, and the hooks with it
@@ -209,7 +205,7 @@ class ModuleWatch:
         if row is None:
             row = self._bare[kind] = self._recorder.module(path=f"({kind})", kind=kind)
         self._remember(root, row)
-        self._hook(root)
+        self._hooks.put(root)
         return row
 
     def _register_all(self, root: nn.Module) -> int:
@@ -225,7 +221,7 @@ class ModuleWatch:
             if chosen is None or path in chosen:
                 kind, sampled = type(module).__name__, is_element(root, path)
                 rows[path] = self._recorder.module(path=prefix + path, kind=kind, parent=parent, sampled=sampled)
-                self._hook(module)
+                self._hooks.put(module)
                 if sampled:
                     elements.add(path)
                 if sampled or (self._every and not elements.isdisjoint(above(path))):
@@ -237,17 +233,6 @@ class ModuleWatch:
             self._stacks[rows[""]] = _Stack(turns, by_turns)
         return rows[""]
 
-    def _hook(self, module: nn.Module) -> None:
-        if isinstance(module, torch.jit.ScriptModule):
-            return  # it cannot carry any
-        if not self._is_hooked(module):  # it is where it is part of an earlier root, or a copy of such a part
-            before = module.register_forward_pre_hook(self._before)
-            after = module.register_forward_hook(self._after, with_kwargs=True, always_call=True)
-            self._hooks[id(module)] = before, after
-
-    def _is_hooked(self, module: nn.Module) -> bool:
-        return any(getattr(hook, "__self__", None) is self for hook in module._forward_pre_hooks.values())
-
     def _take_turn(self, stack: _Stack) -> None:
         """Let the layers of a root that is about to run carry hooks, or none."""
         by_steps = self._steps is not None and torch.is_grad_enabled()
@@ -256,13 +241,8 @@ class ModuleWatch:
             self._find(False)  # it would look at every module, and who is called within a root is none; see `_after`
         for known in stack.layers:
             layer = known()
-            if layer is None or (id(layer) in self._hooks) is wanted:
-                continue
-            if wanted:
-                self._hook(layer)
-                continue
-            for handle in self._hooks.pop(id(layer)):
-                handle.remove()
+            if layer is not None:
+                self._hooks.turn(layer, wanted)
 
     def nearest(self, root: nn.Module) -> dict[str, int]:
         """For every module path of a registered root: its own row, or that of the nearest recorded module above."""
@@ -280,20 +260,7 @@ class ModuleWatch:
     def _forget(self, key: int) -> None:
         self._rows.pop(key, None)
         self._alive.pop(key, None)
-        self._hooks.pop(key, None)
-
-    def _scripted(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """`torch.jit.script`, which would compile our hooks with a module."""
-        taken = [module for module in obj.modules() if self._is_hooked(module)] if isinstance(obj, nn.Module) else []
-        for module in taken:
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for number in [n for n, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-                    del hooks[number]
-        try:
-            return self._script(obj, *args, **kwargs)
-        finally:
-            for module in taken:
-                self._hook(module)
+        self._hooks.forget(key)
 
     # --- finding roots ----------------------------------------------------------------------------------------------
 
@@ -322,7 +289,7 @@ class ModuleWatch:
             self._forget_what_was_interrupted(module)
         if self._local.stack or torch._C._current_graph_task_id() >= 0 or "_is_replica" in module.__dict__:
             return  # made while its root runs, or DataParallel's, or recomputed by a backward pass
-        hooked = self._is_hooked(module)
+        hooked = self._hooks.are_on(module)
         self.register(module)
         if not hooked:
             self._before(module, args)  # hooks that it has only now are not called any more this time

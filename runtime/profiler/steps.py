@@ -153,7 +153,7 @@ class StepWatch:
             self._temporaries.ends()
         span = Spanned(self._recorder, self._row(optimizer), Phase.OPTIMIZER, self._watch.lane(), len(under_way) - 1)
         self._clock.end(under_way.pop()[1], span)
-        self._tensors.look_at_states(optimizer)
+        self._tensors.states.look_at(optimizer)
         if not self.said and not under_way:
             self._recorder.retitle("train", self._tokens)
             self._over = self._recorder.clock()

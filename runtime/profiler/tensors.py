@@ -6,7 +6,7 @@ import functools
 import gc
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,23 +19,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .calls import ModuleWatch, is_bare
 from .gradients import Whole, WholeGradients
 from .guard import harmless
+from .holdings import Holdings
 from .recorder import Recorder
-from .schema import NONE, Category, Storage, Tier
-from .storages import address, parts_of, storage_key, tensors_in, tier_of
+from .schema import NONE, Category, Tier
+from .states import OptimizerStates
+from .storages import address, parts_of, storage_key
 from .turns import StepTurns
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Held:
-    """A storage that is accounted for."""
-
-    tier: Tier
-    nbytes: int
-    module: int
-    right: Callable[[], bool]
-    """Whether it still is what it was counted as: another storage may have come to lie where it was."""
-    storage: weakref.ref[Any] | None = None
-    """Tells when a weight's memory is gone, which may be before its parameter is."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -84,11 +73,11 @@ class TensorWatch:
         self._roots: list[weakref.ref[nn.Module]] = []
         self._elsewhere: set[int] = set()
         """Ids of parameters whose bytes somebody else accounts for."""
-        self._held: dict[tuple[Category, int], _Held] = {}
-        """By category and storage."""
-        self._whole = WholeGradients(recorder, at_once=at_once)
-        self.known: set[int] = set()
+        self._holdings = Holdings(recorder)
+        self.known = self._holdings.known
         """Storages of weights and buffers: what autograd saves of them is no activation."""
+        self._whole = WholeGradients(recorder, at_once=at_once)
+        self.states = OptimizerStates(recorder, self._holdings, self._row_of, turns)
         self._parameters: dict[int, _Parameter] = {}
         """By id."""
         self._buffers: dict[int, weakref.ref[torch.Tensor]] = {}
@@ -98,10 +87,10 @@ class TensorWatch:
         self._moved: deque[int] = deque()
         """Ids of parameters whose memory is gone; they may have got another."""
         self._registration: Any = register_module_parameter_registration_hook(self._parameter_came)
-        self._states: dict[int, tuple[weakref.ref[torch.optim.Optimizer], set[int]]] = {}
-        """By id of an optimizer: itself, and the storages of what it keeps."""
-        self._seen_states: dict[int, list[int]] = {}
-        """By id of an optimizer: the addresses of what it kept when that was looked at."""
+
+    def _row_of(self, parameter: torch.Tensor) -> int:
+        known = self._parameters.get(id(parameter))
+        return known.row if known else NONE
 
     def leave_out(self, parameters: set[int]) -> None:
         """Parameters, by id, whose bytes are somebody else's to account for, from now on."""
@@ -130,7 +119,7 @@ class TensorWatch:
         self.look_at_gradients(p for known in list(self._parameters.values()) if (p := known.reference()) is not None)
         for thing in objects:
             if issubclass(type(thing), torch.optim.Optimizer):
-                self.look_at_states(thing)
+                self.states.look_at(thing)
 
     @harmless
     def watch(self, root: nn.Module) -> None:
@@ -149,7 +138,7 @@ class TensorWatch:
                     self._drop_weight(known)
                 self._watch_parameter(name, parameter, rows[name.rpartition(".")[0]])
         for name, buffer in root.named_buffers():
-            key = self._take(name, buffer, Category.BUFFER, rows[name.rpartition(".")[0]])
+            key = self._holdings.take(name, buffer, Category.BUFFER, rows[name.rpartition(".")[0]])
             if key:
                 self._buffers[key] = weakref.ref(buffer, functools.partial(self._buffer_gone, key))
         self._roots.append(weakref.ref(root, self._root_gone))
@@ -175,7 +164,7 @@ class TensorWatch:
         self._parameters[number] = known
         if number in self._elsewhere:
             return
-        known.key = self._take(name, parameter, Category.WEIGHT, row, of=number)
+        self._take_weight(known, parameter)
         if self._at_once and placed and parameter.requires_grad and parameter.is_leaf:
             hookable: Any = parameter  # torch leaves some of it untyped
             known.hook = hookable.register_post_accumulate_grad_hook(self._gradient_came)
@@ -193,65 +182,27 @@ class TensorWatch:
             if known is None or parameter is None or known.key or number in self._elsewhere:
                 continue
             if parameter.untyped_storage().nbytes() == parameter.nbytes:  # not a piece of something larger
-                known.key = self._take(known.name, parameter, Category.WEIGHT, known.row, of=number)
+                self._take_weight(known, parameter)
 
-    def _take(self, name: str, tensor: torch.Tensor, category: Category, row: int, *, of: int = 0) -> int:
-        """Count a tensor; its storage, or 0 where that is counted already or has no bytes.
-
-        `of` is the id of the parameter, if it is one's.
-        """
-        parts = [part for part in parts_of(tensor) if storage_key(part)]
-        if not parts or storage_key(parts[0]) in self.known:
-            return 0
-        key, tier = storage_key(parts[0]), tier_of(parts[0])
-        nbytes = sum({storage_key(part): part.untyped_storage().nbytes() for part in parts}.values())
-        self.known.add(key)
-        number = self._recorder.storage(
-            Storage(
-                names=(name,),
-                nbytes=nbytes,
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                shape=tuple(tensor.shape),
-                category=category,
-                tier=tier,
-                module=row,
-            )
-        )
-        storage = (
-            weakref.ref(parts[0].untyped_storage(), lambda gone: self._storage_gone(of, key, gone)) if of else None
-        )
-        self._held[category, key] = _Held(tier=tier, nbytes=nbytes, module=row, right=lambda: True, storage=storage)
-        self._recorder.memory(nbytes, tier, category, module=row, storage=number, key=key)
-        return key
+    def _take_weight(self, known: _Parameter, parameter: torch.Tensor) -> None:
+        gone = functools.partial(self._storage_gone, id(parameter))
+        known.key = self._holdings.take(known.name, parameter, Category.WEIGHT, known.row, gone)
 
     def holds(self, key: int) -> bool:
         """Whether the storage at this address is counted here."""
-        return (
-            key in self.known
-            or self._whole.holds(key)
-            or (Category.GRADIENT, key) in self._held
-            or (Category.OPTIMIZER, key) in self._held
-        )
-
-    def _drop(self, category: Category, key: int) -> None:
-        """A storage is no longer what it was counted as."""
-        held = self._held.pop((category, key), None)
-        if held is not None:
-            if category in (Category.WEIGHT, Category.BUFFER):
-                self.known.discard(key)
-            self._recorder.memory(-held.nbytes, held.tier, category, module=held.module)
+        return self._holdings.holds(key) or self._whole.holds(key)
 
     def _drop_weight(self, known: _Parameter) -> None:
         """A parameter's bytes are no longer counted here."""
         key, known.key = known.key, 0
         if key:
-            self._drop(Category.WEIGHT, key)
+            self._holdings.drop(Category.WEIGHT, key)
 
     def _storage_gone(self, number: int, key: int, storage: weakref.ref[Any]) -> None:
-        held = self._held.get((Category.WEIGHT, key))
+        held = self._holdings.find(Category.WEIGHT, key)
         if held is None or held.storage is not storage:
             return
-        self._drop(Category.WEIGHT, key)
+        self._holdings.drop(Category.WEIGHT, key)
         known = self._parameters.get(number)
         if known is not None and known.key == key:
             known.key = 0
@@ -267,7 +218,7 @@ class TensorWatch:
 
     def _buffer_gone(self, key: int, _: object) -> None:
         self._buffers.pop(key, None)
-        self._drop(Category.BUFFER, key)
+        self._holdings.drop(Category.BUFFER, key)
 
     @harmless
     def look_at_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -286,7 +237,7 @@ class TensorWatch:
             if known is None or number in self._elsewhere:
                 continue
             if known.key and known.address != address(parameter):
-                self._look_at_weight(number, known, parameter)
+                self._look_at_weight(known, parameter)
             self._look_at_gradient(known, parameter)
 
     def _pass_gradients_by(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -311,15 +262,15 @@ class TensorWatch:
             self._whole.drop(known)
             parts = {storage_key(part): part for part in parts_of(gradient)}
             for key in known.parts - parts.keys():
-                self._drop(Category.GRADIENT, key)
+                self._holdings.drop(Category.GRADIENT, key)
             known.parts = frozenset(parts)
             for part in parts.values():
                 self._hold_gradient(parameter, part, known.row)
 
-    def _look_at_weight(self, number: int, known: _Parameter, parameter: torch.Tensor) -> None:
+    def _look_at_weight(self, known: _Parameter, parameter: torch.Tensor) -> None:
         if known.key != storage_key(parameter) and not is_traceable_wrapper_subclass(parameter):
             self._drop_weight(known)  # it has been given other memory, and somebody keeps the old
-            known.key = self._take(known.name, parameter, Category.WEIGHT, known.row, of=number)
+            self._take_weight(known, parameter)
         known.address = address(parameter)
 
     def _drop_gradient(self, known: _Parameter) -> None:
@@ -329,7 +280,7 @@ class TensorWatch:
     def _drop_parts(self, known: _Parameter) -> None:
         if known.parts:
             for key in known.parts:
-                self._drop(Category.GRADIENT, key)
+                self._holdings.drop(Category.GRADIENT, key)
             known.parts = frozenset()
 
     @harmless
@@ -348,10 +299,10 @@ class TensorWatch:
             return owner is not None and owner.grad is not None and part_key in map(storage_key, parts_of(owner.grad))
 
         part_key = storage_key(part)
-        held = self._held.get((Category.GRADIENT, part_key))
+        held = self._holdings.find(Category.GRADIENT, part_key)
         if held is not None and held.module == row and held.nbytes == part.untyped_storage().nbytes():
             return
-        self._hold(Category.GRADIENT, part, row, right)
+        self._holdings.hold(Category.GRADIENT, part, row, right)
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -359,43 +310,3 @@ class TensorWatch:
         for known in self._parameters.values():
             if known.hook is not None:
                 known.hook.remove()
-
-    @harmless
-    def look_at_states(self, optimizer: torch.optim.Optimizer) -> None:
-        """Account for what an optimizer keeps."""
-        number = id(optimizer)
-        if self._turns is not None and not self._turns.looking and self._seen_states.get(number):
-            return
-        addresses = [address(v) for s in optimizer.state.values() for v in tensors_in(s)]
-        if self._seen_states.get(number) == addresses:
-            return
-        self._seen_states[number] = addresses
-        if number not in self._states:
-            self._states[number] = weakref.ref(optimizer, lambda _: self._optimizer_gone(number)), set()
-        before = self._states[number][1]
-        now: set[int] = set()
-        for parameter, state in list(optimizer.state.items()):
-            known = self._parameters.get(id(parameter))
-            for value in tensors_in(state):
-                if value.numel() > 1:
-                    for part in parts_of(value):
-                        self._hold(Category.OPTIMIZER, part, known.row if known else NONE, lambda: True)
-                        now.add(storage_key(part))
-        for key in before - now:
-            self._drop(Category.OPTIMIZER, key)
-        self._states[number] = self._states[number][0], now
-
-    def _optimizer_gone(self, number: int) -> None:
-        self._seen_states.pop(number, None)
-        for key in self._states.pop(number)[1]:
-            self._drop(Category.OPTIMIZER, key)
-
-    def _hold(self, category: Category, tensor: torch.Tensor, row: int, right: Callable[[], bool]) -> None:
-        key = storage_key(tensor)
-        held = self._held.get((category, key))
-        if not key or (held is not None and held.right()):
-            return
-        self._drop(category, key)
-        nbytes, tier = tensor.untyped_storage().nbytes(), tier_of(tensor)
-        self._held[category, key] = _Held(tier=tier, nbytes=nbytes, module=row, right=right)
-        self._recorder.memory(nbytes, tier, category, module=row, key=key)

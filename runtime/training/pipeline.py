@@ -18,9 +18,10 @@ from typing import Final, Protocol
 import torch
 
 from ...memory.arena import PAGE, HostArena, Slot, round_up
-from ...memory.disk import DiskEngine, Transfer
+from ...memory.disk import DiskEngine
 from ...memory.errors import StallError
 from ...memory.store import BlockStore
+from ...memory.transfer import Transfer
 from .residents import MakeArena, ResidentShards
 from .shardfiles import ShardFiles
 from .shards import Shard

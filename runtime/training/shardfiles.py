@@ -7,10 +7,11 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ...memory.arena import round_up
-from ...memory.disk import DiskEngine, Transfer
+from ...memory.disk import DiskEngine
 from ...memory.image import whole_window
 from ...memory.layout import FileSpan
 from ...memory.store import BlockStore, checksum
+from ...memory.transfer import Transfer
 from .shards import Shard
 from .watch import STALL_S, WATCH_S, Watch, failure_of
 

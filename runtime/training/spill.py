@@ -22,10 +22,11 @@ from typing import Final
 import torch
 
 from ...memory.arena import HostArena, Slot, round_up
-from ...memory.disk import DiskEngine, Transfer
+from ...memory.disk import DiskEngine
 from ...memory.errors import ClosedError, DiskError, DoesNotFitError
 from ...memory.files import disk_error
 from ...memory.image import whole_window
+from ...memory.transfer import Transfer
 from .shards import Piece, Shard
 from .spillread import GradientRead, lost
 from .watch import STALL_S, WATCH_S, Watch

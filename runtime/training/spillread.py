@@ -7,8 +7,8 @@ from contextlib import suppress
 
 import torch
 
-from ...memory.disk import Transfer
 from ...memory.errors import DiskError
+from ...memory.transfer import Transfer
 from .watch import Watch
 
 

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from ...memory.disk import Transfer
 from ...memory.errors import ClosedError, StallError
+from ...memory.transfer import Transfer
 
 logger = logging.getLogger(__name__)
 

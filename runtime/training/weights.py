@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 
 from ...memory.arena import HostArena, round_up
-from ...memory.disk import DiskEngine, Transfer
+from ...memory.disk import DiskEngine
 from ...memory.image import Image, Place, whole_window
+from ...memory.transfer import Transfer
 from ..build import Machinery
 from ..dtypes import torch_dtype
 from ..layout import Layout

@@ -19,11 +19,12 @@ from store_files import HookedFiles, Log, LoggedFiles
 from store_power import Crash, Disk, crash, disk_after, every_fate, random_fate, write_disk
 
 from penstock.memory.arena import PAGE, HostArena, round_up
-from penstock.memory.disk import DiskEngine, Transfer
+from penstock.memory.disk import DiskEngine
 from penstock.memory.errors import StoreError
 from penstock.memory.files import FileTable
 from penstock.memory.store import BlockSpec, BlockStore, checksum
 from penstock.memory.store.slots import Slots
+from penstock.memory.transfer import Transfer
 
 WAIT_S = 20.0
 State = dict[int, bytes]

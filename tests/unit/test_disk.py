@@ -15,12 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from penstock.memory.arena import PAGE, HostArena, round_up
-from penstock.memory.disk import DiskEngine, Transfer
+from penstock.memory.disk import DiskEngine
 from penstock.memory.errors import ClosedError, DiskError
 from penstock.memory.files import FileTable, OpenFile
 from penstock.memory.image import Bounce, Window, build_image
 from penstock.memory.layout import FileSpan, TensorSource
 from penstock.memory.throttle import Throttle
+from penstock.memory.transfer import Transfer
 
 SIZE = 61 * PAGE + 1234
 WAIT_S = 20.0

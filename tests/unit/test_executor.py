@@ -154,7 +154,7 @@ def test_an_interrupted_wait_leaks_nothing(late: bool, monkeypatch: pytest.Monke
         executor.acquire(5)
     monkeypatch.undo()
     with executor.core.lock:
-        assert not executor.core._choice.wishes
+        assert not executor.core._wishes.waiting
         assert all(not held.leases for held in executor.core.front.holding.values())
     executor.release(executor.acquire(1))
     executor.close()
@@ -169,7 +169,7 @@ def test_the_watchdog_gives_up_and_says_who_waits_for_what(caplog: pytest.LogCap
     assert "on the way: host:6" in message
     assert "\n" not in message
     assert 4 <= sum("waiting for block 6" in line for line in caplog.messages) <= 6
-    assert not executor.core._choice.wishes
+    assert not executor.core._wishes.waiting
     executor.release(executor.acquire(0))  # the others still work
     executor.close()
 

@@ -29,7 +29,7 @@ class Views(nn.Module):
 
         def touch() -> None:
             with torch.no_grad():
-                self.views.append(session.call_with([weight], torch.Tensor.t, (weight,), {}))
+                self.views.append(session.stray.call([weight], torch.Tensor.t, (weight,), {}))
 
         if self.elsewhere:
             thread = threading.Thread(target=touch)
