@@ -22,7 +22,7 @@ from ...scheduler.sizes import Bytes, Workload
 from ...scheduler.stepload import StepLoad
 from ...scheduler.trainstep import predict
 from ...scheduler.updating import ON_CPU, UpdateShares
-from ..activations.store import LEAST_BUFFER, LEAVING, ActivationStore
+from ..activations.store import LEAST_BUFFER, ActivationStore
 from ..adapterbones import add_adapters
 from ..feeding import UnknownInputError, with_context
 from ..foresight import Foresight, Room, device_name
@@ -38,12 +38,14 @@ from ..sizing import measure_activations
 from .activations import announced
 from .adapters import changing_on
 from .foreseen import Adapters, TrainingForecast, TrainingWork
-from .headroom import guessed_saved_nbytes, norm_copy_nbytes
+from .headroom import moving_nbytes, norm_copy_nbytes
 from .loads import StepSettings, load_of
 from .preparing import arrays_of
-from .room import changing, sizes_of
+from .room import changing, sizes_of, with_saves
 from .roomplan import TrainingRoom, adapter_room, moves_activations, plan_room
 from .run import Activations, Settings
+from .savedcount import forward_saves
+from .saves import ForwardSaves
 from .selection import beside_blocks, shards_in
 from .shards import Shard
 from .trained import Trained
@@ -72,6 +74,7 @@ class TrainingForesight:
         """A model of its own, for what makes activations again stays so."""
         self._programs: dict[tuple[int, int], Program] = {}
         self._activations: dict[tuple[int, int, bool, bool], tuple[Bytes | None, tuple[str, ...]]] = {}
+        self._saves: dict[tuple[int, int], ForwardSaves | None] = {}
         self.segments: Sequence[str] = segments_of(foresight.model)
 
     def _fake(self) -> PreTrainedModel:
@@ -128,6 +131,13 @@ class TrainingForesight:
             workload = self._workload(batch, context)
             self._activations[key] = measure_activations(model, workload, again=again, on_cpu=on_cpu)
         return self._activations[key]
+
+    def saves(self, batch: int, context: int) -> ForwardSaves | None:
+        """What a forward leaves for backward; see `forward_saves`."""
+        key = batch, context
+        if key not in self._saves:
+            self._saves[key] = forward_saves(self._plain, context=context, batch=batch)
+        return self._saves[key]
 
     @cached_property
     def trained(self) -> tuple[Trained, ...]:
@@ -187,15 +197,11 @@ class TrainingForesight:
         largest = max((each.parameter.nbytes for each in self.trained), default=0)
         copied = norm_copy_nbytes((each.parameter for each in self.trained), separate=not on_cpu)
         transient = FRAMEWORK + largest + copied + (0 if held is None else held.total)
-        saved = None
-        if automatic and activations in ("auto", "offload"):
-            saved = self._saved_nbytes(work, on_cpu=on_cpu)
-        elif not automatic and on_cpu:
-            saved = guessed_saved_nbytes(self.foresight.model, context=work.context, batch=work.batch)
-        if activations == "offload" or (automatic and saved is not None):  # what leaves or comes back early is there
-            transient += LEAVING + (saved or 0) // max(len(self.segments) - 1, 1)
+        saves = self.saves(work.batch, work.context)
+        if activations == "offload" or (automatic and activations == "auto"):
+            transient += moving_nbytes(saves)
         shares = self._shares(hardware, work, room)
-        changing = self._changing(hardware, work, activations, saved, on_device=shares.any)
+        changing = self._changing(hardware, work, activations, saves, on_device=shares.any)
         if not automatic and on_cpu and activations == "auto" and self.adapters is None:
             tokens = work.batch * work.context
             step = weighing(
@@ -209,7 +215,9 @@ class TrainingForesight:
             changing = replace(changing, weighing=step)
         budgets = self.foresight.budgets(hardware, room, transient)
         layout = self._layout(hardware, budgets, changing)
-        settings = Settings(accumulate=work.accumulate, updates=work.updates, activations=activations, shares=shares)
+        settings = Settings(
+            accumulate=work.accumulate, updates=work.updates, activations=activations, shares=shares, saves=saves
+        )
         shards, shared = self._shared(layout, work, settings, saved_is_known=changing.saved_nbytes is not None)
         load = self._load(hardware, work, layout, shards, shared, again=again)
         decided = moves_activations(layout, settings, frozen=self.adapters is not None)
@@ -274,12 +282,6 @@ class TrainingForesight:
             notes = (*notes, "activations made again are counted as if they were kept: they cannot be rehearsed")
         return held, notes
 
-    def _saved_nbytes(self, work: TrainingWork, *, on_cpu: bool) -> int | None:
-        """What keeping activations takes more than making them again; None where that cannot be rehearsed."""
-        found = [self.activations(work.batch, work.context, again=again, on_cpu=on_cpu)[0] for again in (False, True)]
-        kept, again = found
-        return None if kept is None or again is None else max(0, kept.total - again.total)
-
     def _shared(
         self, layout: Layout, work: TrainingWork, settings: Settings, *, saved_is_known: bool
     ) -> tuple[tuple[Shard, ...], TrainingRoom]:
@@ -331,7 +333,7 @@ class TrainingForesight:
         hardware: Hardware,
         work: TrainingWork,
         activations: Activations,
-        saved_nbytes: int | None = None,
+        saves: ForwardSaves | None = None,
         *,
         on_device: bool = False,
     ) -> Changing:
@@ -347,9 +349,9 @@ class TrainingForesight:
                 separate=hardware.gpu is not None,
                 on_device=on_device,
                 activations=activations,
-                saved_nbytes=saved_nbytes,
+                saves=saves,
             )
-        return changing_on(
+        found = changing_on(
             [each.parameter for each in self.trained],
             separate=hardware.gpu is not None,
             emulated=hardware.emulated,
@@ -357,6 +359,7 @@ class TrainingForesight:
             accumulate=work.accumulate,
             activations=activations,
         )
+        return with_saves(found, saves, activations)
 
 
 def _left_out(settings: Settings, *, held: bool) -> Sequence[str]:
