@@ -186,7 +186,9 @@ def _weighed(
         return None
     tokens = asked.context * (asked.batch or 1)
     early = settings.updates == "backward"
-    return weighing(bones, kept.hardware, choice, tokens=tokens, accumulate=settings.accumulate, early=early)
+    return weighing(
+        bones, settings.saves, kept.hardware, choice, tokens=tokens, accumulate=settings.accumulate, early=early
+    )
 
 
 def _itemsize(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dtype, trust: bool) -> int:

@@ -206,6 +206,7 @@ class TrainingForesight:
             tokens = work.batch * work.context
             step = weighing(
                 self.foresight.model,
+                saves,
                 hardware,
                 work.choice,
                 tokens=tokens,

@@ -24,6 +24,7 @@ from ...scheduler.tape import Tape
 from ..feeding import UnknownInputError, loss_of
 from ..recompute import segments_of
 from ..rehearsal import TooLongError, quietly, rehearsing
+from .products import Products
 from .saves import ForwardSaves, LayerCount
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def count_saved(model: nn.Module, step: Callable[[Any], Tensor], *, on_cpu: bool
     model.train()
     with quietly():
         try:
-            with rehearsing(model, tape, on_cpu=on_cpu), count.watching():
+            with rehearsing(model, tape, on_cpu=on_cpu), count.watching(), count.products:
                 loss = step(model)
                 del loss
         except TooLongError as error:
@@ -124,6 +125,10 @@ class _Count:
     """By address; held, so that no other storage gets it."""
     _every: int = 0
 
+    products: Products = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.products = Products(self.model)
     @contextmanager
     def watching(self) -> Iterator[None]:
         """What autograd saves meanwhile counts."""
@@ -143,10 +148,12 @@ class _Count:
             given = frozenset(each.untyped_storage()._cdata for each in _strided((args, kwargs)))
             self._open.append(_Call(path=path, begun=self.tape.position, given=given))
 
+            self.products.enter()
         return entered
 
     def _leave(self, *_: object) -> None:
         call = self._open.pop()
+        self.products.leave()
         call.peak_nbytes = self.tape.peak_since(call.begun)
         self._calls.append(call)
 
@@ -167,7 +174,10 @@ class _Count:
             for call in self._calls
         )
         return ForwardSaves(
-            layers=layers, layers_nbytes=sum(layer.saved_nbytes for layer in layers), every_nbytes=self._every
+            layers=layers,
+            layers_nbytes=sum(layer.saved_nbytes for layer in layers),
+            every_nbytes=self._every,
+            products=tuple(self.products.found),
         )
 
 

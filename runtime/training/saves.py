@@ -19,6 +19,22 @@ class LayerCount:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """A product with weights, in a forward."""
+
+    weight_nbytes: int
+    rows: float
+    """That use them."""
+    inputs: int
+    """Numbers that each number of the result is a sum of."""
+    nbytes: int
+    """Of the result."""
+    dtype: str
+    again: bool
+    """Whether a layer that runs again does it again, if its result is not held: none does its last one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ForwardSaves:
     """What a forward leaves for backward."""
 
@@ -28,6 +44,8 @@ class ForwardSaves:
     """That layers save: counted, or estimated."""
     every_nbytes: int
     """With what layers are given and what is saved outside of them."""
+    products: tuple[Product, ...] = ()
+    """In order; none where they were not counted."""
     why_estimated: str = ""
     """Why nothing was counted; "" where it was."""
 

@@ -147,14 +147,24 @@ def test_activations_have_room_before_weights_where_the_drive_has_time(
     assert forecast(replace(step, drive_s=15.0)).plan == plain.plan
 
 
-def test_what_is_dear_is_what_products_make(folder: Path, foresight: Foresight) -> None:
-    step = weighing(foresight.model, machine(folder), AdamW(), tokens=64, accumulate=1, early=True)
+def test_what_is_dear_is_what_products_make(folder: Path, foresight: Foresight, training: TrainingForesight) -> None:
+    options: dict[str, Any] = {"tokens": 64, "accumulate": 1}
+    saves = training.saves(2, 32)
+    step = weighing(foresight.model, saves, machine(folder), AdamW(), **options, early=True)
     assert step is not None
-    layers = foresight.model.get_submodule("model.layers")
-    outputs = sum(each.out_features for each in layers.modules() if isinstance(each, torch.nn.Linear))
+    layers = foresight.model.get_submodule("model.layers").named_modules()
+    outputs = sum(
+        each.out_features
+        for name, each in layers
+        if isinstance(each, torch.nn.Linear) and not name.endswith("down_proj")  # a layer's last, never made again
+    )
     assert sum(each.nbytes for each in step.dear) == 64 * 2 * outputs
     assert step.again_s(0) > step.again_s(step.rooms()[-1]) == 0
-    clipped = weighing(foresight.model, machine(folder), AdamW(), tokens=64, accumulate=1, early=False)
+    uncounted = weighing(foresight.model, None, machine(folder), AdamW(), **options, early=True)
+    assert uncounted is not None
+    assert uncounted.dear == step.dear  # of a plain model the matrices say the same
+    assert uncounted.compute_s < step.compute_s  # but for the output layer
+    clipped = weighing(foresight.model, saves, machine(folder), AdamW(), **options, early=False)
     assert clipped is not None
     assert clipped.drive_s > step.drive_s
 
