@@ -18,7 +18,7 @@ from ...scheduler.cost import CostModel
 from ...scheduler.hardware import Hardware
 from ...scheduler.operations import Operation
 from ...scheduler.updatework import update_s
-from ...scheduler.weighing import Dear, Weighing
+from ...scheduler.weighing import Dear, Part, Weighing
 from ..activations.records import FORWARDS
 from ..recompute import segments_of
 from .loads import update_work
@@ -47,7 +47,8 @@ def weighing(
         choice: The optimizer.
         tokens: Of a backward pass.
         accumulate: Backward passes of a step.
-        early: Whether updates begin in backward; else all gradients are counted as if they went to disk.
+        early: Whether updates begin in backward; else they go on beside a forward, and all gradients are counted as if
+            they went to disk.
 
     Returns:
         None where nothing is known of layers (they have no products, or there are none in lists), or of drives.
@@ -71,14 +72,21 @@ def weighing(
     update = update_s(
         update_work(choice), cost, sum(sizes), arrays=arrays, tensors=len(sizes), checked_nbytes=float(states)
     )
-    gradients = accumulate * sum(each.nbytes for each in model.parameters()) if not early else 0
     read_s, write_s = cost.read_s(1.0, CHUNK), cost.write_s(1.0, CHUNK)
     dear = [Dear(nbytes=nbytes[width], seconds=seconds[width]) for width in nbytes]
+    dear.sort(key=lambda each: each.seconds / each.nbytes, reverse=True)
+    moved = states * (read_s + write_s)
+    if early:
+        weight_byte_s = 2 * accumulate * read_s + write_s
+        return Weighing(dear=dear, part=Part(compute_s=computed + update, drive_s=moved, weight_byte_s=weight_byte_s))
+    gradients, forward = sum(each.nbytes for each in model.parameters()), computed / (FORWARDS * accumulate)
+    passes = accumulate * write_s + (accumulate - 1) * read_s
     return Weighing(
-        dear=sorted(dear, key=lambda each: each.seconds / each.nbytes, reverse=True),
-        compute_s=computed + update,
-        drive_s=(states + gradients) * (read_s + write_s),
-        weight_byte_s=2 * accumulate * read_s + write_s,
+        dear=dear,
+        part=Part(
+            compute_s=computed - forward, drive_s=gradients * passes, weight_byte_s=(2 * accumulate - 1) * read_s
+        ),
+        update=Part(compute_s=forward + update, drive_s=moved + gradients * read_s, weight_byte_s=read_s + write_s),
     )
 
 
