@@ -22,6 +22,7 @@ from ...scheduler.sizes import Bytes, Workload
 from ...scheduler.stepload import StepLoad
 from ...scheduler.trainstep import predict
 from ...scheduler.updating import ON_CPU, UpdateShares
+from ...scheduler.weighing import Weighing
 from ..activations.store import LEAST_BUFFER, ActivationStore
 from ..adapterbones import add_adapters
 from ..feeding import UnknownInputError, with_context
@@ -35,7 +36,7 @@ from ..programs import training_program
 from ..recompute import segments_of
 from ..rehearsal import TooLongError, make_fake
 from ..sizing import measure_activations
-from .activations import announced
+from .activations import announced, kept_nbytes
 from .adapters import changing_on
 from .foreseen import Adapters, TrainingForecast, TrainingWork
 from .headroom import moving_nbytes, norm_copy_nbytes
@@ -202,17 +203,8 @@ class TrainingForesight:
             transient += moving_nbytes(saves)
         shares = self._shares(hardware, work, room)
         changing = self._changing(hardware, work, activations, saves, on_device=shares.any)
-        if not automatic and on_cpu and activations == "auto" and self.adapters is None:
-            tokens = work.batch * work.context
-            step = weighing(
-                self.foresight.model,
-                saves,
-                hardware,
-                work.choice,
-                tokens=tokens,
-                accumulate=work.accumulate,
-                early=work.updates == "backward",
-            )
+        step = self._weighed(hardware, work, saves) if on_cpu and activations == "auto" else None
+        if not automatic:
             changing = replace(changing, weighing=step)
         budgets = self.foresight.budgets(hardware, room, transient)
         layout = self._layout(hardware, budgets, changing)
@@ -220,9 +212,10 @@ class TrainingForesight:
             accumulate=work.accumulate, updates=work.updates, activations=activations, shares=shares, saves=saves
         )
         shards, shared = self._shared(layout, work, settings, saved_is_known=changing.saved_nbytes is not None)
-        load = self._load(hardware, work, layout, shards, shared, again=again)
         decided = moves_activations(layout, settings, frozen=self.adapters is not None)
-        plan, left_out = self._told(hardware, budgets, layout, settings, shared)
+        spared = step.spared_s(kept_nbytes(shared.activations_nbytes)) if step is not None and decided else 0.0
+        load = self._load(hardware, work, layout, shards, shared, again=again, spared_s=spared / work.accumulate)
+        plan, left_out = self._told(hardware, budgets, layout, settings, shared, counted=step is not None)
         found = TrainingForecast(
             hardware=hardware,
             work=work,
@@ -230,7 +223,7 @@ class TrainingForesight:
             plan=plan,
             room=shared,
             load=load,
-            prediction=predict(load, _cost(hardware)),
+            prediction=predict(load, CostModel(hardware=hardware, beside=True)),
             tensors=len(self.trained),
             activations_nbytes=transient,
             decided=decided,
@@ -240,6 +233,13 @@ class TrainingForesight:
         )
         _check_drives(found)
         return found
+
+    def _weighed(self, hardware: Hardware, work: TrainingWork, saves: ForwardSaves | None) -> Weighing | None:
+        """A step of all weights, as `prepare` weighs activations by it."""
+        if self.adapters is not None:
+            return None
+        options = {"tokens": work.batch * work.context, "accumulate": work.accumulate}
+        return weighing(self.foresight.model, saves, hardware, work.choice, early=work.updates == "backward", **options)
 
     def _layout(self, hardware: Hardware, budgets: Budgets, changing: Changing) -> Layout:
         model = self.foresight.model
@@ -259,6 +259,8 @@ class TrainingForesight:
         layout: Layout,
         settings: Settings,
         room: TrainingRoom,
+        *,
+        counted: bool,
     ) -> tuple[Plan, Sequence[str]]:
         """The plan, with what `prepare` puts into it; and what of it is not in the step that is foreseen."""
         links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
@@ -268,7 +270,7 @@ class TrainingForesight:
             return plan, ()
         layers, some = bool(self.segments), room.activations_nbytes >= ActivationStore.buffers_nbytes(LEAST_BUFFER)
         note = announced(settings, layers=layers, room=some)
-        return replace(plan, notes=(*plan.notes, note)), _left_out(settings, held=layers and some)
+        return replace(plan, notes=(*plan.notes, note)), _left_out(settings, held=layers and some, counted=counted)
 
     def _may_go_to_disk(self, settings: Settings, room: TrainingRoom) -> bool:
         """Whether activations that a plan decides about have buffers on the way there."""
@@ -303,12 +305,13 @@ class TrainingForesight:
         room: TrainingRoom,
         *,
         again: bool,
+        spared_s: float,
     ) -> StepLoad:
         """What a step consists of."""
         return load_of(
             layout,
             self.program(work.batch, work.context),
-            _cost(hardware),
+            CostModel(hardware=hardware, beside=True),
             trained=self.trained,
             shards=shards,
             room=room,
@@ -317,6 +320,7 @@ class TrainingForesight:
                 accumulate=work.accumulate,
                 updates=work.updates,
                 segments=self.segments if again else (),
+                spared_s=spared_s,
             ),
         )
 
@@ -363,17 +367,15 @@ class TrainingForesight:
         return with_saves(found, saves, activations)
 
 
-def _left_out(settings: Settings, *, held: bool) -> Sequence[str]:
-    """What is not in the step that is foreseen, of activations that a plan decides about."""
+def _left_out(settings: Settings, *, held: bool, counted: bool) -> Sequence[str]:
+    """What is not in the step that is foreseen, of activations that a plan decides about; `counted`: products are."""
     if settings.activations == "offload":
         return ("what activations pass on their way to memory and disk, and back, is not in the time foreseen",)
-    faster = "foreseen as if layers made all their activations again: what a run holds of them makes it faster"
-    return (faster,) if held else ()
-
-
-def _cost(hardware: Hardware) -> CostModel:
-    """What operations take while a thread of its own carries updates out."""
-    return CostModel(hardware=hardware, beside=True)
+    if not held:
+        return ()
+    if counted:
+        return ("foreseen with as many results of products held as have room, all else of layers made again",)
+    return ("foreseen as if layers made all their activations again: what a run holds of them makes it faster",)
 
 
 def _check_drives(found: TrainingForecast) -> None:
