@@ -54,6 +54,7 @@ class Asked:
     device: str | torch.device
     context: int | None
     batch: int | None
+    packed: bool
     trust: bool
     where: Where
 
@@ -132,7 +133,7 @@ def _saves(bones: nn.Module, asked: Asked, device: Device) -> ForwardSaves | Non
     context = asked.context
     if context is None and isinstance(bones, PreTrainedModel) and is_automatic(wanted_of(asked.max_memory), device):
         context = with_context(bones, Workload(train="adamw")).context
-    return forward_saves(bones, context=context, batch=asked.batch)
+    return forward_saves(bones, context=context, batch=asked.batch, packed=asked.packed)
 
 
 def _counted(beside: Beside, settings: Settings) -> Beside:
@@ -166,6 +167,7 @@ def _rehearsed(
         activations=settings.activations,
         context=asked.context,
         batch=asked.batch,
+        packed=asked.packed,
         saves=settings.saves,
     )
 

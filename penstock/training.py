@@ -51,6 +51,7 @@ def prepare(
     nonfinite: Literal["raise", "skip"] = "raise",
     context: int | None = None,
     batch: int | None = None,
+    packed: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[Any, StreamedOptimizer]:
     """Train a model whose weights, gradients and optimizer states are larger than memory.
@@ -90,6 +91,7 @@ def prepare(
             In a named budget of a CPU, what activations are weighed by against weights, where the machine is
             calibrated; without it weights come first.
         batch: Sequences of a backward pass, likewise; 1 where it is not said.
+        packed: Whether they hold several documents each, which `position_ids` keep apart: each layer then saves a mask.
         trust_remote_code: Run code that comes with the checkpoint.
 
     Raises:
@@ -104,7 +106,13 @@ def prepare(
         adapters.check_config(lora)
     check_new(folders)  # before a module gives its weights up
     asked = Asked(
-        max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code, where=update_on
+        max_memory=max_memory,
+        device=device,
+        context=context,
+        batch=batch,
+        packed=packed,
+        trust=trust_remote_code,
+        where=update_on,
     )
     return _begun(model, lora, asked, dtype, settings, folders, optimizer)
 
@@ -143,6 +151,7 @@ def resume(
     scheduler: Any = None,
     context: int | None = None,
     batch: int | None = None,
+    packed: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[Any, StreamedOptimizer]:
     """Go on from the last commit of a run: weights, optimizer, random numbers.
@@ -163,6 +172,7 @@ def resume(
             `optimizer.scheduler`.
         context: As for `prepare`: it is not kept with the run.
         batch: Likewise.
+        packed: Likewise.
         trust_remote_code: Run code that comes with the checkpoint.
 
     Raises:
@@ -177,7 +187,13 @@ def resume(
     settings = _settings(accumulate, activations, updates, nonfinite, state.max_grad_norm)
     check_where(update_on)
     asked = Asked(
-        max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code, where=update_on
+        max_memory=max_memory,
+        device=device,
+        context=context,
+        batch=batch,
+        packed=packed,
+        trust=trust_remote_code,
+        where=update_on,
     )
     return _gone_on(source, state, asked, settings, folders, scheduler)
 

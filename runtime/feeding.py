@@ -80,13 +80,8 @@ def labels_of(model: PreTrainedModel, inputs: dict[str, Tensor], workload: Workl
     return {}
 
 
-def loss_of(model: PreTrainedModel, workload: Workload, *, use_cache: bool | None = None) -> Tensor:
+def loss_of(model: PreTrainedModel, workload: Workload) -> Tensor:
     """Run the forward of a training step. The model's own loss; where it has none, one that all outputs are in.
-
-    Args:
-        model: In training.
-        workload: How much it is fed.
-        use_cache: Told to models that ask; None leaves it to their config.
 
     Raises:
         UnknownInputError: as `inputs_of`.
@@ -95,7 +90,11 @@ def loss_of(model: PreTrainedModel, workload: Workload, *, use_cache: bool | Non
     labels = labels_of(model, inputs, workload)
     if not labels and model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = token_ids(workload.batch, workload.context)
-    options = {} if use_cache is None or not takes(model, "use_cache") else {"use_cache": use_cache}
+    options: dict[str, Any] = {}
+    if workload.packed and takes(model, "position_ids"):
+        # With a cache, transformers takes positions for those of one text; values that are not there, for several.
+        options = {"position_ids": token_ids(workload.batch, workload.context)}
+        options |= {"use_cache": False} if takes(model, "use_cache") else {}
     output = model(**inputs, **labels, **options)
     if getattr(output, "loss", None) is not None:
         loss: Tensor = output.loss

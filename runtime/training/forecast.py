@@ -18,7 +18,7 @@ from ...scheduler.cost import CostModel
 from ...scheduler.hardware import Hardware
 from ...scheduler.plan import Links, Plan
 from ...scheduler.program import Program
-from ...scheduler.sizes import Bytes, Workload
+from ...scheduler.sizes import Bytes, Training, Workload
 from ...scheduler.stepload import StepLoad
 from ...scheduler.trainstep import predict
 from ...scheduler.updating import ON_CPU, UpdateShares
@@ -73,9 +73,9 @@ class TrainingForesight:
         self._plain = self._fake()
         self._again: PreTrainedModel | None = None
         """A model of its own, for what makes activations again stays so."""
-        self._programs: dict[tuple[int, int], Program] = {}
-        self._activations: dict[tuple[int, int, bool, bool], tuple[Bytes | None, tuple[str, ...]]] = {}
-        self._saves: dict[tuple[int, int], ForwardSaves | None] = {}
+        self._programs: dict[Workload, Program] = {}
+        self._activations: dict[tuple[Workload, bool, bool], tuple[Bytes | None, tuple[str, ...]]] = {}
+        self._saves: dict[Workload, ForwardSaves | None] = {}
         self.segments: Sequence[str] = segments_of(foresight.model)
 
     def _fake(self) -> PreTrainedModel:
@@ -91,17 +91,16 @@ class TrainingForesight:
             raise UsageError(f"nothing would be trained: {type(made).__name__} has no linear layers{named}")
         return made
 
-    def program(self, batch: int, context: int) -> Program:
+    def program(self, batch: int, context: int, *, packed: bool = False) -> Program:
         """The forward of a step.
 
         Raises:
             UsageError: it cannot be foreseen, for the model's inputs are not known or it loops over its tokens.
         """
-        key = batch, context
-        if key not in self._programs:
-            workload = self._workload(batch, context)
+        workload = self._workload(batch, context, packed)
+        if workload not in self._programs:
             try:
-                self._programs[key] = training_program(self._plain, workload)
+                self._programs[workload] = training_program(self._plain, workload)
             except UnknownInputError as error:
                 raise UsageError(f"how long a step takes cannot be foreseen: {error}") from error
             except TooLongError as error:
@@ -115,30 +114,31 @@ class TrainingForesight:
                 raise UsageError(
                     f"how long a step takes cannot be foreseen: the forward of {name} asks for values ({text})"
                 ) from error
-        return self._programs[key]
+        return self._programs[workload]
 
-    def _workload(self, batch: int, context: int) -> Workload:
-        return Workload(train="adamw" if self.adapters is None else "lora", batch=batch, context=context)
+    def _workload(self, batch: int, context: int, packed: bool) -> Workload:
+        train: Training = "adamw" if self.adapters is None else "lora"
+        return Workload(train=train, batch=batch, context=context, packed=packed)
 
     def activations(
-        self, batch: int, context: int, *, again: bool, on_cpu: bool
+        self, batch: int, context: int, *, packed: bool = False, again: bool, on_cpu: bool
     ) -> tuple[Bytes | None, tuple[str, ...]]:
         """What a backward pass holds beside weights and gradients; see `measure_activations`."""
-        key = batch, context, again, on_cpu
+        workload = self._workload(batch, context, packed)
+        key = workload, again, on_cpu
         if key not in self._activations:
             if again and self._again is None:
                 self._again = self._fake()
             model = self._again if again and self._again is not None else self._plain
-            workload = self._workload(batch, context)
             self._activations[key] = measure_activations(model, workload, again=again, on_cpu=on_cpu)
         return self._activations[key]
 
-    def saves(self, batch: int, context: int) -> ForwardSaves | None:
+    def saves(self, batch: int, context: int, *, packed: bool = False) -> ForwardSaves | None:
         """What a forward leaves for backward; see `forward_saves`."""
-        key = batch, context
-        if key not in self._saves:
-            self._saves[key] = forward_saves(self._plain, context=context, batch=batch)
-        return self._saves[key]
+        workload = self._workload(batch, context, packed)
+        if workload not in self._saves:
+            self._saves[workload] = forward_saves(self._plain, context=context, batch=batch, packed=packed)
+        return self._saves[workload]
 
     @cached_property
     def trained(self) -> tuple[Trained, ...]:
@@ -198,7 +198,7 @@ class TrainingForesight:
         largest = max((each.parameter.nbytes for each in self.trained), default=0)
         copied = norm_copy_nbytes((each.parameter for each in self.trained), separate=not on_cpu)
         transient = FRAMEWORK + largest + copied + (0 if held is None else held.total)
-        saves = self.saves(work.batch, work.context)
+        saves = self.saves(work.batch, work.context, packed=work.packed)
         if activations == "offload" or (automatic and activations == "auto"):
             transient += moving_nbytes(saves)
         shares = self._shares(hardware, work, room)
@@ -279,9 +279,9 @@ class TrainingForesight:
 
     def _held(self, work: TrainingWork, *, again: bool, on_cpu: bool) -> tuple[Bytes | None, tuple[str, ...]]:
         """What a backward pass holds, and notes."""
-        held, notes = self.activations(work.batch, work.context, again=again, on_cpu=on_cpu)
+        held, notes = self.activations(work.batch, work.context, packed=work.packed, again=again, on_cpu=on_cpu)
         if held is None and again:  # transformers' own checkpointing, which the rehearsal uses, is not there
-            held, notes = self.activations(work.batch, work.context, again=False, on_cpu=on_cpu)
+            held, notes = self.activations(work.batch, work.context, packed=work.packed, again=False, on_cpu=on_cpu)
             notes = (*notes, "activations made again are counted as if they were kept: they cannot be rehearsed")
         return held, notes
 
@@ -310,7 +310,7 @@ class TrainingForesight:
         """What a step consists of."""
         return load_of(
             layout,
-            self.program(work.batch, work.context),
+            self.program(work.batch, work.context, packed=work.packed),
             CostModel(hardware=hardware, beside=True),
             trained=self.trained,
             shards=shards,

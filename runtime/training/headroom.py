@@ -53,6 +53,7 @@ def step_room(
     activations: Activations,
     context: int | None,
     batch: int | None,
+    packed: bool = False,
     saves: ForwardSaves | None,
 ) -> StepRoom:
     """Work out what a step takes. Takes seconds for a large model.
@@ -65,21 +66,23 @@ def step_room(
         activations: "auto" keeps them where everything fits beside them, and leaves them to a plan otherwise.
         context: Tokens per sequence.
         batch: Sequences of a backward pass.
+        packed: Whether these hold several documents, which positions keep apart.
         saves: What a forward leaves for backward, if that is known.
 
     Raises:
         UsageError: the model has fewer positions than `context`.
     """
     sizes = [parameter.nbytes for parameter in model.parameters()]
+    workload = Workload(train="adamw", batch=batch or 1, context=context or 0, packed=packed)
     kept = None
     if activations != "recompute":
-        kept = _headroom(model, sizes, context, batch, device, recompute=False)
+        kept = _headroom(model, sizes, workload, device, recompute=False)
         fits = activations == "auto" and _fits(
             sum(sizes), changing, FRAMEWORK if kept is None else kept, wanted, device
         )
         if activations == "keep" or fits:
             return _room(model, kept, context, batch, activations="keep")
-    made_again = _headroom(model, sizes, context, batch, device, recompute=True)
+    made_again = _headroom(model, sizes, workload, device, recompute=True)
     found = _room(model, made_again, context, batch, activations=activations)
     if activations != "recompute":
         found = replace(found, headroom_nbytes=found.headroom_nbytes + moving_nbytes(saves))
@@ -117,12 +120,12 @@ def _fits(weights_nbytes: int, changing: Changing, headroom: int, wanted: Wanted
 
 
 def _headroom(
-    model: nn.Module, sizes: Sequence[int], context: int | None, batch: int | None, device: Device, *, recompute: bool
+    model: nn.Module, sizes: Sequence[int], workload: Workload, device: Device, *, recompute: bool
 ) -> int | None:
     """What a step takes; None where it cannot be rehearsed."""
     if not isinstance(model, PreTrainedModel):
         return None
-    workload = with_context(model, Workload(train="adamw", batch=batch or 1, context=context or 0))
+    workload = with_context(model, workload)
     step = measure_step(
         without_bytes(model), workload, checkpointing=recompute, on_cpu=device.torch_device.type == "cpu"
     )

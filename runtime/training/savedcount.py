@@ -39,7 +39,7 @@ class NotCountedError(Exception):
 
 
 def forward_saves(
-    model: nn.Module, *, context: int | None, batch: int | None, on_cpu: bool = True
+    model: nn.Module, *, context: int | None, batch: int | None, packed: bool = False, on_cpu: bool = True
 ) -> ForwardSaves | None:
     """What the forward of a training step of a model of transformers' saves. Takes no memory to speak of.
 
@@ -47,6 +47,7 @@ def forward_saves(
         model: To be trained, on any device, the meta device too. It is left as it is.
         context: Tokens per sequence.
         batch: Sequences of a backward pass; 1 where it is not said.
+        packed: Whether these hold several documents, which positions keep apart.
         on_cpu: Whether the CPU computes.
 
     Returns:
@@ -54,7 +55,7 @@ def forward_saves(
     """
     if not isinstance(model, PreTrainedModel) or (context is None and model.main_input_name == "input_ids"):
         return None
-    workload = Workload(train="adamw", batch=batch or 1, context=max(context or 0, 2))
+    workload = Workload(train="adamw", batch=batch or 1, context=max(context or 0, 2), packed=packed)
     try:
         return count_saved(without_bytes(model), lambda fake: loss_of(fake, workload), on_cpu=on_cpu)
     except NotCountedError as error:
@@ -124,11 +125,11 @@ class _Count:
     _seen: dict[int, torch.UntypedStorage] = field(default_factory=dict)
     """By address; held, so that no other storage gets it."""
     _every: int = 0
-
     products: Products = field(init=False)
 
     def __post_init__(self) -> None:
         self.products = Products(self.model)
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """What autograd saves meanwhile counts."""
@@ -147,13 +148,13 @@ class _Count:
         def entered(_: nn.Module, args: Any, kwargs: Any) -> None:
             given = frozenset(each.untyped_storage()._cdata for each in _strided((args, kwargs)))
             self._open.append(_Call(path=path, begun=self.tape.position, given=given))
-
             self.products.enter()
+
         return entered
 
     def _leave(self, *_: object) -> None:
-        call = self._open.pop()
         self.products.leave()
+        call = self._open.pop()
         call.peak_nbytes = self.tape.peak_since(call.begun)
         self._calls.append(call)
 

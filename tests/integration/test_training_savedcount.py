@@ -54,6 +54,17 @@ def speak(model: Any) -> Tensor:
     return loss
 
 
+def speak_of_several(model: Any) -> Tensor:
+    """Two documents in each sequence."""
+    ids, positions = (
+        torch.randint(2, VOCAB, (BATCH, CONTEXT)),
+        torch.cat([torch.arange(10), torch.arange(CONTEXT - 10)]),
+    )
+    apart = positions.expand(BATCH, CONTEXT)
+    loss: Tensor = model(input_ids=ids, labels=ids.clone(), position_ids=apart.clone(), use_cache=False).loss
+    return loss
+
+
 def look(model: Any) -> Tensor:
     loss: Tensor = model(pixel_values=torch.randn(BATCH, 3, 32, 32), labels=torch.zeros(BATCH, dtype=torch.long)).loss
     return loss
@@ -117,6 +128,18 @@ def test_it_is_what_a_real_forward_saves(make: Any, run: Any, layers: int) -> No
     assert len(seen.layers) == layers
     assert found.every_nbytes == seen.every > found.layers_nbytes == sum(seen.layers) > 0
     assert all(layer.peak_nbytes >= layer.saved_nbytes for layer in found.layers)
+
+
+def test_documents_that_positions_keep_apart_take_a_mask_in_each_layer() -> None:
+    model = llama()
+    plain, packed = (forward_saves(model, context=CONTEXT, batch=BATCH, packed=packed) for packed in (False, True))
+    seen = Seen(model, speak_of_several)
+    assert plain is not None
+    assert packed is not None
+    assert [layer.saved_nbytes for layer in packed.layers] == seen.layers
+    assert packed.every_nbytes == seen.every
+    mask = BATCH * CONTEXT * CONTEXT * 2
+    assert all(a.saved_nbytes >= b.saved_nbytes + mask for a, b in zip(packed.layers, plain.layers, strict=True))
 
 
 def test_of_a_module_of_ones_own() -> None:
