@@ -25,6 +25,7 @@ from ..feeding import UnknownInputError, loss_of
 from ..recompute import segments_of
 from ..rehearsal import TooLongError, quietly, rehearsing
 from .products import Products
+from .run import random_state, set_random_state
 from .saves import ForwardSaves, LayerCount
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def forward_saves(
         return None
     workload = Workload(train="adamw", batch=batch or 1, context=max(context or 0, 2), packed=packed)
     try:
-        return count_saved(without_bytes(model), lambda fake: loss_of(fake, workload), on_cpu=on_cpu)
+        return count_saved(_copied(model), lambda fake: loss_of(fake, workload), on_cpu=on_cpu)
     except NotCountedError as error:
         logger.info("what a forward saves cannot be counted: %s", error)
         return _estimated(model, tokens=(context or 0) * (batch or 1), why=str(error))
@@ -74,7 +75,7 @@ def count_saved(model: nn.Module, step: Callable[[Any], Tensor], *, on_cpu: bool
     Raises:
         NotCountedError: it cannot run on fake tensors.
     """
-    name, tape = type(model).__name__, Tape()
+    name, tape, random = type(model).__name__, Tape(), random_state()
     count = _Count(model, tape)
     training = model.training
     model.train()
@@ -90,9 +91,10 @@ def count_saved(model: nn.Module, step: Callable[[Any], Tensor], *, on_cpu: bool
         except Exception as error:  # a model's code may do anything that a tensor without values cannot
             logger.debug("counting failed", exc_info=True)
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            raise NotCountedError(f"the forward of {name} asks for values ({text})") from error
+            raise NotCountedError(f"the forward of {name} cannot run on tensors without bytes ({text})") from error
         finally:
             model.train(training)
+            set_random_state(random)  # whatever a forward may draw in Python
     return count.found()
 
 
@@ -180,6 +182,14 @@ class _Count:
             every_nbytes=self._every,
             products=tuple(self.products.found),
         )
+
+
+def _copied(model: nn.Module) -> Any:
+    try:
+        return without_bytes(model)
+    except Exception as error:  # what a module holds beside tensors may be anything
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise NotCountedError(f"{type(model).__name__} cannot be copied ({text})") from error
 
 
 def without_bytes(model: nn.Module) -> Any:

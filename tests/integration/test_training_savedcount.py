@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random as rng
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -151,7 +152,7 @@ def test_of_a_module_of_ones_own() -> None:
 
 def test_tokens_and_attention_count_and_layers_are_alike() -> None:
     model = llama(num_hidden_layers=2)
-    training = model.training
+    training, random, drawn = model.training, torch.get_rng_state(), rng.getstate()
     one, two = (forward_saves(model, context=CONTEXT, batch=batch) for batch in (1, 2))
     assert one is not None
     assert two is not None
@@ -160,6 +161,8 @@ def test_tokens_and_attention_count_and_layers_are_alike() -> None:
     assert one.largest_nbytes == one.layers_nbytes // 2
     assert one.movable_nbytes("auto") == one.layers_nbytes < one.every_nbytes == one.movable_nbytes("offload")
     assert model.training is training
+    assert torch.equal(torch.get_rng_state(), random)
+    assert drawn == rng.getstate()
     assert not any(parameter.untyped_storage().nbytes() == 0 for parameter in model.parameters())
 
 
@@ -206,7 +209,7 @@ class Asks(nn.Module):
 
 
 def test_a_forward_that_asks_for_values_is_not_counted() -> None:
-    with pytest.raises(NotCountedError, match="the forward of Asks asks for values"):
+    with pytest.raises(NotCountedError, match="the forward of Asks cannot run on tensors without bytes"):
         count_saved(without_bytes(Asks()), lambda fake: fake(torch.ones(4, 4)), on_cpu=True)
 
 
