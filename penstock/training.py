@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,6 +34,8 @@ from .runtime.training.preparing import (
 from .runtime.training.run import Activations, Origin, RunState, Settings, Updates
 from .scheduler.updating import Where, check_where
 from .trainedmodel import Asked, streamed
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -169,7 +172,7 @@ def resume(
         updates: Likewise.
         update_on: Likewise.
         scheduler: Called with the optimizer to make the learning rate's scheduler, which then goes on; it becomes
-            `optimizer.scheduler`.
+            `optimizer.scheduler`. Where the commit has no scheduler's state it begins anew, and a warning says so.
         context: As for `prepare`: it is not kept with the run.
         batch: Likewise.
         packed: Likewise.
@@ -258,10 +261,15 @@ def _schedule(optimizer: StreamedOptimizer, scheduler: Any) -> None:
     """Make the learning rate's scheduler, and have it go on."""
     groups = [{**group} for group in optimizer.param_groups]
     optimizer.scheduler = scheduler(optimizer)
+    if optimizer.saved_scheduler is None:
+        logger.warning(
+            "the last commit of the run has no state of a scheduler, so the one that was given begins with its first "
+            "step; penstock.save(…, scheduler=…) makes it part of commits"
+        )
+        return
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
         group.update(saved)  # a scheduler begins by setting the rate of its own first step
-    if optimizer.saved_scheduler is not None:
-        optimizer.scheduler.load_state_dict(optimizer.saved_scheduler)
+    optimizer.scheduler.load_state_dict(optimizer.saved_scheduler)
 
 
 def _beside(lora: Any, choice: OptimizerChoice, settings: Settings, *, trained: Sequence[str] | None = None) -> Beside:
