@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .arguments import MaxMemory, wanted_of
 from .caches import calibration_cache, link_cache
@@ -18,22 +20,26 @@ from .devices import open_device
 from .memory.errors import UsageError
 from .runtime.beside import Beside, trained_in
 from .runtime.devices.base import Device
+from .runtime.feeding import with_context
 from .runtime.layout import Changing
 from .runtime.loading import load as _load
 from .runtime.offloading import offload as _offload
 from .runtime.pretrained import outline
 from .runtime.training import adapters
-from .runtime.training.headroom import StepRoom, guessed_saved_nbytes, is_automatic, step_room
+from .runtime.training.headroom import StepRoom, is_automatic, step_room
 from .runtime.training.optimizers import OptimizerChoice
 from .runtime.training.preparing import (
     RunFolders,
     arrays_of,
     trainable,
 )
-from .runtime.training.room import changing, sizes_of
+from .runtime.training.room import changing, sizes_of, with_saves
 from .runtime.training.run import Origin, Settings
+from .runtime.training.savedcount import forward_saves
+from .runtime.training.saves import ForwardSaves
 from .runtime.training.updateshares import update_shares
 from .runtime.training.weighed import weighing
+from .scheduler.sizes import Workload
 from .scheduler.updating import UpdateShares, Where
 from .scheduler.weighing import Weighing
 
@@ -48,6 +54,7 @@ class Asked:
     device: str | torch.device
     context: int | None
     batch: int | None
+    packed: bool
     trust: bool
     where: Where
 
@@ -85,20 +92,22 @@ def streamed(
         activations=settings.activations,
     )
     try:
-        room = _rehearsed(model, asked, dtype, settings, opened, trains=trains, beside=beside)
+        bones = _bones(model, asked, dtype, beside)
+        saves = _saves(adapters.without_adapters(bones), asked, opened)
+        settings = replace(settings, saves=saves)
+        room = _rehearsed(bones, asked, settings, opened, trains=trains, beside=beside)
     except BaseException:
         opened.close()
         raise
     if room is not None:
         settings = replace(settings, activations=room.activations)
+    trains = partial(trains, activations=settings.activations, saves=saves)
     if room is not None and not room.known:  # then what is left over is for activations, not for states
-        trains = partial(trains, arrays=0, activations=settings.activations)
-    elif room is not None:
-        trains = partial(trains, activations=settings.activations, saved_nbytes=room.saved_nbytes)
-    elif beside is None and not opened.separate:
-        bones = model if isinstance(model, nn.Module) else outline(model, dtype=dtype, trust_remote_code=asked.trust)
-        guess = guessed_saved_nbytes(bones, context=asked.context, batch=asked.batch)
-        trains = partial(trains, saved_nbytes=guess, weighing=_weighed(bones, asked, settings, opened, choice))
+        trains = partial(trains, arrays=0)
+    elif room is None and beside is None and not opened.separate:
+        trains = partial(trains, weighing=_weighed(bones, asked, settings, opened, choice))
+    if beside is not None:
+        beside = _counted(beside, settings)
     common: dict[str, Any] = {
         "wanted": wanted,
         "device": opened,
@@ -119,10 +128,26 @@ def streamed(
     return made, Origin(source=source, dtype=str(dtype).removeprefix("torch.")), settings
 
 
+def _saves(bones: nn.Module, asked: Asked, device: Device) -> ForwardSaves | None:
+    """What a forward leaves for backward, of as many tokens as a rehearsal takes where they are not said."""
+    context = asked.context
+    if context is None and isinstance(bones, PreTrainedModel) and is_automatic(wanted_of(asked.max_memory), device):
+        context = with_context(bones, Workload(train="adamw")).context
+    return forward_saves(bones, context=context, batch=asked.batch, packed=asked.packed)
+
+
+def _counted(beside: Beside, settings: Settings) -> Beside:
+    """The same, where it was not known what a forward leaves for backward."""
+
+    def changing(parameters: Sequence[nn.Parameter], device: Device) -> Changing:
+        return with_saves(beside.changing(parameters, device), settings.saves, settings.activations)
+
+    return replace(beside, changing=changing)
+
+
 def _rehearsed(
-    model: nn.Module | str | os.PathLike[str],
+    bones: nn.Module,
     asked: Asked,
-    dtype: str | torch.dtype,
     settings: Settings,
     device: Device,
     *,
@@ -133,18 +158,18 @@ def _rehearsed(
     wanted = wanted_of(asked.max_memory)
     if not is_automatic(wanted, device):
         return None
-    with torch.random.fork_rng(devices=[]):  # adapters are made twice, and drawn once
-        bones = model if isinstance(model, nn.Module) else _outline(model, dtype, asked.trust, beside)
-        sizes = list(trained_in(bones).values())
-        return step_room(
-            adapters.without_adapters(bones),
-            trains(*sizes_of(bones)) if beside is None else beside.changing(sizes, device),
-            wanted=wanted,
-            device=device,
-            activations=settings.activations,
-            context=asked.context,
-            batch=asked.batch,
-        )
+    sizes = list(trained_in(bones).values())
+    return step_room(
+        adapters.without_adapters(bones),
+        trains(*sizes_of(bones)) if beside is None else beside.changing(sizes, device),
+        wanted=wanted,
+        device=device,
+        activations=settings.activations,
+        context=asked.context,
+        batch=asked.batch,
+        packed=asked.packed,
+        saves=settings.saves,
+    )
 
 
 def _weighed(
@@ -163,7 +188,9 @@ def _weighed(
         return None
     tokens = asked.context * (asked.batch or 1)
     early = settings.updates == "backward"
-    return weighing(bones, kept.hardware, choice, tokens=tokens, accumulate=settings.accumulate, early=early)
+    return weighing(
+        bones, settings.saves, kept.hardware, choice, tokens=tokens, accumulate=settings.accumulate, early=early
+    )
 
 
 def _itemsize(model: nn.Module | str | os.PathLike[str], dtype: str | torch.dtype, trust: bool) -> int:
@@ -183,10 +210,15 @@ def _shares(device: Device, where: Where, choice: OptimizerChoice, budget: int |
     return update_shares(where, hardware, choice, itemsize=itemsize, device_nbytes=device_nbytes)
 
 
-def _outline(path: str | os.PathLike[str], dtype: str | torch.dtype, trust: bool, beside: Beside | None) -> nn.Module:
-    """The model of a checkpoint, without weights, as it is to be trained."""
-    made: nn.Module = outline(path, dtype=dtype, trust_remote_code=trust)
-    if beside is not None:
+def _bones(
+    model: nn.Module | str | os.PathLike[str], asked: Asked, dtype: str | torch.dtype, beside: Beside | None
+) -> nn.Module:
+    """The model as it is to be trained; that of a checkpoint without weights."""
+    if isinstance(model, nn.Module):
+        return model
+    made: nn.Module = outline(model, dtype=dtype, trust_remote_code=asked.trust)
+    if beside is None:
+        trainable(made)
+        return made
+    with torch.random.fork_rng(devices=[]):  # adapters are made twice, and drawn once
         return beside.put(made)
-    trainable(made)
-    return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,6 +35,8 @@ from .runtime.training.run import Activations, Origin, RunState, Settings, Updat
 from .scheduler.updating import Where, check_where
 from .trainedmodel import Asked, streamed
 
+logger = logging.getLogger(__name__)
+
 
 def prepare(
     model: nn.Module | str | os.PathLike[str],
@@ -51,6 +54,7 @@ def prepare(
     nonfinite: Literal["raise", "skip"] = "raise",
     context: int | None = None,
     batch: int | None = None,
+    packed: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[Any, StreamedOptimizer]:
     """Train a model whose weights, gradients and optimizer states are larger than memory.
@@ -90,6 +94,7 @@ def prepare(
             In a named budget of a CPU, what activations are weighed by against weights, where the machine is
             calibrated; without it weights come first.
         batch: Sequences of a backward pass, likewise; 1 where it is not said.
+        packed: Whether they hold several documents each, which `position_ids` keep apart: each layer then saves a mask.
         trust_remote_code: Run code that comes with the checkpoint.
 
     Raises:
@@ -104,7 +109,13 @@ def prepare(
         adapters.check_config(lora)
     check_new(folders)  # before a module gives its weights up
     asked = Asked(
-        max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code, where=update_on
+        max_memory=max_memory,
+        device=device,
+        context=context,
+        batch=batch,
+        packed=packed,
+        trust=trust_remote_code,
+        where=update_on,
     )
     return _begun(model, lora, asked, dtype, settings, folders, optimizer)
 
@@ -143,6 +154,7 @@ def resume(
     scheduler: Any = None,
     context: int | None = None,
     batch: int | None = None,
+    packed: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[Any, StreamedOptimizer]:
     """Go on from the last commit of a run: weights, optimizer, random numbers.
@@ -160,9 +172,10 @@ def resume(
         updates: Likewise.
         update_on: Likewise.
         scheduler: Called with the optimizer to make the learning rate's scheduler, which then goes on; it becomes
-            `optimizer.scheduler`.
+            `optimizer.scheduler`. Where the commit has no scheduler's state it begins anew, and a warning says so.
         context: As for `prepare`: it is not kept with the run.
         batch: Likewise.
+        packed: Likewise.
         trust_remote_code: Run code that comes with the checkpoint.
 
     Raises:
@@ -177,7 +190,13 @@ def resume(
     settings = _settings(accumulate, activations, updates, nonfinite, state.max_grad_norm)
     check_where(update_on)
     asked = Asked(
-        max_memory=max_memory, device=device, context=context, batch=batch, trust=trust_remote_code, where=update_on
+        max_memory=max_memory,
+        device=device,
+        context=context,
+        batch=batch,
+        packed=packed,
+        trust=trust_remote_code,
+        where=update_on,
     )
     return _gone_on(source, state, asked, settings, folders, scheduler)
 
@@ -242,10 +261,15 @@ def _schedule(optimizer: StreamedOptimizer, scheduler: Any) -> None:
     """Make the learning rate's scheduler, and have it go on."""
     groups = [{**group} for group in optimizer.param_groups]
     optimizer.scheduler = scheduler(optimizer)
+    if optimizer.saved_scheduler is None:
+        logger.warning(
+            "the last commit of the run has no state of a scheduler, so the one that was given begins with its first "
+            "step; penstock.save(…, scheduler=…) makes it part of commits"
+        )
+        return
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
         group.update(saved)  # a scheduler begins by setting the rate of its own first step
-    if optimizer.saved_scheduler is not None:
-        optimizer.scheduler.load_state_dict(optimizer.saved_scheduler)
+    optimizer.scheduler.load_state_dict(optimizer.saved_scheduler)
 
 
 def _beside(lora: Any, choice: OptimizerChoice, settings: Settings, *, trained: Sequence[str] | None = None) -> Beside:

@@ -90,7 +90,12 @@ def loss_of(model: PreTrainedModel, workload: Workload) -> Tensor:
     labels = labels_of(model, inputs, workload)
     if not labels and model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = token_ids(workload.batch, workload.context)
-    output = model(**inputs, **labels)
+    options: dict[str, Any] = {}
+    if workload.packed and takes(model, "position_ids"):
+        # With a cache, transformers takes positions for those of one text; values that are not there, for several.
+        options = {"position_ids": token_ids(workload.batch, workload.context)}
+        options |= {"use_cache": False} if takes(model, "use_cache") else {}
+    output = model(**inputs, **labels, **options)
     if getattr(output, "loss", None) is not None:
         loss: Tensor = output.loss
         return loss

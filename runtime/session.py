@@ -231,7 +231,9 @@ class Session:
         if top is None or getattr(top[0], "__self__", None) is not self.saved:
             raise UsageError(
                 "saved-tensor hooks inside a streamed model (save_on_cpu, gradient checkpointing) would keep weights "
-                "that are about to be replaced, and give wrong gradients: switch them off, or run under torch.no_grad()"
+                "that are about to be replaced, and give wrong gradients: switch them off (in training, "
+                'penstock.prepare(…, activations="recompute") does what checkpointing does), or run under '
+                "torch.no_grad()"
             )
 
     def _end(self, failed: bool) -> None:

@@ -58,6 +58,8 @@ class Workload:
     context: int = 0
     """Tokens per sequence; on both sides of an encoder–decoder. `DEFAULT_CONTEXT` is 512, or as many as the model has
     positions for."""
+    packed: bool = False
+    """Whether sequences in training hold several documents, which positions keep apart: attention is masked then."""
     rank: int = 16
     """Of the adapters of LoRA."""
     targets: tuple[str, ...] = ()

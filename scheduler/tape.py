@@ -60,6 +60,19 @@ class Tape:
                 found[piece.unit] += piece.nbytes
         return dict(found)
 
+    @property
+    def position(self) -> int:
+        """How much has happened until now."""
+        return len(self._events)
+
+    def peak_since(self, position: int) -> int:
+        """Bytes that were held at most since then, beyond what was held then."""
+        held = highest = 0
+        for event in self._events[position:]:
+            held += self._change(event)
+            highest = max(highest, held)
+        return highest
+
     def peak(self, *, before: Kind | None = None, without: Kind | None = None) -> Bytes:
         """What is held at the first of the instants at which most is held, of those before the first piece of a kind is
         taken; `without` leaves out what is for one purpose."""

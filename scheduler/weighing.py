@@ -3,6 +3,9 @@
 Weights that stay save a drive bytes; results of a forward that stay save the processor seconds. A step takes the longer
 of what the processor does, with what it makes again, and of what the drive moves. So where the drive has time to spare,
 dear results have room before weights, until it has none; where the drive is the bound, weights have it.
+
+Where updates wait for the last gradient, a step has two parts, and the drive cannot work ahead from one to the other:
+the forward that the update goes on beside, and all that follows it.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-PARTS: Final = 4
+PIECES: Final = 4
 """Of each kind of results, that rooms are tried for."""
 
 
@@ -25,17 +28,31 @@ class Dear:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Of a step, in which processor and drive work beside each other."""
+
+    compute_s: float
+    """Of the processor."""
+    drive_s: float
+    """Of the drive, with all weights in memory."""
+    weight_byte_s: float
+    """Of the drive, for each byte of weights that does not stay."""
+
+    def seconds(self, streamed_nbytes: float, again_s: float = 0.0) -> float:
+        """What it takes with so many bytes of weights that do not stay, and so much that is made again."""
+        return max(self.compute_s + again_s, self.drive_s + self.weight_byte_s * streamed_nbytes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Weighing:
     """A step, as far as it depends on what has room."""
 
     dear: Sequence[Dear]
     """What saves most per byte first."""
-    compute_s: float
-    """Of the processor, with nothing made again: forward, backward, and the update where it is the same processor."""
-    drive_s: float
-    """Of the drive, with all weights in memory."""
-    weight_byte_s: float
-    """Of the drive, for each byte of weights that does not stay."""
+    part: Part
+    """In which layers run again: all of a step, or what follows the forward that the update goes on beside."""
+    update: Part | None = None
+    """That forward and the update; None where the update has no part of its own."""
 
     def step_s(self, held_nbytes: int, streamed_nbytes: float) -> float:
         """Seconds of a step.
@@ -44,8 +61,8 @@ class Weighing:
             held_nbytes: Room for results.
             streamed_nbytes: Weights that do not stay.
         """
-        drive = self.drive_s + self.weight_byte_s * streamed_nbytes
-        return max(self.compute_s + self.again_s(held_nbytes), drive)
+        update = 0.0 if self.update is None else self.update.seconds(streamed_nbytes)
+        return self.part.seconds(streamed_nbytes, self.again_s(held_nbytes)) + update
 
     def again_s(self, held_nbytes: int) -> float:
         """Of it, in which results are made again if so many bytes of them are held."""
@@ -56,11 +73,15 @@ class Weighing:
             seconds += each.seconds * (1 - held / each.nbytes)
         return seconds
 
+    def spared_s(self, held_nbytes: int) -> float:
+        """Of a step, in which results that are held need not be made again."""
+        return self.again_s(0) - self.again_s(held_nbytes)
+
     def rooms(self) -> list[int]:
-        """Rooms to try, growing: to any other the next smaller one of them is worth as much as parts are fine."""
+        """Rooms to try, growing: to any other the next smaller one of them is worth as much as pieces are fine."""
         found, before = [], 0
         for each in self.dear:
-            found += [before + each.nbytes * part // PARTS for part in range(1, PARTS + 1)]
+            found += [before + each.nbytes * piece // PIECES for piece in range(1, PIECES + 1)]
             before += each.nbytes
         return sorted(set(found) - {0})
 

@@ -66,6 +66,7 @@ class Job:
             "activations": request.activations,
             "context": self.data.training.seq,
             "batch": request.recipe.batch,
+            "packed": True,
             "nonfinite": request.recipe.nonfinite,
             "trust_remote_code": request.trust_remote_code,
         }

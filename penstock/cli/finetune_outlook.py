@@ -103,6 +103,7 @@ def foresee(request: FinetuneRequest, job: Job, hardware: Hardware, *, room: Roo
         choice=job.choice,
         batch=recipe.batch,
         context=job.data.training.seq,
+        packed=True,
         accumulate=recipe.accumulate,
         activations=request.activations,  # type: ignore[arg-type]
         adapters=adapters,

@@ -58,11 +58,9 @@ def room_for_activations(machinery: Machinery, settings: Settings, granted_nbyte
         settings: Of the run.
         granted_nbytes: Host memory, buffers included.
     """
-    least = ActivationStore.buffers_nbytes(LEAST_BUFFER)
-    if granted_nbytes < least:
+    buffer = _buffer_nbytes(granted_nbytes)
+    if not buffer:
         return ActivationRoom(kept_nbytes=0, host_nbytes=0, buffer_nbytes=0)
-    parts = ActivationStore.buffers_nbytes(1)
-    buffer = max(LEAST_BUFFER, min(MOST_BUFFER, granted_nbytes // 8 // parts // PAGE * PAGE))
     rest = granted_nbytes - ActivationStore.buffers_nbytes(buffer)
     if not machinery.device.separate:
         return ActivationRoom(kept_nbytes=rest, host_nbytes=0, buffer_nbytes=buffer)
@@ -71,6 +69,20 @@ def room_for_activations(machinery: Machinery, settings: Settings, granted_nbyte
     if settings.activations == "auto" and budget is not None and settings.device_is_named:
         kept = max(0, budget - machinery.layout.device_nbytes)
     return ActivationRoom(kept_nbytes=kept, host_nbytes=rest // PAGE * PAGE, buffer_nbytes=buffer)
+
+
+def kept_nbytes(granted_nbytes: int) -> int:
+    """What is left of so much host memory for activations, beside their buffers."""
+    buffer = _buffer_nbytes(granted_nbytes)
+    return granted_nbytes - ActivationStore.buffers_nbytes(buffer) if buffer else 0
+
+
+def _buffer_nbytes(granted_nbytes: int) -> int:
+    """Of each buffer on the way to disk; 0 where there is no room for any."""
+    if granted_nbytes < ActivationStore.buffers_nbytes(LEAST_BUFFER):
+        return 0
+    parts = ActivationStore.buffers_nbytes(1)
+    return max(LEAST_BUFFER, min(MOST_BUFFER, granted_nbytes // 8 // parts // PAGE * PAGE))
 
 
 def arrange_activations(

@@ -53,9 +53,25 @@ class StreamedOptimizer(torch.optim.Optimizer):
         groups = [{"params": [parameters[index] for index in members], **hyper} for hyper, members in made]
         if state is not None:
             groups = [{**_exact(group), "params": [parameters[i] for i in group["params"]]} for group in state.groups]
+        self._complete = False
         super().__init__(groups, choice.defaults())
+        self._complete = True
         if settings.updates == "backward":
             training.begin_early(self._hypers)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while it is made.
+
+        Raises:
+            UsageError: it is complete.
+        """
+        if self._complete:
+            raise UsageError(
+                "what a run trains is settled when it is prepared, and masters and states of other parameters are not "
+                "there: let all that is ever to be trained have requires_grad before penstock.prepare, and freeze what "
+                "is to wait by requires_grad_(False) afterwards"
+            )
+        super().add_param_group(param_group)
 
     @property
     def training(self) -> Training:

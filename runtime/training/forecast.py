@@ -18,11 +18,12 @@ from ...scheduler.cost import CostModel
 from ...scheduler.hardware import Hardware
 from ...scheduler.plan import Links, Plan
 from ...scheduler.program import Program
-from ...scheduler.sizes import Bytes, Workload
+from ...scheduler.sizes import Bytes, Training, Workload
 from ...scheduler.stepload import StepLoad
 from ...scheduler.trainstep import predict
 from ...scheduler.updating import ON_CPU, UpdateShares
-from ..activations.store import LEAST_BUFFER, LEAVING, ActivationStore
+from ...scheduler.weighing import Weighing
+from ..activations.store import LEAST_BUFFER, ActivationStore
 from ..adapterbones import add_adapters
 from ..feeding import UnknownInputError, with_context
 from ..foresight import Foresight, Room, device_name
@@ -35,15 +36,17 @@ from ..programs import training_program
 from ..recompute import segments_of
 from ..rehearsal import TooLongError, make_fake
 from ..sizing import measure_activations
-from .activations import announced
+from .activations import announced, kept_nbytes
 from .adapters import changing_on
 from .foreseen import Adapters, TrainingForecast, TrainingWork
-from .headroom import guessed_saved_nbytes, norm_copy_nbytes
+from .headroom import moving_nbytes, norm_copy_nbytes
 from .loads import StepSettings, load_of
 from .preparing import arrays_of
-from .room import changing, sizes_of
+from .room import changing, sizes_of, with_saves
 from .roomplan import TrainingRoom, adapter_room, moves_activations, plan_room
 from .run import Activations, Settings
+from .savedcount import forward_saves
+from .saves import ForwardSaves
 from .selection import beside_blocks, shards_in
 from .shards import Shard
 from .trained import Trained
@@ -70,8 +73,9 @@ class TrainingForesight:
         self._plain = self._fake()
         self._again: PreTrainedModel | None = None
         """A model of its own, for what makes activations again stays so."""
-        self._programs: dict[tuple[int, int], Program] = {}
-        self._activations: dict[tuple[int, int, bool, bool], tuple[Bytes | None, tuple[str, ...]]] = {}
+        self._programs: dict[Workload, Program] = {}
+        self._activations: dict[tuple[Workload, bool, bool], tuple[Bytes | None, tuple[str, ...]]] = {}
+        self._saves: dict[Workload, ForwardSaves | None] = {}
         self.segments: Sequence[str] = segments_of(foresight.model)
 
     def _fake(self) -> PreTrainedModel:
@@ -87,17 +91,16 @@ class TrainingForesight:
             raise UsageError(f"nothing would be trained: {type(made).__name__} has no linear layers{named}")
         return made
 
-    def program(self, batch: int, context: int) -> Program:
+    def program(self, batch: int, context: int, *, packed: bool = False) -> Program:
         """The forward of a step.
 
         Raises:
             UsageError: it cannot be foreseen, for the model's inputs are not known or it loops over its tokens.
         """
-        key = batch, context
-        if key not in self._programs:
-            workload = self._workload(batch, context)
+        workload = self._workload(batch, context, packed)
+        if workload not in self._programs:
             try:
-                self._programs[key] = training_program(self._plain, workload)
+                self._programs[workload] = training_program(self._plain, workload)
             except UnknownInputError as error:
                 raise UsageError(f"how long a step takes cannot be foreseen: {error}") from error
             except TooLongError as error:
@@ -111,23 +114,31 @@ class TrainingForesight:
                 raise UsageError(
                     f"how long a step takes cannot be foreseen: the forward of {name} asks for values ({text})"
                 ) from error
-        return self._programs[key]
+        return self._programs[workload]
 
-    def _workload(self, batch: int, context: int) -> Workload:
-        return Workload(train="adamw" if self.adapters is None else "lora", batch=batch, context=context)
+    def _workload(self, batch: int, context: int, packed: bool) -> Workload:
+        train: Training = "adamw" if self.adapters is None else "lora"
+        return Workload(train=train, batch=batch, context=context, packed=packed)
 
     def activations(
-        self, batch: int, context: int, *, again: bool, on_cpu: bool
+        self, batch: int, context: int, *, packed: bool = False, again: bool, on_cpu: bool
     ) -> tuple[Bytes | None, tuple[str, ...]]:
         """What a backward pass holds beside weights and gradients; see `measure_activations`."""
-        key = batch, context, again, on_cpu
+        workload = self._workload(batch, context, packed)
+        key = workload, again, on_cpu
         if key not in self._activations:
             if again and self._again is None:
                 self._again = self._fake()
             model = self._again if again and self._again is not None else self._plain
-            workload = self._workload(batch, context)
             self._activations[key] = measure_activations(model, workload, again=again, on_cpu=on_cpu)
         return self._activations[key]
+
+    def saves(self, batch: int, context: int, *, packed: bool = False) -> ForwardSaves | None:
+        """What a forward leaves for backward; see `forward_saves`."""
+        workload = self._workload(batch, context, packed)
+        if workload not in self._saves:
+            self._saves[workload] = forward_saves(self._plain, context=context, batch=batch, packed=packed)
+        return self._saves[workload]
 
     @cached_property
     def trained(self) -> tuple[Trained, ...]:
@@ -187,33 +198,24 @@ class TrainingForesight:
         largest = max((each.parameter.nbytes for each in self.trained), default=0)
         copied = norm_copy_nbytes((each.parameter for each in self.trained), separate=not on_cpu)
         transient = FRAMEWORK + largest + copied + (0 if held is None else held.total)
-        saved = None
-        if automatic and activations in ("auto", "offload"):
-            saved = self._saved_nbytes(work, on_cpu=on_cpu)
-        elif not automatic and on_cpu:
-            saved = guessed_saved_nbytes(self.foresight.model, context=work.context, batch=work.batch)
-        if activations == "offload" or (automatic and saved is not None):  # what leaves or comes back early is there
-            transient += LEAVING + (saved or 0) // max(len(self.segments) - 1, 1)
+        saves = self.saves(work.batch, work.context, packed=work.packed)
+        if activations == "offload" or (automatic and activations == "auto"):
+            transient += moving_nbytes(saves)
         shares = self._shares(hardware, work, room)
-        changing = self._changing(hardware, work, activations, saved, on_device=shares.any)
-        if not automatic and on_cpu and activations == "auto" and self.adapters is None:
-            tokens = work.batch * work.context
-            step = weighing(
-                self.foresight.model,
-                hardware,
-                work.choice,
-                tokens=tokens,
-                accumulate=work.accumulate,
-                early=work.updates == "backward",
-            )
+        changing = self._changing(hardware, work, activations, saves, on_device=shares.any)
+        step = self._weighed(hardware, work, saves) if on_cpu and activations == "auto" else None
+        if not automatic:
             changing = replace(changing, weighing=step)
         budgets = self.foresight.budgets(hardware, room, transient)
         layout = self._layout(hardware, budgets, changing)
-        settings = Settings(accumulate=work.accumulate, updates=work.updates, activations=activations, shares=shares)
+        settings = Settings(
+            accumulate=work.accumulate, updates=work.updates, activations=activations, shares=shares, saves=saves
+        )
         shards, shared = self._shared(layout, work, settings, saved_is_known=changing.saved_nbytes is not None)
-        load = self._load(hardware, work, layout, shards, shared, again=again)
         decided = moves_activations(layout, settings, frozen=self.adapters is not None)
-        plan, left_out = self._told(hardware, budgets, layout, settings, shared)
+        spared = step.spared_s(kept_nbytes(shared.activations_nbytes)) if step is not None and decided else 0.0
+        load = self._load(hardware, work, layout, shards, shared, again=again, spared_s=spared / work.accumulate)
+        plan, left_out = self._told(hardware, budgets, layout, settings, shared, counted=step is not None)
         found = TrainingForecast(
             hardware=hardware,
             work=work,
@@ -221,7 +223,7 @@ class TrainingForesight:
             plan=plan,
             room=shared,
             load=load,
-            prediction=predict(load, _cost(hardware)),
+            prediction=predict(load, CostModel(hardware=hardware, beside=True)),
             tensors=len(self.trained),
             activations_nbytes=transient,
             decided=decided,
@@ -231,6 +233,13 @@ class TrainingForesight:
         )
         _check_drives(found)
         return found
+
+    def _weighed(self, hardware: Hardware, work: TrainingWork, saves: ForwardSaves | None) -> Weighing | None:
+        """A step of all weights, as `prepare` weighs activations by it."""
+        if self.adapters is not None:
+            return None
+        options = {"tokens": work.batch * work.context, "accumulate": work.accumulate}
+        return weighing(self.foresight.model, saves, hardware, work.choice, early=work.updates == "backward", **options)
 
     def _layout(self, hardware: Hardware, budgets: Budgets, changing: Changing) -> Layout:
         model = self.foresight.model
@@ -250,6 +259,8 @@ class TrainingForesight:
         layout: Layout,
         settings: Settings,
         room: TrainingRoom,
+        *,
+        counted: bool,
     ) -> tuple[Plan, Sequence[str]]:
         """The plan, with what `prepare` puts into it; and what of it is not in the step that is foreseen."""
         links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)
@@ -259,7 +270,7 @@ class TrainingForesight:
             return plan, ()
         layers, some = bool(self.segments), room.activations_nbytes >= ActivationStore.buffers_nbytes(LEAST_BUFFER)
         note = announced(settings, layers=layers, room=some)
-        return replace(plan, notes=(*plan.notes, note)), _left_out(settings, held=layers and some)
+        return replace(plan, notes=(*plan.notes, note)), _left_out(settings, held=layers and some, counted=counted)
 
     def _may_go_to_disk(self, settings: Settings, room: TrainingRoom) -> bool:
         """Whether activations that a plan decides about have buffers on the way there."""
@@ -268,17 +279,11 @@ class TrainingForesight:
 
     def _held(self, work: TrainingWork, *, again: bool, on_cpu: bool) -> tuple[Bytes | None, tuple[str, ...]]:
         """What a backward pass holds, and notes."""
-        held, notes = self.activations(work.batch, work.context, again=again, on_cpu=on_cpu)
+        held, notes = self.activations(work.batch, work.context, packed=work.packed, again=again, on_cpu=on_cpu)
         if held is None and again:  # transformers' own checkpointing, which the rehearsal uses, is not there
-            held, notes = self.activations(work.batch, work.context, again=False, on_cpu=on_cpu)
+            held, notes = self.activations(work.batch, work.context, packed=work.packed, again=False, on_cpu=on_cpu)
             notes = (*notes, "activations made again are counted as if they were kept: they cannot be rehearsed")
         return held, notes
-
-    def _saved_nbytes(self, work: TrainingWork, *, on_cpu: bool) -> int | None:
-        """What keeping activations takes more than making them again; None where that cannot be rehearsed."""
-        found = [self.activations(work.batch, work.context, again=again, on_cpu=on_cpu)[0] for again in (False, True)]
-        kept, again = found
-        return None if kept is None or again is None else max(0, kept.total - again.total)
 
     def _shared(
         self, layout: Layout, work: TrainingWork, settings: Settings, *, saved_is_known: bool
@@ -300,12 +305,13 @@ class TrainingForesight:
         room: TrainingRoom,
         *,
         again: bool,
+        spared_s: float,
     ) -> StepLoad:
         """What a step consists of."""
         return load_of(
             layout,
-            self.program(work.batch, work.context),
-            _cost(hardware),
+            self.program(work.batch, work.context, packed=work.packed),
+            CostModel(hardware=hardware, beside=True),
             trained=self.trained,
             shards=shards,
             room=room,
@@ -314,6 +320,7 @@ class TrainingForesight:
                 accumulate=work.accumulate,
                 updates=work.updates,
                 segments=self.segments if again else (),
+                spared_s=spared_s,
             ),
         )
 
@@ -331,7 +338,7 @@ class TrainingForesight:
         hardware: Hardware,
         work: TrainingWork,
         activations: Activations,
-        saved_nbytes: int | None = None,
+        saves: ForwardSaves | None = None,
         *,
         on_device: bool = False,
     ) -> Changing:
@@ -347,9 +354,9 @@ class TrainingForesight:
                 separate=hardware.gpu is not None,
                 on_device=on_device,
                 activations=activations,
-                saved_nbytes=saved_nbytes,
+                saves=saves,
             )
-        return changing_on(
+        found = changing_on(
             [each.parameter for each in self.trained],
             separate=hardware.gpu is not None,
             emulated=hardware.emulated,
@@ -357,19 +364,18 @@ class TrainingForesight:
             accumulate=work.accumulate,
             activations=activations,
         )
+        return with_saves(found, saves, activations)
 
 
-def _left_out(settings: Settings, *, held: bool) -> Sequence[str]:
-    """What is not in the step that is foreseen, of activations that a plan decides about."""
+def _left_out(settings: Settings, *, held: bool, counted: bool) -> Sequence[str]:
+    """What is not in the step that is foreseen, of activations that a plan decides about; `counted`: products are."""
     if settings.activations == "offload":
         return ("what activations pass on their way to memory and disk, and back, is not in the time foreseen",)
-    faster = "foreseen as if layers made all their activations again: what a run holds of them makes it faster"
-    return (faster,) if held else ()
-
-
-def _cost(hardware: Hardware) -> CostModel:
-    """What operations take while a thread of its own carries updates out."""
-    return CostModel(hardware=hardware, beside=True)
+    if not held:
+        return ()
+    if counted:
+        return ("foreseen with as many results of products held as have room, all else of layers made again",)
+    return ("foreseen as if layers made all their activations again: what a run holds of them makes it faster",)
 
 
 def _check_drives(found: TrainingForecast) -> None:

@@ -40,6 +40,8 @@ class TrainingWork:
     """Sequences of a backward pass."""
     context: int
     """Tokens of each."""
+    packed: bool = False
+    """Whether they hold several documents, which positions keep apart."""
     accumulate: int = 1
     updates: Updates = "step"
     activations: Activations = "auto"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,8 @@ class StepSettings:
     updates: Updates
     segments: Sequence[str]
     """Parts of the model whose activations are made again; none where they are kept."""
+    spared_s: float = 0.0
+    """Of a pass: seconds in which they would make again what has room."""
 
     @property
     def arrays(self) -> int:
@@ -65,7 +67,7 @@ def load_of(
         room: What of gradients and states stays in host memory.
         settings: How steps are taken.
     """
-    uses, segments = _uses(layout, program, cost, settings.segments)
+    uses, segments = _uses(layout, program, cost, settings)
     return StepLoad(
         blocks={block.id: block for block in _blocks(layout, trained, shards, room, settings)},
         uses=uses,
@@ -150,10 +152,10 @@ class _Stretch:
 
 
 def _uses(
-    layout: Layout, program: Program, cost: CostModel, segments: Iterable[str]
+    layout: Layout, program: Program, cost: CostModel, settings: StepSettings
 ) -> tuple[tuple[BlockUse, ...], tuple[tuple[int, int], ...]]:
     """The stretches of a forward, and those that run again."""
-    stretches = _stretches(layout, program, frozenset(segments))
+    stretches = _stretches(layout, program, frozenset(settings.segments))
     again: list[tuple[int, int]] = []
     start = 0
     for index, stretch in enumerate(stretches):
@@ -163,15 +165,17 @@ def _uses(
                 again.append((start, index + 1))
                 _cut_short(stretches[start : index + 1])
             start = index + 1
+    again_s = [cost.compute_s(stretch.forward[: stretch.again], "gpu") for stretch in stretches]
+    left = max(0.0, 1 - settings.spared_s / sum(again_s)) if any(again_s) else 1.0  # what is held is spread evenly
     uses = tuple(
         BlockUse(
             blocks=stretch.blocks,
             forward_s=cost.compute_s(stretch.forward, "gpu"),
-            again_s=cost.compute_s(stretch.forward[: stretch.again], "gpu"),
+            again_s=left * seconds,
             backward_s=cost.compute_s(stretch.backward, "gpu"),
             saved=stretch.saved,
         )
-        for stretch in stretches
+        for stretch, seconds in zip(stretches, again_s, strict=True)
     )
     return uses, tuple(again)
 

@@ -17,6 +17,7 @@ from .deviceupdates import DeviceUpdates
 from .early import BEHIND, BESIDE
 from .pipeline import BUFFERS
 from .run import Activations
+from .saves import ForwardSaves
 from .shards import ELEMENTS, GRAIN
 from .spill import RING, WIDE
 
@@ -42,7 +43,7 @@ def changing(
     separate: bool = False,
     on_device: bool = False,
     activations: Activations = "keep",
-    saved_nbytes: int | None = None,
+    saves: ForwardSaves | None = None,
     weighing: Weighing | None = None,
 ) -> Changing:
     """Host memory that training takes beside weights of so many bytes each.
@@ -63,7 +64,7 @@ def changing(
             through a ring where they are added up, or go to disk as they come.
         on_device: Whether that updates some shards.
         activations: What becomes of them. Those that may go to host memory or to disk have a part of what is left.
-        saved_nbytes: Of what a forward saves; None where it is not known, and counts as much as the weights.
+        saves: What a forward leaves for backward; None where it is not known, and counts as much as the weights.
         weighing: Of a step: whether activations have room before weights.
     """
     total, largest = sum(weights), max(weights, default=0)
@@ -82,7 +83,7 @@ def changing(
     ring = 2 * largest if separate and (accumulate > 1 or not early) else 0
     own = least + ring + BUFFERS * ARRAYS * 4 * shard + (1 if at_once else 3) * largest + 2 * 12 * SUBCHUNK + block
     more = every - least + 4 * arrays * (total // 2 + GRAIN * len(weights))  # each begins at a multiple of GRAIN
-    moving = activation_room(activations, saved_nbytes)
+    moving = activation_room(activations, saves)
     return replace(
         moving,
         own_nbytes=own + moving.own_nbytes,
@@ -106,16 +107,24 @@ def waiting_blocks(*, separate: bool) -> int:
     return POOL if separate else BESIDE + 1
 
 
-def activation_room(activations: Activations, saved_nbytes: int | None) -> Changing:
+def with_saves(changing: Changing, saves: ForwardSaves | None, activations: Activations) -> Changing:
+    """The same, where it was not known what a forward leaves for backward."""
+    if saves is None or changing.saved_nbytes is not None:
+        return changing
+    return replace(changing, saved_nbytes=saves.movable_nbytes(activations))
+
+
+def activation_room(activations: Activations, saves: ForwardSaves | None) -> Changing:
     """What activations take of host memory: nothing where they are kept or made again, and buffers where they leave.
 
     Args:
         activations: What becomes of them.
-        saved_nbytes: Of what a forward saves; None where it is not known.
+        saves: What a forward leaves for backward; None where it is not known.
     """
+    saved = None if saves is None else saves.movable_nbytes(activations)
     least, most = (ActivationStore.buffers_nbytes(nbytes) for nbytes in (LEAST_BUFFER, MOST_BUFFER))
     if activations == "offload":
-        return Changing(own_nbytes=least, block_nbytes=0, saved_nbytes=saved_nbytes, buffers_nbytes=most - least)
+        return Changing(own_nbytes=least, block_nbytes=0, saved_nbytes=saved, buffers_nbytes=most - least)
     if activations == "auto":
-        return Changing(own_nbytes=0, block_nbytes=0, saved_nbytes=saved_nbytes, buffers_nbytes=most)
+        return Changing(own_nbytes=0, block_nbytes=0, saved_nbytes=saved, buffers_nbytes=most)
     return Changing(own_nbytes=0, block_nbytes=0)

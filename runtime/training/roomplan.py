@@ -256,7 +256,9 @@ def _notes(
     layout: Layout, settings: Settings, sizes: _Sizes, resident: frozenset[int], spilled: frozenset[int] | None
 ) -> tuple[str, ...]:
     """What was decided, in sentences; `spilled`: None where gradients are gone with their updates."""
-    notes = [] if layout.back is None else [_homes(layout, layout.back.resident)]
+    notes = [] if settings.saves is None else [settings.saves.told()]
+    if layout.back is not None:
+        notes.append(_homes(layout, layout.back.resident))
     decided = moves_activations(layout, settings, frozen=False)
     if (before := layout.before) is not None and decided and (spilled is not None or not layout.resident):
         notes.append(
@@ -332,7 +334,10 @@ def adapter_room(
         gradients_on_disk_nbytes=0,
         states_on_disk_nbytes=0,
         unused_nbytes=0 if activations else granted,
-        notes=(f"adapters: {gib(stays)} of masters and states stay in host memory",),
+        notes=(
+            *([] if settings.saves is None else [settings.saves.told()]),
+            f"adapters: {gib(stays)} of masters and states stay in host memory",
+        ),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ...memory.errors import StoreVersionError, UsageError
 from ...scheduler.updating import ON_CPU, UpdateShares
+from .saves import ForwardSaves
 
 FORMAT = 1
 Activations = Literal["auto", "keep", "recompute", "offload"]
@@ -49,6 +50,8 @@ class Settings:
 
     shares: UpdateShares = ON_CPU
     """What a device apart updates; the CPU does the rest."""
+    saves: ForwardSaves | None = None
+    """What a forward leaves for backward; None where nothing is known of it."""
     updates: Updates = "step"
     """backward: a block is updated as soon as its last gradient is there. step: when all are."""
 

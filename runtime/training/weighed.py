@@ -1,13 +1,14 @@
 """What is known of a step before anything is loaded, to weigh room for activations against room for weights.
 
-Of what a layer saves, results of its products are what is dear: per token as many elements as a matrix has outputs, and
-two operations for each of its elements. That is read off the matrices, whatever else a layer does.
+Of what a layer saves, results of its products are what is dear: each number of them is a sum of as many as a matrix has
+inputs. They are those that were counted; where a forward could not be, they are read off the layers' matrices.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,30 +18,40 @@ from ...scheduler.cost import CostModel
 from ...scheduler.hardware import Hardware
 from ...scheduler.operations import Operation
 from ...scheduler.updatework import update_s
-from ...scheduler.weighing import Dear, Weighing
+from ...scheduler.weighing import Dear, Part, Weighing
 from ..activations.records import FORWARDS
 from ..recompute import segments_of
 from .loads import update_work
 from .optimizers import OptimizerChoice
 from .preparing import arrays_of
+from .saves import ForwardSaves, Product
 
 
 def weighing(
-    model: nn.Module, hardware: Hardware, choice: OptimizerChoice, *, tokens: int, accumulate: int, early: bool
+    model: nn.Module,
+    saves: ForwardSaves | None,
+    hardware: Hardware,
+    choice: OptimizerChoice,
+    *,
+    tokens: int,
+    accumulate: int,
+    early: bool,
 ) -> Weighing | None:
     """A step on a machine that computes where weights lie, with all masters and states on its drives: the least time
     that these have to spare.
 
     Args:
         model: To be trained; its weights may be on the meta device.
+        saves: What was counted of its forward.
         hardware: The machine, as it was calibrated.
         choice: The optimizer.
         tokens: Of a backward pass.
         accumulate: Backward passes of a step.
-        early: Whether updates begin in backward; else all gradients are counted as if they went to disk.
+        early: Whether updates begin in backward; else they go on beside a forward, and all gradients are counted as if
+            they went to disk.
 
     Returns:
-        None where nothing is known of layers (they have no matrices, or there are none in lists), or of drives.
+        None where nothing is known of layers (they have no products, or there are none in lists), or of drives.
     """
     if not hardware.drives or not hardware.cpu.linear:
         return None
@@ -48,29 +59,44 @@ def weighing(
     nbytes: dict[int, int] = defaultdict(int)
     seconds: dict[int, float] = defaultdict(float)
     computed = 0.0
-    for path in segments_of(model):
-        for matrix in matrices_of(model.get_submodule(path)):
-            outputs, inputs = matrix.shape
-            taken = accumulate * _product_s(cost, matrix, tokens)
-            nbytes[inputs] += tokens * outputs * matrix.itemsize
-            seconds[inputs] += taken
-            computed += FORWARDS * taken
-    if not computed:
+    for product in (saves.products if saves is not None else ()) or products_of(model, tokens):
+        taken = accumulate * _product_s(cost, product)
+        computed += FORWARDS * taken
+        if product.again:
+            nbytes[product.inputs] += product.nbytes
+            seconds[product.inputs] += taken
+    if not nbytes:
         return None
     sizes = [each.numel() for each in model.parameters() if each.is_floating_point()]
     states = 4 * arrays * sum(sizes)
     update = update_s(
         update_work(choice), cost, sum(sizes), arrays=arrays, tensors=len(sizes), checked_nbytes=float(states)
     )
-    gradients = accumulate * sum(each.nbytes for each in model.parameters()) if not early else 0
     read_s, write_s = cost.read_s(1.0, CHUNK), cost.write_s(1.0, CHUNK)
     dear = [Dear(nbytes=nbytes[width], seconds=seconds[width]) for width in nbytes]
+    dear.sort(key=lambda each: each.seconds / each.nbytes, reverse=True)
+    moved = states * (read_s + write_s)
+    if early:
+        weight_byte_s = 2 * accumulate * read_s + write_s
+        return Weighing(dear=dear, part=Part(compute_s=computed + update, drive_s=moved, weight_byte_s=weight_byte_s))
+    gradients, forward = sum(each.nbytes for each in model.parameters()), computed / (FORWARDS * accumulate)
+    passes = accumulate * write_s + (accumulate - 1) * read_s
     return Weighing(
-        dear=sorted(dear, key=lambda each: each.seconds / each.nbytes, reverse=True),
-        compute_s=computed + update,
-        drive_s=(states + gradients) * (read_s + write_s),
-        weight_byte_s=2 * accumulate * read_s + write_s,
+        dear=dear,
+        part=Part(
+            compute_s=computed - forward, drive_s=gradients * passes, weight_byte_s=(2 * accumulate - 1) * read_s
+        ),
+        update=Part(compute_s=forward + update, drive_s=moved + gradients * read_s, weight_byte_s=read_s + write_s),
     )
+
+
+def products_of(model: nn.Module, tokens: int) -> Sequence[Product]:
+    """What layers do at least, read off their matrices: the last one of each is taken for its last product."""
+    found = []
+    for path in segments_of(model):
+        inside = [_product(matrix, tokens) for matrix in matrices_of(model.get_submodule(path))]
+        found += [*inside[:-1], *(replace(each, again=False) for each in inside[-1:])]
+    return found
 
 
 def matrices_of(part: nn.Module) -> Iterator[torch.Tensor]:
@@ -85,6 +111,18 @@ def matrices_of(part: nn.Module) -> Iterator[torch.Tensor]:
             yield module.weight
 
 
-def _product_s(cost: CostModel, matrix: torch.Tensor, tokens: int) -> float:
-    dtype = str(matrix.dtype).removeprefix("torch.")
-    return cost.operation_s(Operation(kind="linear", nbytes=matrix.nbytes, rows=tokens, dtype=dtype), "cpu")
+def _product(matrix: torch.Tensor, tokens: int) -> Product:
+    outputs, inputs = matrix.shape
+    return Product(
+        weight_nbytes=matrix.nbytes,
+        rows=tokens,
+        inputs=inputs,
+        nbytes=tokens * outputs * matrix.itemsize,
+        dtype=str(matrix.dtype).removeprefix("torch."),
+        again=True,
+    )
+
+
+def _product_s(cost: CostModel, product: Product) -> float:
+    work = Operation(kind="linear", nbytes=product.weight_nbytes, rows=product.rows, dtype=product.dtype)
+    return cost.operation_s(work, "cpu")

@@ -24,6 +24,7 @@ from penstock.runtime.headroom import FRAMEWORK
 from penstock.runtime.layout import Changing
 from penstock.runtime.tiers import Wanted
 from penstock.runtime.training.headroom import StepRoom, step_room
+from penstock.runtime.training.savedcount import forward_saves
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -65,6 +66,7 @@ def room(model: Any, activations: Any = "auto", *, context: int = CONTEXT, batch
             activations=activations,
             context=context,
             batch=batch,
+            saves=forward_saves(model, context=context, batch=batch),
         )
     finally:
         device.close()
@@ -107,8 +109,10 @@ def test_activations_are_kept_where_everything_fits_beside_them(checkpoint: Path
     capacity(weights + kept)
     assert room(model) == StepRoom(headroom_nbytes=kept, activations="keep", known=True)
     capacity(weights + kept - 1)
-    moved = LEAVING + (kept - again) // (model.config.num_hidden_layers - 1)  # on its way out, and back before its use
-    found = StepRoom(headroom_nbytes=again + moved, activations="auto", saved_nbytes=kept - again, known=True)
+    saves = forward_saves(model, context=CONTEXT, batch=BATCH)
+    assert saves is not None
+    moved = LEAVING + saves.layers[0].saved_nbytes  # on its way out, and back before its use
+    found = StepRoom(headroom_nbytes=again + moved, activations="auto", known=True)
     assert room(model) == found  # which a plan decides about
     assert room(model, "offload") == replace(found, activations="offload")
 

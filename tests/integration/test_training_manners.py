@@ -303,6 +303,13 @@ def test_a_step_with_a_closure(trainer: Streamed, reference: Reference) -> None:
     assert differences(reference.state(), trainer.state()) == []
 
 
+def test_parameters_that_are_added_later_are_refused(trainer: Streamed) -> None:
+    groups = [dict(group) for group in trainer.optimizer.param_groups]
+    with pytest.raises(penstock.UsageError, match="settled when it is prepared"):
+        trainer.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    assert trainer.optimizer.param_groups == groups
+
+
 def test_states_of_the_optimizer_are_not_a_checkpoint(trainer: Streamed) -> None:
     before = trainer.optimizer.state_dict()
     trainer.optimizer.param_groups[0]["lr"] = 1.0

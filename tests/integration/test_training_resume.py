@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from training_cases import CASES
+from training_cases import CASES, warmup
 from training_reference import PLENTY, Case, Streamed, Trace, prepared, resident, run, scheduled, smallest
 from zoo import differences
 
@@ -123,6 +125,26 @@ def test_save_returns_before_the_commit_is_there_and_training_goes_on(tmp_path: 
     finally:
         penstock.close(trainer.model)
     check_rest(case, folder, "smallest", first=5)
+
+
+def test_a_scheduler_that_no_commit_has_begins_anew_and_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = replace(CASES["perceptron"], schedule=None, steps=1)
+    trainer = prepared(case, tmp_path / "run", "resident")
+    try:
+        run(case, trainer, None, range(1), Trace())
+        penstock.save(trainer.model, trainer.optimizer).wait()
+    finally:
+        penstock.close(trainer.model)
+    with caplog.at_level(logging.WARNING, logger="penstock"):
+        again = resumed(replace(case, schedule=warmup), tmp_path / "run", "resident")
+    try:
+        assert "has no state of a scheduler" in caplog.text
+        rates = [group["lr"] for group in again.optimizer.param_groups]
+        assert rates == [group["initial_lr"] / 4 for group in again.optimizer.param_groups]
+    finally:
+        penstock.close(again.model)
 
 
 def test_nothing_was_committed(tmp_path: Path) -> None:

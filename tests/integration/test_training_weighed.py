@@ -14,7 +14,7 @@ from zoo import differences
 import penstock
 from penstock import trainedmodel
 from penstock.runtime.training import activations, room, selection
-from penstock.scheduler.weighing import Dear, Weighing
+from penstock.scheduler.weighing import Dear, Part, Weighing
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -52,7 +52,7 @@ def test_more_is_held_and_the_bits_are_the_same(tmp_path: Path, monkeypatch: pyt
     assert any("there is no room for any of them" in note for note in plain.notes)
     penstock.close(trainer.model)
     dear = [Dear(nbytes=ROOM, seconds=5.0)]
-    weighed(monkeypatch, Weighing(dear=dear, compute_s=10.0, drive_s=0.0, weight_byte_s=0.0))
+    weighed(monkeypatch, Weighing(dear=dear, part=Part(compute_s=10.0, drive_s=0.0, weight_byte_s=0.0)))
     trainer, reference = prepare(tmp_path / "run", host, **options), Reference(CASE)
     try:
         for step in range(CASE.steps):
@@ -65,6 +65,10 @@ def test_more_is_held_and_the_bits_are_the_same(tmp_path: Path, monkeypatch: pyt
         assert plan.host_nbytes <= host
         assert any(note.startswith("room: activations have 128 KiB before weights") for note in plan.notes)
         assert held is not None
+        saves = trainer.optimizer._settings.saves
+        assert saves is not None
+        assert saves.told() in plan.notes
+        assert held.saved_nbytes == saves.layers_nbytes  # what was counted before is what layers have saved
         assert held.placement.nbytes_at("keep") > ROOM // 2
     finally:
         penstock.close(trainer.model)

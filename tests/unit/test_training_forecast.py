@@ -31,7 +31,7 @@ from penstock.runtime.training.weighed import weighing
 from penstock.scheduler.datasheet import parse_hardware
 from penstock.scheduler.hardware import Hardware
 from penstock.scheduler.sizes import Workload
-from penstock.scheduler.weighing import Dear, Weighing
+from penstock.scheduler.weighing import Dear, Part, Weighing
 
 MIB = 2**20
 GPU: dict[str, Any] = {
@@ -138,25 +138,39 @@ def test_activations_have_room_before_weights_where_the_drive_has_time(
         return training.forecast(machine(folder), WORK, room=Room(host=(least + 6) * MIB))
 
     plain = forecast(None)
-    step = Weighing(dear=[Dear(nbytes=4 * MIB, seconds=5.0)], compute_s=10.0, drive_s=0.0, weight_byte_s=1e-9)
+    part = Part(compute_s=10.0, drive_s=0.0, weight_byte_s=1e-9)
+    step = Weighing(dear=[Dear(nbytes=4 * MIB, seconds=5.0)], part=part)
     found = forecast(step)
     assert found.plan.disk_nbytes_per_sweep > plain.plan.disk_nbytes_per_sweep
     assert found.room.activations_nbytes >= 4 * MIB
     assert found.plan.host_nbytes <= (least + 6) * MIB
     assert any(note.startswith("room: activations have 4.00 MiB before weights") for note in found.plan.notes)
-    assert forecast(replace(step, drive_s=15.0)).plan == plain.plan
+    assert forecast(replace(step, part=replace(part, drive_s=15.0))).plan == plain.plan
 
 
-def test_what_is_dear_is_what_products_make(folder: Path, foresight: Foresight) -> None:
-    step = weighing(foresight.model, machine(folder), AdamW(), tokens=64, accumulate=1, early=True)
+def test_what_is_dear_is_what_products_make(folder: Path, foresight: Foresight, training: TrainingForesight) -> None:
+    options: dict[str, Any] = {"tokens": 64, "accumulate": 1}
+    saves = training.saves(2, 32)
+    step = weighing(foresight.model, saves, machine(folder), AdamW(), **options, early=True)
     assert step is not None
-    layers = foresight.model.get_submodule("model.layers")
-    outputs = sum(each.out_features for each in layers.modules() if isinstance(each, torch.nn.Linear))
+    layers = foresight.model.get_submodule("model.layers").named_modules()
+    outputs = sum(
+        each.out_features
+        for name, each in layers
+        if isinstance(each, torch.nn.Linear) and not name.endswith("down_proj")  # a layer's last, never made again
+    )
     assert sum(each.nbytes for each in step.dear) == 64 * 2 * outputs
     assert step.again_s(0) > step.again_s(step.rooms()[-1]) == 0
-    clipped = weighing(foresight.model, machine(folder), AdamW(), tokens=64, accumulate=1, early=False)
+    uncounted = weighing(foresight.model, None, machine(folder), AdamW(), **options, early=True)
+    assert uncounted is not None
+    assert uncounted.dear == step.dear  # of a plain model the matrices say the same
+    assert uncounted.part.compute_s < step.part.compute_s  # but for the output layer
+    clipped = weighing(foresight.model, saves, machine(folder), AdamW(), **options, early=False)
     assert clipped is not None
-    assert clipped.drive_s > step.drive_s
+    assert clipped.update is not None
+    assert clipped.part.compute_s + clipped.update.compute_s == pytest.approx(step.part.compute_s)
+    assert clipped.part.drive_s + clipped.update.drive_s > step.part.drive_s  # gradients
+    assert clipped.part.weight_byte_s + clipped.update.weight_byte_s == pytest.approx(step.part.weight_byte_s)
 
 
 def test_optimizers_differ_by_their_states(folder: Path, training: TrainingForesight) -> None:

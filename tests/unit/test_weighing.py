@@ -7,31 +7,41 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.scheduler.weighing import PARTS, Dear, Weighing, weigh
+from penstock.scheduler.weighing import PIECES, Dear, Part, Weighing, weigh
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> Weighing:
     kinds = draw(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 30)), max_size=3))
-    dear = [Dear(nbytes=PARTS * size, seconds=float(seconds)) for size, seconds in kinds]
+    dear = [Dear(nbytes=PIECES * size, seconds=float(seconds)) for size, seconds in kinds]
+    parts = [
+        Part(
+            compute_s=float(draw(st.integers(0, 60))),
+            drive_s=float(draw(st.integers(0, 60))),
+            weight_byte_s=draw(st.sampled_from([0.0, 0.1, 1.0, 5.0])),
+        )
+        for _ in range(2)
+    ]
     return Weighing(
         dear=sorted(dear, key=lambda each: -each.seconds / each.nbytes),
-        compute_s=float(draw(st.integers(0, 60))),
-        drive_s=float(draw(st.integers(0, 60))),
-        weight_byte_s=draw(st.sampled_from([0.0, 0.1, 1.0, 5.0])),
+        part=parts[0],
+        update=parts[1] if draw(st.booleans()) else None,
     )
 
 
 def slowly_best_s(step: Weighing, weights: list[int], memory: int) -> float:
     """Any parts of results, any weights that fit beside them."""
     best = float("inf")
-    for parts in itertools.product(*(range(PARTS + 1) for _ in step.dear)):
-        held = sum(each.nbytes * part // PARTS for each, part in zip(step.dear, parts, strict=True))
-        again = sum(each.seconds * (1 - part / PARTS) for each, part in zip(step.dear, parts, strict=True))
+    for parts in itertools.product(*(range(PIECES + 1) for _ in step.dear)):
+        held = sum(each.nbytes * part // PIECES for each, part in zip(step.dear, parts, strict=True))
+        again = sum(each.seconds * (1 - part / PIECES) for each, part in zip(step.dear, parts, strict=True))
         for stay in itertools.product((False, True), repeat=len(weights)):
             if held + sum(itertools.compress(weights, stay)) <= memory:
                 gone = sum(nbytes for nbytes, stays in zip(weights, stay, strict=True) if not stays)
-                best = min(best, max(step.compute_s + again, step.drive_s + step.weight_byte_s * gone))
+                seconds = max(step.part.compute_s + again, step.part.drive_s + step.part.weight_byte_s * gone)
+                if (update := step.update) is not None:
+                    seconds += max(update.compute_s, update.drive_s + update.weight_byte_s * gone)
+                best = min(best, seconds)
     return best
 
 
@@ -52,7 +62,7 @@ def test_no_other_sharing_of_memory_makes_a_step_shorter_by_more_than_a_part(
     plain = streamed(0)
     assert plain is not None
     seconds = step.step_s(0, plain) if found is None else found.seconds
-    part = max((each.seconds / PARTS for each in step.dear), default=0.0)
+    part = max((each.seconds / PIECES for each in step.dear), default=0.0)
     assert seconds <= slowly_best_s(step, weights, memory) + part + 1e-9
     if found is not None:
         assert found.seconds < found.without_s == step.step_s(0, plain)
@@ -61,8 +71,8 @@ def test_no_other_sharing_of_memory_makes_a_step_shorter_by_more_than_a_part(
 
 def test_where_the_drive_is_the_bound_weights_have_the_room() -> None:
     dear = [Dear(nbytes=100, seconds=5.0)]
-    bound = Weighing(dear=dear, compute_s=10.0, drive_s=20.0, weight_byte_s=0.1)
-    spare = Weighing(dear=dear, compute_s=30.0, drive_s=20.0, weight_byte_s=0.04)
+    bound = Weighing(dear=dear, part=Part(compute_s=10.0, drive_s=20.0, weight_byte_s=0.1))
+    spare = Weighing(dear=dear, part=Part(compute_s=30.0, drive_s=20.0, weight_byte_s=0.04))
     assert weigh(bound, float) is None
     found = weigh(spare, float)
     assert found is not None
@@ -70,7 +80,16 @@ def test_where_the_drive_is_the_bound_weights_have_the_room() -> None:
 
 
 def test_weights_that_cannot_do_without_memory_keep_it() -> None:
-    step = Weighing(dear=[Dear(nbytes=100, seconds=5.0)], compute_s=30.0, drive_s=0.0, weight_byte_s=0.0)
+    step = Weighing(dear=[Dear(nbytes=100, seconds=5.0)], part=Part(compute_s=30.0, drive_s=0.0, weight_byte_s=0.0))
     found = weigh(step, lambda room: float(room) if room <= 60 else None)
     assert found is not None
     assert found.nbytes == 50
+
+
+def test_a_drive_that_is_busy_beside_the_update_has_no_time_to_spare_in_backward() -> None:
+    dear, idle = [Dear(nbytes=100, seconds=5.0)], Part(compute_s=30.0, drive_s=0.0, weight_byte_s=0.04)
+    busy = Part(compute_s=10.0, drive_s=12.0, weight_byte_s=0.08)
+    assert weigh(Weighing(dear=dear, part=idle, update=busy), float) is None
+    found = weigh(Weighing(dear=dear, part=idle, update=Part(compute_s=20.0, drive_s=12.0, weight_byte_s=0.08)), float)
+    assert found is not None
+    assert (found.nbytes, found.seconds, found.without_s) == (100, 50.0, 55.0)
