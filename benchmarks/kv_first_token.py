@@ -109,7 +109,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Result:
             start_s = time.perf_counter()
             cache.look_at(stranger)
             looked_s = time.perf_counter()
-            loaded = load_prefix(cache, store, name, tokens)
+            loaded = load_prefix(cache, store, name, tokens, always_read=True)
             loaded_s = time.perf_counter()
             rest = torch.tensor([tokens[loaded.tokens :]])
             stranger(input_ids=rest, past_key_values=cache, logits_to_keep=1).logits.argmax()

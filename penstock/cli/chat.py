@@ -34,6 +34,12 @@ _Capacity = Annotated[
                  rich_help_panel=PANEL),
 ]  # fmt: skip
 _NoStore = Annotated[bool, typer.Option("--no-store", help="Keep nothing of it on disk.", rich_help_panel=PANEL)]
+_AlwaysRead = Annotated[
+    bool,
+    typer.Option(
+        "--always-read", help="Read what is stored, even where computing it again is faster.", rich_help_panel=PANEL
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +59,8 @@ class ChatRequest:
     """Folder of the prefix store; None for the default one."""
     capacity_nbytes: int | None
     use_store: bool
+    always_read: bool
+    """What is stored, whatever it takes."""
     max_memory: str
     device: str
     disk: Path | None
@@ -74,6 +82,7 @@ def chat(
     store: _Store = None,
     store_capacity: _Capacity = None,
     no_store: _NoStore = False,
+    always_read: _AlwaysRead = False,
     max_memory: MaxMemory = "auto",
     device: Device = "auto",
     disk: Disk = None,
@@ -90,8 +99,10 @@ def chat(
 
     Example: penstock chat ./llama --system "Answer in one sentence."
     """
-    if no_store and (store is not None or store_capacity is not None):
-        raise UsageError("--no-store keeps nothing: leave out --store and --store-capacity, or --no-store")
+    if no_store and (store is not None or store_capacity is not None or always_read):
+        raise UsageError(
+            "--no-store keeps nothing: leave out --store, --store-capacity and --always-read, or --no-store"
+        )
     policy = read_policy(kv_policy)
     request = ChatRequest(
         checkpoint=checkpoint,
@@ -104,6 +115,7 @@ def chat(
         store=store,
         capacity_nbytes=None if store_capacity is None else parse_size(store_capacity),
         use_store=not no_store,
+        always_read=always_read,
         max_memory=max_memory,
         device=device,
         disk=disk,

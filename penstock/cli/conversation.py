@@ -21,11 +21,12 @@ from ..memory.prefix import KvIdentity, PrefixStore, is_prefix_store
 from ..runtime.headroom import kv_nbytes
 from ..runtime.kv.identity import identity_of
 from ..runtime.kv.prefix import load_prefix, store_prefix
+from ..runtime.kv.prefixchoice import PrefixCosts
 from ..runtime.pretrained import locate
 from ..scheduler.kv.shape import TOKENS
 from .chat import ChatRequest
 from .generation import check_continues
-from .kv_cache import chunks, make_cache, planned_context, render_chosen
+from .kv_cache import chunks, make_cache, planned_context, prefix_costs, render_chosen
 from .kv_option import KvOption
 from .output import Output
 from .text import Relay, find_tokenizer, writer_for
@@ -142,23 +143,33 @@ class Prefixes:
         store: Opened for writing.
         identity: Of the model.
         output: Where it is told what came of it.
+        costs: What computing and reading take; None to read whatever is there.
     """
 
-    def __init__(self, store: PrefixStore, identity: KvIdentity, output: Output) -> None:
+    def __init__(self, store: PrefixStore, identity: KvIdentity, output: Output, costs: PrefixCosts | None) -> None:
         self._store = store
         self._identity = identity
         self._output = output
+        self._costs = costs
 
     def load(self, cache: Any, tokens: list[int]) -> int:
         """Fill an empty cache; returns the number of tokens that it has then."""
         try:
-            loaded = load_prefix(cache, self._store, self._identity, tokens)
+            loaded = load_prefix(
+                cache, self._store, self._identity, tokens, costs=self._costs, always_read=self._costs is None
+            )
         except PenstockError as error:
             self._tell(error)
             cache.reset()
             return 0
         if loaded.tokens:
             self._output.notes.print(f"{loaded.tokens} tokens were read, and are not computed again", markup=False)
+        if loaded.recomputed_tokens:
+            self._output.notes.print(
+                f"{loaded.recomputed_tokens} tokens that are stored are computed again, which takes less time than to "
+                "read them",
+                markup=False,
+            )
         return loaded.tokens
 
     def keep(self, cache: Any, tokens: list[int]) -> None:
@@ -267,7 +278,8 @@ def _prefixes(
         stack.callback(store.close)
         salt = request.policy.salt  # what a lossy policy computes is nobody else's
         identity = identity_of(folder, model.config, model.dtype, block_tokens=TOKENS, salt=salt)
-        return Prefixes(store, identity, output)
+        costs = None if request.always_read else prefix_costs(model, store.folder)
+        return Prefixes(store, identity, output, costs)
     except PenstockError as error:
         if request.store is not None:
             raise

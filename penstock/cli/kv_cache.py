@@ -8,10 +8,14 @@ from typing import Any, Final
 import torch
 from transformers import AutoConfig
 
+from ..caches import link_cache
 from ..kvcache import TieredCache
 from ..runtime.cachesize import cache_size
 from ..runtime.kv.figures import KvStatistics
 from ..runtime.kv.identity import rope_depends_on_length
+from ..runtime.kv.prefillcosts import calibrated_prefill
+from ..runtime.kv.prefixchoice import PrefixCosts
+from ..runtime.links import folder_read_time
 from ..scheduler.kv.chosen import ChosenStatistics
 from ..sizes import format_size
 from .kv_option import KvOption
@@ -28,6 +32,16 @@ def make_cache(model: Any, option: KvOption, disk: Path | None, device: str) -> 
     if option.choice.lossy and isinstance(cache, TieredCache):  # an encoder–decoder's is of another kind
         cache.look_at(model)  # a first call would be the model's own, and policies would not hear of the prompt's end
     return cache
+
+
+def prefix_costs(model: Any, folder: Path) -> PrefixCosts:
+    """What a calibration of this machine says of computing a prompt, and of reading from a folder instead."""
+    device = model.penstock.device
+    return PrefixCosts(
+        prefill=calibrated_prefill(model),
+        reading=None if device is None else folder_read_time(folder, link_cache(), device),
+        chunk_tokens=CHUNK_TOKENS if chunks(CHUNK_TOKENS + 1, model) else None,
+    )
 
 
 def planned_context(folder: str, option: KvOption | None, context: int, *, dtype: str, trust_remote_code: bool) -> int:

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from ...memory.errors import PenstockError, UsageError
 from .attention import Asked, attend
 from .choosing import Choosing
+from .stopwatch import CallStopwatch
 from .tiers import KvTiers
 
 
@@ -63,6 +64,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         known: Whether models with this config are known to pass on what they get.
         learned: Called when that is found out.
         choosing: Policies of selection; None where all is attended to.
+        stopwatch: Times calls; None where nobody wants to know.
     """
 
     is_croppable = True
@@ -75,6 +77,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         known: bool,
         learned: Callable[[int, bool], None],
         choosing: Choosing | None = None,
+        stopwatch: CallStopwatch | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.way = Way.BLOCKS if known else Way.UNKNOWN
@@ -84,6 +87,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Of the model's decoder, where that is known."""
         self._learned = learned
         self._choosing = choosing
+        self._stopwatch = stopwatch
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         """New keys and values that `update` gave back and that are not in blocks yet."""
         self._shown: tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None = None
@@ -124,6 +128,8 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._tiers.require_in_step(self._number, key_states.shape[2])
+        if self._stopwatch is not None:
+            self._stopwatch.passes(self._number, self._stored(), key_states)
         if self.way is Way.BLOCKS:
             self._pending = (key_states, value_states)
             return self._pending
