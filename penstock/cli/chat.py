@@ -11,7 +11,7 @@ import typer
 from ..memory.errors import UsageError
 from ..scheduler.kv.choice import PolicyChoice
 from ..sizes import parse_size
-from .kv_option import PANEL, Kv, KvOption, KvPolicy, read_kv, read_policy
+from .kv_option import PANEL, Kv, KvCodec, KvOption, KvPolicy, read_codec, read_kv, read_policy
 from .options import Checkpoint, Device, Disk, Dtype, MaxMemory, TrustRemoteCode
 from .output import Output
 from .prompt_options import Seed, Temperature, TopK, TopP
@@ -55,6 +55,8 @@ class ChatRequest:
     """Budgets of keys and values; None for host memory alone, as much as the context takes."""
     policy: PolicyChoice
     """Of selection."""
+    codec: str | None
+    """Of full blocks."""
     store: Path | None
     """Folder of the prefix store; None for the default one."""
     capacity_nbytes: int | None
@@ -79,6 +81,7 @@ def chat(
     context: _Context = _DEFAULT_CONTEXT,
     kv: Kv = None,
     kv_policy: KvPolicy = None,
+    kv_codec: KvCodec = None,
     store: _Store = None,
     store_capacity: _Capacity = None,
     no_store: _NoStore = False,
@@ -103,15 +106,21 @@ def chat(
         raise UsageError(
             "--no-store keeps nothing: leave out --store, --store-capacity and --always-read, or --no-store"
         )
-    policy = read_policy(kv_policy)
+    policy, codec = read_policy(kv_policy), read_codec(kv_codec)
+    if codec is not None and (store is not None or store_capacity is not None or always_read):
+        raise UsageError(
+            f"--kv-codec {codec}: a prefix store has keys and values as they were made; leave out --store, "
+            "--store-capacity and --always-read, or the codec"
+        )
     request = ChatRequest(
         checkpoint=checkpoint,
         system=system,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
         context=context,
-        kv=read_kv(kv, policy),
+        kv=read_kv(kv, policy, codec),
         policy=policy,
+        codec=codec,
         store=store,
         capacity_nbytes=None if store_capacity is None else parse_size(store_capacity),
         use_store=not no_store,

@@ -26,7 +26,7 @@ from ..runtime.pretrained import locate
 from ..scheduler.kv.shape import TOKENS
 from .chat import ChatRequest
 from .generation import check_continues
-from .kv_cache import chunks, make_cache, planned_context, prefix_costs, render_chosen
+from .kv_cache import chunks, make_cache, planned_context, prefix_costs, render_lossy
 from .kv_option import KvOption
 from .output import Output
 from .text import Relay, find_tokenizer, writer_for
@@ -214,7 +214,9 @@ def carry_out(request: ChatRequest, output: Output) -> None:
         check_continues(model, [], 1)
         request = _within_positions(request, model, output)
         output.notes.print(explain(model))
-        kv = request.kv or KvOption(host=_whole_context(model, request.context), disk=0, choice=request.policy)
+        kv = request.kv or KvOption(
+            host=_whole_context(model, request.context), disk=0, choice=request.policy, codec=request.codec
+        )
         cache = make_cache(model, kv, request.disk, request.device)
         stack.callback(cache.close)
         if request.sampling.seed is not None:
@@ -223,9 +225,8 @@ def carry_out(request: ChatRequest, output: Output) -> None:
         if prefixes is not None:
             cache.look_at(model)
         _talk(Conversation(model, tokenizer, cache, request), cache, prefixes, output)
-        chosen = cache.statistics().chosen
-        if chosen is not None:
-            output.notes.print(render_chosen(chosen), markup=False)
+        for line in render_lossy(cache.statistics()):
+            output.notes.print(line, markup=False)
 
 
 def _within_positions(request: ChatRequest, model: Any, output: Output) -> ChatRequest:
@@ -274,6 +275,8 @@ def _prefixes(
     try:
         if not getattr(cache, "all_in_tiers", False):
             raise UsageError("this model keeps more than keys and values of blocks")
+        if request.codec is not None:
+            raise UsageError(f"a prefix store has keys and values as they were made, and not as {request.codec}")
         store = _open_store(request)
         stack.callback(store.close)
         salt = request.policy.salt  # what a lossy policy computes is nobody else's

@@ -28,7 +28,9 @@ def make_cache(model: Any, option: KvOption, disk: Path | None, device: str) -> 
     """A cache for one run of a model that was loaded for such a device, and shares its links."""
     there = model.penstock.device or device
     budget = option.max_memory()
-    cache = TieredCache(model.config, max_memory=budget, disk=disk, device=there, policy=option.choice)
+    cache = TieredCache(
+        model.config, max_memory=budget, disk=disk, device=there, policy=option.choice, codec=option.codec
+    )
     if option.choice.lossy and isinstance(cache, TieredCache):  # an encoder–decoder's is of another kind
         cache.look_at(model)  # a first call would be the model's own, and policies would not hear of the prompt's end
     return cache
@@ -68,7 +70,7 @@ def chunks(prompt_tokens: int, model: Any) -> dict[str, Any]:
 
 
 def render(figures: KvStatistics) -> str:
-    """What became of keys and values: a line, and another one about a policy of selection."""
+    """What became of keys and values: a line, and others about what was lossy."""
     there = crossed = ""
     if figures.device_budget_nbytes:
         there = f"{format_size(figures.device_nbytes)} on the device (of {format_size(figures.device_budget_nbytes)}), "
@@ -81,7 +83,20 @@ def render(figures: KvStatistics) -> str:
         f"{format_size(figures.disk_nbytes)} on disk; {format_size(figures.read_nbytes)} read, "
         f"{format_size(figures.written_nbytes)} written{crossed}"
     )
-    return line if figures.chosen is None else f"{line}\n{render_chosen(figures.chosen)}"
+    return "\n".join([line, *render_lossy(figures)])
+
+
+def render_lossy(figures: KvStatistics) -> list[str]:
+    """Lines about a codec and a policy of selection, where there are any."""
+    lines = []
+    if figures.codec is not None:
+        lines.append(
+            f"LOSSY codec {figures.codec}: keys and values of {format_size(figures.kv_nbytes)} take "
+            f"{format_size(figures.host_nbytes + figures.disk_nbytes)} in tiers"
+        )
+    if figures.chosen is not None:
+        lines.append(render_chosen(figures.chosen))
+    return lines
 
 
 def render_chosen(chosen: ChosenStatistics) -> str:

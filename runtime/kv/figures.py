@@ -57,6 +57,8 @@ class KvStatistics:
     """Keys and values of tokens that were added."""
     copied_nbytes: int
     """Beginnings of blocks that were copied, because rows parted."""
+    codec: str | None = None
+    """Of full blocks, which are lossy then; None where they are as they were made."""
     prefix: PrefixFigures | None = None
     """What came of prefix stores; None where they had nothing."""
     chosen: ChosenStatistics | None = None

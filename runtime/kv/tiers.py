@@ -325,6 +325,7 @@ class KvTiers:
             fetched_nbytes=there.fetched_nbytes if there is not None else 0,
             appended_nbytes=sum(table.written_nbytes for _, table, _ in both),
             copied_nbytes=sum(table.copied_nbytes for _, table, _ in both),
+            codec=self.codec,
         )
 
     def close(self) -> None:

@@ -13,6 +13,8 @@ import pytest
 from transformers import TextStreamer
 
 from penstock.cli import main
+from penstock.cli.kv_option import CODECS
+from penstock.kernels.kv_codec import BITS
 
 KV = "host=2MiB,disk=64MiB"
 PROMPT = ",".join(str(1 + at % 90) for at in range(400))
@@ -90,6 +92,9 @@ def test_a_run_with_keys_and_values_on_a_device(checkpoint: Path, capsys: pytest
         (("--context", "3"), "--context 3 is less than the 68 tokens"),
         (("--kv-policy", "window:100"), "add --kv"),
         (("--kv", "host=1GiB", "--kv-policy", "best"), "use exact, window"),
+        (("--kv", "device=1GiB,host=1GiB", "--kv-codec", "int4"), "beside --kv-codec int4"),
+        (("--kv-codec", "int8"), "add --kv"),
+        (("--kv", "host=1GiB", "--kv-codec", "fp8"), "use int8 or int4"),
     ],
 )
 def test_what_is_refused(
@@ -115,6 +120,26 @@ def test_a_policy_is_named_lossy_and_says_what_it_kept(
     assert "of the attention was kept" in said
     assert chat("word " * 80, options=("--kv-policy", "window:100,dense=0")) == 0
     assert "LOSSY policy window:100" in capsys.readouterr().err
+
+
+def test_a_codec_is_named_lossy_and_keeps_no_conversations(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], chat: Callable[..., int]
+) -> None:
+    assert tuple(BITS) == CODECS
+    found = {}
+    for options in ((), ("--kv-codec", "int4")):
+        assert run(checkpoint, "--prompt-ids", PROMPT, "--max-new-tokens", "2", "--kv", KV, *options) == 0
+        out, error = capsys.readouterr()
+        kv = json.loads(out)["kv"]
+        found[kv["codec"]] = kv["host_nbytes"] + kv["disk_nbytes"]
+        assert ("LOSSY codec int4" in error) is bool(options)
+    assert 0 < found["int4"] <= found[None] / 2  # slots are whole pages
+    assert chat("word " * 80, options=("--kv-codec", "int8")) == 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert "conversations are not kept: a prefix store has keys and values as they were made" in error
+    assert "LOSSY codec int8" in error
+    assert chat("word", options=("--kv-codec", "int8", "--store", "there")) == 2
+    assert "or the codec" in " ".join(capsys.readouterr().err.split())
 
 
 def test_too_little_memory_is_said_with_what_to_change(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
