@@ -38,7 +38,7 @@ class PrefixChoice:
     """
 
     def __init__(self, cache: TieredCache, store: PrefixStore, costs: PrefixCosts, hit: PrefixHit, tokens: int) -> None:
-        self._prefill = cache.prefills if costs.prefill is None else costs.prefill
+        self._prefill: PrefillTime = cache.prefills if costs.prefill is None else costs.prefill
         self._chunk = costs.chunk_tokens
         self._tokens = tokens
         self._hit = hit

@@ -144,7 +144,7 @@ def _fit(groups: Sequence[Sequence[tuple[int, int, float]]]) -> tuple[float, flo
     sizes = np.linalg.norm(matrix, axis=0)  # columns differ by powers of ten
     matrix = matrix / sizes
     best, least = (0.0, 0.0, 0.0), float("inf")
-    ways = [(1,), (0,), (2,), *combinations(range(3), 2), (0, 1, 2)]
+    ways: list[tuple[int, ...]] = [(1,), (0,), (2,), *combinations(range(3), 2), (0, 1, 2)]
     for way in ways:
         if len(way) > len(rows):
             continue

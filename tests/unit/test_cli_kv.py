@@ -15,6 +15,8 @@ from transformers import TextStreamer
 from penstock.cli import main
 from penstock.cli.kv_option import CODECS
 from penstock.kernels.kv_codec import BITS
+from penstock.runtime.kv.prefixchoice import PrefixCosts
+from penstock.scheduler.kv.reuse import ReadTime
 
 KV = "host=2MiB,disk=64MiB"
 PROMPT = ",".join(str(1 + at % 90) for at in range(400))
@@ -160,6 +162,24 @@ def test_turns_go_on_and_conversations_are_kept(chat: Callable[..., int], capsys
     out, error = capsys.readouterr()
     assert out == expected
     assert error.count("tokens were read, and are not computed again") == 1
+
+
+def test_what_is_computed_faster_than_read_is_computed(
+    chat: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Instant:
+        def call_s(self, before: int, tokens: int) -> float:
+            return 0.0
+
+    slow = PrefixCosts(prefill=Instant(), reading=ReadTime(rate=1.0))
+    monkeypatch.setattr("penstock.cli.conversation.prefix_costs", lambda model, folder: slow)
+    said = []
+    for options in ((), (), ("--always-read",)):
+        assert chat("word " * 80, options=options) == 0
+        said.append(capsys.readouterr())
+    assert said[0].out == said[1].out == said[2].out
+    computed, read = "tokens that are stored are computed again", "tokens were read, and are not computed again"
+    assert [(computed in one.err, read in one.err) for one in said] == [(False, False), (True, False), (False, True)]
 
 
 def test_a_small_budget_gives_the_same(chat: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
