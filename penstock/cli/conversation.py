@@ -18,7 +18,6 @@ from ..api import close, explain, load
 from ..caches import cache_folder
 from ..memory.errors import PenstockError, UsageError
 from ..memory.prefix import KvIdentity, PrefixStore, is_prefix_store
-from ..runtime.headroom import kv_nbytes
 from ..runtime.kv.identity import identity_of
 from ..runtime.kv.prefix import load_prefix, store_prefix
 from ..runtime.kv.prefixchoice import PrefixCosts
@@ -26,7 +25,7 @@ from ..runtime.pretrained import locate
 from ..scheduler.kv.shape import TOKENS
 from .chat import ChatRequest
 from .generation import check_continues
-from .kv_cache import chunks, make_cache, planned_context, prefix_costs, render_lossy
+from .kv_cache import KvRoom, chunks, make_cache, prefix_costs, read_config, render_lossy, whole_context
 from .kv_option import KvOption
 from .output import Output
 from .text import Relay, find_tokenizer, writer_for
@@ -197,26 +196,27 @@ def carry_out(request: ChatRequest, output: Output) -> None:
                 f"{request.checkpoint} has no {'tokenizer' if tokenizer is None else 'chat template'}: chat needs a "
                 "checkpoint that was tuned for it; `penstock run` continues texts"
             )
-        model = load(
-            folder,
-            max_memory=request.max_memory,
-            device=request.device,
-            dtype=request.dtype,
-            disk=request.disk,
-            context=planned_context(
-                folder, request.kv, request.context, dtype=request.dtype, trust_remote_code=request.trust_remote_code
-            ),
-            batch=1,
-            trust_remote_code=request.trust_remote_code,
+        config, dtype = read_config(folder, request.dtype, trust_remote_code=request.trust_remote_code)
+        request = _within_positions(request, config, output)
+        kv = request.kv or KvOption(
+            host=whole_context(config, dtype, request.context), disk=0, choice=request.policy, codec=request.codec
         )
+        room = KvRoom(config=config, dtype=dtype, option=kv)
+        with room.kept():
+            model = load(
+                folder,
+                max_memory=request.max_memory,
+                device=request.device,
+                dtype=request.dtype,
+                disk=request.disk,
+                context=room.planned_context(request.context),
+                batch=1,
+                trust_remote_code=request.trust_remote_code,
+            )
     with ExitStack() as stack:
         stack.callback(close, model)
         check_continues(model, [], 1)
-        request = _within_positions(request, model, output)
         output.notes.print(explain(model))
-        kv = request.kv or KvOption(
-            host=_whole_context(model, request.context), disk=0, choice=request.policy, codec=request.codec
-        )
         cache = make_cache(model, kv, request.disk, request.device)
         stack.callback(cache.close)
         if request.sampling.seed is not None:
@@ -229,9 +229,9 @@ def carry_out(request: ChatRequest, output: Output) -> None:
             output.notes.print(line, markup=False)
 
 
-def _within_positions(request: ChatRequest, model: Any, output: Output) -> ChatRequest:
+def _within_positions(request: ChatRequest, config: Any, output: Output) -> ChatRequest:
     """The same with a context that the model has positions for."""
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not isinstance(longest, int) or request.context <= longest:
         return request
     output.notes.print(f"the model has {longest} positions: the conversation ends there", markup=False)
@@ -256,14 +256,6 @@ def _next_message(output: Output) -> str | None:
         output.notes.print()
         return None
     return line.strip() if line else None
-
-
-def _whole_context(model: Any, context: int) -> int:
-    """Host memory for all keys and values of a context: blocks are whole, and one more of each layer grows."""
-    text = model.config.get_text_config(decoder=True)
-    layers = getattr(text, "num_hidden_layers", 1)
-    nbytes = kv_nbytes(model.config, model.dtype, context=context + 3 * TOKENS, batch=1)
-    return nbytes + nbytes // 8 + layers * 2**16
 
 
 def _prefixes(

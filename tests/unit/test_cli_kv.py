@@ -6,6 +6,7 @@ import io
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import TextStreamer
 from penstock.cli import main
 from penstock.cli.kv_option import CODECS
 from penstock.kernels.kv_codec import BITS
+from penstock.memory.capacity import host_capacity
+from penstock.memory.ledger import process_ledger
 from penstock.runtime.kv.prefixchoice import PrefixCosts
 from penstock.scheduler.kv.reuse import ReadTime
 
@@ -147,6 +150,24 @@ def test_a_codec_is_named_lossy_and_keeps_no_conversations(
 def test_too_little_memory_is_said_with_what_to_change(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(checkpoint, "--prompt-ids", "1,2,3,4", "--kv", "host=64KiB") == 3
     assert "Raise the budget of the cache" in capsys.readouterr().err
+
+
+def test_a_plan_leaves_host_memory_for_keys_and_values(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = replace(host_capacity(), available_nbytes=2**31, obtainable_nbytes=2**31)
+    monkeypatch.setattr("penstock.runtime.tiers.host_capacity", lambda: there)
+    where = ("--device", "emulated:h2d=1GiB/s,d2h=1GiB/s", "--max-memory", "device=4MiB")
+    common = ("--prompt-ids", "1,2,3", "--max-new-tokens", "1", *where)
+    found = []
+    for options in ((), ("--kv", "host=256MiB"), ("--kv", "host=256MiB,disk=1GiB", "--kv-codec", "int8")):
+        assert run(checkpoint, *common, *options) == 0
+        found.append(json.loads(capsys.readouterr().out)["plan"]["host_budget_nbytes"])
+    assert found[0] - found[1] == pytest.approx(0.9 * 256 * 2**20, abs=1)
+    assert found[1] == found[2]
+    assert run(checkpoint, *common, "--kv", "host=3GiB") == 3
+    assert "keys and values (--kv) needs 3.00 GiB of host memory; 2.00 GiB" in " ".join(capsys.readouterr().err.split())
+    assert process_ledger().reserved("host") == 0
 
 
 def test_turns_go_on_and_conversations_are_kept(chat: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
