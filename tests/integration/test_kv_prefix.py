@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -233,6 +234,50 @@ def test_a_drive_that_turns_out_slow_is_left(
         assert loaded.recomputed_tokens == 100 - loaded.tokens
         got = model(input_ids=IDS[:, loaded.tokens :], past_key_values=cache).logits
         torch.testing.assert_close(got, model(input_ids=IDS).logits[:, loaded.tokens :], atol=1e-5, rtol=0)
+
+
+def test_reads_end_when_a_load_does(
+    model: Any, weights: Path, store: Any, cache_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left early, or because the cache was closed: what is not at the drive yet is not read, and nothing reads on."""
+    tokens, name = IDS[0].tolist(), identity(model, weights)
+    monkeypatch.setattr("penstock.runtime.kv.arriving.AT_ONCE", 1)
+    with torch.no_grad():
+        first = cache_of()
+        model(input_ids=IDS, past_key_values=first)
+        store_prefix(first, store, name, tokens)
+    plain, asked, ended = store.read, [], []
+
+    def until_left(hit: Any, into: Any, *, wanted: Callable[[], bool]) -> int:
+        asked.append(hit)
+        late, until_s = len(asked) > 1, time.monotonic() + 60
+        while late and wanted() and time.monotonic() < until_s:
+            time.sleep(0.001)
+        ended.append(int(plain(hit, into, wanted=wanted)))
+        return ended[-1]
+
+    monkeypatch.setattr(store, "read", until_left)
+    costs = PrefixCosts(prefill=PerToken(1e-9))
+    assert load_prefix(cache_of("1MiB"), store, name, tokens, costs=costs).tokens == SIZE
+    assert len(ended) == len(asked) < 4
+    assert sorted(ended) == [0] * (len(ended) - 1) + [1]
+
+    def closing(hit: Any, into: Any, *, wanted: Callable[[], bool]) -> int:
+        asked.append(hit)
+        if len(asked) == 3:
+            cache.close()
+        ended.append(int(plain(hit, into, wanted=wanted)))
+        return ended[-1]
+
+    cache = cache_of("1MiB")
+    monkeypatch.setattr(store, "read", closing)
+    asked.clear()
+    ended.clear()
+    with pytest.raises(penstock.ClosedError):
+        load_prefix(cache, store, name, tokens, always_read=True)
+    assert 3 <= len(ended) == len(asked) < 10
+    assert cache.tiers._memory is None
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("penstock-prefix")]
 
 
 def test_a_cache_learns_what_calls_take(model: Any, weights: Path, store: Any, cache_of: Callable[..., Any]) -> None:
