@@ -135,7 +135,7 @@ def _resident(filled: Any, model: Any, tokens: list[int]) -> float:
 
     own = DynamicCache(config=model.config)
     for number in range(len(own.layers)):
-        own.update(*filled.tiers.whole(number), number)
+        own.update(*filled.tiers.reader.whole(number), number)
     times = []
     for _ in range(3):
         start_s = time.perf_counter()

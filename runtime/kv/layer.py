@@ -137,7 +137,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         with self._tiers.in_whole():
             self._tiers.append(self._number, key_states, value_states)
             if not empty:
-                keys, values = self._tiers.whole(self._number)
+                keys, values = self._tiers.reader.whole(self._number)
                 key_states, value_states = keys.to(self.device), values.to(self.device)
         self._shown, self._uses = (weakref.ref(key_states), weakref.ref(value_states)), 0
         return key_states, value_states
@@ -209,11 +209,11 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             sinks=sinks,
             paddings=self._tiers.paddings_of(self._number, keys.shape[0]),
             before=before,
-            cold=self._tiers.cold(self._number),
+            cold=self._tiers.reader.cold(self._number),
         )
         with self._tiers.in_whole():
             if self._choosing is None:
-                out = attend(asked, self._tiers.blocks(self._number, queries=asked.group * keys.shape[2]))
+                out = attend(asked, self._tiers.reader.blocks(self._number, queries=asked.group * keys.shape[2]))
             else:
                 out = self._choosing.attend(asked, self._tiers)
             self._tiers.append(self._number, keys, values)

@@ -143,7 +143,7 @@ def store_prefix(cache: TieredCache, store: PrefixStore, identity: KvIdentity, t
     each = PAGE + sum(layout.slot_nbytes for layout in tiers.layouts())
     for start in range(known, count, max(1, AT_ONCE // each)):
         stop = min(count, start + max(1, AT_ONCE // each))
-        blocks = [header + tiers.block_bytes(index) for index in range(start, stop)]
+        blocks = [header + tiers.reader.block_bytes(index) for index in range(start, stop)]
         part = store.put(identity, tokens[: stop * size], blocks, first=start)
         report = replace(
             report,
