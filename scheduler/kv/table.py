@@ -177,7 +177,7 @@ class BlockTable:
     def crop(self, positions: int) -> None:
         """Forget all but so many positions of every row."""
         self._require_settled("crop")
-        size = self.shape.block_tokens
+        size, longest = self.shape.block_tokens, max(self._positions)
         for group, now in enumerate(self._positions):
             self._positions[group] = min(now, max(positions, 0))
             for row in range(self.rows):
@@ -186,6 +186,9 @@ class BlockTable:
                 for block in blocks[kept:]:
                     self._leave(block)
                 del blocks[kept:]
+        if positions < longest:  # where padding was cropped, tokens may come the next time
+            for record in self._rows:
+                record.padding = min(record.padding, max(positions, 0))
 
     def reorder(self, sources: Sequence[int]) -> None:
         """Row i goes on as a copy of what row `sources[i]` is now. There may be more rows than before, or fewer.
