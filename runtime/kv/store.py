@@ -164,11 +164,42 @@ class LayerStore:
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add tokens to each row: [rows, heads, tokens, dim] where the `rooms` are at home, padding included.
 
+        Rows of a prompt that were the same before, and get the same, are stored once: those of beams, and of several
+        answers to a prompt, are the same row again and again.
+
         Raises:
             DoesNotFitError: no tier has room.
             DiskError: what had to leave could not be written.
         """
-        self._append(keys.shape[2], lambda write, done: self.rooms.write(write, keys, values, done))
+        sources = self._alike(keys, values)
+        firsts = sorted(set(sources))
+        if len(firsts) == len(sources):
+            self._append(keys.shape[2], lambda write, done: self.rooms.write(write, keys, values, done))
+            return
+        keys, values = keys[firsts], values[firsts]
+        self.table.reorder(firsts)
+        try:
+            self._append(keys.shape[2], lambda write, done: self.rooms.write(write, keys, values, done))
+        finally:
+            self.reorder([firsts.index(source) for source in sources])
+
+    def _alike(self, keys: torch.Tensor, values: torch.Tensor) -> Sequence[int]:
+        """For each row the first one that it is a copy of, with what it gets. Not asked of single tokens, in which rows
+        part, nor of a GPU, which would have to be waited for."""
+        if self.rows == 1 or keys.shape[2] == 1 or keys.device.type != "cpu":
+            return range(self.rows)
+        before = self.table.alike()
+        found: list[int] = []
+        for row in range(self.rows):
+            same = (
+                one
+                for one in sorted(set(found))
+                if before[one] == before[row]
+                and torch.equal(keys[one], keys[row])
+                and torch.equal(values[one], values[row])
+            )
+            found.append(next(same, row))
+        return found
 
     def append_blocks(self, slots: torch.Tensor) -> None:
         """Add whole blocks to the only row, which ends with one, or is empty, and has no padding: each is copied once.

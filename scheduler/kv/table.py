@@ -121,6 +121,13 @@ class BlockTable:
             return None
         return Part(block=self._rows[row].blocks[group][at], position=padding + at * size, tokens=tokens)
 
+    def alike(self) -> tuple[int, ...]:
+        """For each row, the first one that is the same so far: of as much padding, and with all blocks shared."""
+        found: list[int] = []
+        for row, record in enumerate(self._rows):
+            found.append(next((one for one in sorted(set(found)) if self._rows[one] == record), row))
+        return tuple(found)
+
     def pad(self, row: int, padding: int) -> None:
         """More of a row's beginning turns out to be padding: a prompt in pieces tells so as they come.
 

@@ -500,3 +500,16 @@ def test_padding_may_become_known_in_pieces_but_not_after_tokens() -> None:
     table.append(0, 2)
     table.settle(0)
     assert [part.tokens for part in table.parts(0, 0)] == [2]
+
+
+def test_rows_that_are_alike_have_the_same_blocks_and_padding() -> None:
+    table = BlockTable(shape(1), tiers(16), [0, 0, 2, 2])
+    assert table.alike() == (0, 0, 2, 2)
+    table.append(0, 6)
+    table.settle(0)
+    assert table.alike() == (0, 1, 2, 3)
+    table.reorder([1, 0, 1, 3])
+    assert table.alike() == (0, 1, 0, 3)
+    table.append(0, 1)
+    table.settle(0)
+    assert table.alike() == (0, 1, 2, 3)
