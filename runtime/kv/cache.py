@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -132,6 +132,11 @@ class TieredCache(DynamicCache):
             "a cache in tiers is not copied: use batch_repeat_interleave for more sequences with the same beginning, "
             "which shares its blocks, or crop it to begin again from there"
         )
+
+    def __iter__(self) -> Iterator[Any]:
+        """Keys and values of each layer, put together, as `DynamicCache` gives them."""
+        for own, layer in zip(super().__iter__(), self.layers, strict=True):
+            yield (*layer.whole(), *own[2:]) if isinstance(layer, TieredLayer) else own
 
     @property
     def all_in_tiers(self) -> bool:

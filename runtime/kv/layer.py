@@ -137,8 +137,8 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         with self._tiers.in_whole():
             self._tiers.append(self._number, key_states, value_states)
             if not empty:
-                keys, values = self._tiers.reader.whole(self._number)
-                key_states, value_states = keys.to(self.device), values.to(self.device)
+                found = self._tiers.reader.whole(self._number)
+                key_states, value_states = found[0].to(self.device), found[1].to(self.device)
         self._shown, self._uses = (weakref.ref(key_states), weakref.ref(value_states)), 0
         return key_states, value_states
 
@@ -219,6 +219,17 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self._tiers.append(self._number, keys, values)
         _calls.layer = None
         return out
+
+    def whole(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """All keys and values, [rows, kv_heads, positions, dim] each, 0 where padding is; None before the first token.
+
+        Raises:
+            DiskError: a drive failed.
+        """
+        if not self._stored():
+            return None, None
+        keys, values = self._tiers.reader.whole(self._number)
+        return keys.to(self.device), values.to(self.device)
 
     def get_seq_length(self) -> int:
         """Positions, padding counted."""

@@ -138,6 +138,21 @@ def test_coded_rows_are_what_each_is_by_itself(caches: Callable[..., Any], codec
         torch.testing.assert_close(together[row], run([row] * 3)[row], atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_a_cache_gives_its_keys_and_values_to_another_one(model: Any, caches: Callable[..., Any]) -> None:
+    cache, own = caches(), DynamicCache(config=model.config)
+    assert [layer[:2] for layer in cache] == [(None, None)] * LAYERS
+    for one in (cache, own):
+        model(prompt(2), past_key_values=one)
+    for (keys, values, *_), (own_keys, own_values, *_) in zip(cache, own, strict=True):
+        assert torch.equal(keys, own_keys)
+        assert torch.equal(values, own_values)
+    other = DynamicCache([(keys, values) for keys, values, *_ in cache])
+    token = torch.tensor([[5], [6]])
+    got = model(token, past_key_values=other).logits
+    torch.testing.assert_close(got, model(token, past_key_values=own).logits, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("keep", [TOKENS - 1, 60, 31, 12])
 @torch.no_grad()
 def test_a_crop_into_padding_leaves_room_for_tokens(model: Any, caches: Callable[..., Any], keep: int) -> None:
