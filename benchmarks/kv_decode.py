@@ -169,7 +169,7 @@ class _All:
 
 def _streamed(cache: Any, model: Any, arguments: argparse.Namespace) -> tuple[float, float]:
     """Bytes per second of the link, the best of some times, and seconds per token when all crosses it."""
-    crossing = cache.tiers._crossing
+    crossing = cache.tiers.reader.crossing
     memory, host = crossing._memory, crossing._host
     rates = []
     for _ in range(5):

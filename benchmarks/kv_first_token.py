@@ -109,7 +109,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Result:
             start_s = time.perf_counter()
             cache.look_at(stranger)
             looked_s = time.perf_counter()
-            loaded = load_prefix(cache, store, name, tokens)
+            loaded = load_prefix(cache, store, name, tokens, always_read=True)
             loaded_s = time.perf_counter()
             rest = torch.tensor([tokens[loaded.tokens :]])
             stranger(input_ids=rest, past_key_values=cache, logits_to_keep=1).logits.argmax()
@@ -135,7 +135,7 @@ def _resident(filled: Any, model: Any, tokens: list[int]) -> float:
 
     own = DynamicCache(config=model.config)
     for number in range(len(own.layers)):
-        own.update(*filled.tiers.whole(number), number)
+        own.update(*filled.tiers.reader.whole(number), number)
     times = []
     for _ in range(3):
         start_s = time.perf_counter()

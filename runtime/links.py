@@ -16,6 +16,7 @@ from ..memory.image import whole_window
 from ..memory.requests import CHUNK
 from ..memory.transfer import Transfer
 from ..scheduler.calibration import Calibration
+from ..scheduler.kv.reuse import ReadTime
 from .calibration.cache import CalibrationCache
 from .devices.base import Device
 
@@ -95,6 +96,19 @@ def disk_read_rate(files: Sequence[str], cache: LinkCache, device: Device) -> fl
     if total >= WORTH_KEEPING:
         cache.put(key, rate)
     return rate
+
+
+def folder_read_time(folder: str | os.PathLike[str], cache: LinkCache, device: Device) -> ReadTime | None:
+    """What reading large files in a folder takes: calibrated, or as the rate of its drive was kept; None where nobody
+    has measured it."""
+    there = os.stat(folder).st_dev
+    calibration = cache.calibration(device)
+    rate = _calibrated(calibration, {there}, write=False)
+    if rate is not None and calibration is not None:
+        pairs = zip(calibration.fingerprint.drives, calibration.hardware.drives, strict=True)
+        return ReadTime(rate=rate, start_s=max(drive.latency_s for each, drive in pairs if each.device == there))
+    kept = cache.get(f"disk:{there}")
+    return None if kept is None else ReadTime(rate=kept)
 
 
 def disk_write_rate(files: Sequence[str], cache: LinkCache, device: Device) -> float | None:

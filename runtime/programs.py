@@ -174,6 +174,22 @@ def programs(model: PreTrainedModel, workload: Workload, *, prompt: int) -> tupl
     return first, second
 
 
+def prompt_program(model: PreTrainedModel, tokens: int) -> Program:
+    """The call with a prompt of so many tokens: the first of `programs`.
+
+    Args:
+        model: With fake weights (`rehearsal.make_fake`); it continues texts.
+        tokens: Of the prompt.
+
+    Raises:
+        TooLongError: the model loops over its tokens.
+    """
+    for parameter in model.parameters():  # as in `programs`
+        parameter.requires_grad_(parameter.is_floating_point())
+    with _listening(model) as listener:
+        return _turn(model, listener, "prefill", 1, input_ids=token_ids(1, tokens))
+
+
 def training_program(model: PreTrainedModel, workload: Workload) -> Program:
     """The forward of a training step, the loss of all tokens with it.
 

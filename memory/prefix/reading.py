@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -47,7 +47,13 @@ class ReadOutcome:
     """Of the block after them; None where all are good, or where this process was short of descriptors or memory."""
 
 
-def read_blocks(places: Sequence[Place], into: Sequence[memoryview], engine: DiskEngine) -> ReadOutcome:
+def read_blocks(
+    places: Sequence[Place],
+    into: Sequence[memoryview],
+    engine: DiskEngine,
+    *,
+    wanted: Callable[[], bool] = lambda: True,
+) -> ReadOutcome:
     """Read blocks, and compare checksums of those that are there while later ones are read.
 
     A long hit is in many files: they are open a few at a time, two windows of them, one being read while the other is
@@ -57,6 +63,7 @@ def read_blocks(places: Sequence[Place], into: Sequence[memoryview], engine: Dis
         places: In order.
         into: For each a writable view of whole pages, at least as long as the block.
         engine: Reads them; for this call alone, since files are closed when they are read.
+        wanted: Whether to go on, asked before each block is waited for. What was checked by then is good.
     """
     if len(places) != len(into):
         raise UsageError(f"{len(places)} blocks are to be read into {len(into)} places: give one for each")
@@ -79,7 +86,7 @@ def read_blocks(places: Sequence[Place], into: Sequence[memoryview], engine: Dis
                     unable = _failed(number, places[number], error)
                     break
             while len(under_way) > 1 or (under_way and (unable is not None or end == len(places))):
-                found = _check(places, into, under_way[0])
+                found = _check(places, into, under_way[0], wanted)
                 if found is not None:
                     return found
                 checked = under_way.popleft()
@@ -119,9 +126,13 @@ def _windows(places: Sequence[Place]) -> list[int]:
     return starts
 
 
-def _check(places: Sequence[Place], into: Sequence[memoryview], part: _Part) -> ReadOutcome | None:
+def _check(
+    places: Sequence[Place], into: Sequence[memoryview], part: _Part, wanted: Callable[[], bool]
+) -> ReadOutcome | None:
     """Wait for blocks; None where all are good."""
     for number, transfer in enumerate(part.transfers, part.start):
+        if not wanted():
+            return ReadOutcome(blocks=number, failure=None)
         place = places[number]
         try:
             transfer.wait()

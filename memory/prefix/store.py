@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -77,6 +78,8 @@ class PrefixStatistics:
     hits: int
     """Lookups that found at least a block."""
     read_nbytes: int
+    read_s: float
+    """In which reads were under way, several at once counted once."""
     written_nbytes: int
     evicted_segments: int
     bad_segments: int
@@ -94,6 +97,7 @@ class PrefixStore:
         readonly: Only look and read.
         files: The filesystem; a seam for fault injection.
         make_engine: What blocks are read by; likewise.
+        clock: Seconds.
 
     Raises:
         UsageError: a new store without a capacity, a capacity that holds nothing, or one for reading only.
@@ -111,6 +115,7 @@ class PrefixStore:
         readonly: bool = False,
         files: StoreFiles | None = None,
         make_engine: Callable[[], DiskEngine] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if readonly and capacity_nbytes is not None:
             raise UsageError("a store that is opened for reading keeps its capacity: leave capacity out")
@@ -122,6 +127,10 @@ class PrefixStore:
         self._writing = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
+        self._clock = clock
+        self._reads = 0
+        """Under way."""
+        self._reads_began_s = self._read_s = 0.0
         self._lookups = self._hits = self._read_nbytes = self._written_nbytes = 0
         self.left_over: tuple[str, ...] = ()
         """Files that a killed process had left, and that were removed."""
@@ -160,13 +169,14 @@ class PrefixStore:
                 self._library.use(places)
         return PrefixHit(tokens=len(places) * identity.block_tokens, places=places)
 
-    def read(self, hit: PrefixHit, into: Sequence[memoryview]) -> int:
+    def read(self, hit: PrefixHit, into: Sequence[memoryview], *, wanted: Callable[[], bool] = lambda: True) -> int:
         """Read what was found, and check it.
 
         Args:
             hit: What `lookup` returned, or some of its places from the first one on.
             into: For each block a writable view, whole pages long; of memory on a page boundary, so that the drive
                 writes there itself. After the last good block their contents mean nothing.
+            wanted: Asked before each block is waited for; reading ends where it is not.
 
         Returns:
             How many blocks are there, from the first one on: what was removed or damaged since then is not.
@@ -177,11 +187,12 @@ class PrefixStore:
         self._require()
         if not hit.places:
             return 0
-        engine = self._make_engine()
-        try:
-            outcome = read_blocks(hit.places, into, engine)
-        finally:
-            engine.close()
+        with self._timed():
+            engine = self._make_engine()
+            try:
+                outcome = read_blocks(hit.places, into, engine, wanted=wanted)
+            finally:
+                engine.close()
         with self._lock:
             self._read_nbytes += sum(place.span.nbytes for place in hit.places[: outcome.blocks])
             if outcome.failure is not None:
@@ -254,6 +265,7 @@ class PrefixStore:
                 lookups=self._lookups,
                 hits=self._hits,
                 read_nbytes=self._read_nbytes,
+                read_s=self._read_s,
                 written_nbytes=self._written_nbytes,
                 evicted_segments=self._library.evicted,
                 bad_segments=self._library.spoiled,
@@ -273,6 +285,21 @@ class PrefixStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Count the time in which anything is read."""
+        with self._lock:
+            self._reads += 1
+            if self._reads == 1:
+                self._reads_began_s = self._clock()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reads -= 1
+                if not self._reads:
+                    self._read_s += self._clock() - self._reads_began_s
 
     def _open(self, capacity_nbytes: int | None) -> None:
         label = read_label(self._files, self.folder)

@@ -11,7 +11,7 @@ import typer
 from ..memory.errors import UsageError
 from ..scheduler.kv.choice import PolicyChoice
 from ..sizes import parse_size
-from .kv_option import PANEL, Kv, KvOption, KvPolicy, read_kv, read_policy
+from .kv_option import PANEL, Kv, KvCodec, KvOption, KvPolicy, read_codec, read_kv, read_policy
 from .options import Checkpoint, Device, Disk, Dtype, MaxMemory, TrustRemoteCode
 from .output import Output
 from .prompt_options import Seed, Temperature, TopK, TopP
@@ -34,6 +34,12 @@ _Capacity = Annotated[
                  rich_help_panel=PANEL),
 ]  # fmt: skip
 _NoStore = Annotated[bool, typer.Option("--no-store", help="Keep nothing of it on disk.", rich_help_panel=PANEL)]
+_AlwaysRead = Annotated[
+    bool,
+    typer.Option(
+        "--always-read", help="Read what is stored, even where computing it again is faster.", rich_help_panel=PANEL
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +55,14 @@ class ChatRequest:
     """Budgets of keys and values; None for host memory alone, as much as the context takes."""
     policy: PolicyChoice
     """Of selection."""
+    codec: str | None
+    """Of full blocks."""
     store: Path | None
     """Folder of the prefix store; None for the default one."""
     capacity_nbytes: int | None
     use_store: bool
+    always_read: bool
+    """What is stored, whatever it takes."""
     max_memory: str
     device: str
     disk: Path | None
@@ -71,9 +81,11 @@ def chat(
     context: _Context = _DEFAULT_CONTEXT,
     kv: Kv = None,
     kv_policy: KvPolicy = None,
+    kv_codec: KvCodec = None,
     store: _Store = None,
     store_capacity: _Capacity = None,
     no_store: _NoStore = False,
+    always_read: _AlwaysRead = False,
     max_memory: MaxMemory = "auto",
     device: Device = "auto",
     disk: Disk = None,
@@ -90,20 +102,29 @@ def chat(
 
     Example: penstock chat ./llama --system "Answer in one sentence."
     """
-    if no_store and (store is not None or store_capacity is not None):
-        raise UsageError("--no-store keeps nothing: leave out --store and --store-capacity, or --no-store")
-    policy = read_policy(kv_policy)
+    if no_store and (store is not None or store_capacity is not None or always_read):
+        raise UsageError(
+            "--no-store keeps nothing: leave out --store, --store-capacity and --always-read, or --no-store"
+        )
+    policy, codec = read_policy(kv_policy), read_codec(kv_codec)
+    if codec is not None and (store is not None or store_capacity is not None or always_read):
+        raise UsageError(
+            f"--kv-codec {codec}: a prefix store has keys and values as they were made; leave out --store, "
+            "--store-capacity and --always-read, or the codec"
+        )
     request = ChatRequest(
         checkpoint=checkpoint,
         system=system,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
         context=context,
-        kv=read_kv(kv, policy),
+        kv=read_kv(kv, policy, codec),
         policy=policy,
+        codec=codec,
         store=store,
         capacity_nbytes=None if store_capacity is None else parse_size(store_capacity),
         use_store=not no_store,
+        always_read=always_read,
         max_memory=max_memory,
         device=device,
         disk=disk,

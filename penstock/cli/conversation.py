@@ -18,14 +18,14 @@ from ..api import close, explain, load
 from ..caches import cache_folder
 from ..memory.errors import PenstockError, UsageError
 from ..memory.prefix import KvIdentity, PrefixStore, is_prefix_store
-from ..runtime.headroom import kv_nbytes
 from ..runtime.kv.identity import identity_of
 from ..runtime.kv.prefix import load_prefix, store_prefix
+from ..runtime.kv.prefixchoice import PrefixCosts
 from ..runtime.pretrained import locate
 from ..scheduler.kv.shape import TOKENS
 from .chat import ChatRequest
 from .generation import check_continues
-from .kv_cache import chunks, make_cache, planned_context, render_chosen
+from .kv_cache import KvRoom, chunks, make_cache, prefix_costs, read_config, render_lossy, whole_context
 from .kv_option import KvOption
 from .output import Output
 from .text import Relay, find_tokenizer, writer_for
@@ -142,23 +142,33 @@ class Prefixes:
         store: Opened for writing.
         identity: Of the model.
         output: Where it is told what came of it.
+        costs: What computing and reading take; None to read whatever is there.
     """
 
-    def __init__(self, store: PrefixStore, identity: KvIdentity, output: Output) -> None:
+    def __init__(self, store: PrefixStore, identity: KvIdentity, output: Output, costs: PrefixCosts | None) -> None:
         self._store = store
         self._identity = identity
         self._output = output
+        self._costs = costs
 
     def load(self, cache: Any, tokens: list[int]) -> int:
         """Fill an empty cache; returns the number of tokens that it has then."""
         try:
-            loaded = load_prefix(cache, self._store, self._identity, tokens)
+            loaded = load_prefix(
+                cache, self._store, self._identity, tokens, costs=self._costs, always_read=self._costs is None
+            )
         except PenstockError as error:
             self._tell(error)
             cache.reset()
             return 0
         if loaded.tokens:
             self._output.notes.print(f"{loaded.tokens} tokens were read, and are not computed again", markup=False)
+        if loaded.recomputed_tokens:
+            self._output.notes.print(
+                f"{loaded.recomputed_tokens} tokens that are stored are computed again, which takes less time than to "
+                "read them",
+                markup=False,
+            )
         return loaded.tokens
 
     def keep(self, cache: Any, tokens: list[int]) -> None:
@@ -186,24 +196,27 @@ def carry_out(request: ChatRequest, output: Output) -> None:
                 f"{request.checkpoint} has no {'tokenizer' if tokenizer is None else 'chat template'}: chat needs a "
                 "checkpoint that was tuned for it; `penstock run` continues texts"
             )
-        model = load(
-            folder,
-            max_memory=request.max_memory,
-            device=request.device,
-            dtype=request.dtype,
-            disk=request.disk,
-            context=planned_context(
-                folder, request.kv, request.context, dtype=request.dtype, trust_remote_code=request.trust_remote_code
-            ),
-            batch=1,
-            trust_remote_code=request.trust_remote_code,
+        config, dtype = read_config(folder, request.dtype, trust_remote_code=request.trust_remote_code)
+        request = _within_positions(request, config, output)
+        kv = request.kv or KvOption(
+            host=whole_context(config, dtype, request.context), disk=0, choice=request.policy, codec=request.codec
         )
+        room = KvRoom(config=config, dtype=dtype, option=kv)
+        with room.kept():
+            model = load(
+                folder,
+                max_memory=request.max_memory,
+                device=request.device,
+                dtype=request.dtype,
+                disk=request.disk,
+                context=room.planned_context(request.context),
+                batch=1,
+                trust_remote_code=request.trust_remote_code,
+            )
     with ExitStack() as stack:
         stack.callback(close, model)
         check_continues(model, [], 1)
-        request = _within_positions(request, model, output)
         output.notes.print(explain(model))
-        kv = request.kv or KvOption(host=_whole_context(model, request.context), disk=0, choice=request.policy)
         cache = make_cache(model, kv, request.disk, request.device)
         stack.callback(cache.close)
         if request.sampling.seed is not None:
@@ -212,14 +225,13 @@ def carry_out(request: ChatRequest, output: Output) -> None:
         if prefixes is not None:
             cache.look_at(model)
         _talk(Conversation(model, tokenizer, cache, request), cache, prefixes, output)
-        chosen = cache.statistics().chosen
-        if chosen is not None:
-            output.notes.print(render_chosen(chosen), markup=False)
+        for line in render_lossy(cache.statistics()):
+            output.notes.print(line, markup=False)
 
 
-def _within_positions(request: ChatRequest, model: Any, output: Output) -> ChatRequest:
+def _within_positions(request: ChatRequest, config: Any, output: Output) -> ChatRequest:
     """The same with a context that the model has positions for."""
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not isinstance(longest, int) or request.context <= longest:
         return request
     output.notes.print(f"the model has {longest} positions: the conversation ends there", markup=False)
@@ -246,14 +258,6 @@ def _next_message(output: Output) -> str | None:
     return line.strip() if line else None
 
 
-def _whole_context(model: Any, context: int) -> int:
-    """Host memory for all keys and values of a context: blocks are whole, and one more of each layer grows."""
-    text = model.config.get_text_config(decoder=True)
-    layers = getattr(text, "num_hidden_layers", 1)
-    nbytes = kv_nbytes(model.config, model.dtype, context=context + 3 * TOKENS, batch=1)
-    return nbytes + nbytes // 8 + layers * 2**16
-
-
 def _prefixes(
     request: ChatRequest, folder: str, model: Any, cache: Any, output: Output, stack: ExitStack
 ) -> Prefixes | None:
@@ -263,11 +267,14 @@ def _prefixes(
     try:
         if not getattr(cache, "all_in_tiers", False):
             raise UsageError("this model keeps more than keys and values of blocks")
+        if request.codec is not None:
+            raise UsageError(f"a prefix store has keys and values as they were made, and not as {request.codec}")
         store = _open_store(request)
         stack.callback(store.close)
         salt = request.policy.salt  # what a lossy policy computes is nobody else's
         identity = identity_of(folder, model.config, model.dtype, block_tokens=TOKENS, salt=salt)
-        return Prefixes(store, identity, output)
+        costs = None if request.always_read else prefix_costs(model, store.folder)
+        return Prefixes(store, identity, output, costs)
     except PenstockError as error:
         if request.store is not None:
             raise

@@ -13,7 +13,7 @@ from ..memory.errors import UsageError
 from ..runtime.handle import Handle
 from ..runtime.pretrained import locate
 from ..scheduler.plan import Home, Plan
-from .kv_cache import chunks, make_cache, planned_context
+from .kv_cache import KvRoom, chunks, make_cache, read_config
 from .kv_cache import render as render_kv
 from .kv_option import check_context
 from .output import Output
@@ -32,20 +32,7 @@ def carry_out(request: Request, output: Output) -> None:
         tokenizer = find_tokenizer(folder, trust_remote_code=request.trust_remote_code)
         prompt = encode(request.prompt, tokenizer, request.checkpoint)
         context = check_context(request.context, len(prompt) + request.max_new_tokens)
-        model = load(
-            folder,
-            max_memory=request.max_memory,
-            device=request.device,
-            dtype=request.dtype,
-            disk=request.disk,
-            context=planned_context(
-                folder, request.kv, context, dtype=request.dtype, trust_remote_code=request.trust_remote_code
-            ),
-            batch=1,
-            exact=request.exact,
-            plan=request.plan,
-            trust_remote_code=request.trust_remote_code,
-        )
+        model = _load(request, folder, context)
     cache = None
     try:
         handle: Handle = model.penstock
@@ -71,6 +58,28 @@ def carry_out(request: Request, output: Output) -> None:
                 cache.close()
         finally:
             close(model)
+
+
+def _load(request: Request, folder: str, context: int) -> Any:
+    """The model, in what keys and values in tiers leave of memory."""
+    with ExitStack() as stack:
+        if request.kv is not None:
+            config, dtype = read_config(folder, request.dtype, trust_remote_code=request.trust_remote_code)
+            room = KvRoom(config=config, dtype=dtype, option=request.kv)
+            context = room.planned_context(context)
+            stack.enter_context(room.kept())
+        return load(
+            folder,
+            max_memory=request.max_memory,
+            device=request.device,
+            dtype=request.dtype,
+            disk=request.disk,
+            context=context,
+            batch=1,
+            exact=request.exact,
+            plan=request.plan,
+            trust_remote_code=request.trust_remote_code,
+        )
 
 
 def check_continues(model: Any, prompt: list[int], max_new_tokens: int) -> None:

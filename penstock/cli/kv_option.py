@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -12,6 +12,8 @@ from ..memory.errors import UsageError
 from ..scheduler.kv.choice import PolicyChoice, choice_for
 
 PANEL = "Context"
+CODECS: Final = ("int8", "int4")
+"""As `penstock.TieredCache` takes them."""
 
 Context = Annotated[
     int | None,
@@ -36,6 +38,14 @@ KvPolicy = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+KvCodec = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(CODECS),
+        help="LOSSY: keep keys and values in so many bits, in host memory and on disk. Default: as they are made.",
+        rich_help_panel=PANEL,
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +57,8 @@ class KvOption:
     device: int = 0
     choice: PolicyChoice = field(default_factory=PolicyChoice)
     """A policy of selection."""
+    codec: str | None = None
+    """Of full blocks; None to keep them as they are."""
 
     def max_memory(self) -> dict[str, int | str]:
         """As `penstock.TieredCache` takes it."""
@@ -72,11 +84,31 @@ def read_policy(text: str | None, *, needs_tiers: bool = False) -> PolicyChoice:
     return choice
 
 
-def read_kv(text: str | None, policy: PolicyChoice | None = None) -> KvOption | None:
+def read_codec(text: str | None, *, needs_tiers: bool = False) -> str | None:
+    """What `--kv-codec` says.
+
+    Args:
+        text: As it was given.
+        needs_tiers: Whether there are no blocks to code.
+
+    Raises:
+        UsageError: there is none of that name, or there are no tiers.
+    """
+    if text is not None and text not in CODECS:
+        raise UsageError(f"--kv-codec {text} is not known: use {' or '.join(CODECS)}, or leave it out")
+    if text is not None and needs_tiers:
+        raise UsageError(
+            f"--kv-codec {text} is about keys and values in tiers: add --kv host=2GiB, and disk=… for more"
+        )
+    return text
+
+
+def read_kv(text: str | None, policy: PolicyChoice | None = None, codec: str | None = None) -> KvOption | None:
     """What was asked for; None where nothing was.
 
     Raises:
-        UsageError: a tier or a size without meaning, or no size for host memory.
+        UsageError: a tier or a size without meaning, no size for host memory, or a device's part beside what works in
+            host memory and on disk.
     """
     if text is None:
         return None
@@ -88,7 +120,18 @@ def read_kv(text: str | None, policy: PolicyChoice | None = None) -> KvOption | 
             f"--kv {text} beside --kv-policy {policy}: policies of selection work in host memory and on disk; leave "
             "device= out, or the policy"
         )
-    return KvOption(host=budget.host, disk=budget.disk or 0, device=budget.device or 0, choice=policy or PolicyChoice())
+    if budget.device and codec is not None:
+        raise UsageError(
+            f"--kv {text} beside --kv-codec {codec}: blocks are coded in host memory and on disk; leave device= out, "
+            "or the codec"
+        )
+    return KvOption(
+        host=budget.host,
+        disk=budget.disk or 0,
+        device=budget.device or 0,
+        choice=policy or PolicyChoice(),
+        codec=codec,
+    )
 
 
 def check_context(context: int | None, tokens: int) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..memory.errors import UsageError
-from .kv_option import Context, Kv, KvPolicy, read_kv, read_policy
+from .kv_option import Context, Kv, KvCodec, KvPolicy, read_codec, read_kv, read_policy
 from .options import MACHINE, Checkpoint, Device, Disk, Dtype, MaxMemory, TrustRemoteCode
 from .output import Output
 from .prompt_options import (
@@ -76,6 +76,7 @@ def run(
     context: Context = None,
     kv: Kv = None,
     kv_policy: KvPolicy = None,
+    kv_codec: KvCodec = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: _AsJson = False,
 ) -> None:
@@ -104,10 +105,10 @@ def run(
         others = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompt-ids": prompt_ids}
         if given := [name for name, value in others.items() if value is not None]:
             raise UsageError(f"--prompts and {given[0]} exclude each other: give one of them")
-        if plan is not None or exact or context is not None or kv is not None or kv_policy is not None:
+        if exact or any(given is not None for given in (plan, context, kv, kv_policy, kv_codec)):
             raise UsageError(
-                "--plan, --exact, --context, --kv and --kv-policy are about one prompt: many are planned and cut by "
-                "themselves"
+                "--plan, --exact, --context, --kv, --kv-policy and --kv-codec are about one prompt: many are planned "
+                "and cut by themselves"
             )
         _run_many(ManyRequest(file=prompts, output=results, resume=resume, force=force, chat=chat, **common))
         return
@@ -115,7 +116,8 @@ def run(
         raise UsageError("--output, --resume and --force are about results of many prompts: give those by --prompts")
     if exact and kv is not None:
         raise UsageError("--exact forbids what is equal to rounding only, as attention over tiers is: leave out --kv")
-    tiers = read_kv(kv, read_policy(kv_policy, needs_tiers=kv is None))
+    none = kv is None
+    tiers = read_kv(kv, read_policy(kv_policy, needs_tiers=none), read_codec(kv_codec, needs_tiers=none))
     asked = read_prompt(text=prompt, file=prompt_file, ids=prompt_ids, chat=chat)
     request = Request(prompt=asked, plan=plan, exact=exact, context=context, kv=tiers, **common)
     output = Output()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -18,12 +18,14 @@ from ...scheduler.kv.policies import POLICIES
 from ...scheduler.kv.policies.policy import Policy
 from ...scheduler.kv.shape import TOKENS
 from ..devices.base import Device
+from .byconfig import known_configs, measured_prefills
 from .choosing import Choosing
-from .figures import KvStatistics
-from .interface import known_configs, masks_for, switch
+from .figures import KvStatistics, PrefixFigures
+from .interface import masks_for, switch
 from .layer import TieredLayer, Way
 from .memory import KvBudget
 from .probe import probe
+from .stopwatch import CallStopwatch
 from .tiers import KvTiers
 
 logger = logging.getLogger(__name__)
@@ -100,6 +102,11 @@ class TieredCache(DynamicCache):
         self._figures = ChosenFigures(str(choice)) if choice.lossy else None
         self._known = known_configs().of(own) if self._switched else {}
         self._told = False
+        self.prefills = measured_prefills().of(own)
+        """What calls of the model took."""
+        self.prefix = PrefixFigures()
+        """What came of stores."""
+        stopwatch = CallStopwatch(len(plain), self.prefills)
         learned = weakref.WeakMethod(self._learn)
         leaders: dict[int, list[Policy]] = {}
         self._tiered = [
@@ -108,6 +115,7 @@ class TieredCache(DynamicCache):
                 number,
                 known=self._known.get(number, False),
                 learned=_call(learned),
+                stopwatch=stopwatch,
                 choosing=None
                 if self._figures is None or number < dense
                 else Choosing(choice, number, self._figures, leaders),
@@ -124,6 +132,11 @@ class TieredCache(DynamicCache):
             "a cache in tiers is not copied: use batch_repeat_interleave for more sequences with the same beginning, "
             "which shares its blocks, or crop it to begin again from there"
         )
+
+    def __iter__(self) -> Iterator[Any]:
+        """Keys and values of each layer, put together, as `DynamicCache` gives them."""
+        for own, layer in zip(super().__iter__(), self.layers, strict=True):
+            yield (*layer.whole(), *own[2:]) if isinstance(layer, TieredLayer) else own
 
     @property
     def all_in_tiers(self) -> bool:
@@ -211,7 +224,7 @@ class TieredCache(DynamicCache):
 
     def statistics(self) -> KvStatistics:
         """A frozen record of what is where, and of what was read and written."""
-        figures = self.tiers.statistics()
+        figures = replace(self.tiers.statistics(), prefix=self.prefix if self.prefix.hit_tokens else None)
         return figures if self._figures is None else replace(figures, chosen=self._figures.statistics())
 
     def close(self) -> None:

@@ -86,7 +86,7 @@ class Choosing:
         prompt = asked.query.shape[2] > 1 or any(late)
         if not prompt or self._policies[0].for_prompts:
             return self._attend_chosen(asked, tiers, rows)
-        merging = merged(asked, tiers.blocks(self._number))
+        merging = merged(asked, tiers.reader.blocks(self._number))
         for own in rows:
             if own.policy.hears_prompts and own.skip < asked.query.shape[2]:
                 own.policy.attended(_votes(asked, own, merging))
@@ -98,7 +98,7 @@ class Choosing:
         for row, made in enumerate(self._policies):
             tokens = max(0, positions - paddings[row])
             if tokens < self._known[row]:
-                made.cropped(tokens, tiers.row(self._number, row))
+                made.cropped(tokens, tiers.reader.row(self._number, row))
                 self._known[row] = tokens
 
     def require_apart(self, sources: Sequence[int]) -> None:
@@ -133,7 +133,7 @@ class Choosing:
             padding = min(asked.paddings[row], asked.before + count)
             skip = min(max(0, padding - asked.before), count)
             new = (asked.keys[row, :, skip:].detach().cpu(), asked.values[row, :, skip:].detach().cpu())
-            stored = tiers.row(self._number, row, new)
+            stored = tiers.reader.row(self._number, row, new)
             tokens = asked.before + count - padding
             assert stored.tokens == tokens, (stored.tokens, tokens)
             found.append(_Own(row=row, padding=padding, skip=skip, stored=stored, policy=made, tokens=tokens))
@@ -170,13 +170,13 @@ class Choosing:
     def _attend_chosen(self, asked: Asked, tiers: KvTiers, rows: Sequence[_Own]) -> torch.Tensor:
         batch, heads, count, _ = asked.query.shape
         merging = Merging.of((batch, heads // asked.group, asked.group * count, asked.values.shape[3]), _CPU)
-        before = tiers.read_nbytes()
+        before = tiers.reader.read_nbytes()
         for own in rows:
             start = own.stored.gathered_nbytes
             self._attend_row(asked, own, merging)
             self._figures.gathered_nbytes += own.stored.gathered_nbytes - start
             self._figures.whole_nbytes += own.tokens * _token_nbytes(asked, tiers, self._number)
-        self._figures.read_nbytes += tiers.read_nbytes() - before
+        self._figures.read_nbytes += tiers.reader.read_nbytes() - before
         self._figures.steps += 1
         if self._calls % self._choice.recall_every == 0:
             self._compare(asked, tiers, merging.lse)
@@ -232,10 +232,10 @@ class Choosing:
 
     def _compare(self, asked: Asked, tiers: KvTiers, lse: torch.Tensor) -> None:
         """What part of the attention to all went to what was chosen: exp(ℓ of what was chosen − ℓ of all)."""
-        before = tiers.read_nbytes()
-        whole = merged(asked, tiers.blocks(self._number, ahead=False)).lse.cpu()
+        before = tiers.reader.read_nbytes()
+        whole = merged(asked, tiers.reader.blocks(self._number, ahead=False)).lse.cpu()
         shares = (lse - whole).exp()[lse > EMPTY].clamp(max=1.0)
-        self._figures.compared([float(share) for share in shares], tiers.read_nbytes() - before)
+        self._figures.compared([float(share) for share in shares], tiers.reader.read_nbytes() - before)
 
 
 _CPU: Final = torch.device("cpu")

@@ -42,6 +42,8 @@ class Crossing:
 
     def __init__(self, memory: DeviceMemory, host: HostArena, balance: Balance, slot_nbytes: int) -> None:
         self._memory = memory
+        self._tensor = memory.tensor
+        """Its own, as that of `ReadAhead`."""
         self._host = host
         self.balance = balance
         self._size = max(slot_nbytes, min(PIECE_NBYTES, memory.ring_nbytes // PIECES) // PAGE * PAGE)
@@ -117,7 +119,7 @@ class Crossing:
             assert len(piece.blocks) * unit <= self._size, (piece, unit, self._size)
             buffer, used = self._free[0]
             arrived = self._memory.fetch(
-                self._host, store.address(piece.first), buffer * self._size, len(piece.blocks) * unit, after=used
+                self._host, store.rooms.address(piece.first), buffer * self._size, len(piece.blocks) * unit, after=used
             )
             self._free.popleft()
             cross.popleft()
@@ -131,10 +133,10 @@ class Crossing:
         device = self._memory.device
         try:
             device.compute_waits(flight.arrived)
-            slots = self._memory.tensor[start : start + nbytes]
+            slots = self._tensor[start : start + nbytes]
             yield store.layout.keys(slots), store.layout.values(slots), flight.piece.spans
         finally:
             device.wait(flight.arrived)  # on the host: the slot that it came from may be given to another block
             if debug_enabled():
-                self._memory.tensor[start : start + nbytes] = 0xFF  # behind who attended, and before the next copy
+                self._tensor[start : start + nbytes] = 0xFF  # behind who attended, and before the next copy
             self._free.append((flight.buffer, device.computed()))

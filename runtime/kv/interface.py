@@ -77,31 +77,6 @@ class _Masking(threading.local):
 _masking = _Masking()
 
 
-class KnownConfigs:
-    """What was learned of models, by their config: which layers attend to just what the cache gives them.
-
-    It belongs to a config object, since it depends on the model's code and on its settings, and a cache that is filled
-    before the model's first call cannot find it out by itself.
-    """
-
-    def __init__(self) -> None:
-        self._passing: dict[int, dict[int, bool]] = {}
-
-    def of(self, config: Any) -> dict[int, bool]:
-        """By number of the layer; to be written to."""
-        key = id(config)
-        if key not in self._passing:
-            self._passing[key] = {}
-            weakref.finalize(config, self._passing.pop, key, None)
-        return self._passing[key]
-
-
-@functools.cache
-def known_configs() -> KnownConfigs:
-    """Those of this process."""
-    return KnownConfigs()
-
-
 def masks_for(cache: TieredCache) -> None:
     """The next mask that this thread makes is for a layer of this cache that is kept in tiers."""
     _masking.cache = weakref.ref(cache)

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from ...memory.errors import PenstockError, UsageError
 from .attention import Asked, attend
 from .choosing import Choosing
+from .stopwatch import CallStopwatch
 from .tiers import KvTiers
 
 
@@ -63,6 +64,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         known: Whether models with this config are known to pass on what they get.
         learned: Called when that is found out.
         choosing: Policies of selection; None where all is attended to.
+        stopwatch: Times calls; None where nobody wants to know.
     """
 
     is_croppable = True
@@ -75,6 +77,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         known: bool,
         learned: Callable[[int, bool], None],
         choosing: Choosing | None = None,
+        stopwatch: CallStopwatch | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.way = Way.BLOCKS if known else Way.UNKNOWN
@@ -84,6 +87,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Of the model's decoder, where that is known."""
         self._learned = learned
         self._choosing = choosing
+        self._stopwatch = stopwatch
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         """New keys and values that `update` gave back and that are not in blocks yet."""
         self._shown: tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None = None
@@ -124,6 +128,8 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._tiers.require_in_step(self._number, key_states.shape[2])
+        if self._stopwatch is not None:
+            self._stopwatch.passes(self._number, self._stored(), key_states)
         if self.way is Way.BLOCKS:
             self._pending = (key_states, value_states)
             return self._pending
@@ -131,8 +137,8 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         with self._tiers.in_whole():
             self._tiers.append(self._number, key_states, value_states)
             if not empty:
-                keys, values = self._tiers.whole(self._number)
-                key_states, value_states = keys.to(self.device), values.to(self.device)
+                found = self._tiers.reader.whole(self._number)
+                key_states, value_states = found[0].to(self.device), found[1].to(self.device)
         self._shown, self._uses = (weakref.ref(key_states), weakref.ref(value_states)), 0
         return key_states, value_states
 
@@ -203,16 +209,27 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             sinks=sinks,
             paddings=self._tiers.paddings_of(self._number, keys.shape[0]),
             before=before,
-            cold=self._tiers.cold(self._number),
+            cold=self._tiers.reader.cold(self._number),
         )
         with self._tiers.in_whole():
             if self._choosing is None:
-                out = attend(asked, self._tiers.blocks(self._number, queries=asked.group * keys.shape[2]))
+                out = attend(asked, self._tiers.reader.blocks(self._number, queries=asked.group * keys.shape[2]))
             else:
                 out = self._choosing.attend(asked, self._tiers)
             self._tiers.append(self._number, keys, values)
         _calls.layer = None
         return out
+
+    def whole(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """All keys and values, [rows, kv_heads, positions, dim] each, 0 where padding is; None before the first token.
+
+        Raises:
+            DiskError: a drive failed.
+        """
+        if not self._stored():
+            return None, None
+        keys, values = self._tiers.reader.whole(self._number)
+        return keys.to(self.device), values.to(self.device)
 
     def get_seq_length(self) -> int:
         """Positions, padding counted."""

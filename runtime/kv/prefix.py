@@ -6,26 +6,25 @@ A block of the store is a block of the cache in all layers: a page that says how
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 
-from ...memory.arena import PAGE, HostArena, round_up
+from ...memory.arena import PAGE
 from ...memory.errors import UsageError
-from ...memory.prefix import KvIdentity, Place, PrefixHit, PrefixStore, PutReport
+from ...memory.prefix import KvIdentity, PrefixStore, PutReport
+from ...scheduler.kv.reuse import Reuse
+from .arriving import AT_ONCE, Arriving
 from .cache import TieredCache
+from .figures import PrefixFigures
 from .layout import BlockLayout
+from .prefixchoice import PrefixChoice, PrefixCosts
 from .tiers import KvTiers
 
-AT_ONCE: Final = 32 * 2**20
-"""About how much is on its way at once."""
-ROOMS: Final = 3
-"""That it is read into: one is copied from while two are read, so that the drive has more to do when one is full."""
 _DTYPES: Final = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -36,16 +35,36 @@ class Loaded:
     tokens: int
     """That the cache has now."""
     read_nbytes: int
+    hit_tokens: int
+    """That the store had."""
+    recomputed_tokens: int
+    """Of them, those that were left to be computed, which is expected to be faster. Others that are not there were
+    bad."""
+    choice: Reuse | None
+    """What was expected; None where nothing could be, and all was read."""
 
 
-def load_prefix(cache: TieredCache, store: PrefixStore, identity: KvIdentity, tokens: Sequence[int]) -> Loaded:
-    """Fill an empty cache with the longest beginning of a prompt that a store has. The last token is never part of it.
+def load_prefix(
+    cache: TieredCache,
+    store: PrefixStore,
+    identity: KvIdentity,
+    tokens: Sequence[int],
+    *,
+    costs: PrefixCosts | None = None,
+    always_read: bool = False,
+) -> Loaded:
+    """Fill an empty cache with a beginning of a prompt that a store has. The last token is never part of it.
+
+    As much of it is read as makes the prompt be there soonest, if the rest is computed. What is not known is no reason
+    to compute: then all is read. Where a drive turns out slower than it was thought to be, reading ends early.
 
     Args:
         cache: For one sequence, which starts with these tokens.
         store: To look in.
         identity: Of the model, with the cache's block_tokens.
         tokens: Of the prompt.
+        costs: What a calibration says of computing and reading.
+        always_read: Read all that is there, whatever it takes.
 
     Raises:
         UsageError: the cache is not empty, has other blocks, or keeps layers that are in no tier.
@@ -56,49 +75,46 @@ def load_prefix(cache: TieredCache, store: PrefixStore, identity: KvIdentity, to
     if cache.get_seq_length():
         raise UsageError(f"the cache has {cache.get_seq_length()} tokens already: reset it before a prefix is loaded")
     hit = store.lookup(identity, tokens)
+    choosing = None if always_read else PrefixChoice(cache, store, costs or PrefixCosts(), hit, len(tokens))
+    choice = None if choosing is None else choosing.first()
+    wanted = len(hit.places) if choice is None else choice.read_blocks
+    arriving = Arriving(store, replace(hit, places=hit.places[:wanted]))
     read_nbytes = done = 0
-    with closing(_arriving(store, hit)) as arriving:
-        for places, blocks in arriving:
+    began_s, ended = time.perf_counter(), False
+    with closing(arriving.parts()) as parts:
+        for places, blocks in parts:
             with tiers.in_whole():
                 _append(tiers, blocks)
             read_nbytes += sum(place.span.nbytes for place in places)
             done += len(places)
-    return Loaded(tokens=done * identity.block_tokens, read_nbytes=read_nbytes)
+            arrived = read_nbytes + arriving.under_way_nbytes  # the drive may be almost there with those
+            if choosing is not None and not choosing.goes_on(done, wanted, arrived, time.perf_counter() - began_s):
+                ended = True
+                break
+    size = identity.block_tokens
+    left = len(hit.places) - (done if ended else wanted)
+    loaded = Loaded(
+        tokens=done * size,
+        read_nbytes=read_nbytes,
+        hit_tokens=hit.tokens,
+        recomputed_tokens=left * size,
+        choice=choice,
+    )
+    cache.prefix = _told(cache.prefix, loaded)
+    return loaded
 
 
-def _arriving(store: PrefixStore, hit: PrefixHit) -> Generator[tuple[tuple[Place, ...], torch.Tensor], None, None]:
-    """Blocks as they are read, some at a time: [blocks, bytes], good until the next ones are asked for.
-
-    While some are copied into the cache, others are read, and the drive has the next ones to go on with. Ends before
-    the first block that is bad.
-    """
-    if not hit.places:
-        return
-    unit = round_up(max(place.span.nbytes for place in hit.places))
-    most = max(1, AT_ONCE // ROOMS // unit)
-    waiting = deque(enumerate(hit.places[start : start + most] for start in range(0, len(hit.places), most)))
-    arena = HostArena(unit * most * min(ROOMS, len(waiting)), tier="prefixes")
-    under_way: deque[tuple[tuple[Place, ...], int, Future[int]]] = deque()
-    with ThreadPoolExecutor(ROOMS - 1, thread_name_prefix="penstock-prefix") as readers:
-
-        def ask() -> None:
-            number, places = waiting.popleft()
-            first = number % ROOMS * most
-            views = [arena.view((first + at) * unit, unit) for at in range(len(places))]
-            under_way.append((places, first, readers.submit(store.read, replace(hit, places=places), views)))
-
-        while waiting and len(under_way) < ROOMS - 1:
-            ask()
-        whole = torch.frombuffer(arena.buffer, dtype=torch.uint8).view(-1, unit)
-        while under_way:
-            places, first, reading = under_way.popleft()
-            good = reading.result()
-            if good == len(places) and waiting:
-                ask()
-            if good:
-                yield places[:good], whole[first : first + good]
-            if good < len(places):
-                return
+def _told(before: PrefixFigures, loaded: Loaded) -> PrefixFigures:
+    """A cache's figures with one more hit."""
+    choice = loaded.choice
+    return PrefixFigures(
+        hit_tokens=before.hit_tokens + loaded.hit_tokens,
+        read_tokens=before.read_tokens + loaded.tokens,
+        recomputed_tokens=before.recomputed_tokens + loaded.recomputed_tokens,
+        read_nbytes=before.read_nbytes + loaded.read_nbytes,
+        read_all_s=None if choice is None else choice.read_all_s,
+        compute_all_s=None if choice is None else choice.compute_all_s,
+    )
 
 
 def store_prefix(cache: TieredCache, store: PrefixStore, identity: KvIdentity, tokens: Sequence[int]) -> PutReport:
@@ -127,7 +143,7 @@ def store_prefix(cache: TieredCache, store: PrefixStore, identity: KvIdentity, t
     each = PAGE + sum(layout.slot_nbytes for layout in tiers.layouts())
     for start in range(known, count, max(1, AT_ONCE // each)):
         stop = min(count, start + max(1, AT_ONCE // each))
-        blocks = [header + tiers.block_bytes(index) for index in range(start, stop)]
+        blocks = [header + tiers.reader.block_bytes(index) for index in range(start, stop)]
         part = store.put(identity, tokens[: stop * size], blocks, first=start)
         report = replace(
             report,

@@ -19,6 +19,7 @@ from ...memory.errors import PenstockError
 from ...memory.transfer import Transfer
 from .memory import RUN_NBYTES, RUNS, KvMemory
 from .placement import Piece, Placement
+from .spill import arrive
 from .store import LayerStore
 
 
@@ -46,6 +47,8 @@ class ReadAhead:
         ring = memory.budget.ring_nbytes
         assert ring >= RUNS * slot_nbytes, (ring, slot_nbytes)
         self._memory = memory
+        self._tensor = memory.tensor
+        """Its own: who attends while the cache is closed by another thread has bytes to the end of the piece."""
         # Small rings are cut into more pieces than the least: a run that is attended to delays nobody then.
         self._size = max(slot_nbytes, min(RUN_NBYTES, ring // (2 * RUNS)) // slot_nbytes * slot_nbytes)
         self._free = list(range(ring // self._size))
@@ -102,13 +105,13 @@ class ReadAhead:
             self._ask_more(reads, stores, at)
             run = reads.mine.popleft()
             try:
-                run.transfer.wait()
+                arrive(run.transfer)
                 piece = run.piece
                 if run.placement is not reads.placement:
                     piece = reads.placement.piece(piece.first, _still(run, reads.placement))
                 start = run.buffer * self._size
                 nbytes = len(piece.blocks) * reads.store.layout.slot_nbytes
-                yield piece, self._memory.tensor[start : start + nbytes]
+                yield piece, self._tensor[start : start + nbytes]
             finally:
                 self._give(run)
         self._ask_more(reads, stores, at)
@@ -125,9 +128,9 @@ class ReadAhead:
             self._drop(self._runs[-1])
         start = self._free[-1] * self._size
         unit = store.layout.slot_nbytes
-        store.file.read(slot, 1, self._memory.arena.view(start, unit), urgent=True).wait()
+        arrive(store.file.read(slot, 1, self._memory.arena.view(start, unit), urgent=True))
         self.read_nbytes += unit
-        return self._memory.tensor[start : start + unit]
+        return self._tensor[start : start + unit]
 
     def forget(self) -> None:
         """Drop all that was read ahead: blocks have gone, and slots may get others."""
@@ -211,7 +214,7 @@ class ReadAhead:
         self._runs.remove(run)
         self._free.append(run.buffer)
         if debug_enabled():
-            self._memory.tensor[run.buffer * self._size : (run.buffer + 1) * self._size] = 0xFF
+            self._tensor[run.buffer * self._size : (run.buffer + 1) * self._size] = 0xFF
 
 
 @dataclass(kw_only=True, slots=True)

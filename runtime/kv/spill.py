@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...memory.disk import DiskEngine
+from ...memory.errors import ClosedError
 from ...memory.image import Window
 from ...memory.transfer import Transfer
 
@@ -40,3 +41,15 @@ class SpillFile:
             skew=0,
         )
         return self._engine.read((window,), (), into, urgent=urgent)
+
+
+def arrive(transfer: Transfer) -> None:
+    """Wait until what was read is there.
+
+    Raises:
+        ClosedError: it never will be: the cache was closed meanwhile, which cancels what waits for a drive.
+        DiskError: it could not be read.
+    """
+    transfer.wait()
+    if transfer.cancelled:
+        raise ClosedError("the cache of keys and values was closed while it was read; make a new one")

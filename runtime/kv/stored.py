@@ -131,9 +131,9 @@ class StoredRow:
         slots = torch.from_numpy(self._places.slots[tokens // self._size])
         inside = torch.from_numpy(tokens % self._size)
         if channels is None or store.coded:
-            found = store.layout.take(store.slots.view(-1), slots, head, inside, values=part == 1)
+            found = store.layout.take(store.rooms.slots.view(-1), slots, head, inside, values=part == 1)
             return found if channels is None else found[:, channels]
-        return store.parts(0, len(store.slots))[part][slots[:, None], head, inside[:, None], channels]
+        return store.rooms.parts(0, len(store.rooms.slots))[part][slots[:, None], head, inside[:, None], channels]
 
     def _taken_nbytes(self, blocks: IntArray, part: int) -> int:
         """What tokens in these blocks take, one for each, where they lie in host memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,19 +10,13 @@ import torch
 
 from ...kernels.kv_codec import BITS
 from ...memory.errors import ClosedError, PenstockError, UsageError
-from ...scheduler.kv.balance import Balance
 from ..devices.base import Device
-from .attention import Blocks
 from .coded import CodedLayout
-from .crossing import Crossing
 from .figures import KvStatistics
 from .layout import BlockLayout
 from .memory import KvBudget, KvMemory
-from .placement import Piece
-from .reading import ReadAhead
-from .spread import Span
-from .store import Beginning, LayerStore
-from .stored import StoredRow
+from .reader import KvReader
+from .store import LayerStore
 
 
 class KvTiers:
@@ -66,13 +61,14 @@ class KvTiers:
         self._folder = folder
         self._device = device
         self._owned = owned
-        self._crossing: Crossing | None = None
-        self._balance = Balance()
         self._memory: KvMemory | None = None
-        self._reading: ReadAhead | None = None
         self._stores: list[LayerStore | None] = [None] * layers
+        self.reader = KvReader(self._stores)
+        """Of what they have."""
         self._broken = False
         self._closed = False
+        self._making = threading.RLock()
+        """Held while memory is taken or given back: nobody takes any once it was closed."""
 
     def store(self, number: int) -> LayerStore | None:
         """What a layer has; None before its first token."""
@@ -115,7 +111,8 @@ class KvTiers:
             DiskError: what had to leave for them could not be written.
         """
         store = self._fitting(number, keys, values)
-        store.append(keys.detach().to(store.home), values.detach().to(store.home))
+        home = store.rooms.home
+        store.append(keys.detach().to(home), values.detach().to(home))
 
     def append_blocks(self, layout: BlockLayout, slots: torch.Tensor) -> None:
         """Add whole blocks to a layer of one sequence that has only such, without padding: [blocks, slot bytes].
@@ -137,95 +134,9 @@ class KvTiers:
         if known != given:
             raise UsageError(
                 f"layer {number} has keys and values of (rows, heads, dims, dtype) {known} and was given {given}: "
-                "reset the cache, or make a new one for another batch"
+                "reset the cache, or make a new one for another batch; rows are repeated by batch_repeat_interleave"
             )
         return store
-
-    def row(self, number: int, row: int, new: tuple[torch.Tensor, torch.Tensor] | None = None) -> StoredRow:
-        """One sequence in one layer, to read some of it. It is good until something is appended.
-
-        Args:
-            number: Of the layer.
-            row: Of the batch.
-            new: Keys and values [kv_heads, tokens, dim] that follow what is stored.
-
-        Raises:
-            DiskError: what had to leave for it could not be written, or its end cannot be read.
-        """
-        store = self._stores[number]
-        if store is None:
-            assert new is not None, number
-            return StoredRow(None, row, new, _nothing)
-        store.collect()
-        ends = [self._beginning(store, part) for part in store.beginnings() if part.row == row]
-        parts = [(keys[0].clone(), values[0].clone()) for keys, values, _ in ends] + ([] if new is None else [new])
-        if not parts:
-            layout = store.layout
-            dims = (layout.key_dim, layout.value_dim)
-            none = [torch.zeros(layout.heads, 0, dim, dtype=layout.dtype) for dim in dims]
-            parts.append((none[0], none[1]))
-        end = (torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts], dim=1))
-        return StoredRow(store, row, end, lambda wanted: self._ahead(store).some(store, wanted))
-
-    def read_nbytes(self) -> int:
-        """From disk, until now."""
-        return self._reading.read_nbytes if self._reading is not None else 0
-
-    def blocks(self, number: int, *, queries: int | None = None, ahead: bool = True) -> Iterator[Blocks]:
-        """All that a layer has: the rest is being read while what is in memory is attended to.
-
-        Args:
-            number: Of the layer.
-            queries: That use each key: by them a part of what is in host memory crosses to the device. None where
-                nobody attends.
-            ahead: Whether to read what the next layers want, too, as far as buffers reach.
-
-        Raises:
-            DiskError: it could not be read.
-        """
-        store = self._stores[number]
-        if store is None:
-            return
-        store.collect()  # here and not later: a block that changes its place meanwhile would be missed
-        yield from self._beginnings(store)  # first: one that is on disk takes a buffer
-        reads = self._reads(store, ahead=ahead)
-        placement = store.placement()
-        for piece in placement.device:
-            yield store.there(piece)
-        if self._crossing is not None and queries is not None:
-            yield from self._crossing.blocks(store, placement.host, queries)
-        else:
-            for piece in placement.host:
-                yield store.here(piece)
-        for piece, slots in reads:
-            yield store.layout.keys(slots), store.layout.values(slots), piece.spans
-
-    def cold(self, number: int) -> bool:
-        """Whether any of a layer is to be attended to outside of the device's memory."""
-        store = self._stores[number]
-        if store is None or store.numbers.device is None:
-            return store is not None
-        placement = store.placement()
-        ends = any(part.tier != store.numbers.device for part in store.beginnings())
-        return ends or bool(placement.host) or bool(placement.on_disk)
-
-    def whole(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, put together: [rows, kv_heads, positions, dim]; 0 where padding is."""
-        store = self._stores[number]
-        assert store is not None, number
-        layout = store.layout
-        shape = (store.rows, layout.heads, store.tokens)
-        keys = torch.zeros(*shape, layout.key_dim, dtype=layout.dtype)
-        values = torch.zeros(*shape, layout.value_dim, dtype=layout.dtype)
-        for some_keys, some_values, spans in self.blocks(number):
-            tokens = some_keys.shape[2]
-            for span in spans:
-                for at in range(span.count):
-                    for row, position in zip(span.rows[at].tolist(), span.positions[at].tolist(), strict=True):
-                        place = slice(position, position + tokens)
-                        keys[row, :, place] = some_keys[span.first + at]
-                        values[row, :, place] = some_values[span.first + at]
-        return keys, values
 
     def rows(self) -> int:
         """Sequences; 0 before the first token."""
@@ -235,26 +146,11 @@ class KvTiers:
         """Of the blocks of each layer that has any."""
         return tuple(store.layout for store in self._stores if store is not None)
 
-    def block_bytes(self, index: int) -> bytes:
-        """A whole block of the first row in all layers, one slot after the other.
-
-        Raises:
-            DiskError: a layer has it on disk, and it cannot be read.
-        """
-        parts = []
-        for store in self._stores:
-            if store is not None:
-                tier, slot = store.find(index)
-                held = store.held(tier, slot)
-                slots = self._ahead(store).block(store, slot) if held is None else held
-                parts.append(slots.cpu().numpy().tobytes())
-        return b"".join(parts)
-
     def crop(self, number: int, tokens: int) -> None:
         """Forget all but so many positions of a layer."""
         store = self._stores[number]
         if store is not None:
-            self._forget_reads()
+            self.reader.forget()
             store.crop(tokens)
             self.paddings = tuple(store.table.padding(row) for row in range(store.rows))
 
@@ -262,19 +158,19 @@ class KvTiers:
         """Rows of a layer go on as copies of others."""
         store = self._stores[number]
         if store is not None:
-            self._forget_reads()
+            self.reader.forget()
             store.reorder(sources)
             self.paddings = tuple(store.table.padding(row) for row in range(store.rows))
 
     def reset(self, number: int) -> None:
         """Forget all of a layer, its shape and rows as well."""
         store, self._stores[number] = self._stores[number], None
-        self._forget_reads()
+        self.reader.forget()
         if store is not None:
             store.close()
         if not any(self._stores):
             self.paddings, self._broken = None, False
-            self._reading = self._crossing = None  # the next blocks may be larger
+            self.reader.closes()
 
     def paddings_of(self, number: int, rows: int) -> tuple[int, ...]:
         """Positions at the beginning of each row that hold nothing."""
@@ -319,21 +215,23 @@ class KvTiers:
             device_budget_nbytes=self.budget.device,
             host_budget_nbytes=self.budget.host,
             arena_nbytes=self._memory.arena.nbytes if self._memory is not None else 0,
-            read_nbytes=self.read_nbytes(),
+            read_nbytes=self.reader.read_nbytes(),
             written_nbytes=sum(store.written_nbytes for store in stores),
             sent_nbytes=there.sent_nbytes if there is not None else 0,
             fetched_nbytes=there.fetched_nbytes if there is not None else 0,
             appended_nbytes=sum(table.written_nbytes for _, table, _ in both),
             copied_nbytes=sum(table.copied_nbytes for _, table, _ in both),
+            codec=self.codec,
         )
 
     def close(self) -> None:
         """Stop reads and writes, remove the files, give all memory back. More than once does no harm."""
-        self._closed = True
-        memory, self._memory, self._reading = self._memory, None, None
-        self._crossing = None
-        self._stores = [None] * self._layers
-        device, self._device = self._device, None
+        with self._making:
+            self._closed = True
+            memory, self._memory = self._memory, None
+            self.reader.closes()
+            self._stores[:] = [None] * self._layers
+            device, self._device = self._device, None
         try:
             if memory is not None:
                 memory.close()
@@ -342,28 +240,26 @@ class KvTiers:
                 device.close()
 
     def _make(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> LayerStore:
-        self._require_open()
         if keys.dtype != values.dtype:
             raise UsageError(f"keys are {keys.dtype} and values {values.dtype}: they are kept in blocks of one dtype")
-        if self._memory is None:
-            self._memory = KvMemory(
-                self.budget,
-                layers=self._layers,
-                folder=self._folder,
-                owner=f"keys and values {id(self):x}",
-                device=self._device,
-            )
-        layout = self._layout(number, keys, values)
-        rows = keys.shape[0]
-        paddings = self.paddings_of(number, rows)
-        chooses = number >= self._dense_layers
-        store = self._stores[number] = LayerStore(number, layout, self._memory, paddings, chooses=chooses)
+        with self._making:
+            self._require_open()
+            if self._memory is None:
+                self._memory = KvMemory(
+                    self.budget,
+                    layers=self._layers,
+                    folder=self._folder,
+                    owner=f"keys and values {id(self):x}",
+                    device=self._device,
+                )
+            layout = self._layout(number, keys, values)
+            paddings = self.paddings_of(number, keys.shape[0])
+            chooses = number >= self._dense_layers
+            store = LayerStore(number, layout, self._memory, paddings, chooses=chooses)
+            self.reader.opens(store, self._memory)
+            self._stores[number] = store
         if self.paddings is None:
             self.paddings = paddings
-        if self._memory.device is not None:
-            if self._crossing is None:
-                self._crossing = Crossing(self._memory.device, self._memory.arena, self._balance, layout.slot_nbytes)
-            store.piece_blocks = self._crossing.piece_blocks(layout.slot_nbytes)
         return store
 
     def _layout(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> BlockLayout:
@@ -377,39 +273,3 @@ class KvTiers:
         if self.codec is None:
             return BlockLayout(dtype=keys.dtype, **known)
         return CodedLayout(dtype=keys.dtype, codec=self.codec, **known)
-
-    def _reads(self, store: LayerStore, *, ahead: bool) -> Iterator[tuple[Piece, torch.Tensor]]:
-        if not store.placement().on_disk:
-            return iter(())
-        stores = [one for one in self._stores if one is not None]
-        return self._ahead(store).blocks(stores, stores.index(store), ahead=ahead)
-
-    def _ahead(self, store: LayerStore) -> ReadAhead:
-        if self._reading is None:
-            assert self._memory is not None
-            self._reading = ReadAhead(self._memory, store.layout.slot_nbytes)
-        return self._reading
-
-    def _beginnings(self, store: LayerStore) -> Iterator[Blocks]:
-        for part in store.beginnings():
-            yield self._beginning(store, part)
-
-    def _beginning(self, store: LayerStore, part: Beginning) -> Blocks:
-        grown = store.grown(part)
-        if grown is None:
-            slots = self._ahead(store).block(store, part.slot)
-            grown = store.layout.keys(slots), store.layout.values(slots)
-        keys, values = grown
-        rows, positions = torch.tensor([[part.row]]), torch.tensor([[part.position]])
-        span = Span(first=0, rows=rows, positions=positions, alike=(part.row,))
-        return keys[:, :, : part.tokens], values[:, :, : part.tokens], (span,)
-
-    def _forget_reads(self) -> None:
-        if self._reading is not None:
-            self._reading.forget()
-
-
-def _nothing(wanted: dict[int, int]) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Of a layer that has nothing on disk yet."""
-    assert not wanted
-    return iter(())

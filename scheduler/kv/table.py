@@ -121,6 +121,13 @@ class BlockTable:
             return None
         return Part(block=self._rows[row].blocks[group][at], position=padding + at * size, tokens=tokens)
 
+    def alike(self) -> tuple[int, ...]:
+        """For each row, the first one that is the same so far: of as much padding, and with all blocks shared."""
+        found: list[int] = []
+        for row, record in enumerate(self._rows):
+            found.append(next((one for one in sorted(set(found)) if self._rows[one] == record), row))
+        return tuple(found)
+
     def pad(self, row: int, padding: int) -> None:
         """More of a row's beginning turns out to be padding: a prompt in pieces tells so as they come.
 
@@ -177,7 +184,7 @@ class BlockTable:
     def crop(self, positions: int) -> None:
         """Forget all but so many positions of every row."""
         self._require_settled("crop")
-        size = self.shape.block_tokens
+        size, longest = self.shape.block_tokens, max(self._positions)
         for group, now in enumerate(self._positions):
             self._positions[group] = min(now, max(positions, 0))
             for row in range(self.rows):
@@ -186,6 +193,9 @@ class BlockTable:
                 for block in blocks[kept:]:
                     self._leave(block)
                 del blocks[kept:]
+        if positions < longest:  # where padding was cropped, tokens may come the next time
+            for record in self._rows:
+                record.padding = min(record.padding, max(positions, 0))
 
     def reorder(self, sources: Sequence[int]) -> None:
         """Row i goes on as a copy of what row `sources[i]` is now. There may be more rows than before, or fewer.

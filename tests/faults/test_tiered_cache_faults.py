@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import penstock
+from penstock.memory.disk import Transfer
+from penstock.memory.ledger import process_ledger
+from penstock.runtime.kv.spill import arrive
 
 CONFIG = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2}
@@ -31,9 +35,17 @@ class Drive:
         self.left = 0
         self.only = ""
         """A part of the names of those files."""
+        self.goes = threading.Event()
+        """Reads wait for it."""
+        self.goes.set()
+        self.stuck = threading.Event()
+        """Whether one ever waited."""
 
     def read(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         self._fail(fd, self.read_error)
+        if not self.goes.is_set():
+            self.stuck.set()
+            assert self.goes.wait(60)
         return os.preadv(fd, buffers, offset)
 
     def write(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -115,6 +127,55 @@ def test_after_an_error_a_cache_that_was_not_reset_is_refused(model: Any, cache:
         drive.read_error = 0
         with pytest.raises(penstock.PenstockError, match=r"interrupted by an error.*reset it"):
             model(input_ids=IDS[:, :1], past_key_values=cache)
+
+
+def test_a_cache_that_is_closed_while_it_is_read_gives_nothing(model: Any, cache: Any, drive: Drive) -> None:
+    """What waits for the drive is cancelled then, and its buffers hold what they held before."""
+    met: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            with torch.no_grad():
+                model(input_ids=IDS[:, :1], past_key_values=cache)
+        except BaseException as error:
+            met.append(error)
+
+    with torch.no_grad():
+        model(input_ids=IDS[:, :1], past_key_values=cache)
+        engine = cache.tiers._memory.engine
+        engine.threads = 1  # one read is at the drive, and others wait
+        model(input_ids=IDS, past_key_values=cache)
+    drive.goes.clear()
+    calling, closing = threading.Thread(target=call), threading.Thread(target=cache.close)
+    calling.start()
+    assert drive.stuck.wait(60)
+    until_s = time.monotonic() + 60
+    while engine.statistics().queued < 2 and time.monotonic() < until_s:
+        time.sleep(0.001)
+    closing.start()
+    while not all(one._closed for one in engine._drives.values()) and time.monotonic() < until_s:
+        time.sleep(0.001)
+    drive.goes.set()
+    for thread in (calling, closing):
+        thread.join(60)
+    assert [type(error) for error in met] == [penstock.ClosedError]
+    transfer = Transfer(1)
+    transfer.cancel()
+    transfer.part_done(None)
+    assert transfer.wait(), "a drive says no more than that it is done with it"
+    with pytest.raises(penstock.ClosedError, match="closed while it was read"):
+        arrive(transfer)
+
+
+def test_a_cache_that_is_closed_stays_so(model: Any, cache: Any) -> None:
+    """Whoever was about to add the first tokens of a layer does not make its memory anew."""
+    keys = torch.zeros(1, 2, 4, 8)
+    cache.tiers.append(0, keys, keys)
+    cache.close()
+    held = process_ledger().reserved("host")
+    with pytest.raises(penstock.ClosedError, match="make a new one"):
+        cache.tiers.append(1, keys, keys)
+    assert process_ledger().reserved("host") == held == 0
 
 
 def test_no_folder_to_write_to(model: Any, drive: Drive, tmp_path: Path) -> None:

@@ -346,6 +346,8 @@ def test_a_cache_that_is_dropped_frees_its_memory(tmp_path: Path) -> None:
 def test_arguments() -> None:
     model = model_of(llama)
     with pytest.raises(penstock.UsageError, match="no memory of its own"):
-        penstock.TieredCache(model.config, max_memory={"device": "1GiB"})
+        penstock.TieredCache(model.config, max_memory={"device": "1GiB", "host": "1GiB"}, device="cpu")
+    with pytest.raises(penstock.UsageError, match="say how much host memory"):
+        penstock.TieredCache(model.config, max_memory={"device": "1GiB"}, device="cpu")
     with pytest.raises(penstock.UsageError, match="block_tokens is 0"):
         penstock.TieredCache(model.config, max_memory={"host": "1MiB", "disk": 0}, block_tokens=0)

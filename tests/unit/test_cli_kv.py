@@ -6,6 +6,7 @@ import io
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ import pytest
 from transformers import TextStreamer
 
 from penstock.cli import main
+from penstock.cli.kv_option import CODECS
+from penstock.kernels.kv_codec import BITS
+from penstock.memory.capacity import host_capacity
+from penstock.memory.ledger import process_ledger
+from penstock.runtime.kv.prefixchoice import PrefixCosts
+from penstock.scheduler.kv.reuse import ReadTime
 
 KV = "host=2MiB,disk=64MiB"
 PROMPT = ",".join(str(1 + at % 90) for at in range(400))
@@ -90,6 +97,9 @@ def test_a_run_with_keys_and_values_on_a_device(checkpoint: Path, capsys: pytest
         (("--context", "3"), "--context 3 is less than the 68 tokens"),
         (("--kv-policy", "window:100"), "add --kv"),
         (("--kv", "host=1GiB", "--kv-policy", "best"), "use exact, window"),
+        (("--kv", "device=1GiB,host=1GiB", "--kv-codec", "int4"), "beside --kv-codec int4"),
+        (("--kv-codec", "int8"), "add --kv"),
+        (("--kv", "host=1GiB", "--kv-codec", "fp8"), "use int8 or int4"),
     ],
 )
 def test_what_is_refused(
@@ -117,9 +127,47 @@ def test_a_policy_is_named_lossy_and_says_what_it_kept(
     assert "LOSSY policy window:100" in capsys.readouterr().err
 
 
+def test_a_codec_is_named_lossy_and_keeps_no_conversations(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], chat: Callable[..., int]
+) -> None:
+    assert tuple(BITS) == CODECS
+    found = {}
+    for options in ((), ("--kv-codec", "int4")):
+        assert run(checkpoint, "--prompt-ids", PROMPT, "--max-new-tokens", "2", "--kv", KV, *options) == 0
+        out, error = capsys.readouterr()
+        kv = json.loads(out)["kv"]
+        found[kv["codec"]] = kv["host_nbytes"] + kv["disk_nbytes"]
+        assert ("LOSSY codec int4" in error) is bool(options)
+    assert 0 < found["int4"] <= found[None] / 2  # slots are whole pages
+    assert chat("word " * 80, options=("--kv-codec", "int8")) == 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert "conversations are not kept: a prefix store has keys and values as they were made" in error
+    assert "LOSSY codec int8" in error
+    assert chat("word", options=("--kv-codec", "int8", "--store", "there")) == 2
+    assert "or the codec" in " ".join(capsys.readouterr().err.split())
+
+
 def test_too_little_memory_is_said_with_what_to_change(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(checkpoint, "--prompt-ids", "1,2,3,4", "--kv", "host=64KiB") == 3
     assert "Raise the budget of the cache" in capsys.readouterr().err
+
+
+def test_a_plan_leaves_host_memory_for_keys_and_values(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = replace(host_capacity(), available_nbytes=2**31, obtainable_nbytes=2**31)
+    monkeypatch.setattr("penstock.runtime.tiers.host_capacity", lambda: there)
+    where = ("--device", "emulated:h2d=1GiB/s,d2h=1GiB/s", "--max-memory", "device=4MiB")
+    common = ("--prompt-ids", "1,2,3", "--max-new-tokens", "1", *where)
+    found = []
+    for options in ((), ("--kv", "host=256MiB"), ("--kv", "host=256MiB,disk=1GiB", "--kv-codec", "int8")):
+        assert run(checkpoint, *common, *options) == 0
+        found.append(json.loads(capsys.readouterr().out)["plan"]["host_budget_nbytes"])
+    assert found[0] - found[1] == pytest.approx(0.9 * 256 * 2**20, abs=1)
+    assert found[1] == found[2]
+    assert run(checkpoint, *common, "--kv", "host=3GiB") == 3
+    assert "keys and values (--kv) needs 3.00 GiB of host memory; 2.00 GiB" in " ".join(capsys.readouterr().err.split())
+    assert process_ledger().reserved("host") == 0
 
 
 def test_turns_go_on_and_conversations_are_kept(chat: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,6 +183,24 @@ def test_turns_go_on_and_conversations_are_kept(chat: Callable[..., int], capsys
     out, error = capsys.readouterr()
     assert out == expected
     assert error.count("tokens were read, and are not computed again") == 1
+
+
+def test_what_is_computed_faster_than_read_is_computed(
+    chat: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Instant:
+        def call_s(self, before: int, tokens: int) -> float:
+            return 0.0
+
+    slow = PrefixCosts(prefill=Instant(), reading=ReadTime(rate=1.0))
+    monkeypatch.setattr("penstock.cli.conversation.prefix_costs", lambda model, folder: slow)
+    said = []
+    for options in ((), (), ("--always-read",)):
+        assert chat("word " * 80, options=options) == 0
+        said.append(capsys.readouterr())
+    assert said[0].out == said[1].out == said[2].out
+    computed, read = "tokens that are stored are computed again", "tokens were read, and are not computed again"
+    assert [(computed in one.err, read in one.err) for one in said] == [(False, False), (True, False), (False, True)]
 
 
 def test_a_small_budget_gives_the_same(chat: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

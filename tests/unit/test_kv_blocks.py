@@ -119,7 +119,7 @@ def test_any_order_of_what_can_happen(tiers_of: Callable[..., KvTiers], seed: in
                     paddings=tiers.paddings_of(layer, rows),
                     before=before,
                 )
-                out = attend(asked, tiers.blocks(layer, queries=2 * count))
+                out = attend(asked, tiers.reader.blocks(layer, queries=2 * count))
                 tiers.append(layer, keys, values)
                 plain[layer].append(keys, values)
                 torch.testing.assert_close(out, plain[layer].attention(query, count), atol=2e-6, rtol=1e-5)
@@ -136,7 +136,7 @@ def test_any_order_of_what_can_happen(tiers_of: Callable[..., KvTiers], seed: in
             rows = len(order)
         if choose.random() < 0.3 and tiers.store(0) is not None:
             for layer in range(LAYERS):
-                keys, values = tiers.whole(layer)
+                keys, values = tiers.reader.whole(layer)
                 assert torch.equal(keys, plain[layer].keys)
                 assert torch.equal(values, plain[layer].values)
     figures = tiers.statistics()
@@ -163,7 +163,7 @@ def test_explicit_masks_are_cut_to_blocks(tiers_of: Callable[..., KvTiers]) -> N
         for heads in (1, 2 * HEADS):
             mask = torch.rand(2, heads, count, before + count, generator=draw) < 0.5
             asked = Asked(query=query, keys=keys, values=values, scale=0.3, mask=mask, paddings=(0, 0), before=before)
-            out = attend(asked, tiers.blocks(0))
+            out = attend(asked, tiers.reader.blocks(0))
             all_keys, all_values = torch.cat([plain.keys, keys], 2), torch.cat([plain.values, values], 2)
             expected, _ = attention_partial.reference(
                 query, all_keys.repeat_interleave(2, 1), all_values.repeat_interleave(2, 1), scale=0.3, mask=mask
@@ -182,7 +182,7 @@ def test_sinks_take_a_part_of_the_attention(tiers_of: Callable[..., KvTiers]) ->
     keys, values = (torch.cat([a, b], 2).repeat_interleave(2, 1) for a, b in zip(old, new, strict=True))
     scores = torch.cat([query @ keys.transpose(2, 3) * 0.3, sinks.view(1, 4, 1, 1)], dim=3)
     expected = scores.softmax(dim=3)[..., :-1] @ values
-    torch.testing.assert_close(attend(asked, tiers.blocks(0)), expected.transpose(1, 2), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(attend(asked, tiers.reader.blocks(0)), expected.transpose(1, 2), atol=2e-6, rtol=1e-5)
 
 
 def test_other_tokens_than_the_layer_has_are_refused(tiers_of: Callable[..., KvTiers]) -> None:

@@ -14,7 +14,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 import penstock
 from penstock.runtime.kv.layer import Way
 from penstock.runtime.kv.probe import probe
-from penstock.runtime.kv.tiers import KvTiers
+from penstock.runtime.kv.reader import KvReader
 
 SHAPE = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -98,10 +98,10 @@ def test_a_cache_that_is_filled_first(kind: Any, cache_of: Any, monkeypatch: pyt
     cache = cache_of(stranger)
     assert {layer.way for layer in cache._tiered} == {Way.UNKNOWN}
     for number in range(2):
-        cache.tiers.append(number, *before.tiers.whole(number))
+        cache.tiers.append(number, *before.tiers.reader.whole(number))
     cache.look_at(stranger)
     if kind is LlamaForCausalLM:
-        monkeypatch.setattr(KvTiers, "whole", None)  # nothing is put together any more
+        monkeypatch.setattr(KvReader, "whole", None)  # nothing is put together any more
     with torch.no_grad():
         got = stranger(input_ids=ids[:, 8:], past_key_values=cache).logits
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)

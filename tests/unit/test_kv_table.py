@@ -94,10 +94,13 @@ class Machine(RuleBasedStateMachine):
     @rule(positions=st.integers(0, 40))
     def crop(self, positions: int) -> None:
         self.table.crop(positions)
+        longest = max(self.lengths)
         self.lengths = [min(length, positions) for length in self.lengths]
         for row, padding in enumerate(self.paddings):
             for group in (0, 1):
                 del self.rows[row][group][max(0, positions - padding) :]
+        if positions < longest:
+            self.paddings = [min(padding, positions) for padding in self.paddings]
 
     @precondition(lambda self: not self.dirty)
     @rule(data=st.data())
@@ -119,6 +122,8 @@ class Machine(RuleBasedStateMachine):
     def clear(self) -> None:
         self.table.clear()
         self.rows = [[[], []] for _ in self.rows]
+        if any(self.lengths):
+            self.paddings = [0 for _ in self.paddings]
         self.lengths = [0, 0]
         self.dirty.clear()
         self.copying.clear()
@@ -490,3 +495,21 @@ def test_padding_may_become_known_in_pieces_but_not_after_tokens() -> None:
     table.append(0, 3)
     table.settle(0)
     assert [part.tokens for part in table.parts(0, 0)] == [1]
+    table.crop(4)
+    assert (table.padding(0), table.padding(1)) == (4, 0), "what was cropped may come as tokens"
+    table.append(0, 2)
+    table.settle(0)
+    assert [part.tokens for part in table.parts(0, 0)] == [2]
+
+
+def test_rows_that_are_alike_have_the_same_blocks_and_padding() -> None:
+    table = BlockTable(shape(1), tiers(16), [0, 0, 2, 2])
+    assert table.alike() == (0, 0, 2, 2)
+    table.append(0, 6)
+    table.settle(0)
+    assert table.alike() == (0, 1, 2, 3)
+    table.reorder([1, 0, 1, 3])
+    assert table.alike() == (0, 1, 0, 3)
+    table.append(0, 1)
+    table.settle(0)
+    assert table.alike() == (0, 1, 2, 3)

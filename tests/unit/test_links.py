@@ -16,7 +16,8 @@ from penstock.runtime.calibration.cache import CalibrationCache
 from penstock.runtime.calibration.fingerprint import fingerprint
 from penstock.runtime.devices.cpu import CpuDevice
 from penstock.runtime.devices.emulated import EmulatedDevice, Rates
-from penstock.runtime.links import LinkCache, _calibrated, disk_read_rate, link_rate
+from penstock.runtime.links import LinkCache, _calibrated, disk_read_rate, folder_read_time, link_rate
+from penstock.scheduler.kv.reuse import ReadTime
 
 
 @pytest.fixture
@@ -105,6 +106,7 @@ def test_a_calibration_comes_first(tmp_path: Path, emulated: EmulatedDevice) -> 
     cache = calibrated(tmp_path, emulated, "emulated:h2d=4294967296")
     drive = calibration().hardware.drives[0]
     assert disk_read_rate([str(path)], cache, emulated) == drive.read.at(CHUNK)
+    assert folder_read_time(tmp_path, cache, emulated) == ReadTime(rate=drive.read.at(CHUNK), start_s=drive.latency_s)
     assert link_rate(emulated, cache) == pytest.approx(25 * 2**30)
     assert link_rate(emulated, cache, back=True) == pytest.approx(24 * 2**30)
     assert link_rate(CpuDevice(), cache) is None
@@ -121,6 +123,8 @@ def test_a_stale_calibration_is_not_used(tmp_path: Path) -> None:
     device = CpuDevice()
     cache = calibrated(tmp_path, device, "cpu", age_s=40 * 86400)
     cache.put(f"disk:{path.stat().st_dev}", 123.0)
+    assert folder_read_time(tmp_path, cache, device) == ReadTime(rate=123.0)
+    assert folder_read_time(tmp_path, LinkCache(tmp_path / "no.json"), device) is None
     assert disk_read_rate([str(path)], cache, device) == 123.0
 
 
