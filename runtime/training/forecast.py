@@ -24,6 +24,7 @@ from ...scheduler.trainstep import predict
 from ...scheduler.updating import ON_CPU, UpdateShares
 from ..activations.store import LEAST_BUFFER, LEAVING, ActivationStore
 from ..adapterbones import add_adapters
+from ..experts.layers import fused_experts
 from ..feeding import UnknownInputError, with_context
 from ..foresight import Foresight, Room, device_name
 from ..headroom import FRAMEWORK
@@ -46,7 +47,7 @@ from .roomplan import TrainingRoom, adapter_room, moves_activations, plan_room
 from .run import Activations, Settings
 from .selection import beside_blocks, shards_in
 from .shards import Shard
-from .trained import Trained
+from .trained import Trained, trained_as
 from .updateshares import update_shares
 from .weighed import weighing
 
@@ -133,7 +134,8 @@ class TrainingForesight:
     def trained(self) -> tuple[Trained, ...]:
         """What is trained, in the order of `parameters()`. Nothing looks at strides before there are weights."""
         named = self._plain.named_parameters()
-        return tuple(Trained(name=name, parameter=p, stride=()) for name, p in named if p.requires_grad)
+        experts = fused_experts(self._plain)
+        return tuple(trained_as(name, p, (), experts) for name, p in named if p.requires_grad)
 
     def forecast(self, hardware: Hardware, work: TrainingWork, *, room: Room | None = None) -> TrainingForecast:
         """Plan the model and simulate a step.

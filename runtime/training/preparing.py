@@ -115,8 +115,10 @@ def go_on(
         only_trained(model, state.names)
         trained = find_trained(model, machinery)
         choice = choice_of(state)
-        shards = shards_of(trained, machinery)
-        if identity_of(trained, shards, state.mathematics) != store.identity:
+        cuts = (shards_of(trained, machinery, by_expert=by_expert) for by_expert in (True, False))
+        known = (cut for cut in cuts if identity_of(trained, cut, state.mathematics) == store.identity)
+        shards = next(known, None)
+        if shards is None:
             raise UsageError(
                 f"{folders.states[0]} belongs to another model: its parameters have other names, shapes or places. "
                 "Give the one that the run was begun with"
