@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..memory.arena import AnyArena
+from ..memory.arena import AnyArena, Slot
 from ..memory.errors import ClosedError, ForkError, UsageError
 from ..scheduler.executor import WATCH_S, Executor
 from ..scheduler.lease import Lease
 from ..scheduler.mover import Event
+from .arrears import Arrears
 from .binding import Binding
 from .calls import Frame, RootCall
 from .devices.base import Device
@@ -87,6 +88,7 @@ class Session:
         """Told when the CPU gives weights back."""
         self.on_cpu: OnCpu | None = None  # set where parts of the model are computed from host memory
         self.experts: ExpertRunner | None = None  # set where experts are blocks of their own
+        self.arrears: Arrears | None = None  # set where parts of weights may be behind their steps
         self.pid = os.getpid()
         self.closed = False
 
@@ -289,7 +291,8 @@ class Session:
                     self.returned.wait()
                 try:
                     for bound in binding.tensors:
-                        self.appear(bound.parameter)
+                        if self.arrears is None or not self.arrears.behind(bound.parameter):
+                            self.appear(bound.parameter)
                     binding.bind(self.arena, slot, flagged=flagged)
                 except BaseException:
                     self._mark_absent(binding)
@@ -348,6 +351,7 @@ class Session:
         try:
             for block in dict.fromkeys(h for p in missing if isinstance(h := self._homes.get(id(p)), int)):
                 leases.append(self.lend(block))
+                self.bring_up_to_date(block)
             result = func(*args, **kwargs)
             if aliases(
                 result, self._base
@@ -361,6 +365,23 @@ class Session:
             return result
         finally:
             self._release(leases)
+
+    def bring_up_to_date(self, block: int, slot: Slot | None = None) -> None:
+        """Have all steps made that parts of a leased block are behind: somebody looks at it who may look at any.
+
+        Args:
+            block: The block.
+            slot: Where it is leased; None where it is lent to its parameters.
+        """
+        if self.arrears is None:
+            return
+        binding = self.bindings[block]
+        at = slot or binding.slot
+        assert at is not None, f"block {block} is not lent"
+        self.arrears.settle(block, at)
+        if binding.uses:
+            for bound in binding.tensors:
+                self.appear(bound.parameter)
 
     def _can_keep(self, leases: list[Lease]) -> bool:
         """Whether slots are to spare for leases that last longer than a call; slots of resident blocks always are."""
