@@ -64,6 +64,7 @@ def _lend(
     lease = machinery.executor.acquire(binding.block, observed=False)
     try:
         session.device.compute_waits(lease.residence.event)
+        session.bring_up_to_date(binding.block, lease.residence.slot)
         views = binding.views(session.arena, lease.residence.slot)
         with session.bind_lock:
             for index in indices:

@@ -191,6 +191,24 @@ class SavedTensors:
         """Whether a segment is running, for the first or the second time."""
         return self._segment is not None or self._again is not None
 
+    @property
+    def runs_again(self) -> bool:
+        """Whether a segment is running for the second time: with what it had for the first."""
+        return self._again is not None
+
+    @contextmanager
+    def unnoticed(self) -> Iterator[None]:
+        """Do something that is no part of the forward."""
+        mode = self._watching
+        if mode is None:
+            yield
+            return
+        before, mode.paused = mode.paused, True
+        try:
+            yield
+        finally:
+            mode.paused = before
+
     @contextmanager
     def within(self, segment: Segment, call: SegmentCall | None = None) -> Iterator[None]:
         """Have what is saved made again later, but for what the plan has held."""

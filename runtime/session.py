@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..memory.arena import AnyArena
+from ..memory.arena import AnyArena, Slot
 from ..memory.errors import ClosedError, ForkError, UsageError
 from ..scheduler.executor import WATCH_S, Executor
 from ..scheduler.lease import Lease
 from ..scheduler.mover import Event
+from .arrears import Arrears
 from .binding import Binding
 from .calls import Frame, RootCall
 from .devices.base import Device
@@ -88,6 +89,7 @@ class Session:
         """Told when the CPU gives weights back."""
         self.on_cpu: OnCpu | None = None  # set where parts of the model are computed from host memory
         self.experts: ExpertRunner | None = None  # set where experts are blocks of their own
+        self.arrears: Arrears | None = None  # set where parts of weights may be behind their steps
         self.pid = os.getpid()
         self.closed = False
 
@@ -287,7 +289,8 @@ class Session:
                     self.returned.wait()
                 try:
                     for bound in binding.tensors:
-                        self.appear(bound.parameter)
+                        if self.arrears is None or not self.arrears.behind(bound.parameter):
+                            self.appear(bound.parameter)
                     binding.bind(self.arena, slot, flagged=flagged)
                 except BaseException:
                     self._mark_absent(binding)
@@ -357,6 +360,23 @@ class Session:
         if not binding.uses:
             for bound in binding.tensors:
                 self.vanish(bound.parameter)
+
+    def bring_up_to_date(self, block: int, slot: Slot | None = None) -> None:
+        """Have all steps made that parts of a leased block are behind: somebody looks at it who may look at any.
+
+        Args:
+            block: The block.
+            slot: Where it is leased; None where it is lent to its parameters.
+        """
+        if self.arrears is None:
+            return
+        binding = self.bindings[block]
+        at = slot or binding.slot
+        assert at is not None, f"block {block} is not lent"
+        self.arrears.settle(block, at)
+        if binding.uses:
+            for bound in binding.tensors:
+                self.appear(bound.parameter)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

@@ -46,6 +46,7 @@ class StrayUses:
         try:
             for block in dict.fromkeys(h for p in missing if isinstance(h := self._homes.get(id(p)), int)):
                 leases.append(session.lend(block))
+                session.bring_up_to_date(block)
             result = func(*args, **kwargs)
             # a view was taken: it must stay valid until the module that took it returns
             if aliases(result, session.base):

@@ -144,7 +144,8 @@ class ActivationKeeper:
         before = self._trail, self._calls, self._records, self._logs, self._own, self._noting
         self._trail, self._calls, self._records, self._logs = Trail(self.store), Counter(), [], []
         self._noting = self._recording
-        self._own = {each.untyped_storage()._cdata for each in self._own_tensors()}
+        with torch._C.DisableTorchFunctionSubclass():  # of weights that are away: asking would bring them, all of them
+            self._own = {each.untyped_storage()._cdata for each in self._own_tensors()}
         self.store.begin_forward()
         try:
             yield

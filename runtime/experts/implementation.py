@@ -14,6 +14,9 @@ REPLACED: Final = "grouped_mm"
 """The implementation whose results ours has, to the bit: what transformers chooses by itself."""
 IMPLEMENTATION: Final = "penstock"
 """Our name in transformers' registry of experts functions."""
+AROUND: Final = "_penstock_around_experts"
+"""In the `__dict__` of a module in training whose experts may be behind: gives the context of a call, of the experts
+that its tokens have chosen."""
 
 
 @dataclass(kw_only=True, slots=True)

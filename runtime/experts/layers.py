@@ -79,6 +79,21 @@ def find_expert_layers(
     return ExpertLayers(routing=routing, layers=tuple(layers))
 
 
+def fused_experts(module: nn.Module) -> dict[str, int]:
+    """How many experts lie in each parameter that holds those of a layer, by its first qualified name.
+
+    It tells them by the class of the module, however they are computed.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found = (_parts(child, True) for child in module.modules())
+    return {names[id(part)]: len(part) for parts in found if parts is not None for part in parts}
+
+
+def fused_parts(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter] | None:
+    """The parameters that hold the experts of a module, which transformers computes with `grouped_mm`; else None."""
+    return _parts(module, False)
+
+
 def shape_of(model: nn.Module, layer: ExpertLayer) -> ExpertShape:
     """Sizes of an expert of a layer."""
     module: Any = model.get_submodule(layer.path)

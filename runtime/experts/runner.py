@@ -36,7 +36,7 @@ from ..devices.base import Device
 from ..dtypes import torch_dtype
 from ..sweep import Sweep
 from .grouped import Grouped, compute_together
-from .implementation import IMPLEMENTATION, put_back, take_over
+from .implementation import AROUND, IMPLEMENTATION, put_back, take_over
 from .layers import shape_of
 from .outlook import outlook_of
 from .placed import PlacedExperts
@@ -166,7 +166,7 @@ class ExpertRunner:
 
     def install(self, module: nn.Module) -> None:
         """Have transformers call this for the layers whose experts are blocks."""
-        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+        register()
         self._shape = shape_of(module, self._placed.layers[0])
         self._tap = RouterTap(module, self._placed.layers, self._placed.routing.experts)
         self.places = self._blocks_before(module)
@@ -292,6 +292,11 @@ def _view(memory: torch.Tensor, slot: Slot, place: Place) -> torch.Tensor:
     return view_of(memory, slot.offset, place, dtype, contiguous_stride(place.shape))[0]
 
 
+def register() -> None:
+    """Let transformers know our function by its name."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
 def experts_forward(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -300,6 +305,11 @@ def experts_forward(
     Where gradients pass through, weights would have to stay until backward: the whole layer is gathered, beyond the
     budget.
     """
+    around = module.__dict__.get(AROUND)
+    if around is not None:
+        with around(top_k_index):
+            trained: torch.Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
+        return trained
     found = module.__dict__.get(_MARK)
     passes = torch.is_grad_enabled() and (
         hidden_states.requires_grad

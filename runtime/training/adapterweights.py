@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
+from ...memory.arena import Slot
 from .trained import Trained
 
 
@@ -43,6 +44,14 @@ class AdapterWeights:
         for name, home in self._homes.items():
             if self._host[name] is not home:
                 home.copy_(self._host[name])
+
+    def begin_lent(self, block: int, slot: Slot) -> Mapping[str, torch.Tensor]:
+        """They are in no slot."""
+        raise AssertionError(f"block {block} of adapters is not lent")
+
+    def end_lent(self, block: int, slot: Slot, changed: Sequence[tuple[str, int, int]]) -> None:
+        """They are in no slot."""
+        raise AssertionError(f"block {block} of adapters is not lent")
 
     def value(self, name: str) -> torch.Tensor:
         """A parameter's present weights in fp32, flat, as they lie in memory."""

@@ -16,11 +16,13 @@ from ..build import Machinery
 from ..launch import scratch_files
 from .adapterweights import AdapterWeights
 from .blockchanges import BlockChanges
+from .catchup import CatchUp
 from .departures import Departures
 from .deviceupdates import DeviceUpdates
 from .gradientroom import GradientPool, GradientRoom
 from .gradients import Gradients
 from .intake import GradientIntake
+from .owing import Owing
 from .pipeline import ShardPipeline
 from .room import waiting_blocks
 from .roomplan import TrainingRoom
@@ -94,6 +96,8 @@ def assemble(
             device=_device_updates(machinery, kernel, shards, room, arrays=arrays),
             on_device=room.on_device,
         )
+        owing = _owing(machinery, trained, shards, settings, room, weights, spill, arrays=arrays)
+        updater = _updater(machinery, shards, pipeline, changes, intake, owing)
         training = Training(
             machinery=machinery,
             trained=trained,
@@ -101,14 +105,55 @@ def assemble(
             shards=shards,
             pipeline=pipeline,
             weights=weights,
-            updater=Updater(
-                executor=machinery.executor, shards=shards, pipeline=pipeline, changes=changes, used=intake.release
-            ),
+            updater=updater,
             behind=room.behind,
             counts=counts,
+            catch_up=None if owing is None else CatchUp(machinery, trained, owing, updater),
         )
         made.pop_all()
         return training
+
+
+def _updater(
+    machinery: Machinery,
+    shards: Sequence[Shard],
+    pipeline: ShardPipeline,
+    changes: BlockChanges,
+    intake: GradientIntake,
+    owing: Owing | None,
+) -> Updater:
+    return Updater(
+        executor=machinery.executor,
+        shards=shards,
+        pipeline=pipeline,
+        changes=changes,
+        used=intake.release,
+        owing=owing,
+    )
+
+
+def _owing(
+    machinery: Machinery,
+    trained: Sequence[Trained],
+    shards: Sequence[Shard],
+    settings: Settings,
+    room: TrainingRoom,
+    weights: Weights,
+    spill: GradientSpill | None,
+    *,
+    arrays: int,
+) -> Owing | None:
+    """Which shards of experts may wait until somebody needs them; None where none may.
+
+    Beside a device apart, with updates that backward begins, a gradient need not be there yet when its update is.
+    """
+    if not isinstance(weights, TrainedWeights) or (machinery.device.separate and settings.updates == "backward"):
+        return None
+    moving = {shard.id for shard in shards}.difference(room.resident)
+    owing = Owing(trained=trained, shards=shards, moving=moving, arrays=arrays, home=weights, spill=spill)
+    if spill is not None:
+        spill.watched = frozenset(owing.parameters)
+    return owing if owing.parameters else None
 
 
 def _spill(

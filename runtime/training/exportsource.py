@@ -12,15 +12,16 @@ from ...memory.layout import ITEMSIZE
 from ..backing import ModuleBacking
 from ..binding import contiguous_stride
 from ..dtypes import stored_dtype
+from ..experts.layers import fused_experts
 from ..partition import cut, streamable
 from ..phases import once_per_answer
 from ..pretrained import Skeleton, skeleton
 from .exported import ExportedTensor
 from .preparing import identity_of
 from .run import RunState
-from .selection import beside_blocks
+from .selection import beside_blocks, experts_of
 from .shards import Shard, cut_shards
-from .trained import Trained
+from .trained import Trained, trained_as
 
 
 def bones_of(state: RunState, source: str | None, dtype: str | torch.dtype, trust_remote_code: bool) -> Skeleton:
@@ -49,9 +50,9 @@ def of_checkpoint(bones: Skeleton, state: RunState, identity: str) -> tuple[list
     parameters = {name: p for name, p in streamable(bones.model).items() if name in bones.sources}
     required(state.names, parameters)
     sizes = {name: p.numel() * ITEMSIZE[stored_dtype(bones.dtypes[name])] for name, p in parameters.items()}
+    experts = fused_experts(bones.model)
     trained = [
-        Trained(name=name, parameter=parameters[name], stride=contiguous_stride(parameters[name].shape))
-        for name in state.names
+        trained_as(name, parameters[name], contiguous_stride(parameters[name].shape), experts) for name in state.names
     ]
     return trained, _cut_again(bones.model, sizes, trained, state, identity)
 
@@ -67,12 +68,14 @@ def of_module(
     parameters = streamable(module)
     required(state.names, parameters)
     backing = ModuleBacking(parameters)
+    experts = fused_experts(module)
     # Beside frozen weights parameters are made contiguous before they are trained; in blocks they lie as they lay.
     trained = [
-        Trained(
-            name=name,
-            parameter=parameters[name],
-            stride=contiguous_stride(parameters[name].shape) if state.frozen else backing.stride(name),
+        trained_as(
+            name,
+            parameters[name],
+            contiguous_stride(parameters[name].shape) if state.frozen else backing.stride(name),
+            experts,
         )
         for name in state.names
     ]
@@ -115,9 +118,10 @@ def _cut_again(
         partition = cut(model, sizes, limit=state.limit_nbytes, tables=set(), apart=once_per_answer(model))
         groups = [partition.small.names, *(group.names for group in partition.groups)]
         blocks = {block: [number[name] for name in names if name in number] for block, names in enumerate(groups)}
-        shards = cut_shards([each.elements for each in trained], blocks)
-        if identity_of(trained, shards, state.mathematics) == identity:
-            return shards
+        for by_expert in (True, False):  # runs of before are cut without regard to experts
+            shards = cut_shards([each.elements for each in trained], blocks, experts=experts_of(trained, by_expert))
+            if identity_of(trained, shards, state.mathematics) == identity:
+                return shards
     raise refuse_other()
 
 

@@ -25,6 +25,7 @@ from ...scheduler.updating import ON_CPU, UpdateShares
 from ...scheduler.weighing import Weighing
 from ..activations.store import LEAST_BUFFER, ActivationStore
 from ..adapterbones import add_adapters
+from ..experts.layers import fused_experts
 from ..feeding import UnknownInputError, with_context
 from ..foresight import Foresight, Room, device_name
 from ..headroom import FRAMEWORK
@@ -49,7 +50,7 @@ from .savedcount import forward_saves
 from .saves import ForwardSaves
 from .selection import beside_blocks, shards_in
 from .shards import Shard
-from .trained import Trained
+from .trained import Trained, trained_as
 from .updateshares import update_shares
 from .weighed import weighing
 
@@ -144,7 +145,8 @@ class TrainingForesight:
     def trained(self) -> tuple[Trained, ...]:
         """What is trained, in the order of `parameters()`. Nothing looks at strides before there are weights."""
         named = self._plain.named_parameters()
-        return tuple(Trained(name=name, parameter=p, stride=()) for name, p in named if p.requires_grad)
+        experts = fused_experts(self._plain)
+        return tuple(trained_as(name, p, (), experts) for name, p in named if p.requires_grad)
 
     def forecast(self, hardware: Hardware, work: TrainingWork, *, room: Room | None = None) -> TrainingForecast:
         """Plan the model and simulate a step.

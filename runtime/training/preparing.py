@@ -87,7 +87,7 @@ def attach(
         training = assemble(machinery, trained, shards, store, choice.kernel, scratches, settings, room, arrays=arrays)
         made.callback(training.close)
         training.write_masters(master_of(machinery, trained))
-        finish_before_export(model, training)
+        look_before(model, training)
         optimizer = StreamedOptimizer(training, choice, store, model=model, origin=origin, settings=settings)
         tell(model, machinery, room)
         arrange_activations(model, machinery, settings, room, scratch_files(scratches, "activations.bin"), cache)
@@ -115,8 +115,10 @@ def go_on(
         only_trained(model, state.names)
         trained = find_trained(model, machinery)
         choice = choice_of(state)
-        shards = shards_of(trained, machinery)
-        if identity_of(trained, shards, state.mathematics) != store.identity:
+        cuts = (shards_of(trained, machinery, by_expert=by_expert) for by_expert in (True, False))
+        known = (cut for cut in cuts if identity_of(trained, cut, state.mathematics) == store.identity)
+        shards = next(known, None)
+        if shards is None:
             raise UsageError(
                 f"{folders.states[0]} belongs to another model: its parameters have other names, shapes or places. "
                 "Give the one that the run was begun with"
@@ -138,7 +140,7 @@ def go_on(
         )
         made.callback(training.close)
         training.weights_from_masters()
-        finish_before_export(model, training)
+        look_before(model, training)
         restore_buffers(model, state.buffers)
         optimizer = StreamedOptimizer(
             training, choice, store, model=model, origin=origin, settings=settings, state=state
@@ -287,8 +289,11 @@ def run_folders(disk: Sequence[str]) -> RunFolders:
     return RunFolders(folders=[os.fspath(Path(folder)) for folder in disk])
 
 
-def finish_before_export(model: nn.Module, training: Training) -> None:
-    """Let `state_dict` of the model or of a part wait for the step that is being carried out."""
+def look_before(model: nn.Module, training: Training) -> None:
+    """Let `state_dict` of the model or of a part wait for the step that is being carried out, and experts for what they
+    are behind."""
+    if training.catch_up is not None:
+        training.catch_up.install(model)
 
     def finish(*_: object) -> None:
         training.finish()

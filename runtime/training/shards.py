@@ -2,12 +2,14 @@
 
 A shard belongs to one block of weights, and holds some arrays of equal length, one after the other, each starting on a
 page: the masters, then the optimizer's states. Its elements are those of one or several parameters of the block, or
-some of a large one. Parameters are cut at multiples of GRAIN elements.
+some of a large one. Parameters are cut at multiples of GRAIN elements. One that holds the experts of a layer is cut
+where one of them ends, as nearly as that allows, so that those which had no token can be left where they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -58,32 +60,60 @@ class Shard:
         return round_up(4 * self.elements)
 
 
-def cut_shards(sizes: Sequence[int], blocks: Mapping[int, Sequence[int]], *, most: int = ELEMENTS) -> tuple[Shard, ...]:
+def cut_shards(
+    sizes: Sequence[int],
+    blocks: Mapping[int, Sequence[int]],
+    *,
+    most: int = ELEMENTS,
+    experts: Sequence[int] = (),
+) -> tuple[Shard, ...]:
     """Cut all parameters into shards, block by block.
 
     Args:
         sizes: Elements of each parameter.
         blocks: The parameters of each block of weights, in the order in which they are to be updated.
         most: Elements of a shard, at most; a multiple of GRAIN.
+        experts: How many experts lie in each parameter, one after the other: it has shards of its own. 0 of others.
     """
     assert most % GRAIN == 0, most
     shards: list[Shard] = []
     for block, parameters in blocks.items():
         pieces: list[Piece] = []
-        filled = 0
         for parameter in parameters:
+            count = experts[parameter] if experts else 0
+            if count:
+                pieces = _end(shards, block, pieces)
+                for start, stop in _expert_spans(sizes[parameter], count, most):
+                    _end(shards, block, [Piece(parameter=parameter, start=start, stop=stop, at=0)])
+                continue
             start = 0
             while start < sizes[parameter]:
+                filled = round_up(pieces[-1].at + pieces[-1].elements, GRAIN) if pieces else 0
                 if filled >= most:
-                    shards.append(Shard(id=len(shards), block=block, pieces=tuple(pieces)))
-                    pieces, filled = [], 0
+                    pieces, filled = _end(shards, block, pieces), 0
                 stop = min(sizes[parameter], start + most - filled)
                 pieces.append(Piece(parameter=parameter, start=start, stop=stop, at=filled))
-                filled = round_up(filled + stop - start, GRAIN)
                 start = stop
-        if pieces:
-            shards.append(Shard(id=len(shards), block=block, pieces=tuple(pieces)))
+        _end(shards, block, pieces)
     return tuple(shards)
+
+
+def _end(shards: list[Shard], block: int, pieces: list[Piece]) -> list[Piece]:
+    """Make a shard of pieces, if there are any. Gives those that the next one has so far: none."""
+    if pieces:
+        shards.append(Shard(id=len(shards), block=block, pieces=tuple(pieces)))
+    return []
+
+
+def _expert_spans(size: int, experts: int, most: int) -> Iterator[tuple[int, int]]:
+    """Where each shard of a parameter of so many experts begins and ends; those of a large expert are of like size."""
+    nearest = ((size * expert // experts + GRAIN // 2) // GRAIN * GRAIN for expert in range(1, experts))
+    edges = sorted({0, size, *(min(edge, size) for edge in nearest)})
+    for begin, end in itertools.pairwise(edges):
+        parts = -(-(end - begin) // most)
+        each = round_up(-(-(end - begin) // parts), GRAIN)
+        for start in range(begin, end, each):
+            yield start, min(start + each, end)
 
 
 def blocks_of(shards: Sequence[Shard], count: int) -> list[int]:

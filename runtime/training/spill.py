@@ -21,6 +21,7 @@ from typing import Final
 
 import torch
 
+from ...kernels.zeros import all_zero
 from ...memory.arena import HostArena, Slot, round_up
 from ...memory.disk import DiskEngine
 from ...memory.errors import ClosedError, DiskError, DoesNotFitError
@@ -102,6 +103,10 @@ class GradientSpill:
         self._dtypes: dict[int, torch.dtype] = {}
         """Of what was written last."""
         self._changed = threading.Condition()
+        self._zero: dict[Piece, bool] = {}
+        """Of pieces of parameters that hold experts: whether there was nothing but zeros in what was written last."""
+        self.watched: frozenset[int] = frozenset()
+        """Those parameters."""
         self._under_way: Counter[int] = Counter()
         """Writes that have not landed, by parameter."""
         self._error: Exception | None = None
@@ -136,7 +141,14 @@ class GradientSpill:
             self._await_written(index)
             self._dtypes[index] = flat.dtype
             for place in self._places[index]:
-                self._write_piece(index, place, flat[place.piece.start : place.piece.stop])
+                values = flat[place.piece.start : place.piece.stop]
+                if index in self.watched:
+                    self._zero[place.piece] = all_zero(values)
+                self._write_piece(index, place, values)
+
+    def is_zero(self, piece: Piece) -> bool:
+        """Whether there is nothing but zeros in a piece of a parameter that is watched, as it was written last."""
+        return self._zero[piece]
 
     def _write_piece(self, index: int, place: _Place, values: torch.Tensor) -> None:
         slot = self._take(index)

@@ -22,6 +22,7 @@ from ...memory.errors import ClosedError, PenstockError, UsageError
 from ...memory.store import Commit
 from ..build import Machinery
 from .blockchanges import Step
+from .catchup import CatchUp
 from .early import BEHIND, EarlySteps, Hypers, NonFiniteGradientError
 from .gradients import Gradients
 from .intake import Gradient
@@ -48,6 +49,7 @@ class Training:
         updater: Changes them.
         behind: Blocks whose gradients wait for their update, before backward waits for that, where that begins them.
         counts: How many updates each parameter has had.
+        catch_up: Makes updates that experts without tokens owe.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Training:
         updater: Updater,
         behind: int = BEHIND,
         counts: Sequence[int] = (),
+        catch_up: CatchUp | None = None,
     ) -> None:
         self.trained = trained
         self.gradients = gradients
@@ -76,6 +79,7 @@ class Training:
         self._names = [each.name for each in trained]
         self._blocks = blocks_of(shards, len(trained))
         """Of each parameter."""
+        self.catch_up = catch_up
         self._last_norm: torch.Tensor | None = None
         self._early: EarlySteps | None = None
         """Where blocks are submitted by backward."""
@@ -296,7 +300,13 @@ class Training:
             PenstockError: as `check`.
         """
         self.check_between()
+        self._drain()
         self._updater.wait()
+
+    def _drain(self) -> None:
+        """Have all updates made that are owed: after those that are under way, and before any that comes."""
+        if self.catch_up is not None:
+            self.catch_up.drain()
 
     def check_between(self) -> None:
         """See that it can go on, and is between two steps. Raises as `finish` does."""
@@ -324,6 +334,7 @@ class Training:
             self.write_out()
             make()
 
+        self._drain()
         self._updater.between(write_out_and_make, failed)
 
     def write_out(self) -> None:
@@ -373,6 +384,8 @@ class Training:
     def close(self) -> None:
         """Give all memory back."""
         self._updater.close()
+        if self.catch_up is not None:
+            self.catch_up.close()
         self.gradients.close()
         self._weights.close()
         self._pipeline.close()

@@ -13,9 +13,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from ...memory.arena import Slot
 from ...memory.errors import PenstockError, StallError
 from ...scheduler.executor import Executor
 from .blockchanges import BlockChanges, Job, Step
+from .owing import Owed, Owing, Todo
 from .pipeline import ShardPipeline
 from .shards import SMALL, Shard
 from .watch import WATCH_S
@@ -41,6 +43,7 @@ class Updater:
         changes: Changes them.
         used: Called for each block that has been changed, before anybody can have its weights: its gradients have been
             used.
+        owing: Which shards may wait for a later step, if any may.
     """
 
     def __init__(
@@ -51,10 +54,12 @@ class Updater:
         pipeline: ShardPipeline,
         changes: BlockChanges,
         used: Callable[[int], None] = lambda _: None,
+        owing: Owing | None = None,
     ) -> None:
         self._executor = executor
         self._pipeline = pipeline
         self._changes = changes
+        self._owing = owing
         changes.on_used = used
         changes.on_done = self._done
         self._shards: dict[int, list[Shard]] = {}
@@ -72,6 +77,9 @@ class Updater:
         """Whether somebody was told of that."""
         self._failure: PenstockError | None = None
         """What those are told who ask for a block."""
+        count = 1 + max((piece.parameter for shard in shards for piece in shard.pieces), default=-1)
+        self._nothing = Step(gradients=[None] * count, hypers=(), counts=(), clip=None)
+        """A step without a gradient."""
         self.waited_s = 0.0
         """That the thread which trains has waited for updates."""
         self._thread = threading.Thread(target=self._run, name="penstock-update", daemon=True)
@@ -92,14 +100,87 @@ class Updater:
                 for shard in self._shards[block]
                 if any(step.gradients[piece.parameter] is not None for piece in shard.pieces)
             ]
-            job = Job(step=step, block=block, left=deque(shards), open=len(shards))
+            todo = Todo(shards=shards) if self._owing is None else self._owing.choose(step, block, shards)
+            if not todo.shards:
+                self._changes.use_up(step, block)
+                continue
+            whole = len(todo.shards) == len(shards)
+            job = Job(
+                step=step, block=block, left=deque(todo.shards), open=len(todo.shards), whole=whole, owed=todo.owed
+            )
             if block != SMALL:
                 self._executor.core.withdraw(block)
-            with self._changed:
-                self._unfinished[block] += 1
-                self._busy = True
-                self._queue.insert(self._first_place() if urgent else len(self._queue), job)
-                self._changed.notify_all()
+            self._put(job, urgent=urgent)
+
+    def _put(self, job: Job, *, urgent: bool) -> None:
+        """Have one done, after all others or before those that may wait."""
+        with self._changed:
+            self._unfinished[job.block] += 1
+            self._busy = True
+            self._queue.insert(self._first_place() if urgent else len(self._queue), job)
+            self._changed.notify_all()
+
+    def catch_up(self, block: int, owed: Owed, *, lent: Slot | None = None) -> None:
+        """Make updates that shards of a block owe.
+
+        Args:
+            block: The block.
+            owed: By shard, one at least.
+            lent: Where the caller has the block, and keeps it until this returns, when they have been made. None where
+                it may not be had meanwhile: then this returns as soon as no other update of it is under way.
+
+        Raises:
+            PenstockError: what an update met.
+        """
+        self.check()
+        if lent is None:
+            if self._joined(block, owed):
+                return
+            self.wait(block)
+        job = Job(
+            step=self._nothing,
+            block=block,
+            left=deque(owed),
+            open=len(owed),
+            whole=False,
+            owed=owed,
+            lent=lent,
+            catches_up=True,
+        )
+        if lent is None:
+            self._executor.core.withdraw(block)
+            self._put(job, urgent=False)
+            return
+        self._put(job, urgent=True)
+        self._wait_lent(job)
+
+    def _joined(self, block: int, owed: Owed) -> bool:
+        """Whether a job of the same block has still been waiting, and makes what is owed, too."""
+        with self._changed:
+            for job in self._queue:
+                if isinstance(job, Job) and job.block == block and not job.begun:
+                    job.left.extend(owed)
+                    job.open += len(owed)
+                    job.owed = {**job.owed, **owed}
+                    job.left_out |= owed.keys()
+                    return True
+        return False
+
+    def _wait_lent(self, job: Job) -> None:
+        """Wait for a block that changes where it is lent: until then its slot must not hold anything else."""
+        interrupt: BaseException | None = None
+        while not job.over:
+            try:
+                self._wait(lambda: job.over, f"updates that experts of block {job.block} owe")
+            except StallError as error:
+                self._fail(error)
+                raise
+            except Exception:
+                raise  # no update is made any more, and nobody gets a block
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def by_block(self) -> None:
         """Change what may wait in the order of block numbers, which is that of a forward."""

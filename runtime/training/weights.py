@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from ...memory.arena import HostArena, round_up
+from ...memory.arena import PAGE, HostArena, Slot, round_up
 from ...memory.disk import DiskEngine
 from ...memory.image import Image, Place, whole_window
 from ...memory.transfer import Transfer
@@ -39,6 +39,14 @@ class Weights(Protocol):
 
     def end(self, block: int) -> None:
         """All that was to be written to it has been."""
+        ...
+
+    def begin_lent(self, block: int, slot: Slot) -> Mapping[str, torch.Tensor]:
+        """The weights of a block that is lent, in that slot of what computes, to be written to."""
+        ...
+
+    def end_lent(self, block: int, slot: Slot, changed: Sequence[tuple[str, int, int]]) -> None:
+        """These elements of its parameters have been."""
         ...
 
     def close(self) -> None:
@@ -134,16 +142,65 @@ class TrainedWeights:
         assert self._open == block, f"block {block} was not begun"
         image = self._images[block]
         nbytes = round_up(image.nbytes)
-        if block not in self._scratch:
-            drive = len(self._scratch) % len(self._paths)
-            self._scratch[block] = (self._paths[drive], self._ends[drive])
-            self._ends[drive] += nbytes
-        path, offset = self._scratch[block]
+        path, offset = self._place(block)
         written = self._engine.write(path, offset, self._staging.view(0, nbytes))
         self._wait(written, f"the weights of block {block} are being written to {path}")
         self._images[block] = _as_it_lies(image, path, offset)
         self._refresh(block, self._staging, 0)
         self._open = None
+
+    # --- blocks that change while they are lent -----------------------------------------------------------------------
+
+    def changes_lent(self, block: int) -> bool:
+        """Whether a block may: in the memory that it is lent from, or where the host's copy of it stays."""
+        return block in self._slots or not self._device.separate
+
+    def moving_nbytes(self, block: int) -> int:
+        """What a block takes on disk; 0 where it stays in memory."""
+        return 0 if block in self._slots else round_up(self._images[block].nbytes)
+
+    def begin_lent(self, block: int, slot: Slot) -> Mapping[str, torch.Tensor]:
+        """The weights of a block that is lent: flat, as they lie in memory, by the parameter's name.
+
+        Args:
+            block: See `changes_lent`.
+            slot: Where it is lent from. It stays there until `end_lent`.
+        """
+        image, home = self._images[block], self._slots.get(block, slot)
+        raw = self._host.view(home.offset, image.nbytes)
+        return {name: _flat(raw, image.places[name]) for name in self._portions[block]}
+
+    def end_lent(self, block: int, slot: Slot, changed: Sequence[tuple[str, int, int]]) -> None:
+        """These elements have been written to: parameter, first, end.
+
+        Raises:
+            DiskError: they cannot be written.
+        """
+        home = self._slots.get(block)
+        if home is None:
+            self._write_lent(block, slot, changed)
+        elif self._device.separate:
+            self._copy_to(block, self._host, home.offset, slot)
+
+    def _write_lent(self, block: int, slot: Slot, changed: Sequence[tuple[str, int, int]]) -> None:
+        image = self._images[block]
+        known = block in self._scratch
+        path, offset = self._place(block)
+        spans = [(0, round_up(image.nbytes))]
+        if known:
+            spans = _pages([_bytes_of(image.places[name], start, stop) for name, start, stop in changed])
+        for start, stop in spans:
+            written = self._engine.write(path, offset + start, self._host.view(slot.offset + start, stop - start))
+            self._wait(written, f"weights of block {block} are being written to {path}")
+        self._images[block] = _as_it_lies(image, path, offset)
+
+    def _place(self, block: int) -> tuple[str, int]:
+        """Where a block lies in a scratch file."""
+        if block not in self._scratch:
+            drive = len(self._scratch) % len(self._paths)
+            self._scratch[block] = (self._paths[drive], self._ends[drive])
+            self._ends[drive] += round_up(self._images[block].nbytes)
+        return self._scratch[block]
 
     def _wait(self, transfer: Transfer, what: str) -> None:
         self._under_way = transfer
@@ -152,8 +209,11 @@ class TrainedWeights:
     def _refresh(self, block: int, source: HostArena, start: int) -> None:
         """Copy a block that is lent for good to where it is lent. What computed with it must have been enqueued."""
         slot = self._lent.get(block)
-        if slot is None:
-            return
+        if slot is not None:
+            self._copy_to(block, source, start, slot)
+
+    def _copy_to(self, block: int, source: HostArena, start: int, slot: Slot) -> None:
+        """Copy a block to a slot on a device apart."""
         image = self._device_images[block]
         assert image is not None, block
         self._device.copies_wait(self._device.computed())
@@ -172,6 +232,23 @@ class TrainedWeights:
 def _flat(raw: memoryview, place: Place) -> torch.Tensor:
     dtype = torch_dtype(place.dtype)
     return torch.frombuffer(raw, dtype=dtype, count=place.nbytes // dtype.itemsize, offset=place.offset)
+
+
+def _bytes_of(place: Place, start: int, stop: int) -> tuple[int, int]:
+    """Where elements of a parameter lie in the image."""
+    itemsize = torch_dtype(place.dtype).itemsize
+    return place.offset + start * itemsize, place.offset + stop * itemsize
+
+
+def _pages(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Whole pages that hold these spans, none twice."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted((start // PAGE * PAGE, round_up(stop)) for start, stop in spans):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], stop)
+        else:
+            found.append((start, stop))
+    return found
 
 
 def _as_it_lies(image: Image, path: str, offset: int) -> Image:

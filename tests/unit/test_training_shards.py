@@ -44,3 +44,46 @@ def test_a_large_parameter_is_cut_and_small_ones_share() -> None:
         (4, [(0, 2 * GRAIN, 3 * GRAIN, 0)]),
         (7, [(1, 0, 10, 0), (2, 0, 20, GRAIN)]),
     ]
+
+
+@given(
+    experts=st.integers(2, 9),
+    each=st.integers(1, 3 * GRAIN),
+    most=st.integers(1, 2),
+)
+def test_a_shard_has_elements_of_one_expert_but_for_what_a_cut_at_whole_pages_leaves(
+    experts: int, each: int, most: int
+) -> None:
+    sizes = [10, experts * each, 20]
+    shards = cut_shards(sizes, {1: [0, 1, 2]}, most=most * GRAIN, experts=[0, experts, 0])
+    assert [shard.id for shard in shards] == list(range(len(shards)))
+    assert [
+        (piece.parameter, piece.start, piece.stop) for shard in (shards[0], shards[-1]) for piece in shard.pieces
+    ] == [
+        (0, 0, 10),
+        (2, 0, 20),
+    ]
+    at = 0
+    for shard in shards[1:-1]:
+        (piece,) = shard.pieces
+        assert (piece.parameter, piece.start, piece.at) == (1, at, 0)
+        assert 0 < piece.elements <= most * GRAIN
+        assert at % GRAIN == 0
+        at = piece.stop
+        foreign = [
+            min(at, (expert + 1) * each) - max(piece.start, expert * each)
+            for expert in range(experts)
+            if expert * each < at and piece.start < (expert + 1) * each
+        ]
+        assert sum(foreign) - max(foreign) <= GRAIN or each < GRAIN
+    assert at == experts * each
+
+
+def test_shards_of_a_large_expert_are_of_like_size() -> None:
+    shards = cut_shards([2 * 11 * GRAIN], {1: [0]}, most=10 * GRAIN, experts=[2])
+    assert [(p.start // GRAIN, p.stop // GRAIN) for s in shards for p in s.pieces] == [
+        (0, 6),
+        (6, 11),
+        (11, 17),
+        (17, 22),
+    ]
