@@ -348,6 +348,6 @@ def test_arguments() -> None:
     with pytest.raises(penstock.UsageError, match="no memory of its own"):
         penstock.TieredCache(model.config, max_memory={"device": "1GiB", "host": "1GiB"}, device="cpu")
     with pytest.raises(penstock.UsageError, match="say how much host memory"):
-        penstock.TieredCache(model.config, max_memory={"device": "1GiB"}, device="cpu")
+        penstock.TieredCache(model.config, max_memory={"device": "1GiB"}, device="emulated:h2d=1GiB/s")
     with pytest.raises(penstock.UsageError, match="block_tokens is 0"):
         penstock.TieredCache(model.config, max_memory={"host": "1MiB", "disk": 0}, block_tokens=0)
