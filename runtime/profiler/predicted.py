@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Final
 
 import msgspec
 
-from ...scheduler.timeline import Record as Happened
 from ..foresight import Forecast
 from .facts import header
+from .moves import Moves
 from .recorder import Recorder
 from .ring import Ring
-from .schema import NONE, Category, Cause, Compute, Header, Link, Phase, Step, Tier, Transfer, Use, Wait
+from .schema import NONE, Category, Compute, Header, Phase, Step, Tier
 from .writer import ProfileWriter
 
 LEVEL: Final = "predicted"
@@ -76,8 +75,10 @@ def _record(recorder: Recorder, forecast: Forecast) -> None:
         recorder.add(
             Compute(module=rows[span.path], phase=Phase.FORWARD, start=span.start_ns, end=span.end_ns, depth=span.depth)
         )
-    for record in _moves(recorder, forecast.prediction.records, numbers):
-        recorder.add(record)
+    moves = Moves(recorder, numbers)
+    for record in forecast.prediction.records:
+        if (made := moves.of(record)) is not None:
+            recorder.add(made)
 
 
 def _modules(recorder: Recorder, forecast: Forecast) -> dict[str, int]:
@@ -88,31 +89,3 @@ def _modules(recorder: Recorder, forecast: Forecast) -> dict[str, int]:
             above = above.rpartition(".")[0]
         rows[path] = recorder.module(path=path, kind="", parent=rows[above] if path else NONE)
     return rows
-
-
-def _moves(
-    recorder: Recorder, records: tuple[Happened, ...], numbers: dict[int, int]
-) -> Iterator[Transfer | Wait | Use]:
-    reads: dict[int, int] = {}
-    for record in records:
-        block = numbers.get(record.block, NONE)
-        if record.kind == "wait":
-            yield Wait(block=block, needed=record.start_ns, ready=record.end_ns)
-        elif record.kind == "use":
-            yield Use(block=block, at=record.start_ns, ready=record.end_ns, issued=record.issued_ns)
-        elif record.kind in ("read", "copy"):
-            number, reading = recorder.transfer_id(), record.kind == "read"
-            parent = NONE if reading else reads.get(record.block, NONE)
-            if reading:
-                reads[record.block] = number
-            yield Transfer(
-                id=number,
-                parent=parent,
-                block=block,
-                link=Link.DISK_READ if reading else Link.H2D,
-                nbytes=record.nbytes,
-                cause=Cause.DEMAND if record.urgent else Cause.PREFETCH,
-                issued=record.issued_ns,
-                start=record.start_ns,
-                end=record.end_ns,
-            )

@@ -13,8 +13,9 @@ from ...scheduler.residence import Tier as Slots
 from ...scheduler.timeline import Record as Happened
 from ..build import Machinery
 from .calls import ModuleWatch
+from .moves import Moves
 from .recorder import Recorder
-from .schema import NONE, Category, Cause, Link, MarkKind, Tier, Transfer, Use, Wait
+from .schema import NONE, Category, MarkKind, Tier, Transfer
 
 _MARKS: Final = {
     "mismatch": MarkKind.MISMATCH,
@@ -34,8 +35,7 @@ class StreamedModel:
         root = watch.register(module)
         self._owners = _owners(module, machinery, watch, root)
         self._rows = self._blocks(watch, module)
-        self._reads: dict[int, int] = {}
-        """By block: the transfer that read it last, as parent of its copy."""
+        self._moves = Moves(recorder, self._rows)
         self._charged: dict[tuple[Tier, int], list[tuple[int, int]]] = {}
         """What the blocks that stay are charged with: module and bytes, by tier and block."""
         self._arenas: list[tuple[Tier, int]] = []
@@ -146,38 +146,18 @@ class StreamedModel:
         if not recorder.alive:
             return
         recorder.hooks += 1
-        block = self._rows.get(record.block, NONE)
-        if record.kind == "use":
-            recorder.add(Use(block=block, at=record.start_ns, ready=record.end_ns, issued=record.issued_ns))
-        elif record.kind == "wait":
-            recorder.add(Wait(block=block, needed=record.start_ns, ready=record.end_ns))
-        elif record.kind in ("read", "copy"):
-            self._moved(record, block)
+        made = self._moves.of(record)
+        if made is not None:
+            recorder.add(made)
+            if isinstance(made, Transfer):
+                self._charge_what_came(record)
         else:
-            recorder.mark(_MARKS[record.kind], block=block)
+            recorder.mark(_MARKS[record.kind], block=self._rows.get(record.block, NONE))
             if record.kind == "exchange":
                 self._take_back_what_left()
 
-    def _moved(self, record: Happened, block: int) -> None:
-        number = self._recorder.transfer_id()
-        reading = record.kind == "read"
-        parent = NONE if reading else self._reads.get(record.block, NONE)
-        if reading:
-            self._reads[record.block] = number
-        self._recorder.add(
-            Transfer(
-                id=number,
-                parent=parent,
-                block=block,
-                link=Link.DISK_READ if reading else Link.H2D,
-                nbytes=record.nbytes,
-                cause=Cause.DEMAND if record.urgent else Cause.PREFETCH,
-                issued=record.issued_ns,
-                start=record.start_ns,
-                end=record.end_ns,
-            )
-        )
-        tier, slots = self._tiers()[-1 if reading else 0]
+    def _charge_what_came(self, record: Happened) -> None:
+        tier, slots = self._tiers()[-1 if record.kind == "read" else 0]
         if record.block in slots.permanent:
             self._charge(tier, record.block)
 
