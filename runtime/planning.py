@@ -18,7 +18,7 @@ from ..memory.layout import ITEMSIZE
 from ..scheduler.plan import Plan
 from ..scheduler.residency import Residency, Sized, choose_residency, smallest_budget
 from ..scheduler.sharing import spread
-from ..scheduler.weighing import weigh
+from ..scheduler.weighing import Placed, weigh
 from .backing import Backing
 from .cutting import Cut, Cutter
 from .experts.layers import find_expert_layers
@@ -104,18 +104,18 @@ class Planner:
         return self._with_the_rest(self._weighed(self._best()))
 
     def _weighed(self, plain: Layout) -> Layout:
-        """The same blocks, with room for activations before weights where a step is shorter for it; where all weights
-        stay, of what these leave, before gradients."""
+        """The same blocks, with room for activations before weights and gradients where a step is shorter for it. Where
+        all weights stay they still do for a room that is free beside them; for more, some stream."""
         weighing = None if self._changing is None else self._changing.weighing
         if weighing is None or self.budgets.device is not None:
             return plain
-        if plain.resident:
-            free = self.budgets.host - plain.host_nbytes
-            return replace(plain, before=weigh(weighing, lambda room: 0.0 if room <= free else None))
+        free = max(0, self.budgets.host - plain.host_nbytes)
         made = self._cut(plain.limit_nbytes, set())
         found = {0: plain}
 
-        def streamed(room: int) -> float | None:
+        def place(room: int) -> Placed | None:
+            if plain.resident and room <= free:
+                return Placed(streamed_nbytes=0.0, free_nbytes=free - room)
             if room not in found:
                 self._before = room
                 placed = [self._place(made, DEPTH // part) for part in SHALLOWER]
@@ -123,10 +123,11 @@ class Planner:
                 if not fits:
                     return None
                 found[room] = min(fits, key=self._seconds)
-            return found[room].disk_nbytes
+            left = max(0, self.budgets.host - found[room].host_nbytes)
+            return Placed(streamed_nbytes=found[room].disk_nbytes, free_nbytes=left)
 
-        before = weigh(weighing, streamed)
-        self._before = 0 if before is None else before.nbytes
+        before = weigh(weighing, place)
+        self._before = before.nbytes if before is not None and before.nbytes in found else 0
         return replace(found[self._before], before=before)
 
     def _with_the_rest(self, layout: Layout) -> Layout:
@@ -287,7 +288,7 @@ class Planner:
         own, worth = self._own(made.staging_nbytes), made.worth
         if self.budgets.device is None:
             without = self._own(made.staging_nbytes, stays=True)
-            if sum(block.front_nbytes for block in blocks) + without <= self.budgets.host:
+            if sum(block.front_nbytes for block in blocks) + without + self._before <= self.budgets.host:
                 own = without
         front_own, front_budget = own, self.budgets.host
         if self.budgets.device is not None:
