@@ -95,7 +95,9 @@ def test_a_drive_that_is_busy_beside_the_update_has_no_time_to_spare_in_backward
     dear, idle = [Dear(nbytes=100, seconds=5.0)], Part(compute_s=30.0, drive_s=0.0, weight_byte_s=0.04)
     busy = Part(compute_s=10.0, drive_s=12.0, weight_byte_s=0.08)
     assert weigh(Weighing(dear=dear, part=idle, update=busy), streaming) is None
-    found = weigh(Weighing(dear=dear, part=idle, update=Part(compute_s=20.0, drive_s=12.0, weight_byte_s=0.08)), streaming)
+    found = weigh(
+        Weighing(dear=dear, part=idle, update=Part(compute_s=20.0, drive_s=12.0, weight_byte_s=0.08)), streaming
+    )
     assert found is not None
     assert (found.nbytes, found.seconds, found.without_s) == (100, 50.0, 55.0)
 
