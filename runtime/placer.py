@@ -106,7 +106,9 @@ class Placer:
         """What is not for blocks where the host computes: less, if all of them stay."""
         all_nbytes = sum(block.front_nbytes for block in made.others)
         without = self.overhead.host_nbytes(made.staging_nbytes, stays=True)
-        return without if all_nbytes + without <= self.budgets.host else self.overhead.host_nbytes(made.staging_nbytes)
+        if all_nbytes + without + self.overhead.before_nbytes <= self.budgets.host:
+            return without
+        return self.overhead.host_nbytes(made.staging_nbytes)
 
     def _front(self, made: Cut, own: int, depth: int) -> Residency | None:
         """What stays on the tier that computes, of whose budget `own` bytes are for something else."""

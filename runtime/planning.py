@@ -14,7 +14,7 @@ from torch import nn
 from ..memory.errors import UsageError
 from ..memory.layout import ITEMSIZE
 from ..scheduler.plan import Plan
-from ..scheduler.weighing import weigh
+from ..scheduler.weighing import Placed, weigh
 from .backing import Backing
 from .cutting import Cut, Cutter
 from .experts.layers import find_expert_layers
@@ -99,29 +99,29 @@ class Planner:
         return self._with_the_rest(*self._weighed(self._best()))
 
     def _weighed(self, plain: Layout) -> tuple[Layout, Overhead]:
-        """The same blocks, with room for activations before weights where a step is shorter for it, and what is not for
-        blocks then; where all weights stay, of what these leave, before gradients."""
+        """The same blocks, with room for activations before weights and gradients where a step is shorter for it. Where
+        all weights stay they still do for a room that is free beside them; for more, some stream."""
         weighing = None if self._changing is None else self._changing.weighing
         if weighing is None or self.budgets.device is not None:
             return plain, self._overhead
-        if plain.resident:
-            free = self.budgets.host - plain.host_nbytes
-            before = weigh(weighing, lambda room: 0.0 if room <= free else None)
-            return replace(plain, before=before), self._overhead
+        free = max(0, self.budgets.host - plain.host_nbytes)
         made = self._cut(plain.limit_nbytes, set())
         found = {0: plain}
 
-        def streamed(room: int) -> float | None:
+        def place(room: int) -> Placed | None:
+            if plain.resident and room <= free:
+                return Placed(streamed_nbytes=0.0, free_nbytes=free - room)
             if room not in found:
                 placer = replace(self._placer, overhead=replace(self._overhead, before_nbytes=room))
                 best = self._shortest(placer, made, SHALLOWER)
                 if best is None:
                     return None
                 found[room] = best
-            return found[room].disk_nbytes
+            left = max(0, self.budgets.host - found[room].host_nbytes)
+            return Placed(streamed_nbytes=found[room].disk_nbytes, free_nbytes=left)
 
-        before = weigh(weighing, streamed)
-        room = 0 if before is None else before.nbytes
+        before = weigh(weighing, place)
+        room = before.nbytes if before is not None and before.nbytes in found else 0
         return replace(found[room], before=before), replace(self._overhead, before_nbytes=room)
 
     def _with_the_rest(self, layout: Layout, overhead: Overhead) -> Layout:

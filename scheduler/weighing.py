@@ -28,19 +28,42 @@ class Dear:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Placed:
+    """Weights in the memory that results leave them."""
+
+    streamed_nbytes: float
+    """Of those that do not stay."""
+    free_nbytes: float = 0.0
+    """Of memory, for gradients first, then for more results, then for masters and states."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Moved:
+    """Bytes that do not stay in memory."""
+
+    weights: float
+    gradients: float
+    states: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
     """Of a step, in which processor and drive work beside each other."""
 
     compute_s: float
     """Of the processor."""
-    drive_s: float
-    """Of the drive, with all weights in memory."""
+    drive_s: float = 0.0
+    """Of the drive, whatever has room."""
     weight_byte_s: float
     """Of the drive, for each byte of weights that does not stay."""
+    gradient_byte_s: float = 0.0
+    state_byte_s: float = 0.0
 
-    def seconds(self, streamed_nbytes: float, again_s: float = 0.0) -> float:
-        """What it takes with so many bytes of weights that do not stay, and so much that is made again."""
-        return max(self.compute_s + again_s, self.drive_s + self.weight_byte_s * streamed_nbytes)
+    def seconds(self, moved: _Moved, again_s: float = 0.0) -> float:
+        """What it takes where so much does not stay, and so much is made again."""
+        drive_s = self.drive_s + self.weight_byte_s * moved.weights
+        drive_s += self.gradient_byte_s * moved.gradients + self.state_byte_s * moved.states
+        return max(self.compute_s + again_s, drive_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,20 +76,34 @@ class Weighing:
     """In which layers run again: all of a step, or what follows the forward that the update goes on beside."""
     update: Part | None = None
     """That forward and the update; None where the update has no part of its own."""
+    gradients_nbytes: float = 0.0
+    """That could stay in memory until the update."""
+    states_nbytes: float = 0.0
+    """Likewise, of masters and states."""
+    saved_nbytes: float = 0.0
+    """Of layers: what results and all else may have of memory that gradients leave."""
 
-    def step_s(self, held_nbytes: int, streamed_nbytes: float) -> float:
+    def step_s(self, held_nbytes: int, placed: Placed) -> float:
         """Seconds of a step.
 
         Args:
             held_nbytes: Room for results.
-            streamed_nbytes: Weights that do not stay.
+            placed: What else has room.
         """
-        update = 0.0 if self.update is None else self.update.seconds(streamed_nbytes)
-        return self.part.seconds(streamed_nbytes, self.again_s(held_nbytes)) + update
+        gradients = min(self.gradients_nbytes, placed.free_nbytes)
+        left = placed.free_nbytes - gradients
+        more = min(left, max(self.saved_nbytes - held_nbytes, 0.0))
+        moved = _Moved(
+            weights=placed.streamed_nbytes,
+            gradients=self.gradients_nbytes - gradients,
+            states=max(self.states_nbytes - (left - more), 0.0),
+        )
+        update = 0.0 if self.update is None else self.update.seconds(moved)
+        return self.part.seconds(moved, self.again_s(held_nbytes + more)) + update
 
-    def again_s(self, held_nbytes: int) -> float:
+    def again_s(self, held_nbytes: float) -> float:
         """Of it, in which results are made again if so many bytes of them are held."""
-        seconds, left = 0.0, held_nbytes
+        seconds, left = 0.0, float(held_nbytes)
         for each in self.dear:
             held = min(left, each.nbytes)
             left -= held
@@ -97,24 +134,24 @@ class Before:
     """The same if weights had that room."""
 
 
-def weigh(weighing: Weighing, streamed: Callable[[int], float | None]) -> Before | None:
+def weigh(weighing: Weighing, place: Callable[[int], Placed | None]) -> Before | None:
     """What room results have before weights; None where a step is no shorter for any.
 
     Tries all rooms, from small to large, as long as weights can do without.
 
     Args:
         weighing: The step.
-        streamed: Bytes of weights that do not stay if results have so much room; None where weights need that room.
+        place: Gives all else its places, if results have so much room; None where weights need that room.
     """
-    plain = streamed(0)
+    plain = place(0)
     if plain is None:
         return None
     without = least = weighing.step_s(0, plain)
     best = 0
     for room in weighing.rooms():
-        moved = streamed(room)
-        if moved is None:
+        placed = place(room)
+        if placed is None:
             break
-        if (seconds := weighing.step_s(room, moved)) < least:
+        if (seconds := weighing.step_s(room, placed)) < least:
             best, least = room, seconds
     return Before(nbytes=best, seconds=least, without_s=without) if best else None

@@ -77,7 +77,7 @@ def peft() -> Any:
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether PEFT has put adapters into a module."""
-    if "peft" not in sys.modules:  # then it cannot be: no import for those who do not use it
+    if sys.modules.get("peft") is None:  # then it cannot be: no import for those who do not use it
         return False
     library = peft()
     kinds = (library.PeftModel, library.PeftMixedModel, library.tuners.tuners_utils.BaseTunerLayer)
@@ -86,7 +86,7 @@ def is_adapted(module: nn.Module) -> bool:
 
 def without_adapters(model: Any) -> Any:
     """The model that PEFT has wrapped; any other as it is."""
-    if "peft" in sys.modules and isinstance(model, peft().PeftModel):
+    if sys.modules.get("peft") is not None and isinstance(model, peft().PeftModel):
         return model.get_base_model()
     return model
 

@@ -37,8 +37,7 @@ def weighing(
     accumulate: int,
     early: bool,
 ) -> Weighing | None:
-    """A step on a machine that computes where weights lie, with all masters and states on its drives: the least time
-    that these have to spare.
+    """A step on a machine that computes where weights lie.
 
     Args:
         model: To be trained; its weights may be on the meta device.
@@ -47,8 +46,7 @@ def weighing(
         choice: The optimizer.
         tokens: Of a backward pass.
         accumulate: Backward passes of a step.
-        early: Whether updates begin in backward; else they go on beside a forward, and all gradients are counted as if
-            they went to disk.
+        early: Whether updates begin in backward, which gradients then do not outlive; else they go on beside a forward.
 
     Returns:
         None where nothing is known of layers (they have no products, or there are none in lists), or of drives.
@@ -75,18 +73,31 @@ def weighing(
     read_s, write_s = cost.read_s(1.0, CHUNK), cost.write_s(1.0, CHUNK)
     dear = [Dear(nbytes=nbytes[width], seconds=seconds[width]) for width in nbytes]
     dear.sort(key=lambda each: each.seconds / each.nbytes, reverse=True)
-    moved = states * (read_s + write_s)
+    saved = 0 if saves is None else saves.layers_nbytes
     if early:
-        weight_byte_s = 2 * accumulate * read_s + write_s
-        return Weighing(dear=dear, part=Part(compute_s=computed + update, drive_s=moved, weight_byte_s=weight_byte_s))
-    gradients, forward = sum(each.nbytes for each in model.parameters()), computed / (FORWARDS * accumulate)
-    passes = accumulate * write_s + (accumulate - 1) * read_s
+        whole = Part(
+            compute_s=computed + update,
+            weight_byte_s=2 * accumulate * read_s + write_s,
+            state_byte_s=read_s + write_s,
+        )
+        return Weighing(dear=dear, part=whole, states_nbytes=states, saved_nbytes=saved)
+    forward = computed / (FORWARDS * accumulate)
     return Weighing(
         dear=dear,
         part=Part(
-            compute_s=computed - forward, drive_s=gradients * passes, weight_byte_s=(2 * accumulate - 1) * read_s
+            compute_s=computed - forward,
+            weight_byte_s=(2 * accumulate - 1) * read_s,
+            gradient_byte_s=accumulate * write_s + (accumulate - 1) * read_s,
         ),
-        update=Part(compute_s=forward + update, drive_s=moved + gradients * read_s, weight_byte_s=read_s + write_s),
+        update=Part(
+            compute_s=forward + update,
+            weight_byte_s=read_s + write_s,
+            gradient_byte_s=read_s,
+            state_byte_s=read_s + write_s,
+        ),
+        gradients_nbytes=sum(each.nbytes if accumulate == 1 else 4 * each.numel() for each in model.parameters()),
+        states_nbytes=states,
+        saved_nbytes=saved,
     )
 
 

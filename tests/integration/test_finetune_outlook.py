@@ -146,8 +146,9 @@ def test_what_prepare_decides_beside_a_device_apart_is_foreseen(
 
     def ask(memory: dict[str, int]) -> Any:
         return penstock.prepare(
-            checkpoint, optimizer=choice, disk=tmp_path / "run", max_memory=memory, device="emulated", **options
-        )
+            checkpoint, optimizer=choice, disk=tmp_path / "run", max_memory=memory, device="emulated", context=64,
+            batch=2, **options,
+        )  # fmt: skip
 
     memory = {"device": 1, "host": 1024 * MIB}
     for tier, beyond in (("device", there), ("host", more)):

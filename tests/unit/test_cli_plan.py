@@ -56,7 +56,7 @@ def test_the_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(folder, "--train", "adamw", "--batch", "2", "--json", "--max-memory", "host=1GiB,disk=1GiB") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["workload"] == {
-        "train": "adamw", "batch": 2, "context": 256, "rank": 16, "targets": [], "dropout": 0.0,
+        "train": "adamw", "batch": 2, "context": 256, "packed": False, "rank": 16, "targets": [], "dropout": 0.0,
     }  # fmt: skip
     assert document["most"]["optimizer"] == 8 * document["parameters"]
     assert document["most"]["gradients"] == 4 * document["trainable"]

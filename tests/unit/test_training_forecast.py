@@ -15,6 +15,7 @@ from test_predicted_profile import CONFIG
 
 from penstock.cli import main
 from penstock.memory.errors import DoesNotFitError, UsageError
+from penstock.runtime import planning
 from penstock.runtime.adapterbones import add_adapters
 from penstock.runtime.foresight import Foresight, Room
 from penstock.runtime.pretrained import outline
@@ -31,7 +32,7 @@ from penstock.runtime.training.weighed import weighing
 from penstock.scheduler.datasheet import parse_hardware
 from penstock.scheduler.hardware import Hardware
 from penstock.scheduler.sizes import Workload
-from penstock.scheduler.weighing import Dear, Part, Weighing
+from penstock.scheduler.weighing import Before, Dear, Part, Weighing
 
 MIB = 2**20
 GPU: dict[str, Any] = {
@@ -148,6 +149,45 @@ def test_activations_have_room_before_weights_where_the_drive_has_time(
     assert forecast(replace(step, part=replace(part, drive_s=15.0))).plan == plain.plan
 
 
+@pytest.mark.parametrize(
+    ("tflops", "read", "updates", "more", "held"),
+    [
+        (0.08, 2.0, "step", 90, True),  # all weights would stay, and some stream
+        (0.08, 2.0, "backward", 60, True),
+        (0.5, 0.2, "step", 60, False),  # the drive is the bound
+    ],
+)
+def test_no_other_room_makes_the_step_that_is_foreseen_shorter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tflops: float, read: float, updates: Any, more: int, held: bool
+) -> None:
+    sizes = {"num_hidden_layers": 4, "hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 16}
+    config = {**CONFIG, **sizes, "num_key_value_heads": 16, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    training = TrainingForesight(Foresight(tmp_path), adapters=None)
+    drive = {**MACHINE["drives"][0], "read_gb_per_s": read, "write_gb_per_s": read / 2}
+    paper = {**MACHINE, "cpu": {**MACHINE["cpu"], "tflops": {"float32": tflops}}, "drives": [drive]}
+    hardware = parse_hardware(json.dumps(paper), where="paper")
+    clip = 1.0 if updates == "step" else None
+    work = TrainingWork(choice=AdamW(max_grad_norm=clip), batch=4, context=256, updates=updates)
+    with pytest.raises(DoesNotFitError) as raised:
+        training.forecast(hardware, work, room=Room(host=MIB))
+    room = Room(host=(raised.value.needed_nbytes or 0) + more * MIB)
+    chosen = training.forecast(hardware, work, room=room)
+    tried = []
+    for part in range(5):
+
+        def forced(step: Weighing, place: Any, part: int = part) -> Before | None:
+            nbytes = part * sum(each.nbytes for each in step.dear) // 4
+            fits = place(nbytes) is not None
+            return Before(nbytes=nbytes, seconds=0.0, without_s=0.0) if nbytes and fits else None
+
+        monkeypatch.setattr(planning, "weigh", forced)
+        tried.append(training.forecast(hardware, work, room=room).seconds)
+    assert max(tried) > 1.05 * min(tried)  # it matters
+    assert chosen.seconds <= 1.01 * min(tried)
+    assert any(note.startswith("room: activations have") for note in chosen.plan.notes) == held
+
+
 def test_what_is_dear_is_what_products_make(folder: Path, foresight: Foresight, training: TrainingForesight) -> None:
     options: dict[str, Any] = {"tokens": 64, "accumulate": 1}
     saves = training.saves(2, 32)
@@ -169,7 +209,10 @@ def test_what_is_dear_is_what_products_make(folder: Path, foresight: Foresight, 
     assert clipped is not None
     assert clipped.update is not None
     assert clipped.part.compute_s + clipped.update.compute_s == pytest.approx(step.part.compute_s)
-    assert clipped.part.drive_s + clipped.update.drive_s > step.part.drive_s  # gradients
+    assert clipped.gradients_nbytes == sum(each.nbytes for each in foresight.model.parameters())
+    assert step.gradients_nbytes == 0  # which are gone with their updates
+    assert step.states_nbytes == clipped.states_nbytes == 6 * clipped.gradients_nbytes
+    assert clipped.update.state_byte_s == step.part.state_byte_s
     assert clipped.part.weight_byte_s + clipped.update.weight_byte_s == pytest.approx(step.part.weight_byte_s)
 
 
