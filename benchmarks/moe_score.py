@@ -6,7 +6,7 @@ keeping experts, and to the number that the memory under the cap can hold beside
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
@@ -20,7 +20,7 @@ from penstock.scheduler.experts.shape import Routing
 from penstock.scheduler.experts.tracefile import read_trace
 
 from .moe_checkpoint import MoeShape
-from .scoreboard import FRAMEWORK_NBYTES, GIB, STEADY_DISK, Attempt, t_compute_s
+from .scoreboard import FRAMEWORK_NBYTES, GIB, STEADY_DISK, YARDSTICK, Attempt, t_compute_s
 
 MIB = 2**20
 GOAL_DISTANCE, GOAL_READ, GOAL_ACCELERATE, GOAL_MMAP = 1.15, 1.05, 6.0, 2.0
@@ -51,7 +51,9 @@ class Needs:
 def needs_of(trace: Path, shape: MoeShape, *, cap_nbytes: int, weights_nbytes: int) -> Needs:
     """From the routing of a text: a prompt, which fills the cache, and tokens one by one."""
     found = read_trace(trace)
-    events, routing = events_of(found), found.header.routing
+    # A short prompt counts as decoding to a cache, but no token after it is among what is timed.
+    events = [replace(event, phase="prefill") if event.step == 0 else event for event in events_of(found)]
+    routing = found.header.routing
     beside = weights_nbytes - shape.experts_nbytes - shape.embedding_nbytes
     room = max(0, cap_nbytes - FRAMEWORK_NBYTES - beside)
     capacity = min(room // shape.expert_nbytes, routing.total)
@@ -230,9 +232,18 @@ def summarise(scores: Sequence[MoeScore]) -> list[str]:
         lines.append(f"bytes read over bytes of missed experts: {ratio:.3f} (goal {GOAL_READ})")
     if own.distances:
         lines.append(f"distance {statistics.median(own.distances):.2f} (goal {GOAL_DISTANCE})")
+    if scores and YARDSTICK not in by_name:
+        lines.append(f"bounds are those of the disk alone: {YARDSTICK} was not run, and computing takes some time, too")
+    figures = next(attempt.report.figures for attempt in own.attempts if attempt.report)
+    if "ahead_brought" in figures:
+        lines.append(f"brought ahead: {figures['ahead_brought']:.0f} experts, {figures['ahead_used']:.0f} of them used")
+    else:
+        lines.append("nothing was brought ahead: that takes `penstock calibrate`, and room beside the cache")
     for name, goal in (("accelerate", GOAL_ACCELERATE), ("llama.cpp", GOAL_MMAP), ("mmap", GOAL_MMAP)):
         other = by_name.get(name)
-        if other is not None:
+        if other is None and any(one.contender == name for one in scores):
+            lines.append(f"{name} has no result: nothing is said about it (goal {goal:.0f})")
+        elif other is not None:
             times = statistics.median(other.s_per_token) / statistics.median(own.s_per_token)
             bound = f", whose bound is {statistics.median(other.bounds_s):.3f} s" if other.bounds_s else ""
             lines.append(f"{times:.1f} times {name}{bound} (goal {goal:.0f})")

@@ -28,7 +28,7 @@ from penstock.runtime.experts.recording import RoutingRecorder
 from penstock.scheduler.experts.belady import most_hits
 from penstock.scheduler.experts.cache import CacheSetting
 from penstock.scheduler.experts.events import events_of
-from penstock.scheduler.experts.policies import POLICIES, policy
+from penstock.scheduler.experts.policies import DEFAULT, POLICIES, policy
 from penstock.scheduler.experts.replay import ReplaySetting, replay
 from penstock.scheduler.experts.trace import Trace
 from penstock.scheduler.experts.tracefile import read_trace
@@ -96,8 +96,10 @@ def make_model(layers: int, experts: int, top_k: int) -> transformers.PreTrained
     return transformers.Qwen3MoeForCausalLM(config)
 
 
-def train(model: transformers.PreTrainedModel, ids: torch.Tensor, *, minutes: float, console: Console) -> float:
-    """Train for so long on [N] tokens; the last loss."""
+def train(
+    model: transformers.PreTrainedModel, ids: torch.Tensor, *, minutes: float, console: Console
+) -> tuple[float, int]:
+    """Train for so long on [N] tokens; the last loss, and the steps made: how many that are is the machine's."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     draw = torch.Generator().manual_seed(1)
     began, step, mean = time.perf_counter(), 0, math.nan
@@ -118,7 +120,7 @@ def train(model: transformers.PreTrainedModel, ids: torch.Tensor, *, minutes: fl
         if step % 100 == 0:
             console.print(f"step {step}: loss {mean:.3f}", highlight=False)
     model.eval()
-    return mean
+    return mean, step
 
 
 def record(model: transformers.PreTrainedModel, prompts: Sequence[list[int]], path: Path, *, source: str) -> None:
@@ -158,7 +160,8 @@ def report(trace: Trace, console: Console) -> None:
         best = max(POLICIES, key=lambda name: rates[name])
         lines.append(
             f"{part:.0%}: {best} has {rates[best] - rates['lru']:.1f} points over lru (goal {GOAL_OVER_LRU:.0f}), and "
-            f"is {rates['MIN'] - rates[best]:.1f} below MIN (goal {GOAL_BELOW_MIN:.0f} at most)"
+            f"is {rates['MIN'] - rates[best]:.1f} below MIN (goal {GOAL_BELOW_MIN:.0f} at most); {DEFAULT}: "
+            f"{rates[DEFAULT] - rates['lru']:.1f} over lru, {rates['MIN'] - rates[DEFAULT]:.1f} below MIN"
         )
     console.print(table)
     for line in lines:
@@ -200,9 +203,9 @@ def main() -> None:
     model = make_model(arguments.layers, arguments.experts, arguments.top_k)
     ids = torch.tensor([number for text in texts for number in pieces.encode(text)])
     console.print(f"{len(ids)} tokens, {model.num_parameters() / 1e6:.1f} M parameters", highlight=False)
-    loss = train(model, ids, minutes=arguments.minutes, console=console)
+    loss, steps = train(model, ids, minutes=arguments.minutes, console=console)
     arguments.trace.unlink(missing_ok=True)
-    source = f"trained for {arguments.minutes:g} minutes on the standard library, loss {loss:.2f}"
+    source = f"trained for {steps} steps ({arguments.minutes:g} minutes) on the standard library, loss {loss:.2f}"
     record(model, prompts, arguments.trace, source=source)
     report(read_trace(arguments.trace), Console())
 

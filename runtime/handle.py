@@ -16,7 +16,7 @@ from torch import nn
 from ..memory.arena import ArenaStatistics
 from ..memory.disk import DiskStatistics
 from ..memory.errors import ClosedError, UsageError
-from ..scheduler.experts.pool import PoolStatistics
+from ..scheduler.experts.account import PoolStatistics
 from ..scheduler.plan import Plan
 from ..scheduler.tally import ExecutorStatistics
 from ..scheduler.timeline import Timeline

@@ -1,6 +1,7 @@
 """accelerate's disk offload, as its documentation has it: layers that the CPU's share cannot hold stream from disk."""
 
 import collections
+import os
 
 import accelerate
 import torch
@@ -24,6 +25,7 @@ def main() -> None:
         max_memory={"cpu": int(CPU_SHARE_OF_CAP * job.cap_nbytes)},
         offload_folder=str(job.scratch),
     )
+    os.sync()  # it has written what it streams from now on: the drive is not to do both while tokens are timed
     device_map = getattr(model, "hf_device_map", {"": "cpu"})  # absent where everything fits
     homes = collections.Counter(str(home) for home in device_map.values())
     tokens = timed_text(job, clock, model)

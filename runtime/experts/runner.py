@@ -19,15 +19,16 @@ from ...memory.arena import AnyArena, Slot
 from ...memory.image import Place
 from ...scheduler.cost import CostModel
 from ...scheduler.executor import Executor
+from ...scheduler.experts.account import PoolStatistics
 from ...scheduler.experts.ahead import LookAhead
 from ...scheduler.experts.cache import CacheSetting
 from ...scheduler.experts.costs import ExpertCosts
-from ...scheduler.experts.events import Event, event_of, merged
+from ...scheduler.experts.events import Event, event_of, merged, with_guesses
 from ...scheduler.experts.forecast import NEVER_S, ExpertForecast, expected_trace
 from ...scheduler.experts.layerpass import LayerPass
 from ...scheduler.experts.layerscheduler import LayerScheduler
 from ...scheduler.experts.policies import DEFAULT, policy
-from ...scheduler.experts.pool import ExpertPool, PoolStatistics
+from ...scheduler.experts.pool import ExpertPool
 from ...scheduler.experts.shape import ExpertShape
 from ...scheduler.experts.shelf import HostShelf
 from ...scheduler.experts.trace import Ids
@@ -55,6 +56,8 @@ class _Asked:
     """A call of one layer."""
 
     tokens: Grouped
+    hidden: torch.Tensor
+    """[T, H] The same, as they come."""
     event: Event
 
 
@@ -197,20 +200,17 @@ class ExpertRunner:
         if not len(hidden):
             return torch.zeros_like(hidden)
         sweep = self._sweep_here()
-        asked = self._asked(number, hidden, chosen, weights, alone=sweep is None)
+        asked = self._asked(number, hidden, chosen, weights)
         compute = partial(self._compute, module)
         return compute([asked])[0] if sweep is None else sweep.meet(number, asked, compute)
 
-    def _asked(
-        self, number: int, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, *, alone: bool
-    ) -> _Asked:
-        """A call, with what the router said; `alone` if it is computed by itself."""
+    def _asked(self, number: int, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> _Asked:
+        """A call, with what the router said."""
         routing = self._placed.routing
         tokens = Grouped(hidden, chosen, weights, routing.experts)
         step: StepOf = getattr(self._calls, "step", None) or StepOf(number=self._steps, sequences=None)
         phase = step.phase(len(hidden), routing)
         near, scores = self._scores(number, chosen, weights)
-        guesses = self._guesses(number, hidden) if phase == "decode" and alone else None
         event = event_of(
             step=step.number,
             layer=number,
@@ -219,17 +219,17 @@ class ExpertRunner:
             chosen=chosen.cpu().numpy(),
             candidates=near.cpu().numpy(),
             scores=scores.cpu().numpy(),
-            guesses=guesses,
         )
-        return _Asked(tokens=tokens, event=event)
+        return _Asked(tokens=tokens, hidden=hidden, event=event)
 
     def _compute(self, module: nn.Module, asked: Sequence[_Asked]) -> list[torch.Tensor]:
         """[T, H] for each of some calls of one layer: an expert that several of them need is brought once."""
         event = asked[0].event if len(asked) == 1 else merged([each.event for each in asked])
-        tokens = [each.tokens for each in asked]
+        event = self._guessed(event, asked)
+        tokens, together = [each.tokens for each in asked], len(asked) > 1
         with self._turn, self.pool.layer(event, shared=splittable(module)) as run:
             if self._ahead is not None:
-                self._ahead.begun(event, run)
+                self._ahead.begun(event, run, together=together)
             lend = partial(self._weight, run)
             if self._split is not None and run.by_cpu:
                 results = self._split.compute(tokens, module, run, lend, partial(self._host_weight, run))
@@ -239,15 +239,20 @@ class ExpertRunner:
                 self._ahead.ended(event)
         return results
 
-    def _guesses(self, number: int, hidden: torch.Tensor) -> Ids | None:
-        """[T, K] What the router of the next layer says of this layer's tokens, if somebody wants to know it."""
+    def _guessed(self, event: Event, asked: Sequence[_Asked]) -> Event:
+        """The event with what the router of the next layer says of these tokens, if somebody wants to know it."""
         routing, tap = self._placed.routing, self._tap
-        if self._ahead is None or tap is None or number + 1 == routing.layers:
-            return None
-        if not self._ahead.wants_guesses(number):
-            return None
-        logits = tap.ask(number + 1, hidden)
-        return None if logits is None else logits.topk(routing.top_k, dim=-1).indices.cpu().numpy().astype(np.uint16)
+        if self._ahead is None or tap is None or event.phase != "decode" or event.layer + 1 == routing.layers:
+            return event
+
+        def ask() -> Ids | None:
+            logits = tap.ask(event.layer + 1, torch.cat([each.hidden for each in asked]))
+            if logits is None:
+                return None
+            return logits.topk(routing.top_k, dim=-1).indices.cpu().numpy().astype(np.uint16)
+
+        guesses = self._ahead.guesses(event.layer, ask, together=len(asked) > 1)
+        return event if guesses is None else with_guesses(event, guesses, routing.experts)
 
     def _scores(self, number: int, chosen: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, W] Experts that the router gave a score, and the scores: of those that it chose alone, if no more is

@@ -74,7 +74,7 @@ class CatchUp:
         late = [part for part in parts if self.behind(part) and session.bindings[self._block(part)].uses]
         if late and not session.saved.runs_again:  # else they have been brought up to date
             with session.saved.unnoticed():
-                experts = set(torch.unique(chosen.detach()).tolist())
+                experts = set(chosen.detach().reshape(-1).tolist())
             for block in dict.fromkeys(self._block(part) for part in late):
                 slot = session.bindings[block].slot
                 assert slot is not None, f"block {block} is lent from the other tier"

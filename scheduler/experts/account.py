@@ -9,9 +9,11 @@ from typing import Final, Literal
 
 import numpy as np
 
-from .cache import ExpertCache, Origin
+from .cache import CacheStatistics, ExpertCache, Origin
 from .events import Event
+from .prefetch import PrefetchStatistics
 from .shape import Routing
+from .trace import Phase
 
 HitCause = Literal["kept", "filled", "prefetched", "warmed"]
 MissCause = Literal["first", "evicted", "passed by"]
@@ -122,3 +124,22 @@ class Causes:
         """The same event is over."""
         self._used[event.layer, event.experts] = True
         self._was_held[event.layer] |= cache.held[event.layer]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolStatistics:
+    """What a pool did so far."""
+
+    prefill: PhaseResult
+    decode: PhaseResult
+    cache: CacheStatistics
+    capacity: int
+    """Experts that the cache can hold."""
+    passing: int
+    """Experts that can be on their way through at a time, besides."""
+    prefetching: PrefetchStatistics | None = None
+    """None where nothing is brought ahead."""
+
+    def of(self, phase: Phase) -> PhaseResult:
+        """The figures of one phase."""
+        return self.prefill if phase == "prefill" else self.decode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,7 @@ def event_of(
         sums = np.bincount(candidates.ravel(), weights=scores.ravel().astype(np.float64), minlength=experts)
         near = np.unique(candidates).astype(np.int64)
         mean = sums[near] / tokens
-    guessed = None if guesses is None else np.bincount(guesses.ravel(), minlength=experts + 1)[:experts]
-    ahead = None if guessed is None else np.flatnonzero(guessed)
-    ranks = None if guesses is None or ahead is None else _ranks(guesses, experts)[ahead]
-    return Event(
+    event = Event(
         step=step,
         layer=layer,
         phase=phase,
@@ -81,10 +78,22 @@ def event_of(
         rows=rows[needed],
         candidates=near,
         scores=mean,
-        guesses=ahead,
-        guessed_rows=None if guessed is None else guessed[ahead],
-        guess_ranks=ranks,
     )
+    return event if guesses is None else with_guesses(event, guesses, experts)
+
+
+def with_guesses(event: Event, guesses: Any, experts: int) -> Event:
+    """The same, knowing what the gate of the next layer says of these tokens.
+
+    Args:
+        event: One layer in one step.
+        guesses: [T, K] experts that the next layer would choose, the likeliest first; the number of experts stands for
+            none.
+        experts: Of a layer.
+    """
+    rows = np.bincount(guesses.ravel(), minlength=experts + 1)[:experts]
+    ahead = np.flatnonzero(rows)
+    return replace(event, guesses=ahead, guessed_rows=rows[ahead], guess_ranks=_ranks(guesses, experts)[ahead])
 
 
 def _ranks(guesses: Any, experts: int) -> IntArray:
@@ -98,7 +107,7 @@ def _ranks(guesses: Any, experts: int) -> IntArray:
 def merged(events: Sequence[Event]) -> Event:
     """One event of several micro-batches that pass a layer in one sweep: each expert is then needed once for all.
 
-    Guesses are left out: the next layer's are asked for when its own micro-batches come.
+    Guesses are left out: whoever computes for all asks for those of all (`with_guesses`).
     """
     first, tokens = events[0], sum(event.tokens for event in events)
     if any(event.layer != first.layer for event in events):

@@ -104,3 +104,4 @@ class LayerPass:
         if expert in self._passing:
             self._pool.vacate(part, self.layer, expert)
             self.advance()
+            self._pool.go_on_ahead()

@@ -15,9 +15,9 @@ of them, or those on a shelf (`shelf.py`). What lies there can be computed by th
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,37 +25,17 @@ from ...memory.arena import Slot
 from ...memory.errors import ClosedError, StallError
 from ..lease import Lease
 from ..mover import Event as DeviceEvent
-from .account import Account, Causes, PhaseResult
-from .cache import CacheSetting, CacheStatistics, ExpertCache, Origin
+from .account import Account, Causes, PoolStatistics
+from .cache import CacheSetting, ExpertCache, Origin
 from .carrier import Carrier
 from .events import Event
 from .layerpass import LayerPass
 from .layerscheduler import LayerScheduler
 from .policies.policy import Policy
-from .prefetch import PrefetchStatistics
 from .shape import Routing
 from .shelf import HostShelf
 from .timelines import ExpertTask
-from .trace import IntArray, Phase
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PoolStatistics:
-    """What a pool did so far."""
-
-    prefill: PhaseResult
-    decode: PhaseResult
-    cache: CacheStatistics
-    capacity: int
-    """Experts that the cache can hold."""
-    passing: int
-    """Experts that can be on their way through at a time, besides."""
-    prefetching: PrefetchStatistics | None = None
-    """None where nothing is brought ahead."""
-
-    def of(self, phase: Phase) -> PhaseResult:
-        """The figures of one phase."""
-        return self.prefill if phase == "prefill" else self.decode
+from .trace import IntArray
 
 
 class ExpertPool:
@@ -110,6 +90,8 @@ class ExpertPool:
         """The same, once it is known what moves."""
         self._ahead: tuple[int, list[int]] = (-1, [])
         """Experts that were brought before their layer asked, and the layer."""
+        self._pending: deque[int] = deque()
+        """Those of the same layer that are to be, as soon as there is room."""
         self._filling: set[tuple[int, int]] = set()
         """(layer, expert) of what was brought for no layer that waited for it."""
         self._apart = apart
@@ -168,6 +150,7 @@ class ExpertPool:
         self._forget(victims)
         run.advance()
         yield run
+        self._pending.clear()
         self._open = self._begun = None
         self._causes.passed(event, self.cache)
 
@@ -235,30 +218,46 @@ class ExpertPool:
         """Experts that may be brought ahead: one must be able to pass through beside them when their layer runs."""
         return self._passing - 1
 
-    def prefetch(self, layer: int, experts: Sequence[int]) -> list[int]:
+    def prefetch(self, layer: int, experts: Sequence[int], *, later: bool = False) -> list[int]:
         """Bring experts before their layer asks: behind all that the layer that runs needs, as far as there is room.
 
-        Called while a layer runs, at most once. Returns those that are brought.
+        Called while a layer runs, at most once. Returns those that are brought; with `later`, others are when the layer
+        that runs has used what passes through (`brought_ahead`).
         """
         assert self._open is not None, "no layer runs"
         assert not self._ahead[1], "what was brought ahead has not been asked for yet"
-        if not self._open.all_asked_for:
-            return []
-        taken: list[int] = []
+        self._ahead = layer, []
+        self._pending.extend(experts[: self.spare])
+        self.go_on_ahead()
+        if not later:
+            self._pending.clear()
+        return self.brought_ahead
+
+    @property
+    def brought_ahead(self) -> list[int]:
+        """The experts that have been brought for a layer that has not asked yet."""
+        return list(self._ahead[1])
+
+    def go_on_ahead(self) -> None:
+        """Bring what is still to be brought ahead, as far as there is room now."""
+        assert self._open is not None, "no layer runs"
+        if not self._pending or not self._open.all_asked_for:
+            return
+        layer, taken = self._ahead
         places: list[tuple[int, Slot]] = []
-        for expert in experts[: self.spare]:
-            there = self.cache.held[layer, expert] or (self._apart and not self._on_host(layer, expert, ()))
-            if there or not all(self._free):  # beside a device, what would have to be read first is not brought either
-                continue
+        brought = 0
+        while self._pending and all(self._free):
+            expert = self._pending.popleft()
+            if self.cache.held[layer, expert] or (self._apart and not self._on_host(layer, expert, ())):
+                continue  # beside a device, what would have to be read first is not brought
             placed = [self.place(part, layer, expert) for part in range(self.parts)]
             places += [each for each in placed if each is not None]
             taken.append(expert)
-        self._ahead = layer, taken
-        self._accounts["decode"].copies += len(taken) if self._apart else 0
-        self._accounts["decode"].reads += 0 if self._apart else len(taken)
+            brought += 1
+        self._accounts["decode"].copies += brought if self._apart else 0
+        self._accounts["decode"].reads += 0 if self._apart else brought
         if places:
             self.bring(places, urgent=False)
-        return taken
 
     def fill(self, event: Event, expert: int) -> bool:
         """Beside a device apart: bring what the CPU computes for the layer that runs, behind all that it needs, if the
@@ -298,6 +297,7 @@ class ExpertPool:
                     self._is_there(part, int(numbers[layer, expert]))  # what is still on its way cannot be forgotten
                     self.vacate(part, layer, expert)
         self._ahead = (-1, [])
+        self._pending.clear()
         self.bring(())
         for part, slots in enumerate(self._slots):
             taken = {slot.offset for slot in self._lying.values()}

@@ -31,6 +31,9 @@ PAUSE: Final = 512
 """Layers that pass without prefetching after a trial that did not pay. Doubles each time."""
 SURE: Final = 0.9
 """Of advice of a rank, the share that must be right before an expert is read from disk by it."""
+KINDS: Final = 8
+"""Of experts that could be brought next, kinds whose gain is worked out: those that stand highest, and of these those
+that most tokens want. Each takes a simulation."""
 LEAST_GAIN: Final = 0.005
 """Of the next layer's time: less than what such a simulation is wrong by is no gain."""
 
@@ -57,9 +60,20 @@ class PrefetchStatistics:
     prefetched: int
     used: int
     gained_s: float
-    """What layers took less because of it, less what it cost others."""
+    """What layers took less because of it, less what it cost others, and what deciding took."""
     off: str
     """Why nothing is prefetched now; "" where it is."""
+
+    def plus(self, other: PrefetchStatistics) -> PrefetchStatistics:
+        """Both together."""
+        return PrefetchStatistics(
+            asked=self.asked + other.asked,
+            busy=self.busy + other.busy,
+            prefetched=self.prefetched + other.prefetched,
+            used=self.used + other.used,
+            gained_s=self.gained_s + other.gained_s,
+            off="; ".join(dict.fromkeys(each for each in (self.off, other.off) if each)),
+        )
 
 
 class Prefetcher:
@@ -80,6 +94,8 @@ class Prefetcher:
         self._tried = 0
         self._tried_used = 0
         self._tried_s = 0.0
+        self._tried_layers = 0
+        """Layers with advice, since the last trial."""
         self._ranked = False
         """Whether it is known how high experts stand."""
         self._ranks: Mapping[int, int] = {}
@@ -117,11 +133,15 @@ class Prefetcher:
         self._ranks = {task.expert: 0 for task in expected} if ranks is None else dict(ranks)
         if self.pauses():
             return ()
+        self._tried_layers += 1
+        if self._tried_layers >= PAUSE and self._tried_s < 0:  # deciding takes time, also where nothing is brought
+            self._judge()
+            return ()
         if not any(idle.has_room(mover) for mover in ("link", "disk")):
             self._busy += 1
             return ()
         chosen: list[Prefetched] = []
-        tasks = sorted(expected, key=lambda task: self._ranks[task.expert])
+        tasks = sorted(expected, key=lambda task: (self._ranks[task.expert], -task.rows))
         now_s = self._scheduler.plan(tasks).seconds if tasks else 0.0
         while len(chosen) < self._most:
             found = self._best(tasks, {each.expert for each in chosen}, now_s, idle)
@@ -169,6 +189,11 @@ class Prefetcher:
             self._judge()
         return gained
 
+    def spent(self, seconds: float) -> None:
+        """Deciding has taken so long."""
+        self._gained_s -= seconds
+        self._tried_s -= seconds
+
     def _learn(self, needed: Set[int]) -> None:
         """Hold what was last expected against what is needed, whether it was brought or not."""
         for expert, rank in self._ranks.items():
@@ -186,7 +211,7 @@ class Prefetcher:
             logger.info("prefetching of experts is off: %s", self._off)
             self._resting = self._pause
             self._pause *= 2
-        self._tried = self._tried_used = 0
+        self._tried = self._tried_used = self._tried_layers = 0
         self._tried_s = 0.0
 
     def _best(
@@ -197,13 +222,15 @@ class Prefetcher:
         Each expert moves by one tier: what is read now is not there to be copied yet.
         """
         best: tuple[float, int, Mover, float] | None = None
-        tried = set()
+        tried: set[tuple[int, bool, Mover | None, int]] = set()
         for number, task in enumerate(tasks):
             mover = _mover(task, separate=self._scheduler.costs.separate)
             rank = self._ranks[task.expert]
             kind = (task.rows, task.on_host, mover, rank)
             if mover is None or kind in tried or task.expert in moved_already or not idle.has_room(mover):
                 continue
+            if len(tried) == KINDS:
+                break
             tried.add(kind)  # those that are alike gain the same
             sure = self._reliability(rank)
             if mover == "disk" and self._ranked and sure < SURE:

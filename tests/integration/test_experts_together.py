@@ -17,6 +17,7 @@ from test_experts import Shelf
 from zoo.decoders import token_ids
 
 import penstock
+from penstock.scheduler.experts import prefetch
 from penstock.scheduler.experts.events import Event
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("every_core")]
@@ -143,3 +144,26 @@ def test_a_read_that_fails_ends_the_run_and_the_next_one_is_right(shelf: Shelf, 
             for each in penstock.generate_many(model, PROMPTS, max_new_tokens=NEW, rows=2, lanes=3)
         }
         assert [found[index] for index in range(len(PROMPTS))] == tokens
+
+
+@pytest.mark.parametrize("part", [0.4, 0.8])
+def test_what_is_brought_ahead_of_a_sweep_changes_no_bit(
+    part: float, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "SURE", 0.0)  # routers of random weights are seldom right
+    with test_experts.loaded(shelf.checkpoint("qwen3-moe"), part) as model:
+        tokens, logits = alone(model)
+        model.penstock.machinery.session.experts.look_ahead(test_experts.SLOW_DRIVE)
+        watched = Watched(model, monkeypatch)
+        with penstock.generate_many(model, PROMPTS, max_new_tokens=NEW, rows=1, lanes=len(PROMPTS)) as run:
+            found = {each.index: list(each.ids) for each in run}
+        assert [found[index] for index in range(len(PROMPTS))] == tokens
+        seen = [one for each in watched.logits.values() for one in each]
+        assert all(any(torch.equal(one, other) for other in seen) for one in logits)
+        counted = model.penstock.statistics().experts
+        assert counted.prefetching.asked > 0
+        assert counted.decode.hits["prefetched"] == counted.prefetching.used > 0
+        asked = [event for event in watched.events if event.guesses is not None]
+        assert asked
+        assert {event.phase for event in asked} == {"decode"}
+        assert max(event.tokens for event in asked) == len(PROMPTS)  # one question for all of them

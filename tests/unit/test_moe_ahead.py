@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from test_moe_pool import ROUTING, Shelves, make
 
 from penstock.scheduler.experts.ahead import LookAhead
@@ -12,6 +13,8 @@ from penstock.scheduler.experts.costs import ExpertCosts
 from penstock.scheduler.experts.events import Event, event_of
 from penstock.scheduler.experts.layerscheduler import LayerScheduler
 from penstock.scheduler.experts.pool import ExpertPool
+from penstock.scheduler.experts.prefetch import PAUSE
+from penstock.scheduler.experts.trace import Ids
 
 READ_S, COMPUTE_S = 2.0, 1.0
 
@@ -30,9 +33,9 @@ def event(layer: int, experts: Sequence[int], guesses: Sequence[int] | None) -> 
     return event_of(step=0, layer=layer, phase="decode", experts=ROUTING.experts, chosen=chosen, guesses=guessed)
 
 
-def run(pool: ExpertPool, ahead: LookAhead, each: Event) -> None:
+def run(pool: ExpertPool, ahead: LookAhead, each: Event, *, together: bool = False) -> None:
     with pool.layer(each) as layer:
-        ahead.begun(each, layer)
+        ahead.begun(each, layer, together=together)
         for part in range(pool.parts):
             for expert in layer.order:
                 with layer.lent(part, expert, lambda: None):
@@ -40,19 +43,19 @@ def run(pool: ExpertPool, ahead: LookAhead, each: Event) -> None:
         ahead.ended(each)
 
 
-def made(between_s: float, taught: int = 8) -> tuple[ExpertPool, Shelves, LookAhead, Clock]:
+def made(between_s: float, taught: int = 8, *, together: bool = False) -> tuple[ExpertPool, Shelves, LookAhead, Clock]:
     """A pool of two slots beside the cache's none, on a machine where reading takes twice as long as computing, with
     routers that were right so often."""
     pool, shelves = make(0, 3)
     clock = Clock()
     costs = ExpertCosts(cpu_s=lambda rows: COMPUTE_S * rows, device_s=None, read_s=READ_S)
     ahead = LookAhead(pool, LayerScheduler(costs), clock=clock)
-    for layer in (0, 1):  # from which it knows what lies between layers
-        run(pool, ahead, event(layer, [0], None))
+    for layer in (0, 1, 2):  # from which it knows what lies between layers; the first may follow another kind of layer
+        run(pool, ahead, event(layer, [0], None), together=together)
         clock.now_s += between_s
     for _ in range(taught):
-        run(pool, ahead, event(0, [1], [2, 4]))
-        run(pool, ahead, event(1, [2, 4], None))
+        run(pool, ahead, event(0, [1], [2, 4]), together=together)
+        run(pool, ahead, event(1, [2, 4], None), together=together)
     shelves.reads.clear()
     return pool, shelves, ahead, clock
 
@@ -111,6 +114,88 @@ def test_it_stops_when_routers_guess_wrong() -> None:
     shelves.reads.clear()
     run(pool, ahead, event(0, [1], [2, 4]))
     assert shelves.reads == [1, 1 + 18]
+
+
+def test_what_many_tokens_pass_through_is_used_before_others_are_brought() -> None:
+    """All slots are taken by what the layer misses itself; each that is free at last gets an expert of the next."""
+    pool, shelves, ahead, _ = made(between_s=10.0, together=True)
+    with pool.layer(each := event(0, [0, 1, 3, 5], [2, 4])) as layer:
+        ahead.begun(each, layer, together=True)
+        assert pool.brought_ahead == []
+        for part in range(pool.parts):
+            for expert in layer.order:
+                with layer.lent(part, expert, lambda: None):
+                    assert len(shelves.lying) <= 2 * 3
+        ahead.ended(each)
+    assert pool.brought_ahead == [2, 4]
+    own = [0, 1, 3, 5]
+    assert sorted(shelves.reads[:8]) == sorted([*own, *(expert + 18 for expert in own)])
+    assert shelves.reads[8:] == [6 + 2, 6 + 2 + 18, 6 + 4, 6 + 4 + 18]
+    shelves.reads.clear()
+    run(pool, ahead, event(1, [2, 4], None), together=True)
+    assert shelves.reads == []
+    assert (ahead.statistics().prefetched, ahead.statistics().used) == (2, 2)
+
+
+def test_a_micro_batch_alone_brings_nothing_later() -> None:
+    pool, shelves, ahead, _ = made(between_s=10.0)
+    run(pool, ahead, event(0, [0, 1, 3, 5], [2, 4]))
+    assert len(shelves.reads) == 8
+    assert pool.brought_ahead == []
+    run(pool, ahead, event(1, [2, 4], None))
+    assert ahead.statistics().prefetched == 0
+
+
+def test_what_sweeps_teach_says_nothing_of_layers_alone() -> None:
+    pool, shelves, ahead, clock = made(between_s=10.0, together=True)
+    for layer in (0, 1):
+        run(pool, ahead, event(layer, [0], None))
+        clock.now_s += 10.0
+    shelves.reads.clear()
+    run(pool, ahead, event(0, [1], [2, 4]))  # whose advice has not been right nine times in ten yet
+    assert shelves.reads == [1, 1 + 18]
+    run(pool, ahead, event(0, [1], [2, 4]), together=True)
+    assert shelves.reads[2:] == [1, 1 + 18, 6 + 2, 6 + 2 + 18, 6 + 4, 6 + 4 + 18]
+
+
+def test_a_layer_that_fails_leaves_nothing_to_be_brought() -> None:
+    pool, shelves, ahead, _ = made(between_s=10.0, together=True)
+
+    def stopped() -> None:
+        with pool.layer(each := event(0, [0, 1, 3, 5], [2, 4])) as layer:
+            ahead.begun(each, layer, together=True)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    run(pool, ahead, event(1, [2, 4], None), together=True)
+    shelves.reads.clear()
+    run(pool, ahead, event(1, [0, 3], None), together=True)
+    assert sorted(shelves.reads) == [6, 6 + 3, 6 + 18, 6 + 3 + 18]
+    assert len(pool._free[0]) == len(pool._free[1]) == 3
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_it_stops_where_deciding_takes_longer_than_it_saves(together: bool) -> None:
+    pool, _, ahead, clock = made(between_s=0.1, together=together)
+
+    def ask() -> Ids:
+        clock.now_s += 0.001
+        return np.array([[2, 4]], np.uint16)
+
+    asked = 0
+    for _ in range(PAUSE + 10):
+        guesses = ahead.guesses(0, ask, together=together)
+        asked += guesses is not None
+        run(pool, ahead, event(0, [1], None if guesses is None else [2, 4]), together=together)
+        run(pool, ahead, event(1, [2, 4], None), together=together)
+        if guesses is None:
+            break
+    assert asked < PAUSE
+    found = ahead.statistics()
+    assert found.prefetched == 0  # there is no time for it
+    assert found.gained_s == pytest.approx(-0.001 * asked)
+    assert "ms more than they saved" in found.off
 
 
 def beside_a_device(capacity: int, between_s: float) -> tuple[ExpertPool, Shelves, LookAhead, LayerScheduler]:

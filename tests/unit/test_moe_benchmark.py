@@ -11,7 +11,7 @@ import transformers
 
 from benchmarks.contenders.protocol import Report
 from benchmarks.moe_checkpoint import SHAPES, draw_tensor, ensure_moe, words
-from benchmarks.moe_score import needs_of, score
+from benchmarks.moe_score import needs_of, score, summarise
 from benchmarks.scoreboard import FRAMEWORK_NBYTES, YARDSTICK, Attempt
 from penstock.runtime.experts.recording import RoutingRecorder
 from penstock.scheduler.experts.generate import generate_trace
@@ -107,3 +107,43 @@ def test_a_run_is_held_against_its_own_misses_and_those_of_the_routing(trace: Pa
     assert own.bounds_own_s == [4.0]  # 400 bytes at 100 a second: more than the second of computing
     assert own.bounds_s == []
     assert own.tokens_equal == 1.0
+
+
+def test_what_is_missing_is_said(trace: Path) -> None:
+    def attempt(name: str, figures: dict[str, float]) -> Attempt:
+        report = Report(
+            loaded_s=1.0,
+            token_s=[2.0, 3.0],
+            token_read_nbytes=[0, 500],
+            tokens=[[1, 2]],
+            versions={},
+            figures=figures,
+        )
+        return Attempt(contender=name, batch=1, round_number=1, report=report, disk_before_nbytes_per_s=100.0)
+
+    failed = Attempt(contender="accelerate", batch=1, round_number=1, failure="killed: over the cap")
+    figures = {"misses": 4.0, "prefetched": 0.0}
+    lines = summarise(score([attempt("penstock", figures), failed], None, expert_nbytes=100, yardstick=YARDSTICK))
+    assert any("disk alone" in line for line in lines)
+    assert any("nothing was brought ahead" in line for line in lines)
+    assert any("accelerate has no result" in line for line in lines)
+    assert not any("mmap" in line for line in lines)  # nobody asked for it
+    runs = [attempt(YARDSTICK, {}), attempt("penstock", {**figures, "ahead_brought": 5.0, "ahead_used": 3.0})]
+    lines = summarise(score(runs, None, expert_nbytes=100, yardstick=YARDSTICK))
+    assert any("brought ahead: 5 experts, 3 of them used" in line for line in lines)
+    assert not any("disk alone" in line or "no result" in line for line in lines)
+
+
+def test_a_prompt_that_is_short_is_not_among_the_tokens_of_a_bound(checkpoint: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    text = torch.tensor([words(SHAPE, 8)])
+    path = tmp_path / "short.moe"
+    with RoutingRecorder(model, path, source="a test") as recorder, torch.no_grad():
+        recorder.sequences(1)
+        cache = model(input_ids=text[:, :4], use_cache=True).past_key_values
+        for at in range(4, 8):
+            model(input_ids=text[:, at : at + 1], past_key_values=cache, use_cache=True)
+    assert set(map(read_trace(path).phase, range(5))) == {"decode"}
+    weights = sum(2 * int(np.prod(dims)) for _, dims in SHAPE.dims())
+    needs = needs_of(path, SHAPE, cap_nbytes=0, weights_nbytes=weights)
+    assert needs.cached == needs.foreseen == SHAPE.layer_count * SHAPE.top_k * SHAPE.expert_nbytes
