@@ -135,7 +135,8 @@ class TieredCache(DynamicCache):
 
     def __iter__(self) -> Iterator[Any]:
         """Keys and values of each layer, put together, as `DynamicCache` gives them."""
-        for own, layer in zip(super().__iter__(), self.layers, strict=True):  # type: ignore[no-untyped-call]
+        plain = super().__iter__()  # type: ignore[no-untyped-call]
+        for own, layer in zip(plain, self.layers, strict=True):
             yield (*layer.whole(), *own[2:]) if isinstance(layer, TieredLayer) else own
 
     @property

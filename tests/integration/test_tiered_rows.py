@@ -68,15 +68,18 @@ def answer(model: Any, cache: Any, **how: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("how", "rows"),
+    ("how", "rows", "settings"),
     [
-        ({"num_return_sequences": 4, "do_sample": True}, 4),
-        ({"num_return_sequences": 4, "do_sample": True, "prefill_chunk_size": 50}, 4),
-        ({"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "prefill_chunk_size": 64}, 3),
+        ({"num_return_sequences": 4, "do_sample": True}, 4, {}),
+        ({"num_return_sequences": 4, "do_sample": True, "prefill_chunk_size": 50}, 4, {}),
+        ({"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "prefill_chunk_size": 64}, 3, {}),
+        ({"num_return_sequences": 3, "do_sample": True, "prefill_chunk_size": 70}, 3, {"policy": "quest:4096,dense=0"}),
     ],
 )
-def test_answers_to_one_prompt_share_it(model: Any, caches: Callable[..., Any], how: Any, rows: int) -> None:
-    cache = caches()
+def test_answers_to_one_prompt_share_it(
+    model: Any, caches: Callable[..., Any], how: dict[str, Any], rows: int, settings: dict[str, str]
+) -> None:
+    cache = caches(**settings)
     assert torch.equal(answer(model, cache, **how), answer(model, DynamicCache(config=model.config), **how))
     figures = cache.statistics()
     assert (figures.rows, figures.kv_nbytes) == (rows, rows * (TOKENS + NEW - 1) * TOKEN_NBYTES)

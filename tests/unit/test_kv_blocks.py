@@ -64,8 +64,8 @@ class Plain:
         self.paddings = [self.paddings[row] for row in rows]
 
     def crop(self, tokens: int) -> None:
-        if tokens < self.keys.shape[2]:
-            self.paddings = [min(padding, tokens) for padding in self.paddings]  # what is cropped may come as tokens
+        if tokens < self.keys.shape[2]:  # what was padding there may come as tokens
+            self.paddings = [min(padding, tokens) for padding in self.paddings]
         self.keys, self.values = self.keys[:, :, :tokens], self.values[:, :, :tokens]
 
     def attention(self, query: torch.Tensor, new: int) -> torch.Tensor:
