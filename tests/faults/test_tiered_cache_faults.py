@@ -18,8 +18,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import penstock
-from penstock.memory.disk import Transfer
 from penstock.memory.ledger import process_ledger
+from penstock.memory.transfer import Transfer
 from penstock.runtime.kv.spill import arrive
 
 CONFIG = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3}
