@@ -235,11 +235,12 @@ def _attention_rate(cache: Any, model: Any, arguments: argparse.Namespace) -> fl
     nbytes = sum(keys.numel() + values.numel() for pieces in layers for keys, values, _ in pieces) * 2
     query = torch.randn(1, HEADS * arguments.group, 1, DIM).to(torch.bfloat16)
     new = torch.randn(1, HEADS, 1, DIM).to(torch.bfloat16)
+    widening = cache.tiers.widening
     best, end_s = float("inf"), time.perf_counter() + 2
     while time.perf_counter() < end_s:
         start_s = time.perf_counter()
         for pieces in layers:
-            attend(Asked(query=query, keys=new, values=new, scale=0.125), iter(pieces))
+            attend(Asked(query=query, keys=new, values=new, scale=0.125, widening=widening), iter(pieces))
         best = min(best, time.perf_counter() - start_s)
     return nbytes / best
 

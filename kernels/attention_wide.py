@@ -19,10 +19,10 @@ ELEMENTS: Final = 2 * 2**20
 
 
 class Widening:
-    """Memory for that, kept between calls. One per thread."""
+    """Memory for that, kept between calls: 8 MiB at most. Not for several threads at once."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+        self._buffer = _empty(0)
 
     @staticmethod
     def suits(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
@@ -35,6 +35,7 @@ class Widening:
         """
         return (
             query.device.type == "cpu"
+            and not (torch.is_grad_enabled() and query.requires_grad)
             and keys.dtype.itemsize == 2
             and query.shape[2] <= ROWS
             and 0 < _elements(keys, values) <= ELEMENTS
@@ -55,8 +56,7 @@ class Widening:
             O [n, kv_heads, rows, value dim] and ℓ [n, kv_heads, rows], both in fp32.
         """
         asked = query.float() * scale
-        out = torch.empty(*query.shape[:3], values.shape[3])
-        lse = torch.empty(query.shape[:3])
+        out, lse = _empty(*query.shape[:3], values.shape[3]), _empty(*query.shape[:3])
         for part, wide, others in self._pieces(keys, values):
             shares, largest = _exponentials(asked[part], wide, dims=(3,))
             weight = shares.sum(dim=3, keepdim=True)
@@ -92,13 +92,18 @@ class Widening:
         count, each = len(keys), _elements(keys, values)
         piece = min(count, ELEMENTS // each)
         if self._buffer.numel() < piece * each:
-            self._buffer = torch.empty(piece * each)
+            with torch.inference_mode(False):  # made within it, it could not be written to outside
+                self._buffer = _empty(piece * each)
         for start in range(0, count, piece):
             part = slice(start, min(start + piece, count))
             some, others = keys[part], values[part]
             wide = self._buffer[: some.numel()].view(some.shape)
             rest = self._buffer[some.numel() : some.numel() + others.numel()].view(others.shape)
             yield part, wide.copy_(some), rest.copy_(others)
+
+
+def _empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever a program has made torch's defaults
 
 
 def _elements(keys: torch.Tensor, values: torch.Tensor) -> int:

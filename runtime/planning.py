@@ -102,7 +102,7 @@ class Planner:
         """The same blocks, with room for activations before weights and gradients where a step is shorter for it. Where
         all weights stay they still do for a room that is free beside them; for more, some stream."""
         weighing = None if self._changing is None else self._changing.weighing
-        if weighing is None or self.budgets.device is not None:
+        if weighing is None or self._changing is None or self._changing.frozen or self.budgets.device is not None:
             return plain, self._overhead
         free = max(0, self.budgets.host - plain.host_nbytes)
         made = self._cut(plain.limit_nbytes, set())

@@ -88,7 +88,7 @@ def simulate(
         lanes: Micro-batches that each make all these calls, and share sweeps. A turn is a sweep then.
         part: Of several lanes: blocks that the CPU computes for some while others go on on the device.
     """
-    first = setting.root_of(rows_of_root(programs[0])) if programs else 0
+    first = setting.root_of(rows_of_root(programs[0])) if programs and (part or lanes == 1) else 0
     return _Simulation(setting, cost, first, part).run(programs, started, until_steady, lanes, part)
 
 

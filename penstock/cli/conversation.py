@@ -199,7 +199,10 @@ def carry_out(request: ChatRequest, output: Output) -> None:
         config, dtype = read_config(folder, request.dtype, trust_remote_code=request.trust_remote_code)
         request = _within_positions(request, config, output)
         kv = request.kv or KvOption(
-            host=whole_context(config, dtype, request.context), disk=0, choice=request.policy, codec=request.codec
+            host=whole_context(config, dtype, request.context, request.codec),
+            disk=0,
+            choice=request.policy,
+            codec=request.codec,
         )
         room = KvRoom(config=config, dtype=dtype, option=kv)
         with room.kept():

@@ -17,6 +17,7 @@ from ..runtime.cachesize import cache_size
 from ..runtime.devices.cpu import CpuDevice
 from ..runtime.dtypes import parse_dtype
 from ..runtime.headroom import kv_nbytes
+from ..runtime.kv.coded import CodedLayout
 from ..runtime.kv.figures import KvStatistics
 from ..runtime.kv.identity import rope_depends_on_length
 from ..runtime.kv.prefillcosts import calibrated_prefill
@@ -101,12 +102,27 @@ def read_config(folder: str, dtype: str, *, trust_remote_code: bool) -> tuple[An
     return config, parse_dtype(dtype) or own
 
 
-def whole_context(config: Any, dtype: torch.dtype, context: int) -> int:
+def whole_context(config: Any, dtype: torch.dtype, context: int, codec: str | None = None) -> int:
     """Host memory for all keys and values of a context: blocks are whole, and one more of each layer grows."""
     text = config.get_text_config(decoder=True)
     layers = getattr(text, "num_hidden_layers", 1)
     nbytes = kv_nbytes(config, dtype, context=context + 3 * TOKENS, batch=1)
+    if codec is not None:
+        nbytes = int(nbytes * _share_of(text, dtype, codec))
     return nbytes + nbytes // 8 + layers * 2**16
+
+
+def _share_of(text: Any, dtype: torch.dtype, codec: str) -> float:
+    """What is left of keys and values that are coded, pages counted whole; 1 where heads are not told."""
+    heads = getattr(text, "num_attention_heads", None)
+    dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
+    if not heads or not dim:
+        return 1.0
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    layout = CodedLayout(
+        layer=0, heads=kv_heads, key_dim=dim, value_dim=dim, dtype=dtype, block_tokens=TOKENS, codec=codec
+    )
+    return min(1.0, layout.slot_nbytes / (layout.token_nbytes * TOKENS))
 
 
 def chunk_tokens(config: Any) -> int | None:

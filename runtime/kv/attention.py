@@ -7,7 +7,7 @@ own; what is new is at hand as tensors. Blocks are attended to in any order.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
@@ -55,6 +55,8 @@ class Asked:
     cold: bool = True
     """Whether blocks may lie outside of the device that computes: queries are brought down first then, before it has
     work of its own to end."""
+    widening: Widening = field(default_factory=Widening)
+    """Memory of who asks."""
 
     @property
     def group(self) -> int:
@@ -124,7 +126,6 @@ class _Parts:
     def __init__(self, merging: Merging, query: torch.Tensor) -> None:
         self.merging = merging
         self.query = query
-        self.widening = Widening()
         self._together: dict[tuple[int, ...], torch.Tensor] = {}
         self._parts: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._nbytes = 0
@@ -184,7 +185,7 @@ def _attend_alike(
         parts.add(rows, *paged_partial(together, keys, values, slots, lengths, scale=asked.scale))
         return
     if small and asked.cap is None and Widening.suits(together, keys, values):
-        parts.add(rows, *parts.widening.joined(together, keys, values, scale=asked.scale))
+        parts.add(rows, *asked.widening.joined(together, keys, values, scale=asked.scale))
         return
     if small:
         wide = together.expand(blocks, -1, -1, -1)
@@ -201,7 +202,7 @@ def _attend_each(parts: _Parts, asked: Asked, keys: torch.Tensor, values: torch.
     heads, count, dim = parts.query.shape[1:]
     those = parts.query[span.rows].transpose(1, 2).reshape(blocks, heads, users * count, dim)
     if asked.cap is None and Widening.suits(those, keys, values):
-        out, lse = parts.widening.each(those, keys, values, scale=asked.scale)
+        out, lse = asked.widening.each(those, keys, values, scale=asked.scale)
     else:
         out, lse = partial(those, keys, values, scale=asked.scale, cap=asked.cap)
     out = out.view(blocks, heads, users, count, -1).transpose(1, 2)

@@ -210,6 +210,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             paddings=self._tiers.paddings_of(self._number, keys.shape[0]),
             before=before,
             cold=self._tiers.reader.cold(self._number),
+            widening=self._tiers.widening,
         )
         with self._tiers.in_whole():
             if self._choosing is None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ...kernels.attention_wide import Widening
 from ...kernels.kv_codec import BITS
 from ...memory.errors import ClosedError, PenstockError, UsageError
 from ..devices.base import Device
@@ -64,6 +65,7 @@ class KvTiers:
         self._memory: KvMemory | None = None
         self._stores: list[LayerStore | None] = [None] * layers
         self.reader = KvReader(self._stores)
+        self.widening = Widening()
         """Of what they have."""
         self._broken = False
         self._closed = False

@@ -18,12 +18,17 @@ def tier_of(tensor: torch.Tensor) -> Tier:
 
 def storage_key(tensor: torch.Tensor) -> int:
     """A number that all views of one storage share; 0 for tensors that have no memory of their own."""
-    if tensor.device.type == "meta" or tensor.layout is not torch.strided:
+    if tensor.device.type == "meta" or tensor.layout is not torch.strided or is_fake(tensor):
         return 0
     try:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):  # subclasses without a storage of their own
         return 0
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether it only stands for one (models are rehearsed on such): to ask for its address is an error."""
+    return type(tensor).__name__ == "FakeTensor"
 
 
 def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -44,6 +49,8 @@ def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def address(tensor: torch.Tensor) -> int:
     """Of the first element; 0 where there is none to have one."""
+    if is_fake(tensor):
+        return 0
     try:
         return tensor.data_ptr()
     except (NotImplementedError, RuntimeError):

@@ -80,9 +80,7 @@ class CatchUp:
                 assert slot is not None, f"block {block} is lent from the other tier"
                 needed = {self._number[id(part)]: experts for part in late if self._block(part) == block}
                 with self._turn:
-                    owed = self._owing.settle(block, needed)
-                    if owed:
-                        self._updater.catch_up(block, owed, lent=slot)
+                    self._updater.catch_up(block, partial(self._owing.settle, block, needed), lent=slot)
         for part in late:
             session.appear(part)
         try:
@@ -98,9 +96,7 @@ class CatchUp:
     def settle(self, block: int, slot: Slot) -> None:
         """Have all updates made that a block owes, which is leased there."""
         with self._turn:
-            owed = self._owing.settle(block)
-            if owed:
-                self._updater.catch_up(block, owed, lent=slot)
+            self._updater.catch_up(block, partial(self._owing.settle, block), lent=slot)
 
     def drain(self) -> None:
         """Have all updates made that are owed, after those that are under way; returns before they have been.
@@ -109,7 +105,7 @@ class CatchUp:
             PenstockError: what an update before met.
         """
         session = self._session
-        for block in dict.fromkeys(self._blocks.values()):
+        for block in dict.fromkeys(home for number, home in self._blocks.items() if self._owing.behind(number)):
             if session.running_here():  # who has the block may be the caller
                 lease = session.executor.acquire(block, observed=False)
                 try:
@@ -118,9 +114,7 @@ class CatchUp:
                     session.executor.release(lease, session.device.computed())
                 continue
             with self._turn:
-                owed = self._owing.settle(block)
-                if owed:
-                    self._updater.catch_up(block, owed)
+                self._updater.catch_up(block, partial(self._owing.settle, block))
 
     def statistics(self) -> OwingStatistics:
         """What has been left out so far, and made since."""

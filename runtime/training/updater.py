@@ -120,12 +120,13 @@ class Updater:
             self._queue.insert(self._first_place() if urgent else len(self._queue), job)
             self._changed.notify_all()
 
-    def catch_up(self, block: int, owed: Owed, *, lent: Slot | None = None) -> None:
+    def catch_up(self, block: int, settle: Callable[[], Owed], *, lent: Slot | None = None) -> None:
         """Make updates that shards of a block owe.
 
         Args:
             block: The block.
-            owed: By shard, one at least.
+            settle: Says what is owed, by shard, and takes it for made from then on: called when nothing is left to be
+                waited for, so that an interrupt before leaves it owed.
             lent: Where the caller has the block, and keeps it until this returns, when they have been made. None where
                 it may not be had meanwhile: then this returns as soon as no other update of it is under way.
 
@@ -134,9 +135,12 @@ class Updater:
         """
         self.check()
         if lent is None:
-            if self._joined(block, owed):
+            if self._joined(block, settle):
                 return
             self.wait(block)
+        owed = settle()
+        if not owed:
+            return
         job = Job(
             step=self._nothing,
             block=block,
@@ -154,11 +158,12 @@ class Updater:
         self._put(job, urgent=True)
         self._wait_lent(job)
 
-    def _joined(self, block: int, owed: Owed) -> bool:
+    def _joined(self, block: int, settle: Callable[[], Owed]) -> bool:
         """Whether a job of the same block has still been waiting, and makes what is owed, too."""
         with self._changed:
             for job in self._queue:
                 if isinstance(job, Job) and job.block == block and not job.begun:
+                    owed = settle()
                     job.left.extend(owed)
                     job.open += len(owed)
                     job.owed = {**job.owed, **owed}

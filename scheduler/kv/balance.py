@@ -19,6 +19,8 @@ WEIGHT: Final = 0.3
 """Of what was seen last, in what is known."""
 HOPE: Final = 1.15
 """Where the link was not waited for it may be so much faster than is known: it gets more, until somebody waits."""
+DOUBT: Final = 1.02
+"""What a wait has shown is doubted by so much per call without one: the link may have become faster since."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +42,9 @@ class _Known:
     cpu: float | None = None
     """Bytes per second."""
     link: float | None = None
+    shown: float | None = None
+    """What the link gave when it was waited for: hope goes beyond it once, not again and again, since a call with too
+    much for the link is a long one."""
 
 
 class Balance:
@@ -68,7 +73,13 @@ class Balance:
             known.cpu = _towards(known.cpu, seen.cpu_nbytes / seen.cpu_s)
         if seen.link_nbytes and seen.link_s > 0:
             rate = seen.link_nbytes / seen.link_s
-            known.link = _towards(known.link, rate) if seen.waited else max(known.link or 0.0, rate) * HOPE
+            if seen.waited:
+                known.link = known.shown = _towards(known.shown, rate)
+                return
+            known.link = max(known.link or 0.0, rate) * HOPE
+            if known.shown is not None:
+                known.shown *= DOUBT
+                known.link = min(known.link, max(known.shown, rate) * HOPE)
 
     def rates(self, queries: int) -> tuple[float | None, float | None]:
         """Bytes per second of the CPU and of the link, as far as they are known."""

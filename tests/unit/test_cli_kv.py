@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TextStreamer
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TextStreamer
 
 from penstock.cli import main
+from penstock.cli.kv_cache import whole_context
 from penstock.cli.kv_option import CODECS
 from penstock.kernels.kv_codec import BITS
+from penstock.kvcache import TieredCache
 from penstock.memory.capacity import host_capacity
 from penstock.memory.ledger import process_ledger
 from penstock.runtime.kv.prefixchoice import PrefixCosts
@@ -246,3 +249,22 @@ def test_without_a_template_there_is_no_chat(
             (folder / file.name).symlink_to(file)
     assert main(["chat", str(folder)]) == 2
     assert "has no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("codec", [None, *CODECS])
+@pytest.mark.parametrize("dim", [16, 64])
+def test_a_chat_asks_for_as_much_as_its_context_takes(codec: str | None, dim: int) -> None:
+    """No more than half of it again, less where it is coded; and a context of that length fits."""
+    settings: dict[str, Any] = {"vocab_size": 50, "hidden_size": 4 * dim, "intermediate_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(**settings, num_hidden_layers=2, num_attention_heads=4)).eval()
+    tokens = 1000
+    host = whole_context(model.config, torch.float32, tokens, codec)
+    plain = 2 * 2 * 4 * dim * 4 * tokens
+    assert host < plain * (1.5 if codec is None else 0.8 if codec == "int8" else 0.7)
+    cache = TieredCache(model.config, max_memory={"host": host, "disk": 0}, codec=codec)
+    with torch.no_grad():
+        model(input_ids=torch.arange(tokens)[None] % 50, past_key_values=cache)
+        model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+    assert cache.get_seq_length() == tokens + 1
+    assert cache.statistics().host_budget_nbytes <= host
+    cache.close()

@@ -82,6 +82,23 @@ def test_halves_that_are_widened_lose_nothing(
         torch.testing.assert_close(lse, expected_lse, atol=4e-6, rtol=1e-5)
 
 
+def test_widening_does_not_depend_on_the_defaults_of_a_program() -> None:
+    """Neither on torch's default dtype, nor on the mode in which it was used first."""
+    query, keys, values = (made(1, 2, 2, 64, dtype=torch.bfloat16, seed=seed) for seed in range(3))
+    widening = Widening()
+    expected, _ = attention_partial.reference(query, keys, values, scale=0.1)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode():
+            widening.each(query, keys, values, scale=0.1)
+        for out, _ in (widening.each(query, keys, values, scale=0.1), widening.joined(query, keys, values, scale=0.1)):
+            torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-6)
+    finally:
+        torch.set_default_dtype(before)
+    assert not Widening.suits(query.requires_grad_(), keys, values), "what backward needs would be written over"
+
+
 def test_what_is_widened() -> None:
     def suits(rows: int, tokens: int, dtype: torch.dtype) -> bool:
         return Widening.suits(made(1, 2, rows, 64, dtype=dtype), *[made(1, 2, tokens, 64, dtype=dtype)] * 2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from penstock.scheduler.kv.balance import FIRST, Balance, Seen
@@ -26,12 +28,12 @@ def run(balance: Balance, pieces: int, cpu: float, link: float, *, queries: int 
     return crossing, max(cpu_s, link_s)
 
 
-@settings(max_examples=60)
+@settings(max_examples=200)
+@example(6, 57561411705.0, 12516537332.0)
 @given(st.integers(2, 60), st.floats(1e8, 1e11), st.floats(1e8, 1e11))
 def test_a_few_calls_are_enough(pieces: int, cpu: float, link: float) -> None:
     balance = Balance()
-    for _ in range(30):
-        _, took_s = run(balance, pieces, cpu, link)
+    took_s = median([run(balance, pieces, cpu, link)[1] for _ in range(38)][8:])  # some calls try more, to learn
     best_s = min(max((pieces - count) * UNIT / cpu, count * UNIT / link) for count in range(pieces + 1))
     assert took_s <= best_s * 1.35 + UNIT / max(cpu, link)
 
