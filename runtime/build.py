@@ -34,6 +34,7 @@ from .oncpu import OnCpu
 from .partition import callable_module
 from .places import Places, droppable
 from .preloading import Preload
+from .resting import RestingThreads
 from .session import Session
 from .tables import Piece, Table
 from .units import find_units
@@ -167,6 +168,8 @@ class Machinery:
     def start(self, module: nn.Module) -> None:
         """Start prefetching, lend the small tensors for good, and wrap the forwards."""
         _keep_root(module)
+        if self.device.torch_device.type == "cpu" and RestingThreads.wanted():
+            self.on_close(RestingThreads().close)
         self.executor.start()
         self.session.lend(0, observed=False)
         on_path = _ancestors(path for path, child in module.named_modules() if self._concerns(path, child))

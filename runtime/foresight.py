@@ -214,6 +214,7 @@ class Foresight:
         decisions = Decisions(costs=cost, rows=rows, exact=exact, lanes=lanes) if hardware.gpu is not None else None
         beside = kv_nbytes(self.model.config, self.model.dtype, context=workload.context, batch=batch)
         layout, units, stays = self._layout(hardware, budgets, decisions, beside)
+        cost = replace(cost, beside=hardware.gpu is None and cost.crowded and not layout.resident)  # see resting.py
         calls = self.programs(workload, prompt)
         setting = setting_of(layout, units)
         links = Links(disk_read=budgets.disk_rate, h2d=budgets.link_rate if hardware.link else None)

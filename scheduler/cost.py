@@ -25,7 +25,8 @@ class CostModel:
     Args:
         hardware: The machine.
         threads: CPU threads that compute; 0 is all cores.
-        beside: Whether another thread of the process computes on the CPU with several threads, too, now and then.
+        beside: Whether threads of the CPU have to be roused for each operation that several share: another thread of
+            the process computes with several, too, now and then, or they are put to rest while blocks stream.
     """
 
     hardware: Hardware

@@ -53,8 +53,16 @@ def test_a_curve_leaves_out_what_starting_takes() -> None:
 
 def test_what_a_model_costs_is_told_per_operation() -> None:
     timer = PacedTimer(0.5)
-    found = framework_cost(torch.device("cpu"), seconds=0.0, timer=timer)
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 1e-3
+        return now
+
+    found = framework_cost(torch.device("cpu"), seconds=0.0, timer=timer, clock=clock)
     assert timer.calls >= 1
-    operations = 0.5 / found.value
+    products = 6 * 7 + 1
+    operations = (0.5 - products * 1e-3) / found.value  # products in between, a tick of the clock each, do not count
     assert 6 * 40 < operations < 6 * 250  # of six layers
     assert operations == pytest.approx(round(operations))
