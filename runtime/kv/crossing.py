@@ -38,9 +38,12 @@ class Crossing:
         host: The arena that pieces come from.
         balance: How much of what is there crosses.
         slot_nbytes: Of the first layer's blocks, or of larger ones.
+        after: What has passed before the memory may be written to: another ring may have been there.
     """
 
-    def __init__(self, memory: DeviceMemory, host: HostArena, balance: Balance, slot_nbytes: int) -> None:
+    def __init__(
+        self, memory: DeviceMemory, host: HostArena, balance: Balance, slot_nbytes: int, *, after: Event = None
+    ) -> None:
         self._memory = memory
         self._tensor = memory.tensor
         """Its own, as that of `ReadAhead`."""
@@ -49,9 +52,11 @@ class Crossing:
         self._size = max(slot_nbytes, min(PIECE_NBYTES, memory.ring_nbytes // PIECES) // PAGE * PAGE)
         """Of a buffer."""
         self._free: deque[tuple[int, Event]] = deque(
-            (buffer, None) for buffer in range(memory.ring_nbytes // self._size)
+            (buffer, after) for buffer in range(memory.ring_nbytes // self._size)
         )
         """Buffers, and events until which they are read; those that were free longest first."""
+        self.attended: Event = after
+        """Behind all that has been read of them."""
 
     def piece_blocks(self, slot_nbytes: int) -> int:
         """How many blocks of this size cross at once, at most.
@@ -139,4 +144,5 @@ class Crossing:
             device.wait(flight.arrived)  # on the host: the slot that it came from may be given to another block
             if debug_enabled():
                 self._tensor[start : start + nbytes] = 0xFF  # behind who attended, and before the next copy
-            self._free.append((flight.buffer, device.computed()))
+            self.attended = device.computed()
+            self._free.append((flight.buffer, self.attended))

@@ -8,6 +8,7 @@ import torch
 
 from ...memory.errors import ClosedError
 from ...scheduler.kv.balance import Balance
+from ...scheduler.mover import Event
 from .attention import Blocks
 from .crossing import Crossing
 from .memory import KvMemory
@@ -30,6 +31,8 @@ class KvReader:
         self._balance = Balance()
         self._memory: KvMemory | None = None
         self._ring: ReadAhead | None = None
+        self._attended: Event = None
+        """Behind what was read of the ring in the device's memory that is no more."""
         self.crossing: Crossing | None = None
         """What is sent to a device to be attended to there; None where nothing is."""
 
@@ -38,7 +41,9 @@ class KvReader:
         self._memory = memory
         if memory.device is not None:
             if self.crossing is None:
-                self.crossing = Crossing(memory.device, memory.arena, self._balance, store.layout.slot_nbytes)
+                self.crossing = Crossing(
+                    memory.device, memory.arena, self._balance, store.layout.slot_nbytes, after=self._attended
+                )
             store.piece_blocks = self.crossing.piece_blocks(store.layout.slot_nbytes)
 
     def forget(self) -> None:
@@ -49,6 +54,8 @@ class KvReader:
     def closes(self) -> None:
         """Hear that nothing is there any more, and that the next blocks may be larger. What is read goes on to its end
         with the memory that it has."""
+        if self.crossing is not None:
+            self._attended = self.crossing.attended
         self._memory = self._ring = self.crossing = None
 
     def row(self, number: int, row: int, new: tuple[torch.Tensor, torch.Tensor] | None = None) -> StoredRow:

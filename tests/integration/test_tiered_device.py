@@ -109,6 +109,38 @@ def test_without_a_disk_the_host_takes_what_leaves_the_device(caches: Callable[.
     assert figures.written_nbytes == figures.disk_nbytes == 0
 
 
+def test_a_ring_that_is_made_anew_waits_for_what_read_the_one_before(
+    caches: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = open_device(LINK)
+    computed: list[object] = []
+    waited: list[object] = []
+
+    def mark() -> object:  # the emulated device computes at once, and has no event for it
+        computed.append(object())
+        return computed[-1]
+
+    def known(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda event: call(None if event in computed else event)
+
+    monkeypatch.setattr(device, "computed", mark)
+    monkeypatch.setattr(device, "wait", known(device.wait))
+    copies_wait = known(device.copies_wait)
+    monkeypatch.setattr(device, "copies_wait", lambda event: (waited.append(event), copies_wait(event))[1])
+    model = model_of(llama)
+    cache = caches(model, host="4MiB", disk="0", where=device)
+    generate(model, prompts(1), past_key_values=cache)
+    assert waited[0] is None
+    last = cache.tiers.reader.crossing.attended
+    assert last in computed
+    cache.reset()
+    del waited[:]
+    generate(model, prompts(1), past_key_values=cache)
+    assert waited[0] is last
+    cache.close()
+    device.close()
+
+
 def test_turns_crops_and_rows_that_part(caches: Callable[..., Any]) -> None:
     model = model_of(llama)
     for cache in (caches(model), caches(model)):
