@@ -72,9 +72,13 @@ class SimulatedMover:
     # --- the drive --------------------------------------------------------------------------------------------------
 
     async def read(self, block: int, slot: Slot, *, urgent: bool, on_data: Callable[[int, int], None]) -> None:
-        """Fill a host slot, a chunk at a time: another block may come between two chunks."""
+        """Fill a host slot, a chunk at a time: another block may come between two chunks.
+
+        The executor's Python comes before, to decide and to ask, and after, to tell who waits: about half of it each.
+        """
         total, at = self._moved[block].read_nbytes, 0
-        self._keep(self._loop.create_task(self._contention.work("serve", self._cost.hardware.sharing.serve_s)))
+        serve_s = self._cost.hardware.sharing.serve_s
+        await self._contention.work("serve", serve_s / 2)
         if not self._disk_busy:  # else it was asked for while the drive did something else
             await asyncio.sleep(max((drive.latency_s for drive in self._cost.hardware.drives), default=0.0))
         request = max(min(request_nbytes(total, chunk_nbytes=self._chunk_nbytes), total), 1)
@@ -95,6 +99,7 @@ class SimulatedMover:
                 at += nbytes
                 self.read_nbytes += nbytes
                 self._progress += 1
+            await self._contention.work("serve", serve_s / 2)
         except asyncio.CancelledError:
             self._ask(-left)
             for turn in turns:
