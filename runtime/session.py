@@ -291,6 +291,8 @@ class Session:
                     for bound in binding.tensors:
                         if self.arrears is None or not self.arrears.behind(bound.parameter):
                             self.appear(bound.parameter)
+                        else:  # a copy of it may have been gathered: what it is lent now is no copy
+                            self.vanish(bound.parameter)
                     binding.bind(self.arena, slot, flagged=flagged)
                 except BaseException:
                     self._mark_absent(binding)

@@ -16,7 +16,7 @@ from ..build import Machinery
 from ..experts.implementation import AROUND, put_back, take_over
 from ..experts.layers import fused_parts
 from ..experts.runner import register
-from .owing import Owing, OwingStatistics
+from .owing import Owed, Owing, OwingStatistics
 from .trained import Trained
 from .updater import Updater
 
@@ -42,6 +42,8 @@ class CatchUp:
         self._blocks = owing.parameters
         self._turn = threading.RLock()
         """Held from asking what is owed until it has been made: who comes next finds it made."""
+        self._making: int | None = None
+        """The block that it is being made for: nobody owes it any more, and its rows are being written."""
         self._configs: list[Any] = []
         """Those in which our name stands."""
         self._modules: list[nn.Module] = []
@@ -63,9 +65,10 @@ class CatchUp:
                 self._configs.append(config)
 
     def behind(self, parameter: nn.Parameter) -> bool:
-        """Whether experts of a parameter are."""
+        """Whether experts of a parameter are, or are being brought up to date just now."""
         number = self._number.get(id(parameter))
-        return number is not None and self._owing.behind(number)
+        # In this order: what is not owed any more is being made by then.
+        return number is not None and (self._owing.behind(number) or self._making == self._blocks[number])
 
     @contextmanager
     def _used(self, parts: Sequence[nn.Parameter], chosen: torch.Tensor) -> Iterator[None]:
@@ -79,8 +82,7 @@ class CatchUp:
                 slot = session.bindings[block].slot
                 assert slot is not None, f"block {block} is lent from the other tier"
                 needed = {self._number[id(part)]: experts for part in late if self._block(part) == block}
-                with self._turn:
-                    self._updater.catch_up(block, partial(self._owing.settle, block, needed), lent=slot)
+                self._catch_up(block, partial(self._owing.settle, block, needed), slot)
         for part in late:
             session.appear(part)
         try:
@@ -95,8 +97,16 @@ class CatchUp:
 
     def settle(self, block: int, slot: Slot) -> None:
         """Have all updates made that a block owes, which is leased there."""
+        self._catch_up(block, partial(self._owing.settle, block), slot)
+
+    def _catch_up(self, block: int, settle: Callable[[], Owed], lent: Slot) -> None:
+        """Have updates made where a block is leased: who asks meanwhile is told that it is behind, and waits here."""
         with self._turn:
-            self._updater.catch_up(block, partial(self._owing.settle, block), lent=slot)
+            self._making = block
+            try:
+                self._updater.catch_up(block, settle, lent=lent)
+            finally:
+                self._making = None
 
     def drain(self) -> None:
         """Have all updates made that are owed, after those that are under way; returns before they have been.

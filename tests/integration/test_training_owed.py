@@ -3,6 +3,7 @@ were made at once."""
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -409,5 +410,110 @@ def test_an_interrupt_in_a_forward_waits_for_what_is_written_where_the_layer_lie
         assert len(waits) > 1
         assert differences(trace.outputs(), ours.outputs()) == []
         assert differences(expected.state(), trainer.state()) == []
+    finally:
+        penstock.close(trainer.model)
+
+
+class Turn:
+    """A lock that tells when somebody has to wait for it."""
+
+    def __init__(self, lock: Any) -> None:
+        self._lock = lock
+        self.wanted = threading.Event()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.wanted.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_a_forward_waits_for_what_another_thread_has_made_of_its_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = replace(ADAMW, name="two threads", batches=1, steps=4)
+    expected, _ = reference(case)
+    with torch.no_grad():
+        wanted = [expected.model(**ids).logits for ids in looks()]
+    trainer = prepare(case, tmp_path / "run", "smallest")
+    run(case, trainer, scheduled(case, trainer.optimizer), range(4), Trace())
+    trainer.optimizer.training._updater.wait()
+    catch_up = trainer.optimizer.training.catch_up
+    part = trainer.model.model.layers[0].mlp
+    behind = [parameter for parameter in part.parameters() if catch_up.behind(parameter)]
+    assert behind
+    catch_up._turn = turn = Turn(catch_up._turn)
+    asked, go = threading.Event(), threading.Event()
+    put = Updater._put
+
+    def held(self: Updater, job: Any, *, urgent: bool) -> None:
+        if job.catches_up and not asked.is_set():  # nothing is owed any more, and nothing has been made
+            asked.set()
+            assert go.wait(60)
+        put(self, job, urgent=urgent)
+
+    monkeypatch.setattr(Updater, "_put", held)
+    found: list[Tensor] = []
+
+    def gather() -> None:
+        with trainer.model.penstock.gathered(part):
+            pass
+
+    def forward() -> None:
+        with torch.no_grad():
+            found.extend(trainer.model(**ids).logits for ids in looks())
+
+    threads = [threading.Thread(target=gather), threading.Thread(target=forward)]
+    try:
+        threads[0].start()
+        assert asked.wait(60)
+        assert all(catch_up.behind(parameter) for parameter in behind)
+        threads[1].start()
+        assert turn.wanted.wait(60), "the forward did not ask for its turn"
+        assert not found
+        go.set()
+        for thread in threads:
+            thread.join(60)
+        assert not any(catch_up.behind(parameter) for parameter in behind)
+        assert all(map(torch.equal, wanted, found))
+        assert len(found) == len(wanted)
+    finally:
+        go.set()
+        penstock.close(trainer.model)
+
+
+def looks() -> list[dict[str, Tensor]]:
+    """Of so many tokens that each expert has some."""
+    return [{"input_ids": token_ids(seed=seed, batch=4, length=32, vocab=VOCAB)} for seed in (1, 2)]
+
+
+def test_what_falls_behind_while_it_is_gathered_is_caught_where_it_is_lent(tmp_path: Path) -> None:
+    case = replace(ADAMW, name="gathering", batches=1, steps=4)
+    expected, _ = reference(case)
+    trainer = prepare(case, tmp_path / "run", "smallest")
+    schedule = scheduled(case, trainer.optimizer)
+    layer = trainer.model.model.layers[1]
+    machinery = trainer.model.penstock._machinery
+    blocks = machinery.layout.leases["model.layers.1.mlp.experts"]
+    seen: list[Tensor] = []
+
+    def look(*_: object) -> None:
+        leases = [machinery.session.lend(block, observed=False) for block in blocks]
+        seen.append(layer.mlp.experts.down_proj + 0)
+        machinery.session.release(leases)
+
+    try:
+        run(case, trainer, schedule, range(3), Trace())
+        two_tokens(trainer.model, 3).backward()
+        with trainer.model.penstock.gathered(layer.mlp):
+            assert type(layer.mlp.experts.down_proj) is nn.Parameter  # a copy, to be used as it is
+            trainer.optimizer.step()
+            assert trainer.optimizer.training.catch_up.behind(layer.mlp.experts.down_proj)
+            layer.mlp.gate.register_forward_hook(look)
+            with torch.no_grad():
+                two_tokens(trainer.model, 3)
+        assert torch.equal(seen[0], expected.model.model.layers[1].mlp.experts.down_proj)
     finally:
         penstock.close(trainer.model)
