@@ -103,10 +103,40 @@ SHORT["pictures"] = Case(
 )
 
 
+def penalised(model: Any, batch: int) -> Tensor:
+    """Next tokens of random text, and how steeply the loss depends on embeddings and on some weights: backward has a
+    graph of its own, and passes through the weights once more."""
+    ids = token_ids(seed=batch, batch=2, length=10, vocab=VOCAB)
+    inputs = torch.randn(2, 10, model.config.hidden_size, generator=torch.Generator().manual_seed(batch))
+    inputs.requires_grad_(True)
+    loss: Tensor = model(inputs_embeds=inputs, labels=ids, use_cache=False).loss
+    layer = model.model.layers[1]
+    steep = torch.autograd.grad(
+        loss, [inputs, layer.mlp.up_proj.weight, layer.self_attn.q_proj.weight], create_graph=True
+    )
+    return loss + sum((each.square().sum() for each in steep), torch.zeros(()))
+
+
+def plain_attention() -> Any:
+    """torch's fused kernels have no second derivative."""
+    model: Any = CASES["llama"].make()
+    model.set_attn_implementation("eager")
+    return model
+
+
+SHORT["penalised"] = Case(
+    name="penalised",
+    make=plain_attention,
+    losses=(penalised,),
+    optimizer=penstock.AdamW(lr=5e-3),
+    steps=3,
+)
+
+
 @pytest.mark.parametrize(
     ("name", "activations", "room", "placement"),
     [
-        *((name, *way) for name in ("llama", "gpt2", "t5", "u-net", "pictures") for way in WAYS),
+        *((name, *way) for name in ("penalised", "llama", "gpt2", "t5", "u-net", "pictures") for way in WAYS),
         *((name, *way) for name in ("perceptron", "mixtral") for way in WAYS[-2:]),
     ],
 )
