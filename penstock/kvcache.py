@@ -45,7 +45,7 @@ class TieredCache(_TieredCache):
             chooses, and only that is read; prompts attend to all, but for "sale". "quest", "quest:4096",
             "quest:4096,recent=128", or a `PolicyChoice`. Nothing is deleted. What policies keep about keys is in host
             memory, beside `max_memory`. `statistics().chosen` says what was read, and how much of the attention was
-            kept.
+            kept. "sentencekv" chooses sentences, whose ends `hear_sentences` tells.
         budget: Tokens that a policy attends to per key-value head, where `policy` does not say so.
         codec: "int8" or "int4": lossy. Full blocks are kept in so many bits in every tier, keys with a range for each
             channel of a block, values with one for each token; the last block of a sequence is as it was made, beside

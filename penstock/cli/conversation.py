@@ -95,6 +95,9 @@ class Conversation:
         if not kept:
             self._cache.reset()
             self.tokens = tokens[: loader(tokens)]
+            sentences = getattr(self._cache, "sentences", None)
+            if sentences is not None:  # of what a store had: the model is not called with it
+                sentences.hear(torch.tensor([self.tokens]), 0)
 
     def reply(self, message: str, loader: Callable[[list[int]], int]) -> None:
         """Answer a message, to stdout as it comes.
@@ -220,7 +223,7 @@ def carry_out(request: ChatRequest, output: Output) -> None:
         stack.callback(close, model)
         check_continues(model, [], 1)
         output.notes.print(explain(model))
-        cache = make_cache(model, kv, request.disk, request.device)
+        cache = make_cache(model, kv, request.disk, request.device, tokenizer)
         stack.callback(cache.close)
         if request.sampling.seed is not None:
             torch.manual_seed(request.sampling.seed)

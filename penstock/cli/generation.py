@@ -39,7 +39,7 @@ def carry_out(request: Request, output: Output) -> None:
         watch.loaded(lambda: handle.statistics().waited_s)
         check_continues(model, prompt, request.max_new_tokens)
         output.notes.print(explain(model))
-        cache = None if request.kv is None else make_cache(model, request.kv, request.disk, request.device)
+        cache = None if request.kv is None else make_cache(model, request.kv, request.disk, request.device, tokenizer)
         writer = None if request.as_json else writer_for(tokenizer)
         ids = _generate(model, prompt, request, writer, cache, watch, output)
         kv = None if cache is None else cache.statistics()

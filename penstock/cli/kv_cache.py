@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from ..caches import link_cache
 from ..kvcache import TieredCache
+from ..memory.errors import UsageError
 from ..runtime.cachesize import cache_size
 from ..runtime.devices.cpu import CpuDevice
 from ..runtime.dtypes import parse_dtype
@@ -25,9 +26,11 @@ from ..runtime.kv.prefixchoice import PrefixCosts
 from ..runtime.links import folder_read_time
 from ..runtime.tiers import reserve
 from ..scheduler.kv.chosen import ChosenStatistics
+from ..scheduler.kv.policies.sentences import Sentences
 from ..scheduler.kv.shape import TOKENS
 from ..sizes import format_size
 from .kv_option import KvOption
+from .text import sentence_ends
 
 OWNER: Final = "keys and values (--kv)"
 """Who holds their memory before they are there."""
@@ -35,8 +38,18 @@ CHUNK_TOKENS: Final = 2048
 """Of a prompt that are computed at once: what a long one needs besides its keys and values is that of a short one."""
 
 
-def make_cache(model: Any, option: KvOption, disk: Path | None, device: str) -> Any:
-    """A cache for one run of a model that was loaded for such a device, and shares its links."""
+def make_cache(model: Any, option: KvOption, disk: Path | None, device: str, tokenizer: Any | None) -> Any:
+    """A cache for one run of a model that was loaded for such a device, and shares its links.
+
+    Raises:
+        UsageError: its policy asks where sentences end, and there is no tokenizer to tell; or see `TieredCache`.
+    """
+    sentences = option.choice.name == Sentences.name
+    if sentences and tokenizer is None:
+        raise UsageError(
+            f"--kv-policy {option.choice}: it chooses sentences, and without a tokenizer nobody knows where they end; "
+            "take one that chooses among blocks or tokens (quest, landmark, snapkv), or add the checkpoint's tokenizer"
+        )
     there = model.penstock.device or device
     budget = option.max_memory()
     cache = TieredCache(
@@ -44,6 +57,8 @@ def make_cache(model: Any, option: KvOption, disk: Path | None, device: str) -> 
     )
     if option.choice.lossy and isinstance(cache, TieredCache):  # an encoder–decoder's is of another kind
         cache.look_at(model)  # a first call would be the model's own, and policies would not hear of the prompt's end
+        if sentences:
+            cache.hear_sentences(model, sentence_ends(tokenizer))
     return cache
 
 

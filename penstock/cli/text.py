@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, Final
@@ -19,6 +20,7 @@ _FILES: Final = (
     *("sentencepiece.bpe.model", "vocab.json", "vocab.txt", "tekken.json"),
 )
 """Any of these means that a checkpoint has a tokenizer."""
+_ENDS: Final = re.compile(r"""(?:[.!?…。！？][\"'’”»)\]\s]*|\n\s*)\Z""")
 
 
 def find_tokenizer(folder: str, *, trust_remote_code: bool) -> Any | None:
@@ -64,6 +66,14 @@ def encode(prompt: Prompt, tokenizer: Any | None, checkpoint: str) -> list[int]:
     if not ids:
         raise UsageError("the prompt has no tokens: give a longer text")
     return list(ids)
+
+
+def sentence_ends(tokenizer: Any) -> frozenset[int]:
+    """Ids of tokens that end a sentence: with a full stop, a question or exclamation mark or a new line, also where
+    quotes, brackets or spaces follow it."""
+    ids = sorted(set(tokenizer.get_vocab().values()))
+    texts = tokenizer.batch_decode([[token] for token in ids], skip_special_tokens=True)
+    return frozenset(token for token, text in zip(ids, texts, strict=True) if _ENDS.search(text))
 
 
 class IdStreamer(BaseStreamer):

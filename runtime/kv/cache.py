@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ from .interface import masks_for, switch
 from .layer import TieredLayer, Way
 from .memory import KvBudget
 from .probe import probe
+from .sentences import SentenceEnds, listen
 from .stopwatch import CallStopwatch
 from .tiers import KvTiers
 
@@ -106,6 +107,8 @@ class TieredCache(DynamicCache):
         """What calls of the model took."""
         self.prefix = PrefixFigures()
         """What came of stores."""
+        self.sentences: SentenceEnds | None = None
+        """Where sentences end, for a policy that asks for them; None where nobody tells."""
         stopwatch = CallStopwatch(len(plain), self.prefills)
         learned = weakref.WeakMethod(self._learn)
         leaders: dict[int, list[Policy]] = {}
@@ -222,6 +225,18 @@ class TieredCache(DynamicCache):
             if number in found:
                 self._tiered[number].way = Way.BLOCKS if found[number] else Way.WHOLE
                 self._learn(number, found[number])
+
+    def hear_sentences(self, model: Any, tokens: Collection[int]) -> None:
+        """Have a policy that chooses sentences ("sentencekv") know where they end: else a block's length ends them.
+
+        Args:
+            model: Which is called with this cache, and with token ids.
+            tokens: Ids that end a sentence.
+        """
+        self.sentences = SentenceEnds(tokens)
+        for layer in self._tiered:
+            layer.hear_sentences(self.sentences)
+        listen(model, self, self.sentences)
 
     def statistics(self) -> KvStatistics:
         """A frozen record of what is where, and of what was read and written."""

@@ -23,6 +23,7 @@ from ...scheduler.kv.policies import policy
 from ...scheduler.kv.policies.policy import Heads, IntArray, Policy, Query, Seen
 from ...scheduler.kv.policies.windowkv import LAYERS, WindowKv
 from .attention import Asked, finish, merged
+from .sentences import SentenceEnds
 from .stored import StoredRow
 from .tiers import KvTiers
 
@@ -72,6 +73,8 @@ class Choosing:
         self._policies: list[Policy] = []
         self._known: list[int] = []
         """Tokens that each policy has seen."""
+        self.sentences: SentenceEnds | None = None
+        """Where sentences end; None where nobody tells."""
         self._calls = 0
 
     def attend(self, asked: Asked, tiers: KvTiers) -> torch.Tensor:
@@ -162,8 +165,11 @@ class Choosing:
         """Show a policy keys that it has not seen; whether some of them are not new: they came from a prefix store."""
         known = self._known[own.row]
         late = known < own.tokens - new
-        for _, keys in own.stored.pieces(known, own.tokens, PIECE_TOKENS):
+        for first, keys in own.stored.pieces(known, own.tokens, PIECE_TOKENS):
             own.policy.appended(keys.float().numpy())
+            if self.sentences is not None:
+                start = own.padding + first
+                own.policy.ended(self.sentences.within(own.row, start, start + keys.shape[1]) - own.padding)
         self._known[own.row] = own.tokens
         return late
 

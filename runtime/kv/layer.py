@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from ...memory.errors import PenstockError, UsageError
 from .attention import Asked, attend
 from .choosing import Choosing
+from .sentences import SentenceEnds
 from .stopwatch import CallStopwatch
 from .tiers import KvTiers
 
@@ -94,6 +95,11 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """What it gave back while the way is not known."""
         self._uses = 0
         """Of that, by our attention."""
+
+    def hear_sentences(self, ends: SentenceEnds) -> None:
+        """Have policies of selection be told where sentences end."""
+        if self._choosing is not None:
+            self._choosing.sentences = ends
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Note dtype and device."""

@@ -348,7 +348,7 @@ def test_the_command_line_knows_how_a_model_attends_before_its_prompt() -> None:
     unknown = llama(2)
     unknown.penstock = SimpleNamespace(device=None)
     option = KvOption(host=2**20, disk=0, choice=read_policy("snapkv:160,dense=0"))
-    with closing(make_cache(unknown, option, None, "cpu")) as cache:
+    with closing(make_cache(unknown, option, None, "cpu", None)) as cache:
         assert cache.attends_in_blocks
         steps(unknown, cache, inputs()["input_ids"], [200, 1])
         assert cache.statistics().chosen.steps == 2
