@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from penstock.kernels import attention_compiled, attention_partial, machine_code
 from penstock.kernels.attention_compiled import Shape, attend, prepare
@@ -146,6 +147,9 @@ def test_what_is_not_compiled_for() -> None:
     assert attend(query, keys, values.mT.contiguous().mT, scale=1.0, joined=False) is None, "values by channel"
     narrow = [tensor[..., :40] for tensor in (query, keys, values)]
     assert attend(*narrow, scale=1.0, joined=False) is None, "40 is no multiple of 16"
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in (query, keys, values)]
+        assert attend(*fakes, scale=1.0, joined=False) is None, "they have no addresses"
     wide = [tensor.float() for tensor in (query, keys, values)]
     assert attend(*wide, scale=1.0, joined=False) is None, "nothing to widen"
 
@@ -181,6 +185,16 @@ def test_without_a_compiler_pieces_are_widened(
     expected = merge(*attention_partial.reference(query.expand(5, -1, -1, -1), keys, values, scale=0.125))
     torch.testing.assert_close(found[0], expected[0], atol=2e-6, rtol=2e-6)
     assert len(caplog.records) == 1, "said once"
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_where_no_thread_can_be_started_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(self: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attention_compiled.threading.Thread, "start", refuses)
+        assert attend(made(1, 2, 2, 64), made(1, 2, 9, 64), made(1, 2, 9, 64), scale=1.0, joined=True) is None
 
 
 @pytest.mark.usefixtures("forgotten")
