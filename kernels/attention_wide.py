@@ -1,8 +1,9 @@
-"""Attention of a few queries to blocks in half precision on a CPU, widened piece by piece in the processor's cache.
+"""Attention of a few queries to blocks in half precision on a CPU, in fp32.
 
 torch's kernels for CPUs read halves at a fraction of memory's rate where queries are few: each product with a vector is
-prepared by itself. Widening a piece to fp32 where it stays in cache, and multiplying there, takes less. It is computed
-in fp32 then, not rounded to halves between the two products.
+prepared by itself. Functions that are compiled for the shape widen what they read in registers
+(`attention_compiled.py`). Where there are none, torch widens pieces that stay in the processor's cache, and multiplies
+there, which takes less than its own kernels, too. Neither way rounds to halves between the two products.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Final
 
 import torch
 
+from . import attention_compiled
+
 ROWS: Final = 16
 """Queries of a head up to which this is faster."""
 ELEMENTS: Final = 2 * 2**20
@@ -19,7 +22,7 @@ ELEMENTS: Final = 2 * 2**20
 
 
 class Widening:
-    """Memory for that, kept between calls: 8 MiB at most. Not for several threads at once."""
+    """Memory for pieces, kept between calls where nothing is compiled: 8 MiB. Not for several threads at once."""
 
     def __init__(self) -> None:
         self._buffer = _empty(0)
@@ -41,6 +44,13 @@ class Widening:
             and 0 < _elements(keys, values) <= ELEMENTS
         )
 
+    @staticmethod
+    def expect(dtype: torch.dtype, *, dim: int, value_dim: int, rows: int) -> None:
+        """Have compiled, meanwhile, what attention of so many queries of a head will need."""
+        shape = attention_compiled.Shape(dtype=dtype, dim=dim, value_dim=value_dim, rows=rows)
+        if shape.is_known and rows <= ROWS:
+            attention_compiled.prepare(shape)
+
     def each(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,6 +65,9 @@ class Widening:
         Returns:
             O [n, kv_heads, rows, value dim] and ℓ [n, kv_heads, rows], both in fp32.
         """
+        result = attention_compiled.attend(query, keys, values, scale=scale, joined=False)
+        if result is not None:
+            return result
         asked = query.float() * scale
         out, lse = _empty(*query.shape[:3], values.shape[3]), _empty(*query.shape[:3])
         for part, wide, others in self._pieces(keys, values):
@@ -67,7 +80,7 @@ class Widening:
     def joined(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of the same queries to all of n blocks, [1, kv_heads, rows, dim]: a part for each piece of them.
+        """Attention of the same queries to all of n blocks, [1, kv_heads, rows, dim]: some parts, each of some blocks.
 
         Args:
             query: As said; else as `each`.
@@ -76,8 +89,11 @@ class Widening:
             scale: See `each`.
 
         Returns:
-            O [pieces, kv_heads, rows, value dim] and ℓ [pieces, kv_heads, rows], both in fp32.
+            O [parts, kv_heads, rows, value dim] and ℓ [parts, kv_heads, rows], both in fp32.
         """
+        result = attention_compiled.attend(query, keys, values, scale=scale, joined=True)
+        if result is not None:
+            return result
         asked = query.float() * scale
         outs, lses = [], []
         for _, wide, others in self._pieces(keys, values):

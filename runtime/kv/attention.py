@@ -78,6 +78,8 @@ def merged(asked: Asked, blocks: Iterator[Blocks]) -> Merging:
     query = asked.query.reshape(rows, heads // asked.group, asked.group * count, dim)
     shape = (*query.shape[:3], asked.values.shape[3])
     sides: dict[torch.device, _Parts] = {}
+    if count > 1 and asked.cap is None:  # a prompt, whose tokens are followed by single ones
+        asked.widening.expect(query.dtype, dim=dim, value_dim=shape[3], rows=asked.group)
     if asked.cold and asked.before and query.device != _CPU:
         sides[_CPU] = _Parts(Merging.of(shape, _CPU), query.to(_CPU))
     for keys, values, spans in blocks:

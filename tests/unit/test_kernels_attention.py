@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from penstock.kernels import attention_merge, attention_partial, attention_wide
+from penstock.kernels import attention_compiled, attention_merge, attention_partial, attention_wide
 from penstock.kernels.attention_merge import EMPTY, Merging, merge
 from penstock.kernels.attention_partial import partial
 from penstock.kernels.attention_wide import ELEMENTS, Widening
@@ -18,6 +18,12 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 
 def made(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are widened by torch."""
+    monkeypatch.setattr(attention_compiled, "attend", lambda *args, **kwargs: None)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -57,6 +63,7 @@ def test_masks(kind: str, heads: int) -> None:
     assert (lse[0, :, 2] == EMPTY).all()
 
 
+@pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 2, 16])
 @pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (192, 128)])
@@ -82,8 +89,11 @@ def test_halves_that_are_widened_lose_nothing(
         torch.testing.assert_close(lse, expected_lse, atol=4e-6, rtol=1e-5)
 
 
-def test_widening_does_not_depend_on_the_defaults_of_a_program() -> None:
+@pytest.mark.parametrize("compiles", [True, False])
+def test_widening_does_not_depend_on_the_defaults_of_a_program(compiles: bool, request: pytest.FixtureRequest) -> None:
     """Neither on torch's default dtype, nor on the mode in which it was used first."""
+    if not compiles:
+        request.getfixturevalue("no_compiler")
     query, keys, values = (made(1, 2, 2, 64, dtype=torch.bfloat16, seed=seed) for seed in range(3))
     widening = Widening()
     expected, _ = attention_partial.reference(query, keys, values, scale=0.1)
