@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import struct
 import threading
 from concurrent.futures import Future
@@ -67,6 +68,16 @@ def forget() -> None:
     """Compile anew what is needed from here on."""
     with _making:
         _functions.clear()
+
+
+def _forked() -> None:
+    """Nobody will end what other threads were compiling."""
+    for shape in [shape for shape, future in _functions.items() if not future.done()]:
+        del _functions[shape]
+    _making.release()
+
+
+os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, after_in_child=_forked)
 
 
 def attend(

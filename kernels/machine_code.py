@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 import platform
 import threading
 from collections.abc import Callable
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _compiling: Final = threading.Lock()
 """One module at a time: its types are the library's, and known to all threads."""
+# A forked child has no thread that would give it back.
+os.register_at_fork(before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release)
 _engines: Final[list[Any]] = []
 """Own what was compiled, which is there as long as the process: others have its addresses."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import logging
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -210,3 +212,31 @@ def test_a_function_is_compiled_once_ahead_and_for_all(monkeypatch: pytest.Monke
     Widening.expect(torch.float32, dim=32, value_dim=16, rows=2)
     Widening.expect(torch.bfloat16, dim=32, value_dim=16, rows=17)
     assert len(attention_compiled._functions) == 1, "what is not known, and many queries, are left to torch"
+
+
+def test_a_child_that_is_forked_meanwhile_compiles_by_itself(monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
+    begun, go = threading.Event(), threading.Event()
+    parent, plain = os.getpid(), attention_compiled._compiled
+
+    def held(shape: Shape) -> int | None:
+        if os.getpid() == parent:
+            begun.set()
+            assert go.wait(60)
+        return plain(shape)
+
+    monkeypatch.setattr(attention_compiled, "_compiled", held)
+    shape = Shape(dtype=torch.bfloat16, dim=16, value_dim=16, rows=1)
+    pending = prepare(shape)
+    assert begun.wait(60)
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(0 if prepare(shape).result(timeout=60) else 1)
+        finally:
+            os._exit(2)
+    try:
+        assert not pending.done()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        go.set()
+    assert pending.result(timeout=60)
