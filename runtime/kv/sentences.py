@@ -53,10 +53,11 @@ def listen(model: nn.Module, cache: TieredCache, ends: SentenceEnds) -> None:
     heard = weakref.ref(cache)
 
     def hear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = heard()
+        own = heard()
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if cache is not None and kwargs.get("past_key_values") is cache and isinstance(ids, torch.Tensor):
-            ends.hear(ids, int(cache.get_seq_length()))
+        is_ours: bool = kwargs.get("past_key_values") is own
+        if own is not None and is_ours and isinstance(ids, torch.Tensor):
+            ends.hear(ids, int(own.get_seq_length()))
 
     handle = model.register_forward_pre_hook(hear, with_kwargs=True)
     weakref.finalize(cache, handle.remove)
