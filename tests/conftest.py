@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import faulthandler
 import gc
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ _GRACE_S = 5.0
 settings.register_profile("penstock", deadline=None, print_blob=True)
 settings.load_profile("penstock")
 faulthandler.enable()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells do for what they start in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # commands that tests start would ignore it as well
 
 
 def _offending(before: set[threading.Thread]) -> list[threading.Thread]:

@@ -126,17 +126,16 @@ class Problem:
             found.append([mode in each.modes and fits[mode] for mode in MODES])
         return found
 
-    def terms(self, phase: int, *, copying: bool = True, hand_over_s: float = 0.0) -> dict[str, list[list[float]]]:
+    def terms(self, phase: int, *, copying: bool = True) -> dict[str, list[list[float]]]:
         """By resource: seconds of a block in a phase, by class and mode.
 
         Args:
             copying: Whether any block is copied: it takes from the CPU's rate then.
-            hand_over_s: What going to the CPU and back adds to each block that is computed there.
         """
         rows: dict[str, list[list[float]]] = {}
         for each in self.classes:
             use = each.uses[phase]
-            cpu_s = use.cpu_s / (self.copying if copying else 1.0) + use.times * hand_over_s
+            cpu_s = use.cpu_s / (self.copying if copying else 1.0)
             for name, row in self._terms_of(each, use, cpu_s).items():
                 rows.setdefault(name, []).append(row)
         return rows
@@ -162,13 +161,17 @@ class Problem:
             return {**found, "device": on_device, "cpu": on_cpu}
         return {**found, "processors": [a + b for a, b in zip(on_device, on_cpu, strict=True)]}
 
-    def overhead_s(self, phase: int) -> list[list[float]]:
-        """Seconds that come on top, by class and mode."""
+    def overhead_s(self, phase: int, *, hand_over_s: float = 0.0) -> list[list[float]]:
+        """Seconds that come on top, by class and mode.
+
+        Args:
+            hand_over_s: What going to the CPU and back adds to each block that is computed there.
+        """
         found = []
         for each in self.classes:
             use = each.uses[phase]
             streamed = use.times * self.rates.overhead_s
-            found.append([0.0, streamed, 0.0 if use.on_cpu else streamed, streamed])
+            found.append([0.0, streamed, use.times * hand_over_s if use.on_cpu else streamed, streamed])
         return found
 
     def fits(self, counts: Counts, rings: Rings) -> bool:

@@ -27,7 +27,7 @@ def solve(problem: Problem, rings: Rings, *, hand_over_s: float = 0.0) -> Counts
     classes, phases, width = len(problem.classes), len(problem.weights), len(MODES)
     size = classes * width
     lengths = np.eye(phases)
-    terms = [problem.terms(phase, hand_over_s=hand_over_s) for phase in range(phases)]
+    terms = [problem.terms(phase) for phase in range(phases)]
     rows: list[np.ndarray[Any, Any]] = []
     low: list[float] = []
     high: list[float] = []
@@ -49,7 +49,7 @@ def solve(problem: Problem, rings: Rings, *, hand_over_s: float = 0.0) -> Counts
             constrain(coefficients, -np.inf, 0, phase)
     costs = np.zeros(size)
     for phase, weight in enumerate(problem.weights):
-        costs += weight * np.ravel(problem.overhead_s(phase))
+        costs += weight * np.ravel(problem.overhead_s(phase, hand_over_s=hand_over_s))
         costs += weight * UNHIDDEN * sum(np.ravel(each) for each in terms[phase].values())
     counts = [len(each.blocks) if may else 0 for each, row in zip(problem.classes, problem.allowed(rings), strict=True)
               for may in row]  # fmt: skip
