@@ -52,10 +52,10 @@ class TieredCache(_TieredCache):
             `max_memory`.
 
     Raises:
-        UsageError: a device without memory of its own in the budget, or a device beside a policy or a codec; a tier or
-            a size without meaning, a codec or a policy that is not known, a budget that holds nothing, a policy that
-            reads from every key ("sparq", "oracle") and a disk in `max_memory`, or a model whose layers keep nothing
-            that grows.
+        UsageError: a device without memory of its own in the budget, or a device beside a codec; a tier or a size
+            without meaning, a codec or a policy that is not known, a budget that holds nothing, a policy that reads
+            from every key ("sparq", "oracle") and a disk or a device in `max_memory`, or a model whose layers keep
+            nothing that grows.
         DoesNotFitError: raised with the first tokens, where memory has no room for a block of each sequence.
     """
 
@@ -119,10 +119,10 @@ def _settings(
     }
     if not allowed.device:
         return settings
-    if settings["choice"].lossy or codec is not None:
+    if codec is not None:
         raise UsageError(
-            f"device={allowed.device} in the budget of keys and values: policies of selection and codecs work in host "
-            "memory and on disk. Leave it out, or the policy and the codec"
+            f"device={allowed.device} in the budget of keys and values: blocks are coded in host memory and on disk. "
+            "Leave it out, or the codec"
         )
     owned = isinstance(device, str | torch.device)
     opened: Device = open_device(device) if isinstance(device, str | torch.device) else device

@@ -115,11 +115,6 @@ def read_kv(text: str | None, policy: PolicyChoice | None = None, codec: str | N
     budget = parse_budget(text)
     if budget.host is None:
         raise UsageError(f"--kv {text}: say how much host memory keys and values may take, for example host=2GiB")
-    if budget.device and policy is not None and policy.lossy:
-        raise UsageError(
-            f"--kv {text} beside --kv-policy {policy}: policies of selection work in host memory and on disk; leave "
-            "device= out, or the policy"
-        )
     if budget.device and codec is not None:
         raise UsageError(
             f"--kv {text} beside --kv-codec {codec}: blocks are coded in host memory and on disk; leave device= out, "

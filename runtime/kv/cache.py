@@ -52,7 +52,7 @@ class TieredCache(DynamicCache):
 
     Raises:
         UsageError: no layer of the model can be kept in tiers, or a policy is to choose and its attention cannot be
-            replaced; or the policy reads from every key, and the budget names a disk.
+            replaced; or the policy reads from every key, and the budget names a disk, or a device.
     """
 
     def __init__(
@@ -86,6 +86,12 @@ class TieredCache(DynamicCache):
                 f"policy {choice} reads from every key in each step, and the budget has {budget.disk} bytes of disk, "
                 'where keys would be read whole each time: give "disk": 0 and enough host memory for all keys and '
                 "values, or use a policy that chooses by less (quest, landmark, vq)"
+            )
+        if budget.device and POLICIES[choice.name].reads_all_keys:
+            raise UsageError(
+                f"policy {choice} reads from every key in each step, and the budget has {budget.device} bytes on the "
+                "device, from where keys would cross to the host each time: leave device= out, or use a policy that "
+                "chooses by less (quest, landmark, h2o)"
             )
         self.choice = choice
         """The policy of selection."""

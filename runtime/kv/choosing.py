@@ -2,6 +2,9 @@
 
 Prompts (calls with several tokens) attend to all, unless the policy is one for prompts; then policies hear what the
 last queries attended to, if they want to. A call with one token attends to what was chosen. Nothing is deleted.
+
+What was chosen is attended to by the processor in whose memory it is, and merged by the logs of its sums: where a
+device has a part of the keys and values, none of them crosses to be attended to.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from ...memory.errors import UsageError
 from ...scheduler.kv.choice import PolicyChoice
 from ...scheduler.kv.chosen import ChosenFigures
 from ...scheduler.kv.policies import policy
-from ...scheduler.kv.policies.policy import Heads, IntArray, Policy, Query, Seen
+from ...scheduler.kv.policies.policy import FloatArray, Heads, IntArray, Policy, Query, Seen
 from ...scheduler.kv.policies.windowkv import LAYERS, WindowKv
 from .attention import Asked, finish, merged
 from .sentences import SentenceEnds
@@ -33,6 +36,8 @@ QUERIES: Final = 64
 """Of a prompt, for which a policy for prompts chooses at once."""
 PIECE_TOKENS: Final = 1024
 """Of stored keys that are looked at once, outside of attention."""
+
+_CPU: Final = torch.device("cpu")
 
 _Chosen = tuple[int, int, list[IntArray]]
 """First query and the one after the last, and the tokens that they attend to, of each head."""
@@ -51,6 +56,46 @@ class _Own:
     policy: Policy
     tokens: int
     """With the new ones."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """Attention of some queries of a row to what was chosen, in host memory, and what each key got."""
+
+    merging: Merging
+    """[kv_heads, group · queries, value dim]."""
+    parts: list[tuple[Sequence[IntArray], torch.Tensor, torch.Tensor]]
+    """Tokens of each head, their part's ℓ, and the attention that they got of it."""
+
+    @classmethod
+    def of(cls, asked: Asked, heads: int, queries: int) -> _Found:
+        """Nothing yet."""
+        return cls(merging=Merging.of((heads, asked.group * queries, asked.values.shape[3]), _CPU), parts=[])
+
+    def add(self, asked: Asked, own: _Own, chosen: _Chosen, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Attend to what was gathered, wherever it is."""
+        start, stop, ids = chosen
+        bias = _bias(asked, own, ids, start, stop)
+        out, lse, weights = attend_chosen(
+            _rows_of(asked, own.row, start, stop, keys.device),
+            keys,
+            values,
+            scale=asked.scale,
+            bias=None if bias is None else bias.to(keys.device),
+            cap=asked.cap,
+        )
+        self.parts.append((ids, lse.to(_CPU), weights))
+        self.merging.add(out.to(_CPU), self.parts[-1][1])
+
+    def mass(self, ids: Sequence[IntArray]) -> tuple[FloatArray, ...]:
+        """What each of the tokens of a head got, of all its queries together."""
+        found = tuple(np.zeros(len(one), np.float32) for one in ids)
+        for some, lse, weights in self.parts:
+            shares = (lse - self.merging.lse).exp().nan_to_num(0.0)  # a query that sees nothing has no share of it
+            got = (weights.to(_CPU) * shares[..., None]).sum(dim=1).numpy()
+            for head, (tokens, of_head) in enumerate(zip(some, found, strict=True)):
+                of_head[np.searchsorted(ids[head], tokens)] = got[head, : len(tokens)]
+        return found
 
 
 class Choosing:
@@ -89,7 +134,7 @@ class Choosing:
         prompt = asked.query.shape[2] > 1 or any(late)
         if not prompt or self._policies[0].for_prompts:
             return self._attend_chosen(asked, tiers, rows)
-        merging = merged(asked, tiers.reader.blocks(self._number))
+        merging = merged(asked, tiers.reader.blocks(self._number, queries=asked.group * asked.query.shape[2]))
         for own in rows:
             if own.policy.hears_prompts and own.skip < asked.query.shape[2]:
                 own.policy.attended(_votes(asked, own, merging))
@@ -131,11 +176,13 @@ class Choosing:
         count = asked.query.shape[2]
         if not self._policies:
             self._make(asked, tiers)
+        store = tiers.store(self._number)
+        home = _CPU if store is None else store.rooms.home
         found = []
         for row, made in enumerate(self._policies):
             padding = min(asked.paddings[row], asked.before + count)
             skip = min(max(0, padding - asked.before), count)
-            new = (asked.keys[row, :, skip:].detach().cpu(), asked.values[row, :, skip:].detach().cpu())
+            new = (asked.keys[row, :, skip:].detach().to(home), asked.values[row, :, skip:].detach().to(home))
             stored = tiers.reader.row(self._number, row, new)
             tokens = asked.before + count - padding
             assert stored.tokens == tokens, (stored.tokens, tokens)
@@ -218,23 +265,22 @@ class Choosing:
     def _attend_to(self, asked: Asked, own: _Own, merging: Merging, chosen: list[_Chosen]) -> None:
         count = asked.query.shape[2]
         wanted = [np.unique(np.concatenate(of_head)) for of_head in zip(*(ids for _, _, ids in chosen), strict=True)]
-        keys, values = own.stored.gather(wanted)
+        sides = own.stored.split(wanted)
+        gatherers = (own.stored.gather, own.stored.gather_there)
+        rooms = [gather(ids) if any(map(len, ids)) else None for gather, ids in zip(gatherers, sides, strict=True)]
         for start, stop, ids in chosen:
-            some = (keys, values) if len(chosen) == 1 else tuple(_part(room, wanted, ids) for room in (keys, values))
-            out, lse, weights = attend_chosen(
-                _rows_of(asked, own.row, start, stop),
-                *some,
-                scale=asked.scale,
-                bias=_bias(asked, own, ids, start, stop),
-                cap=asked.cap,
-            )
-            shape = (out.shape[0], asked.group, count)
+            found = _Found.of(asked, len(ids), stop - start)
+            for room, all_of_it, mine in zip(rooms, sides, own.stored.split(ids), strict=True):
+                if room is not None and any(map(len, mine)):
+                    alike = all(len(one) == len(other) for one, other in zip(mine, all_of_it, strict=True))
+                    keys, values = room if alike else tuple(_part(each, all_of_it, mine) for each in room)
+                    found.add(asked, own, (start, stop, mine), keys, values)
+            shape = (len(ids), asked.group, count)
+            out, lse = found.merging.out, found.merging.lse
             merging.out[own.row].view(*shape, -1)[:, :, start:stop] = out.view(*shape[:2], stop - start, -1)
             merging.lse[own.row].view(shape)[:, :, start:stop] = lse.view(*shape[:2], stop - start)
             if count == 1 and own.policy.hears_steps:
-                mass = weights.sum(dim=1).numpy()
-                seen = tuple(mass[head, : len(one)] for head, one in enumerate(ids))
-                own.policy.attended(Seen(tokens=tuple(ids), mass=seen))
+                own.policy.attended(Seen(tokens=tuple(ids), mass=found.mass(ids)))
 
     def _compare(self, asked: Asked, tiers: KvTiers, lse: torch.Tensor) -> None:
         """What part of the attention to all went to what was chosen: exp(ℓ of what was chosen − ℓ of all)."""
@@ -242,9 +288,6 @@ class Choosing:
         whole = merged(asked, tiers.reader.blocks(self._number, ahead=False)).lse.cpu()
         shares = (lse - whole).exp()[lse > EMPTY].clamp(max=1.0)
         self._figures.compared([float(share) for share in shares], tiers.reader.read_nbytes() - before)
-
-
-_CPU: Final = torch.device("cpu")
 
 
 def _token_nbytes(asked: Asked, tiers: KvTiers, number: int) -> int:
@@ -256,9 +299,9 @@ def _token_nbytes(asked: Asked, tiers: KvTiers, number: int) -> int:
     return heads * dims * asked.keys.dtype.itemsize
 
 
-def _rows_of(asked: Asked, row: int, start: int, stop: int) -> torch.Tensor:
-    """Some queries of a row as rows of its key-value heads: [kv_heads, group · queries, dim]."""
-    query = asked.query[row, :, start:stop].detach().cpu()
+def _rows_of(asked: Asked, row: int, start: int, stop: int, home: torch.device = _CPU) -> torch.Tensor:
+    """Some queries of a row as rows of its key-value heads, where keys are: [kv_heads, group · queries, dim]."""
+    query = asked.query[row, :, start:stop].detach().to(home)
     return query.reshape(query.shape[0] // asked.group, -1, query.shape[2])
 
 

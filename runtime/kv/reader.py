@@ -64,7 +64,7 @@ class KvReader:
         Args:
             number: Of the layer.
             row: Of the batch.
-            new: Keys and values [kv_heads, tokens, dim] that follow what is stored.
+            new: Keys and values [kv_heads, tokens, dim] that follow what is stored, where its blocks grow.
 
         Raises:
             DiskError: what had to leave for it could not be written, or its end cannot be read.
@@ -75,11 +75,13 @@ class KvReader:
             return StoredRow(None, row, new, _nothing)
         store.collect()
         ends = [self._beginning(store, part) for part in store.beginnings() if part.row == row]
-        parts = [(keys[0].clone(), values[0].clone()) for keys, values, _ in ends] + ([] if new is None else [new])
+        home = store.rooms.home  # one that was cut to its beginning may lie below
+        parts = [(keys[0].to(home, copy=True), values[0].to(home, copy=True)) for keys, values, _ in ends]
+        parts += [] if new is None else [new]
         if not parts:
             layout = store.layout
             dims = (layout.key_dim, layout.value_dim)
-            none = [torch.zeros(layout.heads, 0, dim, dtype=layout.dtype) for dim in dims]
+            none = [torch.zeros(layout.heads, 0, dim, dtype=layout.dtype, device=home) for dim in dims]
             parts.append((none[0], none[1]))
         end = (torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts], dim=1))
         return StoredRow(store, row, end, lambda wanted: self._ahead(store).some(store, wanted))

@@ -88,6 +88,11 @@ class LayerRooms:
         part = slice(first, first + count)
         return self._device_rooms[0][part], self._device_rooms[1][part]
 
+    def device_room(self, part: int) -> torch.Tensor:
+        """Keys (0) or values (1) in all slots of the device: [slots, heads, tokens, dim]."""
+        assert self._device_rooms is not None, part
+        return self._device_rooms[part]
+
     def grown(self, tier: int, slot: int, tokens: int) -> Room | None:
         """The first tokens of a block that grows, [1, heads, tokens, dim]; None where only the disk has it."""
         if tier == self._numbers.disk:

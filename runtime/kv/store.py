@@ -233,6 +233,11 @@ class LayerStore:
             done += count
         self._make_room_ahead(total)
 
+    def sent(self, nbytes: int) -> None:
+        """So much was brought from the device for who looks at it on the host."""
+        assert self._memory.device is not None
+        self._memory.device.sent_nbytes += nbytes
+
     def used(self, blocks: Iterable[int]) -> None:
         """These blocks were written, or chosen."""
         if self._recent is not None:

@@ -1,7 +1,8 @@
 """One row of one layer, of which some keys and values are read, and no others.
 
-What lies in host memory is gathered token by token. Of what only the disk has, blocks are read that somebody wants, as
-a whole, and tokens gathered from those. What is read is counted where it is read.
+What lies in memory is gathered token by token, a device's where it lies: only what policies look at themselves crosses
+to the host. Of what only the disk has, blocks are read that somebody wants, as a whole, and tokens gathered from those.
+What is read is counted where it is read.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from ...scheduler.kv.policies.policy import FloatArray, IntArray
+from ...scheduler.kv.policies.policy import BoolArray, FloatArray, IntArray
 from .placement import Numbers, Piece, Places
 from .store import LayerStore
 
@@ -25,7 +26,7 @@ class StoredRow:
     Args:
         store: Of the layer; None where nothing is stored yet.
         row: Of the batch.
-        end: What follows the whole blocks and is at hand: keys and values [kv_heads, tokens, dim].
+        end: What follows the whole blocks and is at hand: keys and values [kv_heads, tokens, dim], where blocks grow.
         read: Reads slots on disk.
     """
 
@@ -43,7 +44,7 @@ class StoredRow:
         self._held: dict[int, torch.Tensor] = {}
         """Keys of blocks that were read from disk in order to choose, by slot: [kv_heads, tokens, dim]."""
         self.gathered_nbytes = 0
-        """From host memory."""
+        """From memory, the device's and the host's."""
 
     @property
     def tokens(self) -> int:
@@ -72,8 +73,17 @@ class StoredRow:
             ids: IntArray = np.arange(first, min(first + most, stop))
             yield first, self.gather((ids,) * heads, values=False)[0]
 
+    def split(self, ids: Sequence[IntArray]) -> tuple[list[IntArray], list[IntArray]]:
+        """Tokens of each head, apart by who can read them: those in host memory or on disk, and the device's."""
+        if self._numbers.device is None:
+            return list(ids), [one[:0] for one in ids]
+        there = [self._on_device(one) for one in ids]
+        host = [one[~mine] for one, mine in zip(ids, there, strict=True)]
+        return host, [one[mine] for one, mine in zip(ids, there, strict=True)]
+
     def gather(self, ids: Sequence[IntArray], *, values: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of some tokens of each head: [kv_heads, the most of any head, dim], 0 beyond a head's own.
+        """Keys and values of some tokens of each head, in host memory: [kv_heads, the most of any head, dim], 0 beyond
+        a head's own.
 
         Args:
             ids: Of each head, ascending.
@@ -84,27 +94,101 @@ class StoredRow:
         """
         most = max(len(one) for one in ids)
         keys, end_values = self._end[0], self._end[1]
-        found = keys.new_zeros(len(ids), most, keys.shape[2])
-        found_values = end_values.new_zeros(len(ids), most if values else 0, end_values.shape[2])
+        found = torch.zeros(len(ids), most, keys.shape[2], dtype=keys.dtype)
+        found_values = torch.zeros(len(ids), most if values else 0, end_values.shape[2], dtype=end_values.dtype)
         rooms = ((found, 0), (found_values, 1)) if values else ((found, 0),)
         from_disk: list[IntArray] = []
+        there = [self._on_device(tokens) for tokens in ids]
         for head, tokens in enumerate(ids):
             whole = int(np.searchsorted(tokens, self._whole))
             blocks = tokens[:whole] // self._size
-            there = np.flatnonzero(self._places.tiers[blocks] == self._numbers.host)
+            here = np.flatnonzero(self._places.tiers[blocks] == self._numbers.host)
             from_disk.append(np.flatnonzero(self._places.tiers[blocks] == self._numbers.disk))
-            at = torch.from_numpy(tokens[whole:] - self._whole)
+            ends = np.flatnonzero(~there[head][whole:]) + whole
+            at = torch.from_numpy(tokens[ends] - self._whole)
             for room, part in rooms:
-                room[head, whole : len(tokens)] = self._end[part][head, at]
-                if len(there):
-                    room[head, torch.from_numpy(there)] = self._in_host(part, head, tokens[there])
-                self.gathered_nbytes += (len(tokens) - whole) * room.shape[2] * room.itemsize
-                self.gathered_nbytes += self._taken_nbytes(blocks[there], part)
+                if len(ends):
+                    room[head, torch.from_numpy(ends)] = self._end[part][head, at]
+                if len(here):
+                    room[head, torch.from_numpy(here)] = self._in_host(part, head, tokens[here])
+                self.gathered_nbytes += len(ends) * room.shape[2] * room.itemsize
+                self.gathered_nbytes += self._taken_nbytes(blocks[here], part)
+        if any(mine.any() for mine in there):
+            sent = self.gather_there([one[mine] for one, mine in zip(ids, there, strict=True)], values=values)
+            for (room, _), some in zip(rooms, sent, strict=False):
+                arrived = self._to_host(some)
+                for head, mine in enumerate(there):
+                    at = torch.from_numpy(np.flatnonzero(mine))
+                    room[head, at] = arrived[head, : len(at)]
+        self._mark(ids)
+        self._from_disk(ids, from_disk, [room for room, _ in rooms])
+        return found, found_values
+
+    def gather_there(self, ids: Sequence[IntArray], *, values: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of tokens that are all on the device, and there: in one go over all heads, which waits for nothing.
+
+        Args:
+            ids: Of each head, ascending: as `split` gives them.
+            values: Whether those are wanted as well; else they are empty.
+        """
+        store = self._store
+        assert store is not None
+        most = max(len(one) for one in ids)
+        slots, inside, kinds = (np.zeros((len(ids), most), np.int64) for _ in range(3))
+        for head, tokens in enumerate(ids):
+            count, whole = len(tokens), int(np.searchsorted(tokens, self._whole))
+            blocks = tokens[:whole] // self._size
+            slots[head, :whole] = self._places.slots[blocks]
+            inside[head, :whole] = tokens[:whole] % self._size
+            inside[head, whole:count] = tokens[whole:] - self._whole
+            kinds[head, :whole], kinds[head, whole:count] = _IN_BLOCK, _IN_END
+        at = torch.from_numpy(np.stack([slots, inside, kinds])).to(store.rooms.home)
+        parts = (0, 1) if values else (0,)
+        found = [self._there(part, at, _IN_END in kinds) for part in parts]
+        taken = int((kinds != 0).sum())
+        self.gathered_nbytes += sum(taken * part.shape[2] * part.itemsize for part in found)
+        self._mark(ids)
+        return found[0], found[1] if values else found[0].new_zeros(len(ids), 0, self._end[1].shape[2])
+
+    def _there(self, part: int, at: torch.Tensor, ends: bool) -> torch.Tensor:
+        """Keys (0) or values (1) on the device, [kv_heads, tokens, dim].
+
+        Args:
+            part: Which.
+            at: Slot, place in it and kind of each, [3, kv_heads, tokens].
+            ends: Whether any is behind the whole blocks.
+        """
+        assert self._store is not None
+        slots, inside, kinds = at
+        heads = torch.arange(at.shape[1], device=at.device)[:, None]
+        room = self._store.rooms.device_room(part)
+        in_block = (kinds == _IN_BLOCK)[..., None]
+        # what is beyond a head's own may be the bytes of nobody, NaN among them: they are replaced, not multiplied
+        place = torch.where(in_block[..., 0], inside, 0)
+        found = torch.where(in_block, room[slots, heads, place], 0)
+        if ends:
+            in_end = (kinds == _IN_END)[..., None]
+            found = torch.where(in_end, self._end[part][heads, torch.where(in_end[..., 0], inside, 0)], found)
+        return found
+
+    def _on_device(self, tokens: IntArray) -> BoolArray:
+        """Which of these tokens lie in the device's memory; blocks grow there, where there is one."""
+        there: BoolArray = np.full(len(tokens), self._numbers.device is not None)
+        inner = tokens < self._whole
+        there[inner] = self._places.tiers[tokens[inner] // self._size] == _tier(self._numbers.device)
+        return there
+
+    def _to_host(self, some: torch.Tensor) -> torch.Tensor:
+        """What was gathered on the device, for policies, which look at it on the host."""
+        assert self._store is not None
+        self._store.sent(some.nbytes)
+        return some.cpu()
+
+    def _mark(self, ids: Sequence[IntArray]) -> None:
+        """Blocks of these tokens are used: they leave a tier last."""
         if self._store is not None:
             whole_ids = np.unique(np.concatenate([one[one < self._whole] // self._size for one in ids]))
             self._store.used(self._places.blocks[whole_ids].tolist())
-        self._from_disk(ids, from_disk, [room for room, _ in rooms])
-        return found, found_values
 
     def _from_disk(self, ids: Sequence[IntArray], places: Sequence[IntArray], rooms: Sequence[torch.Tensor]) -> None:
         """Read blocks that any head wants, and put its tokens, which are at `places` of `ids`, to where they belong."""
@@ -157,17 +241,25 @@ class StoredRow:
     def _keys(self, head: int, tokens: IntArray, channels: torch.Tensor | None) -> torch.Tensor:
         """Keys of one head, whose blocks on disk are held."""
         width = self._end[0].shape[2] if channels is None else len(channels)
-        found = self._end[0].new_empty(len(tokens), width)
+        found = torch.empty(len(tokens), width, dtype=self._end[0].dtype)
         some = slice(None) if channels is None else channels
-        inner = np.flatnonzero(tokens < self._whole)
-        outer = np.flatnonzero(tokens >= self._whole)
+        there = self._on_device(tokens)
+        if there.any():
+            none: IntArray = tokens[:0]
+            heads = self._end[0].shape[0]
+            ids = [tokens[there] if number == head else none for number in range(heads)]
+            sent = self._to_host(self.gather_there(ids, values=False)[0][head])
+            self.gathered_nbytes -= sent.nbytes  # who asked counts what it gets
+            found[torch.from_numpy(np.flatnonzero(there))] = sent[:, some]
+        inner = np.flatnonzero(~there & (tokens < self._whole))
+        outer = np.flatnonzero(~there & (tokens >= self._whole))
         if len(outer):
             at = torch.from_numpy(tokens[outer] - self._whole)
             found[torch.from_numpy(outer)] = self._end[0][head, at][:, some]
         blocks = tokens[inner] // self._size
-        there = inner[self._places.tiers[blocks] == self._numbers.host]
-        if len(there):
-            found[torch.from_numpy(there)] = self._in_host(0, head, tokens[there], channels)
+        here = inner[self._places.tiers[blocks] == self._numbers.host]
+        if len(here):
+            found[torch.from_numpy(here)] = self._in_host(0, head, tokens[here], channels)
         held = inner[self._places.tiers[blocks] == self._numbers.disk]
         slots = self._places.slots[tokens[held] // self._size]
         for slot in np.unique(slots).tolist():
@@ -175,6 +267,15 @@ class StoredRow:
             inside = torch.from_numpy(tokens[mine] % self._size)
             found[torch.from_numpy(mine)] = self._held[slot][head, inside][:, some]
         return found
+
+
+_IN_BLOCK, _IN_END = 1, 2
+"""Where a token lies that is gathered on a device: in a whole block, or behind all of them."""
+
+
+def _tier(number: int | None) -> int:
+    """A tier's number, and one that no tier has where there is none."""
+    return -1 if number is None else number
 
 
 def _array(tensor: torch.Tensor) -> FloatArray:

@@ -15,7 +15,7 @@ class ChosenStatistics:
     steps: int
     """Calls of layers in which something was chosen."""
     gathered_nbytes: int
-    """Keys and values that were read in host memory, to choose and to attend."""
+    """Keys and values that were read in memory, the host's and a device's, to choose and to attend."""
     read_nbytes: int
     """Blocks that were read from disk, likewise."""
     scored_nbytes: int

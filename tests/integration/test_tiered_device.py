@@ -12,6 +12,7 @@ from test_tiered_cache import bart, check, gemma, generate, llama, model_of, pro
 
 import penstock
 from penstock.devices import open_device
+from penstock.scheduler.kv.balance import Balance
 
 LINK = "emulated:h2d=256MiB/s,d2h=256MiB/s"
 
@@ -123,6 +124,8 @@ def test_a_ring_that_is_made_anew_waits_for_what_read_the_one_before(
     def known(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda event: call(None if event in computed else event)
 
+    # whatever the link's speed comes out as today
+    monkeypatch.setattr(Balance, "to_cross", lambda balance, queries, *, pieces, nbytes: pieces)
     monkeypatch.setattr(device, "computed", mark)
     monkeypatch.setattr(device, "wait", known(device.wait))
     copies_wait = known(device.copies_wait)
@@ -200,8 +203,7 @@ def test_arguments(tmp_path: Path) -> None:
     cache.close()
 
 
-@pytest.mark.parametrize("lossy", [{"policy": "quest:256"}, {"codec": "int8"}])
-def test_policies_and_codecs_are_refused_beside_a_device(lossy: dict[str, str]) -> None:
+def test_codecs_are_refused_beside_a_device() -> None:
     budget = {"device": "1MiB", "host": "1MiB"}
-    with pytest.raises(penstock.UsageError, match="work in host memory and on disk"):
-        penstock.TieredCache(llama().config, max_memory=budget, device=LINK, **lossy)
+    with pytest.raises(penstock.UsageError, match="coded in host memory and on disk"):
+        penstock.TieredCache(llama().config, max_memory=budget, device=LINK, codec="int8")

@@ -88,13 +88,18 @@ def test_a_run_with_keys_and_values_on_a_device(checkpoint: Path, capsys: pytest
     assert 0 < document["kv"]["device_nbytes"] <= document["kv"]["device_budget_nbytes"] == 2**20
     assert document["kv"]["sent_nbytes"] > 0
     assert "on the device (of 1.00 MiB)" in error
+    assert run(checkpoint, *common, "--kv", "device=1MiB,host=2MiB,disk=64MiB", "--kv-policy", "quest:4096") == 0
+    out, error = capsys.readouterr()
+    assert json.loads(out)["ids"] == expected["ids"], "the policy's budget is all there is"
+    assert "on the device (of 1.00 MiB)" in error
+    assert "quest:4096" in error
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--kv", "device=1GiB,host=1GiB"), "has no memory of its own"),
-        (("--kv", "device=1GiB,host=1GiB", "--kv-policy", "quest:256"), "beside --kv-policy quest:256"),
+        (("--kv", "device=1GiB,host=1GiB", "--kv-policy", "quest:256"), "has no memory of its own"),
         (("--kv", "disk=1GiB"), "say how much host memory"),
         (("--kv", "host=1G"), "ambiguous"),
         (("--kv", "host=1GiB", "--exact"), "--exact forbids"),
